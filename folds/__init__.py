@@ -1,0 +1,1 @@
+"""Which sequence is held out where, and how the folds come together again."""

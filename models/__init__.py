@@ -1,0 +1,1 @@
+"""Networks: PyTorch code, never saved weights."""

@@ -1,0 +1,41 @@
+"""What every network takes and gives.
+
+Letters: B batch, L padded length (nt), C channel, K distance bin, D width.
+"""
+
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+
+class RnaInputs(NamedTuple):
+    """A padded batch of sequences. Nothing that stands under the padding may change an output at a real position."""
+
+    tokens_BL: Tensor  # int64, index into "ACGU"; arbitrary where padded
+    mask_BL: Tensor  # bool, True at real nucleotides, at least one a row; never modified
+    bpp_BLL: Tensor | None = None  # float32 in [0, 1], symmetric, zero diagonal, rows sum to at most 1
+
+
+class RnaOutputs(NamedTuple):
+    """What a network predicts; a head that the task does not ask for gives None."""
+
+    values_BLC: Tensor | None = None  # float32, one value per nucleotide and channel
+    distance_logits_BLLK: Tensor | None = None  # float32, symmetric: bins of the C1'–C1' distance
+
+
+class RnaModel(nn.Module):
+    """Base of all networks.
+
+    A constructor takes keyword arguments only, annotated and defaulted: its signature is the model's schema in a
+    TOML file. ``num_channels`` and ``num_distance_bins`` (0 = no such head) come from the task.
+    """
+
+    name: ClassVar[str]
+    uses_bpp: bool = False
+
+    def forward(self, inputs: RnaInputs) -> RnaOutputs:
+        raise NotImplementedError
+
+    def set_gradient_checkpointing(self, every: int) -> None:
+        """Recompute activations in groups of `every` blocks in the backward pass; 0 keeps them all."""
+        raise NotImplementedError

@@ -1,0 +1,1 @@
+"""Name -> network. One decorator, one dict, no import by string."""

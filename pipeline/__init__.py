@@ -1,0 +1,1 @@
+"""Raw competition files to predictions, one fold at a time."""

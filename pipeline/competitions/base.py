@@ -1,0 +1,41 @@
+"""What the rest of the pipeline needs to know of a competition. One file beside this one describes each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+#: (prediction_LC, truth_LC) -> (sums_C, counts_C); truth is NaN where it does not count.
+ErrorSums = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+#: (sums_C, counts_C) over all scored rows -> the competition's single number.
+Score = Callable[[np.ndarray, np.ndarray], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Competition:
+    """A competition as data: how raw files become clean tables, what is predicted, and how it is scored.
+
+    Clean tables, whatever the competition, are sorted by and unique in ``sequence_id``:
+
+    - train: ``sequence_id, sequence, dataset_name, group`` (null = no known relatives), ``scored`` (bool: counts in
+      the metric), the `targets` as lists of length L (null = not measured) and the `signal_to_noise` columns.
+    - test: ``sequence_id, sequence``, and what the submission needs (``id_min, id_max``).
+    """
+
+    name: str  #: COMP=… and the folder below artifacts/
+    title: str  #: as Kaggle calls it
+    slug: str  #: in Kaggle's addresses
+    task: Literal["values", "structure"]  #: values per nucleotide, or C1' coordinates
+    targets: tuple[str, ...]  #: list columns of the clean train table, in the submission's column order
+    target_range: tuple[float, float] | None  #: truth is clipped to it in loss and metric, predictions on the way out
+    signal_to_noise: tuple[str, ...] | None  #: float column per target that weights its loss
+    metric: str  #: name of the organisers' metric, lower is better for "values"
+    error_sums: ErrorSums | None  #: None for structures: their score is in submissions.tm_score
+    score: Score | None
+    tables: tuple[str, ...]  #: clean tables that `clean` writes, as ``clean/<table>.parquet``
+    #: raw folder -> label -> raw file: the inputs of the data stage; DataError if one that is needed is missing
+    raw_files: Callable[[Path], dict[str, Path]]
+    #: (label -> raw file, table -> temporary parquet path) -> JSON-able facts: the validation report
+    clean: Callable[[dict[str, Path], dict[str, Path]], dict[str, Any]]

@@ -1,0 +1,178 @@
+"""Typed run configuration: frozen dataclasses filled from one TOML file.
+
+``load_config("ribonanza_mamba", ["train.lr=1e-3"])`` is the only way in which a value enters a run. Overrides are
+parsed as TOML, so ``false`` is a bool. The model's own arguments are checked against its constructor by
+``models.registry.create_model``.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+from pipeline.errors import ConfigError
+
+CONFIG_DIR = Path(__file__).resolve().parent / "configs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which network, and its constructor's arguments."""
+
+    name: str
+    kwargs: dict[str, int | float | str | bool] = field(default_factory=dict)
+    init: str = ""  # a checkpoint folder whose weights to start from; "" = from scratch
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What the network sees of the tables."""
+
+    max_length: int = 512  # nt; longer training sequences are cropped, predictions never
+    min_signal_to_noise: float = 0.0  # profiles below are left out of the loss
+    weighting: typing.Literal["log1p_sn", "uniform"] = "log1p_sn"  # of a profile in the loss
+    flip: float = 0.0  # probability of reversing a training sequence 5'-3'
+    length_bucket: int = 64  # batches that are sorted by length together; 0 = no bucketing
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How the network is trained."""
+
+    seed: int = 2026
+    epochs: int = 30
+    batch_size: int = 64  # sequences an optimiser step, over all devices
+    micro_batch: int = 0  # sequences a forward pass; 0 = batch_size, less = gradient accumulation
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    schedule: typing.Literal["one_cycle", "cosine", "constant"] = "one_cycle"
+    warmup: float = 0.1  # share of all steps in which the learning rate rises
+    clip_norm: float = 1.0  # largest gradient norm; 0 = off
+    ema_decay: float = 0.999  # of the averaged weights that predict; 0 = off
+    precision: typing.Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    gradient_checkpointing: int = 0  # recompute every k blocks; 0 = keep activations
+    save_every: int = 500  # steps between checkpoints; the end of an epoch always saves
+    patience: int = 0  # epochs without improvement before stopping; 0 = never
+    deterministic: bool = False
+    max_skips: int = 5  # batches in a row that may be skipped for non-finite values
+    max_rollbacks: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All of a run but its coordinates (competition, split, fold), which the command line gives."""
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+
+    def digest(self) -> str:
+        """Hex sha256 of the settings, independent of file layout."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def list_configs() -> list[str]:
+    """Names of the shipped TOML files."""
+    return sorted(path.stem for path in CONFIG_DIR.glob("*.toml"))
+
+
+def find_config(name: str) -> Path:
+    """A shipped config by name, or a TOML file by path.
+
+    Raises:
+        ConfigError: neither exists; the message names the closest known one.
+    """
+    if name.endswith(".toml"):
+        if Path(name).is_file():
+            return Path(name)
+        raise ConfigError(
+            f"MODEL={name!r}: no such file. Next: give a path to a TOML file, or one of {list_configs()}."
+        )
+    path = CONFIG_DIR / f"{name}.toml"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, list_configs(), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"MODEL={name!r} is not known; expected one of {', '.join(list_configs())}.{hint}")
+    return path
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a TOML file, apply ``section.key=value`` overrides, check every key and type.
+
+    Raises:
+        ConfigError: unknown file or key (with the closest known one), wrong type, missing key.
+    """
+    path = find_config(name)
+    try:
+        tree = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as err:
+        raise ConfigError(f"{path.name}: not valid TOML: {err}.") from err
+    for item in overrides:
+        _apply_override(tree, item)
+    return config_from_dict(tree, where=path.name)
+
+
+def config_from_dict(tree: dict, *, where: str) -> RunConfig:
+    """Check a nested dict, as TOML or a checkpoint's manifest gives it, against the schema."""
+    return _build(RunConfig, tree, where=where)
+
+
+def _apply_override(tree: dict, item: str) -> None:
+    dotted, sep, raw = item.partition("=")
+    if not sep:
+        raise ConfigError(f"--set {item!r}: expected section.key=value.")
+    try:
+        value = tomllib.loads(f"v = {raw}")["v"]
+    except tomllib.TOMLDecodeError as err:
+        raise ConfigError(f"--set {item!r}: {raw!r} is no TOML value; quote strings.") from err
+    *parents, leaf = dotted.split(".")
+    node = tree
+    for name in parents:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {item!r}: {name!r} is a value, not a section.")
+    node[leaf] = value
+
+
+def _build(cls: type, tree: dict, *, where: str) -> typing.Any:
+    known = {f.name for f in fields(cls)}
+    for key in tree:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint}.")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        kind, spot = hints[key], f"{where}: {key}"
+        if is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{spot}: got {value!r}; expected a section.")
+            values[key] = _build(typing.cast(type, kind), value, where=spot)
+        else:
+            values[key] = _check(value, kind, where=spot)
+    try:
+        return cls(**values)
+    except TypeError as err:
+        raise ConfigError(f"{where}: {err}.") from err
+
+
+def _check(value: object, kind: typing.Any, *, where: str) -> object:
+    origin = typing.get_origin(kind)
+    if origin is typing.Literal:
+        ok = value in typing.get_args(kind)
+    elif origin in (typing.Union, types.UnionType):
+        ok = type(value) in typing.get_args(kind)
+    elif kind is float:
+        ok, value = type(value) in (int, float), float(value) if type(value) is int else value
+    else:
+        ok = type(value) is (origin or kind)
+    if not ok:
+        expected = " or ".join(map(repr, typing.get_args(kind))) if origin is typing.Literal else kind
+        raise ConfigError(f"{where}: got {value!r} ({type(value).__name__}); expected {expected}.")
+    return value

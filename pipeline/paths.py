@@ -1,0 +1,55 @@
+"""Where files live: one place that names every artefact of every stage."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+#: Folder of this checkout; configs, locks and the submissions log are found from here.
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    """Files of one competition below one artifacts folder.
+
+    ``artifacts/<comp>/clean|bpp|arrays|folds|runs/<run>/fold<k>|ensembles/<name>``
+    """
+
+    comp: str
+    root: Path = Path("artifacts")
+    csv_dir: Path = REPOSITORY / "submissions" / "csv"
+
+    @property
+    def home(self) -> Path:
+        return self.root / self.comp
+
+    def clean(self, table: str) -> Path:
+        return self.home / "clean" / f"{table}.parquet"
+
+    @property
+    def bpp(self) -> Path:
+        return self.home / "bpp" / "bpp.parquet"
+
+    @property
+    def arrays_dir(self) -> Path:
+        return self.home / "arrays"
+
+    def fold_table(self, split: str) -> Path:
+        return self.home / "folds" / f"{split}.parquet"
+
+    def run_dir(self, run: str) -> Path:
+        return self.home / "runs" / run
+
+    def fold_dir(self, run: str, fold: int) -> Path:
+        return self.run_dir(run) / f"fold{fold}"
+
+    def oof(self, run: str, fold: int) -> Path:
+        return self.fold_dir(run, fold) / "oof.parquet"
+
+    def test(self, run: str, fold: int) -> Path:
+        return self.fold_dir(run, fold) / "test.parquet"
+
+    def ensemble_dir(self, name: str) -> Path:
+        return self.home / "ensembles" / name
+
+    def submission(self, name: str, *, suffix: str = "csv") -> Path:
+        return self.csv_dir / f"{self.comp}-{name}.{suffix}"

@@ -1,0 +1,77 @@
+"""The words of the data: alphabet, probes, ids and table columns. Each has its one home here."""
+
+import re
+
+import numpy as np
+
+from pipeline.errors import DataError
+
+#: Token id = position in this string; padding has no letter of its own, the mask tells it apart.
+ALPHABET = "ACGU"
+
+#: ``experiment_type`` in the order of the submission's columns, everywhere.
+PROBES = ("DMS_MaP", "2A3_MaP")
+
+#: Largest believable C1' coordinate, Å; organisers write -1e18 for a missing one.
+MAX_COORDINATE = 1e4
+
+_OTHER_LETTER = re.compile(f"[^{ALPHABET}]")
+_TOKEN_OF_BYTE = np.full(256, 255, dtype=np.uint8)
+_TOKEN_OF_BYTE[np.frombuffer(ALPHABET.encode(), dtype=np.uint8)] = np.arange(len(ALPHABET))
+
+
+def normalise_sequence(sequence: str, *, where: str) -> str:
+    """Upper-case an RNA or DNA sequence and write T as U.
+
+    Raises:
+        DataError: the sequence is empty or holds a letter outside A, C, G, U, T; `where` (file, row, id) leads.
+    """
+    clean = sequence.strip().upper().replace("T", "U")
+    if not clean:
+        raise DataError(f"{where}: empty sequence; expected letters A, C, G, U. Next: remove or repair the row.")
+    other = _OTHER_LETTER.search(clean)
+    if other:
+        raise DataError(
+            f"{where}: letter {other.group()!r} at position {other.start() + 1} of the sequence; "
+            "expected A, C, G, U (or T). Next: remove or repair the row."
+        )
+    return clean
+
+
+def encode(sequence: str) -> np.ndarray:
+    """Token ids of a normalised sequence.
+
+    Returns:
+        [L] uint8, index into ``ALPHABET``.
+
+    Raises:
+        DataError: a letter outside ``ALPHABET`` (the sequence was not normalised).
+
+    >>> encode("GAU").tolist()
+    [2, 0, 3]
+    """
+    tokens_L = _TOKEN_OF_BYTE[np.frombuffer(sequence.encode("ascii", "replace"), dtype=np.uint8)]
+    if tokens_L.size and tokens_L.max() == 255:
+        raise DataError(f"encode: {sequence[:20]!r}… holds a letter outside {ALPHABET}; normalise it first.")
+    return tokens_L
+
+
+def decode(tokens_L: np.ndarray) -> str:
+    """Letters of token ids: the inverse of `encode`.
+
+    >>> decode(encode("GAU"))
+    'GAU'
+    """
+    return "".join(ALPHABET[token] for token in tokens_L)
+
+
+def split_id(row_id: str) -> tuple[str, int]:
+    """Target and 1-based residue number of a structure row's ``ID``; target ids may hold underscores.
+
+    >>> split_id("1SCL_A_3"), split_id("R1117v2_7")
+    (('1SCL_A', 3), ('R1117v2', 7))
+    """
+    target_id, _, resid = row_id.rpartition("_")
+    if not target_id or not resid.isdigit():
+        raise DataError(f"ID {row_id!r}: expected <target_id>_<residue number>, such as R1107_1.")
+    return target_id, int(resid)

@@ -1,0 +1,167 @@
+"""The one way in which a stage turns input files into output files.
+
+A stage is built only when its inputs (by sha256), its parameters or its outputs changed; it writes under temporary
+names, and its outputs get their final names and a manifest only when all of them are complete.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.errors import DataError, StorageError
+
+_VERSIONED = ("numpy", "polars", "pyarrow", "torch", "numba", "ViennaRNA")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a stage did: ``built`` now, or found ``current`` from an earlier time."""
+
+    stage: str
+    status: Literal["built", "current"]
+    outputs: dict[str, Path]
+    facts: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def run_stage(
+    name: str,
+    *,
+    inputs: Mapping[str, Path],
+    outputs: Mapping[str, Path],
+    params: Mapping[str, Any],
+    build: Callable[[dict[str, Path]], dict[str, Any]],
+    manifest: Path | None = None,
+    force: bool = False,
+) -> Report:
+    """Build `outputs` from `inputs`, or say that they are current.
+
+    Args:
+        name: verb of the stage; also names the manifest, ``<name>.manifest.json`` beside the first output.
+        inputs: label -> existing file. Their sha256 decides whether the outputs are current.
+        outputs: label -> final path.
+        params: JSON-able settings that the outputs depend on, a ``version`` of the stage's code among them.
+        build: takes label -> temporary path for every output, writes them all, returns JSON-able facts.
+        manifest: where the manifest goes, if not beside the first output.
+        force: build even if current.
+
+    Raises:
+        DataError: an input is missing.
+        StorageError: the disk is full; nothing is left behind.
+    """
+    manifest = manifest or next(iter(outputs.values())).parent / f"{name}.manifest.json"
+    for label, path in inputs.items():
+        if not path.is_file():
+            raise DataError(f"{name}: {label} file {path} is missing. Next: run the stage that writes it (make help).")
+    wanted = {
+        "stage": name,
+        "params": json.loads(json.dumps(dict(params), allow_nan=False)),
+        "inputs": {label: sha256_file(path) for label, path in sorted(inputs.items())},
+    }
+    if not force:
+        done = _read_manifest(manifest)
+        if done and all(done.get(key) == wanted[key] for key in wanted) and _intact(done, outputs):
+            return Report(stage=name, status="current", outputs=dict(outputs), facts=done["facts"])
+    started = time.monotonic()
+    facts = _build(outputs, build)
+    record = wanted | {
+        "outputs": {label: sha256_file(path) for label, path in sorted(outputs.items())},
+        "facts": json.loads(json.dumps(facts, allow_nan=False)),
+        "versions": versions(),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    write_json(manifest, record)
+    return Report(stage=name, status="built", outputs=dict(outputs), facts=record["facts"], seconds=record["seconds"])
+
+
+def _build(outputs: Mapping[str, Path], build: Callable[[dict[str, Path]], dict[str, Any]]) -> dict[str, Any]:
+    parts = {}
+    for label, path in outputs.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parts[label] = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        facts = build(dict(parts))
+        for label, path in outputs.items():
+            if not parts[label].is_file():
+                raise AssertionError(f"the stage promised {label} and did not write it")
+            fsync(parts[label])
+            parts[label].replace(path)
+        return facts
+    except OSError as err:
+        if err.errno in (28, 122):  # ENOSPC, EDQUOT
+            raise StorageError(f"{err.filename or path}: the disk is full. Next: free space and run again.") from err
+        raise
+    finally:
+        for part in parts.values():
+            if part.is_dir():
+                shutil.rmtree(part, ignore_errors=True)
+            part.unlink(missing_ok=True)
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def _intact(done: Mapping[str, Any], outputs: Mapping[str, Path]) -> bool:
+    recorded = done.get("outputs", {})
+    return set(recorded) == set(outputs) and all(
+        path.is_file() and sha256_file(path) == recorded[label] for label, path in outputs.items()
+    )
+
+
+def read_facts(manifest: Path, *, hint: str) -> dict[str, Any]:
+    """Facts that a stage left in its manifest.
+
+    Raises:
+        DataError: there is no readable manifest; `hint` says which command writes it.
+    """
+    done = _read_manifest(manifest)
+    if done is None:
+        raise DataError(f"{manifest}: missing or unreadable. Next: {hint}.")
+    return done["facts"]
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Ask the system to put a file's bytes on the disk."""
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically: readers see the old file or the new one. NaN is refused."""
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, default=str) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        part.write_text(text)
+        fsync(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number."""
+    found = {"python": platform.python_version()}
+    for package in _VERSIONED:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found

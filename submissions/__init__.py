@@ -1,0 +1,1 @@
+"""Competition files: written, checked, scored, reported."""

@@ -1,0 +1,28 @@
+"""Shared fixtures: small, seeded, on the CPU."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20260101)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """``shared_data("stanford-ribonanza-rna-folding")`` is that folder of real data, or the test is skipped."""
+    home = Path(os.environ.get("RNA_SHARED", ROOT.parent / "shared" / "data"))
+
+    def find(name: str) -> Path:
+        if not (home / name).is_dir():
+            pytest.skip(f"real data {name} is not on this machine (RNA_SHARED)")
+        return home / name
+
+    return find
