@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import DataError, StorageError
+from pipeline.paths import REPOSITORY
 
 _VERSIONED = ("numpy", "polars", "pyarrow", "torch", "numba", "ViennaRNA")
 
@@ -77,6 +79,7 @@ def run_stage(
         "outputs": {label: sha256_file(path) for label, path in sorted(outputs.items())},
         "facts": json.loads(json.dumps(facts, allow_nan=False)),
         "versions": versions(),
+        "commit": commit(),
         "seconds": round(time.monotonic() - started, 3),
     }
     write_json(manifest, record)
@@ -165,3 +168,14 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
+
+
+def commit() -> str:
+    """Short hash of the checkout this code runs from, with ``+dirty`` if files changed; "" outside git."""
+    git = ["git", "-C", str(REPOSITORY)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.strip() + ("+dirty" if dirty.stdout.strip() else "")

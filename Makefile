@@ -1,0 +1,105 @@
+# From raw competition files to a checked, scored submission. `make help` lists the targets.
+#
+# Each target is one verb of the program `rna` (pipeline/cli.py), which decides by hash whether there is work to do:
+# running a target twice is safe. make itself exits with 2 whatever a verb's exit code; the verb prints its own.
+
+COMP  ?= ribonanza#        competition: ribonanza, rna3d
+RAW   ?=#                  folder with the competition's files
+MODEL ?= ribonanza_mamba#  a config in pipeline/configs, or a path to a TOML file
+SPLIT ?= sim80_k5#         <kind><identity %>_k<folds>: sim80_k5, length_k5, random_k5
+FOLD  ?= 0
+NAME  ?= all#              name of an ensemble
+RUNS  ?=#                  runs to ensemble; empty = every finished run of SPLIT
+SET   ?=#                  overrides: SET="train.lr=1e-3 train.epochs=5" TAG=fast
+TAG   ?=#                  names a variant of MODEL
+ARTIFACTS ?= artifacts#    where the stages write
+EXTRAS ?= dev#             extras of pyproject.toml to install
+PYTHON ?= python3#         the interpreter that builds .venv
+PY    ?= .venv/bin/python# PY=python3 uses an environment of your own and installs nothing
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+override COMP := $(strip $(COMP))
+override MODEL := $(strip $(MODEL))
+override SPLIT := $(strip $(SPLIT))
+override FOLD := $(strip $(FOLD))
+override NAME := $(strip $(NAME))
+override TAG := $(strip $(TAG))
+override ARTIFACTS := $(strip $(ARTIFACTS))
+override PYTHON := $(strip $(PYTHON))
+override PY := $(strip $(PY))
+override EXTRAS := $(strip $(EXTRAS))
+override RAW := $(strip $(RAW))
+
+ifneq ($(and $(strip $(SET)),$(if $(TAG),,untagged)),)
+$(error SET changes what a run is, so name the variant: add TAG=some-name)
+endif
+
+RNA := $(PY) -m pipeline
+AT := --comp $(COMP) --artifacts $(ARTIFACTS)
+RUN := --model $(MODEL) --split $(SPLIT) $(if $(TAG),--tag $(TAG)) $(foreach item,$(SET),--set '$(item)')
+ENVIRONMENT := $(if $(filter .venv/bin/python,$(PY)),.venv/.ready)
+
+.PHONY: help setup doctor demo test lint data bpp folds audit train train-all predict ensemble submit check \
+        evaluate report bench bench-data bench-folds clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@echo; echo "Variables (make train FOLD=0 MODEL=hyena):"
+	@sed -nE 's/^([A-Z]+) +\?= *([^#]*)# *(.*)/  \1\t\2\t\3/p' $(MAKEFILE_LIST) | expand -t 14,34
+
+setup: $(ENVIRONMENT) ## create .venv with pinned packages
+.venv/.ready: pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version). Next: make PYTHON=python3.12 ..."; exit 2; }
+	@echo "setting up .venv (once; downloads the packages of .ci/constraints.txt)"
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[$(EXTRAS)]"
+	touch $@
+
+doctor: $(ENVIRONMENT) ## say what this machine has and what will be used
+	@exec $(RNA) doctor
+demo: $(ENVIRONMENT) ## the whole chain on a small synthetic data set, on the CPU
+	@exec $(RNA) demo --artifacts $(ARTIFACTS)/demo
+test: $(ENVIRONMENT) ## lint, types and all tests that need no GPU
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+	@exec $(PY) -m pytest -q -m "not gpu"
+lint: $(ENVIRONMENT) ## format the code and fix what ruff can fix
+	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
+
+data: $(ENVIRONMENT) ## raw files in RAW -> checked clean tables
+	@exec $(RNA) data $(AT) --raw "$(RAW)"
+bpp: $(ENVIRONMENT) ## base-pair probabilities of all sequences (ViennaRNA)
+	@exec $(RNA) bpp $(AT)
+folds: $(ENVIRONMENT) ## clean tables -> fold of every sequence, verified by its lock (RELOCK=1 writes the lock)
+	@exec $(RNA) folds $(AT) --split $(SPLIT) $(if $(RELOCK),--relock)
+audit: $(ENVIRONMENT) ## measure how much of a split leaks (SPLITS="sim80_k5 random_k5")
+	@exec $(RNA) audit $(AT) $(foreach split,$(or $(SPLITS),$(SPLIT)),--split $(split))
+train: $(ENVIRONMENT) ## train one fold of MODEL and predict; starting again resumes
+	@exec $(RNA) train $(AT) $(RUN) --fold $(FOLD)
+train-all: $(ENVIRONMENT) ## train every fold of SPLIT, one after the other
+	@exec $(RNA) train $(AT) $(RUN) --all-folds
+predict: $(ENVIRONMENT) ## out-of-fold and test predictions of one trained fold
+	@exec $(RNA) predict $(AT) $(RUN) --fold $(FOLD)
+ensemble: $(ENVIRONMENT) ## folds and models -> one prediction table, weights learned out of fold
+	@exec $(RNA) ensemble $(AT) --split $(SPLIT) --name $(NAME) $(foreach run,$(RUNS),--run $(run))
+submit: $(ENVIRONMENT) ## ensemble -> submission file, checked before it gets its name
+	@exec $(RNA) submit $(AT) --name $(NAME)
+check: $(ENVIRONMENT) ## check any submission file: make check FILE=my.csv
+	@exec $(RNA) check $(AT) "$(FILE)"
+evaluate: $(ENVIRONMENT) ## score out-of-fold predictions beside the trivial floors
+	@exec $(RNA) evaluate $(AT) --split $(SPLIT) --name $(NAME)
+report: $(ENVIRONMENT) ## one self-contained HTML page for the ensemble
+	@exec $(RNA) report $(AT) --name $(NAME)
+
+bench: bench-data bench-folds ## all benchmarks
+bench-data: $(ENVIRONMENT) ## the data stage beside pandas, polars, pyarrow and duckdb
+	@exec $(RNA) bench-data --artifacts $(ARTIFACTS)
+bench-folds: $(ENVIRONMENT) ## our clustering beside MMseqs2 and cd-hit
+	@exec $(RNA) bench-folds --artifacts $(ARTIFACTS)
+
+clean: ## remove the artefacts (not the environment, not submissions/csv)
+	rm -rf "$(ARTIFACTS)"
