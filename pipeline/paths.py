@@ -17,6 +17,7 @@ class Paths:
     comp: str
     root: Path = Path("artifacts")
     csv_dir: Path = REPOSITORY / "submissions" / "csv"
+    log: Path = REPOSITORY / "submissions" / "LOG.md"  # one line per evaluated run
 
     @property
     def home(self) -> Path:

@@ -91,6 +91,7 @@ def _build(outputs: Mapping[str, Path], build: Callable[[dict[str, Path]], dict[
     for label, path in outputs.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         parts[label] = path.with_name(f".{path.name}.part-{os.getpid()}")
+        _sweep(path)
     try:
         facts = build(dict(parts))
         for label, path in outputs.items():
@@ -108,6 +109,25 @@ def _build(outputs: Mapping[str, Path], build: Callable[[dict[str, Path]], dict[
             if part.is_dir():
                 shutil.rmtree(part, ignore_errors=True)
             part.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a killed process left half-written beside `path`; a living one keeps its own."""
+    for part in path.parent.glob(f".{path.name}.part-*"):
+        pid = part.name.rpartition("-")[2]
+        if not pid.isdigit() or not is_alive(int(pid)):
+            part.unlink(missing_ok=True)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine exists, whoever owns it."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:

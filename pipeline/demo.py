@@ -1,0 +1,90 @@
+"""The whole chain on a small seeded data set in the competitions' own raw formats: no data, no GPU needed."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+
+from folds import assign, ensemble
+from pipeline import bpp, predict, preprocess, synthetic, train
+from pipeline.cli import run_name, show
+from pipeline.competitions import get_competition
+from pipeline.config import load_config
+from pipeline.paths import Paths
+from submissions import evaluate, report, write
+
+_SPLIT = "sim80_k2"
+_NAME = "demo"
+_out = Console(highlight=False, soft_wrap=True)
+
+
+def run(folder: Path, *, seed: int = 0) -> None:
+    """Make raw data, run every stage for reactivity and for structure, and print what came of it.
+
+    Args:
+        folder: everything goes below it: raw files, artefacts, submissions, the experiment log.
+        seed: of the synthetic data.
+    """
+    started = time.monotonic()
+    synthetic.write_ribonanza(folder / "raw" / "ribonanza", seed=seed)
+    synthetic.write_rna3d(folder / "raw" / "rna3d", seed=seed)
+    has_bpp, reason = bpp.available()
+    if not has_bpp:
+        _out.print(f"base-pair probabilities are left out: {reason}")
+    models = ("smoke_ribonanza_mamba", "smoke_transformer_sepconv")
+    scores = [
+        _chain(folder, "ribonanza", models=models, use_bpp=has_bpp),
+        _chain(folder, "rna3d", models=models[1:], use_bpp=has_bpp),
+    ]
+    _summary(scores, seconds=time.monotonic() - started)
+
+
+def _chain(folder: Path, comp: str, *, models: Sequence[str], use_bpp: bool) -> dict[str, Any]:
+    """data -> folds -> (bpp) -> train and predict -> ensemble -> submit and check -> evaluate -> report."""
+    competition = get_competition(comp)
+    paths = Paths(comp=comp, root=folder, csv_dir=folder / "submissions", log=folder / "submissions" / "LOG.md")
+    _out.print(Rule(competition.title))
+    cleaned = preprocess.run(competition, folder / "raw" / comp, paths)
+    show(cleaned, preprocess.describe(cleaned.facts))
+    assigned = assign.run(paths, split=_SPLIT)
+    show(assigned, assign.describe(assigned.facts))
+    if use_bpp:
+        show(bpp.run(paths))
+    runs = [_train(model, competition, paths, use_bpp=use_bpp) for model in models]
+    joined = ensemble.run(paths, competition=competition, name=_NAME, runs=runs, split=_SPLIT)
+    show(joined, ensemble.describe(joined.facts))
+    written = write.run(paths, competition=competition, name=_NAME)
+    show(written, write.describe(written.facts))
+    scored = evaluate.run(paths, competition=competition, name=_NAME, split=_SPLIT)
+    show(scored, evaluate.describe(scored.facts))
+    page = report.run(paths, competition=competition, name=_NAME)
+    show(page)
+    return {"competition": competition, "scored": scored, "written": written, "page": page}
+
+
+def _train(model: str, competition: Any, paths: Paths, *, use_bpp: bool) -> str:
+    config = load_config(model, [f"model.kwargs.use_bpp={str(use_bpp).lower()}"])
+    run = run_name(model, split=_SPLIT)
+    for fold in range(2):
+        show(train.run(config, competition=competition, paths=paths, run=run, split=_SPLIT, fold=fold))
+        show(predict.run(competition=competition, paths=paths, run=run, fold=fold))
+    return run
+
+
+def _summary(chains: Sequence[dict[str, Any]], *, seconds: float) -> None:
+    _out.print(Rule(f"demo finished in {seconds:.0f} s"))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("competition", "metric", "score", "floors"):
+        table.add_column(column)
+    for chain in chains:
+        headline = evaluate.headline(chain["scored"].facts)
+        floors = ", ".join(f"{name} {value:.3f}" for name, value in headline.floors.items())
+        table.add_row(chain["competition"].name, headline.metric, f"[bold]{headline.score:.3f}[/]", floors)
+    _out.print(table)
+    for chain in chains:
+        _out.print(f"submission: {chain['written'].outputs['submission']}", markup=False)
+        _out.print(f"report:     {chain['page'].outputs['report']}", markup=False)
