@@ -1,1 +1,90 @@
-"""Name -> network. One decorator, one dict, no import by string."""
+"""Name -> network. One decorator, one dict, no import by string.
+
+A network's constructor is its configuration's schema: keyword-only, annotated, defaulted. `create_model` checks what
+it is given against that signature, so that a typo in a TOML file is answered by the closest argument's name.
+"""
+
+import difflib
+import inspect
+import typing
+from collections.abc import Mapping
+from typing import TypeVar
+
+from models.interface import RnaModel
+
+_MODELS: dict[str, type[RnaModel]] = {}
+_SCALARS = (bool, int, float, str)
+
+Model = TypeVar("Model", bound=type[RnaModel])
+
+
+def register_model(cls: Model) -> Model:
+    """Make a class known under its ``name``.
+
+    Raises:
+        ValueError: the name is taken, or the constructor has an argument that is not keyword-only, annotated with
+            bool, int, float, str or a Literal, and defaulted.
+    """
+    if cls.name in _MODELS:
+        raise ValueError(f"model name {cls.name!r} is taken by {_MODELS[cls.name].__qualname__}")
+    for param in model_arguments(cls).values():
+        if param.kind is not param.KEYWORD_ONLY or param.default is param.empty or not _is_checkable(param.annotation):
+            raise ValueError(
+                f"{cls.__qualname__}.__init__: {param}: expected a keyword with a scalar type and a default"
+            )
+    _MODELS[cls.name] = cls
+    return cls
+
+
+def list_models() -> list[str]:
+    """Names of all networks, sorted."""
+    return sorted(_MODELS)
+
+
+def model_arguments(cls: type[RnaModel]) -> Mapping[str, inspect.Parameter]:
+    """The constructor's arguments by name, annotations resolved."""
+    parameters = inspect.signature(cls.__init__, eval_str=True).parameters
+    return {name: param for name, param in parameters.items() if name != "self"}
+
+
+def create_model(name: str, **kwargs: int | float | str | bool) -> RnaModel:
+    """Build a network by name.
+
+    Args:
+        name: one of `list_models`.
+        **kwargs: arguments of that network's constructor.
+
+    Raises:
+        ValueError: unknown name or argument (with the closest known one), or a value of the wrong type or range.
+    """
+    if name not in _MODELS:
+        raise ValueError(
+            f"model {name!r} is not known; expected one of {', '.join(list_models())}.{_near(name, _MODELS)}"
+        )
+    known = model_arguments(_MODELS[name])
+    for key, value in kwargs.items():
+        if key not in known:
+            hint = _near(key, known) or f" Known: {', '.join(known)}."
+            raise ValueError(f"model {name!r} has no argument {key!r}.{hint}")
+        _check_type(value, known[key].annotation, where=f"model {name!r}: {key}")
+    return _MODELS[name](**kwargs)
+
+
+def _near(name: str, known: typing.Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _is_checkable(annotation: object) -> bool:
+    return annotation in _SCALARS or typing.get_origin(annotation) is typing.Literal
+
+
+def _check_type(value: object, annotation: typing.Any, *, where: str) -> None:
+    if typing.get_origin(annotation) is typing.Literal:
+        choices = typing.get_args(annotation)
+        if value not in choices:
+            raise ValueError(f"{where}: got {value!r}; expected one of {', '.join(map(repr, choices))}.")
+        return
+    allowed = (int, float) if annotation is float else (annotation,)
+    if type(value) not in allowed:
+        raise ValueError(f"{where}: got {value!r} ({type(value).__name__}); expected {annotation.__name__}.")

@@ -335,11 +335,11 @@ def _seconds(text: str) -> float | None:
     return float(found.group(1)) * {"s": 1, "m": 60, "h": 3600}[found.group(2)]
 
 
-def show(report: Report, details: Sequence[Any] = ()) -> None:
-    """Print what a stage did: one line, its own details, and where its outputs are."""
+def show(report: Report, details: Any = ()) -> None:
+    """Print what a stage did: one line, its own details (one renderable or several), and where its outputs are."""
     said = "up to date, nothing to do" if report.status == "current" else f"done in {report.seconds:.1f} s"
     _out.print(f"[bold]{report.stage}[/]: {said}")
-    for detail in details:
+    for detail in details if isinstance(details, list | tuple) else [details]:
         _out.print(detail)
     for path in report.outputs.values():
         _out.print(f"  -> {_near(path)}", markup=False)

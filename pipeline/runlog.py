@@ -84,6 +84,7 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_torn_tail(path)
         self.path = path
         self._handle = path.open("a")
 
@@ -95,6 +96,15 @@ class MetricsLog:
 
     def close(self) -> None:
         self._handle.close()
+
+
+def _cut_torn_tail(path: Path) -> None:
+    """Cut a half-written last line, as a killed run leaves it, so that the next line does not run into it."""
+    lines = path.read_bytes() if path.exists() else b""
+    whole = lines.rfind(b"\n") + 1
+    if whole < len(lines):
+        with path.open("r+b") as handle:
+            handle.truncate(whole)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -131,5 +141,10 @@ def peak_memory_mib() -> float:
     """Largest resident memory of this process so far, MiB."""
     import resource
 
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux ru_maxrss begins with the peak of the process that started this one
+        high_water = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        if high_water:
+            return int(high_water.split()[1]) / 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024 if sys.platform != "darwin" else 1024**2)

@@ -64,10 +64,11 @@ def run_stage(
     for label, path in inputs.items():
         if not path.is_file():
             raise DataError(f"{name}: {label} file {path} is missing. Next: run the stage that writes it (make help).")
+    digests = {path: sha256_file(path) for path in set(inputs.values())}  # an archive may stand under several labels
     wanted = {
         "stage": name,
         "params": json.loads(json.dumps(dict(params), allow_nan=False)),
-        "inputs": {label: sha256_file(path) for label, path in sorted(inputs.items())},
+        "inputs": {label: digests[path] for label, path in sorted(inputs.items())},
     }
     if not force:
         done = _read_manifest(manifest)
@@ -94,10 +95,11 @@ def _build(outputs: Mapping[str, Path], build: Callable[[dict[str, Path]], dict[
         _sweep(path)
     try:
         facts = build(dict(parts))
-        for label, path in outputs.items():
-            if not parts[label].is_file():
+        for label, part in parts.items():
+            if not part.is_file():
                 raise AssertionError(f"the stage promised {label} and did not write it")
-            fsync(parts[label])
+            fsync(part)
+        for label, path in outputs.items():
             parts[label].replace(path)
         return facts
     except OSError as err:

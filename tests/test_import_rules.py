@@ -18,6 +18,7 @@ CORE = {
     "pipeline.schema",
     "pipeline.stage",
     "pipeline.structure.geometry",
+    "pipeline.tables",
 }
 
 #: The roof: the command line may call every stage.

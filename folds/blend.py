@@ -1,0 +1,279 @@
+"""A weighted mean of values over folds and runs, with weights learned on out-of-fold predictions.
+
+The test prediction of a run is the mean of its folds; the ensemble is a weighted mean of its runs, one set of weights
+for each target. Its out-of-fold table is cross-fitted: a fold is joined with weights learned on the other folds, so
+its score is not flattered by the learning.
+
+Letters: T positions, C targets, M runs, F folds, K = M·F tables.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from folds.job import Job, list_missing
+from folds.weights import learn_weights
+from pipeline.competitions.base import Competition
+from pipeline.errors import DataError
+from pipeline.runlog import Bar
+from pipeline.tables import OofBatch, as_lists, finite_values, read_batches, truth_that_counts
+
+#: Positions a target from which weights are learned; longer data are thinned evenly, whole sequences at a time.
+#: Memory of the learning: 400,000 x runs x 20 bytes, 80 MiB for ten runs.
+SAMPLE_POSITIONS = 400_000
+
+
+class _Totals:
+    """(sum, count) of the metric's errors."""
+
+    def __init__(self, competition: Competition) -> None:
+        self.competition = competition
+        self.sums_C = np.zeros(len(competition.targets))
+        self.counts_C = np.zeros(len(competition.targets))
+
+    def add(self, prediction_TC: np.ndarray, truth_TC: np.ndarray) -> None:
+        assert self.competition.error_sums is not None
+        sums_C, counts_C = self.competition.error_sums(prediction_TC, truth_TC)
+        self.sums_C += sums_C
+        self.counts_C += counts_C
+
+    def score(self) -> float:
+        assert self.competition.score is not None
+        return float(self.competition.score(self.sums_C, self.counts_C))
+
+    def named(self) -> dict[str, float]:
+        means_C = self.sums_C / self.counts_C
+        return {"score": self.score()} | dict(zip(self.competition.targets, means_C.tolist(), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sample:
+    """Positions from which weights are learned."""
+
+    predictions_TMC: np.ndarray
+    truth_TC: np.ndarray
+    fold_T: np.ndarray
+    stride: int  #: every so many scored sequences were taken
+
+
+def blend(job: Job, parts: dict[str, Path], *, learn: bool) -> dict[str, Any]:
+    """Write the ensemble's tables and ``weights.json``; returns what the latter holds.
+
+    Used is whichever scores best out of fold: learned weights (as cross-fitted), the plain mean, or the best run alone.
+
+    Raises:
+        DataError: see `pipeline.tables.out_of_fold`; test tables with different rows; nothing to score.
+    """
+    sample, totals, missing = _survey(job)
+    singles = {each: totals[each].score() for each in job.runs}
+    best = min(singles, key=lambda each: singles[each])
+    options = {"mean": _uniform(job), f"run {best}": _only(job, best)}
+    scores = {"mean": totals["mean"].score(), f"run {best}": singles[best]}
+    facts = job.facts() | {"missing": missing, "learned": None}
+    if learn and len(job.runs) > 1 and len(job.folds) > 1:
+        final_CM, crossed, gap = _learn(job, sample)
+        options["learned"] = crossed | {None: final_CM}
+        in_sample, cross_fitted = _score_weights(job, [dict.fromkeys([*job.folds, None], final_CM), options["learned"]])
+        scores["learned"] = cross_fitted.score()
+        facts["learned"] = {
+            "weights": _named(job, final_CM),
+            "score_in_sample": in_sample.score(),
+            "score_cross_fitted": cross_fitted.score(),
+            "optimality_gap": gap,
+            "sample_positions": len(sample.truth_TC),
+            "every_nth_sequence": sample.stride,
+        }
+    chosen = f"run {best}" if len(job.runs) == 1 else min(scores, key=lambda option: scores[option])
+    facts |= {
+        "chosen": chosen,
+        "score": scores[chosen],
+        "weights": _named(job, options[chosen][None]),
+        "run_scores": {each: totals[each].named() for each in job.runs},
+        "mean_score": totals["mean"].named(),
+    }
+    facts["oof_rows"] = _write_oof(job, options[chosen], parts["oof"])
+    facts["test_rows"] = _write_test(job, options[chosen][None], parts["test"])
+    parts["weights"].write_text(json.dumps(facts, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    return facts
+
+
+def _survey(job: Job) -> tuple[_Sample, dict[str, _Totals], dict[str, Any]]:
+    """One pass over the out-of-fold tables: scores of every run and of the mean, and the sample to learn from."""
+    stride = _stride(job.paths.clean("train"))
+    totals = {each: _Totals(job.competition) for each in (*job.runs, "mean")}
+    missing: dict[str, list[str]] = {each: [] for each in job.runs}
+    drawn: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    seen = 0
+    for batch in job.batches("scored", *job.competition.targets, label="out of fold"):
+        for each in job.runs:
+            missing[each] += batch.rows["sequence_id"].filter(pl.Series(batch.missing[each])).to_list()
+        stacked_TMC = np.stack([batch.predictions[each] for each in job.runs], axis=1)
+        truth_TC = truth_that_counts(batch, job.competition.targets)
+        there_T = np.isfinite(stacked_TMC[:, :, 0]).all(axis=1) & np.isfinite(truth_TC[:, 0])
+        fold_T = batch.spread(batch.rows["fold"].to_numpy())
+        scored_N = batch.rows["scored"].to_numpy()
+        turn_N = seen + np.cumsum(scored_N) - 1
+        seen += int(scored_N.sum())
+        drawn_T = there_T & batch.spread(scored_N & (turn_N % stride == 0))
+        drawn.append((stacked_TMC[drawn_T], truth_TC[drawn_T], fold_T[drawn_T]))
+        stacked_TMC, truth_TC = stacked_TMC[there_T], truth_TC[there_T]
+        for place, each in enumerate(job.runs):
+            totals[each].add(stacked_TMC[:, place], truth_TC)
+        totals["mean"].add(stacked_TMC.mean(axis=1), truth_TC)
+    predictions_TMC, truth_TC, fold_T = (np.concatenate(arrays) for arrays in zip(*drawn, strict=True))
+    if not len(truth_TC):
+        raise DataError(
+            f"ensemble: no scored position has predictions of {', '.join(job.runs)}; expected out-of-fold predictions "
+            "of scored sequences. Next: see that data and predictions belong together."
+        )
+    sample = _Sample(predictions_TMC=predictions_TMC, truth_TC=truth_TC, fold_T=fold_T, stride=stride)
+    return sample, totals, list_missing(missing)
+
+
+def _stride(train: Path) -> int:
+    scored = pl.scan_parquet(train).filter("scored").select(pl.col("sequence").str.len_bytes().sum()).collect().item()
+    return max(1, -(-int(scored) // SAMPLE_POSITIONS))
+
+
+_FoldWeights = dict[int | None, np.ndarray]  #: fold -> [C, M] for out-of-fold predictions, None -> [C, M] for the test
+
+
+def _uniform(job: Job) -> _FoldWeights:
+    weights_CM = np.full((len(job.competition.targets), len(job.runs)), 1.0 / len(job.runs))
+    return dict.fromkeys([*job.folds, None], weights_CM)
+
+
+def _only(job: Job, each: str) -> _FoldWeights:
+    weights_CM = np.zeros((len(job.competition.targets), len(job.runs)))
+    weights_CM[:, job.runs.index(each)] = 1.0
+    return dict.fromkeys([*job.folds, None], weights_CM)
+
+
+def _named(job: Job, weights_CM: np.ndarray) -> dict[str, dict[str, float]]:
+    return {
+        target: {each: round(float(weight), 6) for each, weight in zip(job.runs, weights_M, strict=True)}
+        for target, weights_M in zip(job.competition.targets, weights_CM, strict=True)
+    }
+
+
+def _learn(job: Job, sample: _Sample) -> tuple[np.ndarray, _FoldWeights, float]:
+    """Weights from all folds, weights for each fold from the others, and the largest optimality gap of the former."""
+    low, high = job.competition.target_range or (-np.inf, np.inf)
+    truth_TC = np.clip(sample.truth_TC, low, high)
+
+    def fit(here_T: np.ndarray) -> tuple[np.ndarray, float]:
+        fits = [
+            learn_weights(sample.predictions_TMC[here_T, :, place], truth_TC[here_T, place])
+            for place in range(truth_TC.shape[1])
+        ]
+        return np.stack([each.values_M for each in fits]), max(each.gap for each in fits)
+
+    final_CM, gap = fit(np.ones(len(truth_TC), dtype=bool))
+    crossed: _FoldWeights = {}
+    for fold in job.folds:
+        others_T = sample.fold_T != fold
+        crossed[fold] = fit(others_T)[0] if others_T.any() else _uniform(job)[None]
+    return final_CM, crossed, gap
+
+
+def _combine(job: Job, batch: OofBatch, weights: _FoldWeights) -> np.ndarray:
+    """[T, C] float32: weighted mean of the runs; NaN where one of them has no prediction."""
+    weights_FCM = np.stack([weights[fold] for fold in job.folds])
+    place_N = np.searchsorted(job.folds, batch.rows["fold"].to_numpy())
+    place_T = batch.spread(place_N)
+    mean_TC = np.zeros((len(place_T), len(job.competition.targets)))
+    for place, each in enumerate(job.runs):
+        mean_TC += weights_FCM[place_T, :, place] * batch.predictions[each]
+    return mean_TC.astype(np.float32)
+
+
+def _score_weights(job: Job, candidates: Sequence[_FoldWeights]) -> list[_Totals]:
+    totals = [_Totals(job.competition) for _ in candidates]
+    for batch in job.batches("scored", *job.competition.targets, label="score weights"):
+        truth_TC = truth_that_counts(batch, job.competition.targets)
+        for total, weights in zip(totals, candidates, strict=True):
+            mean_TC = _combine(job, batch, weights)
+            there_T = np.isfinite(mean_TC[:, 0]) & np.isfinite(truth_TC[:, 0])
+            total.add(mean_TC[there_T], truth_TC[there_T])
+    return totals
+
+
+def _open_writer(path: Path, targets: Sequence[str], *, fold: bool) -> pq.ParquetWriter:
+    fields = [("sequence_id", pa.string()), *([("fold", pa.uint8())] if fold else [])]
+    schema = pa.schema([*fields, *((target, pa.list_(pa.float32())) for target in targets)])
+    return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
+
+
+def _write_oof(job: Job, weights: _FoldWeights, path: Path) -> int:
+    """Write the cross-fitted out-of-fold table; returns its rows."""
+    written = 0
+    with _open_writer(path, job.competition.targets, fold=True) as writer:
+        for batch in job.batches(label="write oof"):
+            mean_TC = _combine(job, batch, weights)
+            keep_N = ~np.any([batch.missing[each] for each in job.runs], axis=0)
+            mean_TC = mean_TC[batch.spread(keep_N)]
+            rows = batch.rows.filter(pl.Series(keep_N))
+            keys = [pa.array(rows["sequence_id"].to_list(), pa.string()), pa.array(rows["fold"].to_numpy(), pa.uint8())]
+            lists = [as_lists(mean_TC[:, place], batch.lengths_N[keep_N]) for place in range(mean_TC.shape[1])]
+            if rows.height:
+                writer.write_table(pa.Table.from_arrays([*keys, *lists], schema=writer.schema))
+            written += rows.height
+    return written
+
+
+def _write_test(job: Job, weights_CM: np.ndarray, path: Path) -> int:
+    """Write the test table, in the order that all test tables share; returns its rows."""
+    targets, written = job.competition.targets, 0
+    tables = [job.paths.test(each, fold) for each in job.runs for fold in job.folds]
+    weights_KC = np.repeat(weights_CM.T / len(job.folds), len(job.folds), axis=0)  # K tables, runs before folds
+    total = pq.read_metadata(tables[0]).num_rows
+    streams = [read_batches(table, ["sequence_id", *targets]) for table in tables]
+    with _open_writer(path, targets, fold=False) as writer, Bar("write test", total=total, unit="sequences") as bar:
+        while (first := next(streams[0], None)) is not None:
+            others = [_same_rows(stream, first, tables[0], table) for stream, table in _rest(streams, tables)]
+            lengths_N = first[targets[0]].list.len().fill_null(0).to_numpy().astype(np.int64)
+            none_N = np.zeros(first.height, dtype=bool)
+            mean_TC = np.zeros((int(lengths_N.sum()), len(targets)))
+            for batch, table, weights_C in zip([first, *others], tables, weights_KC, strict=True):
+                where = str(table)
+                mean_TC += weights_C * finite_values(batch, lengths_N, targets=targets, missing_N=none_N, where=where)
+            lists = [as_lists(mean_TC[:, place], lengths_N) for place in range(len(targets))]
+            keys = pa.array(first["sequence_id"].to_list(), pa.string())
+            writer.write_table(pa.Table.from_arrays([keys, *lists], schema=writer.schema))
+            written += first.height
+            bar.advance(first.height)
+        for stream, table in _rest(streams, tables):
+            if next(stream, None) is not None:
+                raise _other_rows(tables[0], table, f"more than {written:,} rows")
+    return written
+
+
+def _rest(
+    streams: Sequence[Iterator[pl.DataFrame]], tables: Sequence[Path]
+) -> Iterator[tuple[Iterator[pl.DataFrame], Path]]:
+    return zip(streams[1:], tables[1:], strict=True)
+
+
+def _same_rows(stream: Iterator[pl.DataFrame], first: pl.DataFrame, wanted: Path, table: Path) -> pl.DataFrame:
+    batch = next(stream, None)
+    if batch is None or batch.height != first.height:
+        raise _other_rows(wanted, table, "fewer or more rows")
+    differs = first["sequence_id"] != batch["sequence_id"]
+    if differs.any():
+        at = int(differs.arg_max() or 0)
+        raise _other_rows(wanted, table, f"{batch['sequence_id'][at]!r} where it has {first['sequence_id'][at]!r}")
+    return batch
+
+
+def _other_rows(wanted: Path, table: Path, got: str) -> DataError:
+    return DataError(
+        f"{table}: got {got}; expected the same sequences in the same order as in {wanted}. Next: make predict for "
+        "the fold that is older than the data."
+    )

@@ -1,0 +1,151 @@
+"""Folds and models become one set of predictions: a weighted mean of values, or a choice of structures.
+
+`folds.blend` joins values, `folds.candidates` chooses structures; both read what `Job` names.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import polars as pl
+from rich.table import Table
+
+from folds.blend import blend
+from folds.candidates import choose
+from folds.job import Job
+from pipeline.competitions.base import Competition
+from pipeline.errors import ConfigError
+from pipeline.paths import Paths
+from pipeline.runlog import warn
+from pipeline.stage import Report, run_stage
+from pipeline.tables import open_parquet
+
+VERSION = 1
+
+
+def run(
+    paths: Paths,
+    *,
+    competition: Competition,
+    name: str,
+    runs: Sequence[str],
+    split: str,
+    learn_weights: bool = True,
+    allow_partial: bool = False,
+) -> Report:
+    """Join the folds of every run, and the runs, into ``ensembles/<name>/{oof,test}.parquet`` and ``weights.json``.
+
+    Memory does not grow with the number of sequences, but for one id and fold number of each.
+
+    Args:
+        paths: where the artefacts of the competition live.
+        competition: decides between values and structures, and gives the metric.
+        name: of the ensemble.
+        runs: names below ``runs/``, each trained on `split`.
+        split: whose fold table says what is out of fold.
+        learn_weights: False joins by the plain mean.
+        allow_partial: use the folds that all runs have, instead of refusing when one is missing.
+
+    Raises:
+        ConfigError: no runs, one twice, or a fold of one is not trained or predicted.
+        DataError: predictions of other data, not out of fold, twice for a sequence, or not finite.
+    """
+    _check_names(name, runs)
+    folds, skipped = _find_folds(paths, runs, split=split, allow_partial=allow_partial)
+    inputs = {"train": paths.clean("train"), "folds": paths.fold_table(split)}
+    for each in runs:
+        for fold in folds:
+            inputs |= {
+                f"{each}/fold{fold}/oof": paths.oof(each, fold),
+                f"{each}/fold{fold}/test": paths.test(each, fold),
+            }
+    home = paths.ensemble_dir(name)
+    job = Job(paths=paths, competition=competition, runs=tuple(runs), split=split, folds=folds, skipped=skipped)
+    build = partial(blend, job, learn=learn_weights) if competition.task == "values" else partial(choose, job)
+    return run_stage(
+        "ensemble",
+        inputs=inputs,
+        outputs={
+            "oof": home / "oof.parquet",
+            "test": home / "test.parquet",
+            "weights": home / "weights.json",
+        },
+        params={
+            "version": VERSION,
+            "competition": competition.name,
+            "runs": list(runs),
+            "split": split,
+            "folds": folds,
+            "learn_weights": learn_weights,
+        },
+        build=build,
+    )
+
+
+def _check_names(name: str, runs: Sequence[str]) -> None:
+    if not re.fullmatch(r"[\w.+-]+", name):
+        raise ConfigError(f"NAME={name!r}: expected letters, digits and . _ + - only, as it names files.")
+    if not runs:
+        raise ConfigError("ensemble: no runs given. Next: make train FOLD=0 MODEL=…, and the other folds.")
+    twice = sorted({each for each in runs if list(runs).count(each) > 1})
+    if twice:
+        raise ConfigError(f"ensemble: run {twice[0]!r} is given twice; expected each run once.")
+
+
+def _find_folds(paths: Paths, runs: Sequence[str], *, split: str, allow_partial: bool) -> tuple[list[int], list[int]]:
+    """Folds to use and folds left out, from the fold table and the predictions that are there."""
+    table = paths.fold_table(split)
+    open_parquet(table, ["sequence_id", "fold"]).close()
+    every = pl.read_parquet(table, columns=["fold"])["fold"].unique().sort().to_list()
+    lacking = {
+        (each, fold)
+        for each in runs
+        for fold in every
+        if not (paths.oof(each, fold).is_file() and paths.test(each, fold).is_file())
+    }
+    folds = [fold for fold in every if all((each, fold) not in lacking for each in runs)]
+    if lacking and not (allow_partial and folds):
+        each, fold = min(lacking)
+        model = each.split(".")[0].split("+")[0]
+        verb = "predict" if (paths.fold_dir(each, fold) / "checkpoints").is_dir() else "train"
+        more = f" ({len(lacking)} folds are missing over all runs)" if len(lacking) > 1 else ""
+        raise ConfigError(
+            f"run {each!r} has no predictions of fold {fold} of split {split}{more}. "
+            f"Next: make {verb} FOLD={fold} MODEL={model}."
+        )
+    skipped = [fold for fold in every if fold not in folds]
+    if skipped:
+        warn(f"ensemble: folds {skipped} are not predicted by all runs and are left out; scores cover folds {folds}")
+    return folds, skipped
+
+
+def describe(facts: Mapping[str, Any]) -> Table:
+    """Scores of the runs, of their mean and of the learned weights, as a table for the terminal."""
+    if facts["task"] == "structure":
+        return _describe_structures(facts)
+    targets = facts["targets"]
+    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+    table.add_column(f"{len(facts['folds'])} folds of {facts['split']}, {facts['metric']} out of fold")
+    for column in ("score", *targets, *(f"weight {target}" for target in targets)):
+        table.add_column(column, justify="right")
+    for each in facts["runs"]:
+        score = facts["run_scores"][each]
+        weights = [f"{facts['weights'][target][each]:.3f}" for target in targets]
+        table.add_row(each, f"{score['score']:.4f}", *(f"{score[target]:.4f}" for target in targets), *weights)
+    mean = facts["mean_score"]
+    table.add_row("plain mean", f"{mean['score']:.4f}", *(f"{mean[target]:.4f}" for target in targets))
+    if facts["learned"]:
+        table.add_row("learned, cross-fitted", f"{facts['learned']['score_cross_fitted']:.4f}")
+        table.add_row("learned, in sample (optimistic)", f"{facts['learned']['score_in_sample']:.4f}")
+    table.add_row(f"used: {facts['chosen']}", f"[bold]{facts['score']:.4f}[/]")
+    return table
+
+
+def _describe_structures(facts: Mapping[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(f"{len(facts['folds'])} folds of {facts['split']}")
+    table.add_column("test candidates taken", justify="right")
+    for source, count in sorted(facts["taken_from"].items()):
+        table.add_row(source, f"{count:,}")
+    return table

@@ -1,0 +1,202 @@
+"""Clusters of related sequences, so that no fold holds near-copies of what another fold trains on.
+
+``identity(a, b) = 1 - D / |shorter|``, where D is the least edit distance of the shorter design laid anywhere within
+the longer: the longer's free ends cost nothing, every letter of the shorter without counterpart is an edit. Of two
+equally long designs the better of both ways counts. Tiled windows of 100 nt that are shifted by up to 20 nt are
+therefore at least 80 % identical. The design is what is left without the ends that all sequences of a data set share
+(`folds.flanks`).
+
+Clusters are the connected components (single linkage) of all pairs with at least the given identity, of known groups
+and of exact duplicates; nothing less keeps relatives out of other folds.
+"""
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import polars as pl
+
+from folds.components import find_roots, unite_pairs, unite_rows
+from folds.edit_distance import Packed, distance_rows, pack, pair_distances
+from folds.flanks import Flank, cut_flanks, find_flank
+from folds.seeds import link_by_seeds
+from pipeline.errors import ConfigError
+from pipeline.runlog import Bar
+
+#: Raised when the same sequences give other clusters than before.
+VERSION = 1
+
+Method = Literal["auto", "exact", "seeded", "mmseqs"]
+
+#: Most designs for which "auto" compares all pairs. 13,975 take 9 s on two threads, so these take about 20 s.
+EXHAUSTIVE = 20_000
+
+#: Unrelated designs reach 55 % (50 nt within 103 nt); below this threshold everything hangs together.
+MIN_PERCENT = 65
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clusters:
+    """Which sequences belong together."""
+
+    cluster: list[str]  #: per row: the smallest sequence_id of its cluster
+    facts: dict[str, Any]
+
+
+def identity(first: str, second: str) -> float:
+    """Identity of two designs as the module defines it, 0 to 1.
+
+    >>> identity("GGAAACUUCC", "AGGAAACUUCG"), identity("A", "C")
+    (0.9, 0.0)
+    """
+    distance = pair_distances(pack([first, second]), np.array([0]), np.array([1]))
+    return 1.0 - int(distance[0]) / min(len(first), len(second))
+
+
+def find_designs(sequences: Sequence[str], datasets: Sequence[str]) -> tuple[list[str], dict[str, Flank]]:
+    """Sequences without the ends that are constant in their data set, and those ends."""
+    members: dict[str, list[str]] = {}
+    for sequence, dataset in zip(sequences, datasets, strict=True):
+        members.setdefault(dataset, []).append(sequence)
+    flanks = {dataset: find_flank(members[dataset]) for dataset in sorted(members)}
+    pairs = zip(sequences, datasets, strict=True)
+    return [sequence[cut_flanks(sequence, flanks[dataset])] for sequence, dataset in pairs], flanks
+
+
+def find_clusters(table: pl.DataFrame, *, percent: int, method: Method = "auto") -> Clusters:
+    """Cluster sequences so that two of at least `percent` % identity, of one group or of one design are together.
+
+    Args:
+        table: ``sequence_id, sequence, dataset_name, group`` (null = no known relatives), sorted by sequence_id.
+        percent: least identity of relatives, `MIN_PERCENT` to 100.
+        method: how pairs are found, besides groups and duplicates.
+            ``exact``: all pairs are compared; the definition holds to the letter.
+            ``seeded``: pairs that share a seed are compared (`folds.seeds`); linear, misses few (`folds.bench`).
+            ``mmseqs``: clusters of MMseqs2, whose greedy search misses many pairs (`folds.bench`).
+            ``auto``: exact up to `EXHAUSTIVE` designs, else seeded. MMseqs2 is never chosen: on 14,035 sequences it
+            takes longer than the exhaustive comparison and leaves relatives apart, and folds should not depend on what
+            a machine has installed.
+
+    Raises:
+        ConfigError: unknown method, threshold out of range, MMseqs2 asked for and not there.
+    """
+    _check_options(percent, method)
+    designs, flanks = find_designs(table["sequence"].to_list(), table["dataset_name"].to_list())
+    texts = sorted(set(designs), key=lambda text: (len(text), text))
+    place_of = {text: place for place, text in enumerate(texts)}
+    places_N = np.array([place_of[design] for design in designs], dtype=np.int64)
+    parent_U = np.arange(len(texts))
+    _unite_groups(parent_U, places_N, table["group"])
+    if method == "auto":
+        method = "exact" if len(texts) <= EXHAUSTIVE else "seeded"
+    facts: dict[str, Any] = {"method": method, "percent": percent, "sequences": len(designs), "designs": len(texts)}
+    if method == "mmseqs":
+        facts["program"] = _link_by_mmseqs(texts, parent_U, percent)
+    else:
+        link(pack(texts), parent_U, percent=percent, method=method)
+    cluster = _name_clusters(table["sequence_id"].to_list(), find_roots(parent_U)[places_N])
+    facts["flanks"] = {dataset: flank._asdict() for dataset, flank in flanks.items()}
+    return Clusters(cluster=cluster, facts=facts)
+
+
+def _check_options(percent: int, method: str) -> None:
+    if method not in get_args(Method):
+        raise ConfigError(f"METHOD={method!r} is not known; expected one of {', '.join(get_args(Method))}.")
+    if not MIN_PERCENT <= percent <= 100:
+        raise ConfigError(
+            f"identity threshold {percent} %: expected {MIN_PERCENT} to 100, as unrelated sequences reach 55 %. "
+            "Next: sim80 is the usual one."
+        )
+
+
+def _unite_groups(parent_U: np.ndarray, places_N: np.ndarray, group: pl.Series) -> None:
+    first_of: dict[str, int] = {}
+    rows = [(first_of.setdefault(name, place), place) for name, place in zip(group, places_N, strict=True) if name]
+    if rows:
+        unite_pairs(parent_U, *np.array(rows, dtype=np.int64).T.copy())
+
+
+def _name_clusters(ids: Sequence[str], labels_N: np.ndarray) -> list[str]:
+    smallest: dict[int, str] = {}
+    for label, sequence_id in zip(labels_N.tolist(), ids, strict=True):
+        smallest[label] = min(smallest.get(label, sequence_id), sequence_id)
+    return [smallest[label] for label in labels_N.tolist()]
+
+
+def most_edits(lengths_N: np.ndarray, percent: int) -> np.ndarray:
+    """Largest distance at which a design, as the shorter of a pair, is at least `percent` % identical."""
+    return (100 - percent) * lengths_N // 100
+
+
+def link(packed: Packed, parent_N: np.ndarray, *, percent: int, method: Literal["exact", "seeded"]) -> None:
+    """Join, in place, the designs of at least `percent` % identity.
+
+    Args:
+        packed: N designs, sorted by length.
+        parent_N: int64 union-find forest, see `folds.components`.
+        percent: least identity of relatives.
+        method: compare all pairs, or those that share a seed.
+    """
+    limits_N = most_edits(packed.lengths_N, percent)
+    if method == "seeded":
+        link_by_seeds(packed, parent_N, limits_N)
+        return
+    labels_N = find_roots(parent_N)
+    with Bar("cluster, all pairs", total=packed.lengths_N.size, unit="sequences") as bar:
+        for first, distances_RN in distance_rows(packed, labels_N):
+            unite_rows(parent_N, first, distances_RN, limits_N)
+            labels_N[:] = find_roots(parent_N)
+            bar.advance(len(distances_RN))
+
+
+def _link_by_mmseqs(texts: Sequence[str], parent_U: np.ndarray, percent: int) -> str:
+    if not shutil.which("mmseqs"):
+        raise ConfigError("METHOD=mmseqs: no program mmseqs on the PATH. Next: install MMseqs2, or leave METHOD away.")
+    with tempfile.TemporaryDirectory() as folder:
+        pairs_P2 = mmseqs_pairs(texts, percent=percent, folder=Path(folder))
+    unite_pairs(parent_U, *pairs_P2.T.copy())
+    said = subprocess.run(["mmseqs", "version"], capture_output=True, text=True, check=True)
+    return f"MMseqs2 {said.stdout.strip()}"
+
+
+def mmseqs_pairs(
+    texts: Sequence[str], *, percent: int, folder: Path, command: str = "easy-cluster", threads: int = 2
+) -> np.ndarray:
+    """Pairs (representative, member) of MMseqs2's clusters of nucleotide sequences.
+
+    Args:
+        texts: sequences.
+        percent: least identity; coverage is at least 80 % of the longer.
+        folder: scratch.
+        command: ``easy-cluster`` or ``easy-linclust``.
+        threads: of MMseqs2.
+
+    Returns:
+        [P, 2] int64, places in `texts`.
+
+    Raises:
+        ConfigError: the program failed; the message ends with its last line.
+
+    Source:
+        options for nucleotides: soedinglab/MMseqs2#836 (contiguous k-mers, greedy clusters as cd-hit-est makes them).
+    """
+    fasta = folder / "designs.fasta"
+    fasta.write_text("".join(f">{place}\n{text}\n" for place, text in enumerate(texts)))
+    options = ["--min-seq-id", str(percent / 100), "-c", "0.8", "--cov-mode", "0", "--dbtype", "2", "-v", "1"]
+    options += ["--spaced-kmer-mode", "0", "--cluster-mode", "2", "--threads", str(threads)]
+    done = subprocess.run(
+        ["mmseqs", command, str(fasta), str(folder / "out"), str(folder / "tmp"), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        raise ConfigError(f"mmseqs {command} failed with code {done.returncode}: {' '.join(said)}. Next: METHOD=auto.")
+    rows = (folder / "out_cluster.tsv").read_text().split()
+    return np.array(rows, dtype=np.int64).reshape(-1, 2)

@@ -1,0 +1,69 @@
+"""From hidden layers to what a competition asks for. Letters: B batch, L length, D width, C channel, K bin."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from models.layers.masked import zero_pads
+from models.layers.precision import at_least_float32
+
+DISTANCE_RANGE = (4.0, 60.0)  # Å; C1'–C1' is 5.4 between neighbours and 10.4 in a Watson–Crick pair
+
+
+class DistanceBins(NamedTuple):
+    """Where distance bins end and what each stands for, in Å."""
+
+    edges: list[float]  # K - 1; bin k holds edges[k-1] <= distance < edges[k], the first and last are open
+    centres: list[float]  # K; half a bin beyond the edge for the two open bins
+
+
+def distance_bins(num_bins: int) -> DistanceBins:
+    """Equal bins over `DISTANCE_RANGE`, with an open one at each end.
+
+    Raises:
+        ValueError: fewer than three bins.
+
+    >>> distance_bins(4)
+    DistanceBins(edges=[4.0, 32.0, 60.0], centres=[-10.0, 18.0, 46.0, 74.0])
+    """
+    if num_bins < 3:
+        raise ValueError(f"distance_bins: got {num_bins}; expected at least 3.")
+    low, high = DISTANCE_RANGE
+    step = (high - low) / (num_bins - 2)
+    edges = [low + step * k for k in range(num_bins - 1)]
+    return DistanceBins(edges, [edges[0] - step / 2, *(edge + step / 2 for edge in edges)])
+
+
+class ValuesHead(nn.Module):
+    """One value per nucleotide and channel, in float32, zero under the padding."""
+
+    def __init__(self, width: int, *, num_channels: int, gru: bool = False) -> None:
+        super().__init__()
+        self.gru = PackedGru(width) if gru else None
+        self.linear = nn.Linear(width, num_channels)
+
+    def forward(self, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """[B, L, D] to [B, L, C]."""
+        with torch.autocast(x_BLD.device.type, enabled=False):
+            x_BLD = at_least_float32(x_BLD)
+            if self.gru is not None:
+                x_BLD = x_BLD + self.gru(x_BLD, mask_BL)
+            return zero_pads(self.linear(x_BLD), mask_BL)
+
+
+class PackedGru(nn.Module):
+    """Bidirectional GRU that never steps onto the padding, which has to stand on the right."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        if width % 2:
+            raise ValueError(f"GRU head: got width {width}; expected an even one, half for each direction.")
+        self.gru = nn.GRU(width, width // 2, batch_first=True, bidirectional=True)
+
+    def forward(self, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """[B, L, D] to [B, L, D]."""
+        lengths_B = mask_BL.sum(1).cpu()
+        packed = pack_padded_sequence(x_BLD, lengths_B, batch_first=True, enforce_sorted=False)
+        return pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=x_BLD.shape[1])[0]

@@ -1,0 +1,270 @@
+// Mamba-1 selective scan on the CPU, forward and backward, fused and without storing any [B, L, E, N] tensor.
+//
+//   h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t,      y_t = sum_n C_t h_t + D u_t
+//
+// Letters: B batch, L length, E channels, N state. Tensors are contiguous float32: u, delta, y [B, L, E];
+// A [E, N]; B, C [B, L, N]; D [E]. Channels are the SIMD lanes, the state lives in registers, time is the inner loop.
+// The forward keeps the state at the start of every chunk; the backward recomputes the states of one chunk at a time.
+// Source: Gu and Dao 2023, arXiv 2312.00752, algorithm 2 and appendix D (recomputation).
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int kLanes = 16;     // channels a block; one AVX-512 or two AVX2 registers
+constexpr int64_t kChunk = 32; // time steps whose states the backward keeps; 64 KiB of scratch at N = 16
+
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t IVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+inline Vec splat(float x) { return Vec{} + x; }
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+
+inline float sum(Vec v) {
+  float s = 0.f;
+  for (int i = 0; i < kLanes; ++i) s += v[i];
+  return s;
+}
+
+// exp(x) for x <= 0, relative error below 2e-7: 2^n times a degree-6 polynomial on |r| <= ln(2)/2 (Cephes expf).
+inline Vec exp_neg(Vec x) {
+  const Vec low = splat(-87.f);
+  x = x < low ? low : x;
+  const Vec magic = splat(12582912.f); // 1.5 * 2^23: adding it rounds to an integer
+  Vec n = (x * 1.44269504f + magic);
+  const IVec bits = (reinterpret_cast<IVec&>(n) << 23) + (127 << 23);
+  n = n - magic;
+  Vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  return p * reinterpret_cast<const Vec&>(bits);
+}
+
+struct Shape {
+  int64_t B, L, E, N, chunks, blocks, padded; // padded = E rounded up to whole blocks
+};
+
+Shape shape_of(const at::Tensor& u, const at::Tensor& A) {
+  Shape s{u.size(0), u.size(1), u.size(2), A.size(1), 0, 0, 0};
+  s.chunks = (s.L + kChunk - 1) / kChunk;
+  s.blocks = (s.E + kLanes - 1) / kLanes;
+  s.padded = s.blocks * kLanes;
+  return s;
+}
+
+// Rows of channels whose last block is not full are read and written through a padded buffer.
+inline Vec load_row(const float* row, int64_t e, int64_t E) {
+  if (e + kLanes <= E) return load(row + e);
+  Vec v{};
+  std::memcpy(&v, row + e, (E - e) * sizeof(float));
+  return v;
+}
+
+inline void store_row(float* row, int64_t e, int64_t E, Vec v) {
+  std::memcpy(row + e, &v, std::min<int64_t>(kLanes, E - e) * sizeof(float));
+}
+
+// A [E, N] -> [blocks, N, lanes]
+std::vector<float> lanes_of(const float* A, const Shape& s) {
+  std::vector<float> out(s.padded * s.N, 0.f);
+  for (int64_t e = 0; e < s.E; ++e)
+    for (int64_t n = 0; n < s.N; ++n) out[(e / kLanes * s.N + n) * kLanes + e % kLanes] = A[e * s.N + n];
+  return out;
+}
+
+inline int64_t at_time(int64_t step, int64_t L, bool reverse) { return reverse ? L - 1 - step : step; }
+
+template <int kN>
+void forward_block(const Shape& s, bool reverse, int64_t b, int64_t block, const float* u, const float* delta,
+                   const float* lanes_A, const float* Bm, const float* C, const float* D, float* y, float* starts) {
+  const int64_t N = kN > 0 ? kN : s.N, e = block * kLanes;
+  Vec h[kN > 0 ? kN : 256] = {};
+  const float* A = lanes_A + block * N * kLanes;
+  const Vec d_skip = load_row(D, e, s.E);
+  for (int64_t step = 0; step < s.L; ++step) {
+    if (step % kChunk == 0) {
+      float* start = starts + (((b * s.chunks + step / kChunk) * s.blocks + block) * N) * kLanes;
+      for (int64_t n = 0; n < N; ++n) store(start + n * kLanes, h[n]);
+    }
+    const int64_t row = b * s.L + at_time(step, s.L, reverse);
+    const Vec ut = load_row(u + row * s.E, e, s.E), dt = load_row(delta + row * s.E, e, s.E), x = ut * dt;
+    const float *bt = Bm + row * N, *ct = C + row * N;
+    Vec acc = ut * d_skip;
+    for (int64_t n = 0; n < N; ++n) {
+      h[n] = exp_neg(dt * load(A + n * kLanes)) * h[n] + x * bt[n];
+      acc += h[n] * ct[n];
+    }
+    store_row(y + row * s.E, e, s.E, acc);
+  }
+}
+
+struct Grads {
+  float *u, *delta, *A, *B, *C, *D;
+};
+
+// One chunk of one block: recompute its states, then walk back through it.
+template <int kN>
+void backward_chunk(const Shape& s, bool reverse, int64_t b, int64_t block, int64_t chunk, const float* u,
+                    const float* delta, const float* lanes_A, const float* Bm, const float* C, const float* D,
+                    const float* starts, const float* dy, Vec* gh, Vec* gA, Vec& gD, Vec* decay, Vec* state, Vec* gB,
+                    Vec* gC, const Grads& g) {
+  const int64_t N = kN > 0 ? kN : s.N, e = block * kLanes;
+  const int64_t first = chunk * kChunk, steps = std::min(kChunk, s.L - first);
+  const float* A = lanes_A + block * N * kLanes;
+  const float* start = starts + (((b * s.chunks + chunk) * s.blocks + block) * N) * kLanes;
+  for (int64_t n = 0; n < N; ++n) state[n] = load(start + n * kLanes);
+  for (int64_t i = 0; i < steps; ++i) {
+    const int64_t row = b * s.L + at_time(first + i, s.L, reverse);
+    const Vec dt = load_row(delta + row * s.E, e, s.E), x = dt * load_row(u + row * s.E, e, s.E);
+    const float* bt = Bm + row * N;
+    for (int64_t n = 0; n < N; ++n) {
+      decay[i * N + n] = exp_neg(dt * load(A + n * kLanes));
+      state[(i + 1) * N + n] = decay[i * N + n] * state[i * N + n] + x * bt[n];
+    }
+  }
+  const Vec d_skip = load_row(D, e, s.E);
+  for (int64_t i = steps - 1; i >= 0; --i) {
+    const int64_t row = b * s.L + at_time(first + i, s.L, reverse);
+    const Vec ut = load_row(u + row * s.E, e, s.E), dt = load_row(delta + row * s.E, e, s.E);
+    const Vec dyt = load_row(dy + row * s.E, e, s.E), x = ut * dt;
+    const float *bt = Bm + row * N, *ct = C + row * N;
+    Vec gx{}, gdt{};
+    for (int64_t n = 0; n < N; ++n) {
+      const Vec total = gh[n] + dyt * ct[n];
+      gC[i * N + n] += dyt * state[(i + 1) * N + n];
+      gB[i * N + n] += total * x;
+      gx += total * bt[n];
+      const Vec carried = total * decay[i * N + n], through = carried * state[i * N + n];
+      gdt += through * load(A + n * kLanes);
+      gA[n] += through * dt;
+      gh[n] = carried;
+    }
+    gD += dyt * ut;
+    store_row(g.u + row * s.E, e, s.E, gx * dt + dyt * d_skip);
+    store_row(g.delta + row * s.E, e, s.E, gdt + gx * ut);
+  }
+}
+
+template <typename Run>
+void with_state(int64_t N, Run run) {
+  switch (N) {
+    case 4: run(std::integral_constant<int, 4>{}); break;
+    case 8: run(std::integral_constant<int, 8>{}); break;
+    case 16: run(std::integral_constant<int, 16>{}); break;
+    default: run(std::integral_constant<int, 0>{});
+  }
+}
+
+void check(const at::Tensor& u, const at::Tensor& A) {
+  TORCH_CHECK(u.dim() == 3 && A.dim() == 2 && A.size(0) == u.size(2), "selective_scan: shapes do not fit");
+  TORCH_CHECK(A.size(1) <= 256, "selective_scan: state size ", A.size(1), " is above 256");
+}
+
+std::tuple<at::Tensor, at::Tensor> scan_forward(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A,
+                                                const at::Tensor& Bm, const at::Tensor& C, const at::Tensor& D,
+                                                bool reverse) {
+  check(u, A);
+  const Shape s = shape_of(u, A);
+  at::Tensor y = at::empty(u.sizes(), u.options());
+  at::Tensor starts = at::empty({s.B, s.chunks, s.blocks, s.N, kLanes}, u.options());
+  const std::vector<float> lanes_A = lanes_of(A.const_data_ptr<float>(), s);
+  const float *pu = u.const_data_ptr<float>(), *pd = delta.const_data_ptr<float>(), *pB = Bm.const_data_ptr<float>(),
+              *pC = C.const_data_ptr<float>(), *pD = D.const_data_ptr<float>();
+  float *py = y.mutable_data_ptr<float>(), *ps = starts.mutable_data_ptr<float>();
+  with_state(s.N, [&](auto state) {
+    at::parallel_for(0, s.B * s.blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        forward_block<decltype(state)::value>(s, reverse, i / s.blocks, i % s.blocks, pu, pd, lanes_A.data(), pB, pC,
+                                              pD, py, ps);
+    });
+  });
+  return {y, starts};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> scan_backward(
+    const at::Tensor& dy, const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A, const at::Tensor& Bm,
+    const at::Tensor& C, const at::Tensor& D, const at::Tensor& starts, bool reverse) {
+  check(u, A);
+  const Shape s = shape_of(u, A);
+  at::Tensor du = at::empty(u.sizes(), u.options()), ddelta = at::empty(u.sizes(), u.options());
+  // An item is one sequence and a share of the channel blocks; shares keep every thread busy when the batch is small.
+  const int64_t threads = at::get_num_threads();
+  const int64_t shares = std::min(s.blocks, std::max<int64_t>(1, (2 * threads + s.B - 1) / s.B));
+  at::Tensor dB = at::zeros({shares, s.B, s.L, s.N}, u.options()), dC = at::zeros({shares, s.B, s.L, s.N}, u.options());
+  at::Tensor dA = at::empty({s.B, s.blocks, s.N, kLanes}, u.options()), dD = at::empty({s.B, s.padded}, u.options());
+  const std::vector<float> lanes_A = lanes_of(A.const_data_ptr<float>(), s);
+  const float *pu = u.const_data_ptr<float>(), *pd = delta.const_data_ptr<float>(), *pB = Bm.const_data_ptr<float>(),
+              *pC = C.const_data_ptr<float>(), *pD = D.const_data_ptr<float>(), *ps = starts.const_data_ptr<float>(),
+              *pdy = dy.const_data_ptr<float>();
+  const Grads g{du.mutable_data_ptr<float>(), ddelta.mutable_data_ptr<float>(), dA.mutable_data_ptr<float>(),
+                dB.mutable_data_ptr<float>(), dC.mutable_data_ptr<float>(),     dD.mutable_data_ptr<float>()};
+  with_state(s.N, [&](auto state_size) {
+    constexpr int kN = decltype(state_size)::value;
+    at::parallel_for(0, s.B * shares, 1, [&](int64_t begin, int64_t end) {
+      const int64_t N = s.N;
+      std::vector<Vec> decay(kChunk * N), state((kChunk + 1) * N), gB(kChunk * N), gC(kChunk * N);
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t b = item / shares, share = item % shares;
+        const int64_t lo = share * s.blocks / shares, hi = (share + 1) * s.blocks / shares;
+        std::vector<Vec> gh((hi - lo) * N), gA((hi - lo) * N), gD(hi - lo);
+        for (int64_t chunk = s.chunks - 1; chunk >= 0; --chunk) {
+          std::fill(gB.begin(), gB.end(), Vec{});
+          std::fill(gC.begin(), gC.end(), Vec{});
+          for (int64_t block = lo; block < hi; ++block)
+            backward_chunk<kN>(s, reverse, b, block, chunk, pu, pd, lanes_A.data(), pB, pC, pD, ps, pdy,
+                               &gh[(block - lo) * N], &gA[(block - lo) * N], gD[block - lo], decay.data(),
+                               state.data(), gB.data(), gC.data(), g);
+          const int64_t first = chunk * kChunk, steps = std::min(kChunk, s.L - first);
+          for (int64_t i = 0; i < steps; ++i) {
+            const int64_t row = ((share * s.B + b) * s.L + at_time(first + i, s.L, reverse)) * N;
+            for (int64_t n = 0; n < N; ++n) {
+              g.B[row + n] = sum(gB[i * N + n]);
+              g.C[row + n] = sum(gC[i * N + n]);
+            }
+          }
+        }
+        for (int64_t block = lo; block < hi; ++block) {
+          for (int64_t n = 0; n < N; ++n) store(g.A + ((b * s.blocks + block) * N + n) * kLanes, gA[(block - lo) * N + n]);
+          store(g.D + b * s.padded + block * kLanes, gD[block - lo]);
+        }
+      }
+    });
+  });
+  at::Tensor dA_EN = dA.sum(0).permute({0, 2, 1}).reshape({s.padded, s.N}).narrow(0, 0, s.E).contiguous();
+  return {du, ddelta, dA_EN, dB.sum(0), dC.sum(0), dD.sum(0).narrow(0, 0, s.E).contiguous()};
+}
+
+} // namespace
+
+TORCH_LIBRARY(rna_scan, m) {
+  m.def("forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, bool reverse) -> (Tensor, Tensor)");
+  m.def(
+      "backward(Tensor dy, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor starts, "
+      "bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(rna_scan, CPU, m) {
+  m.impl("forward", &scan_forward);
+  m.impl("backward", &scan_backward);
+}

@@ -1,0 +1,508 @@
+"""Base-pair probabilities of every sequence by ViennaRNA, computed once and kept in one keyed file.
+
+The file has one row per sequence of the clean tables: the pairs above a cut-off, and what is left unpaired. Sequences
+that an earlier file holds are copied; the others are computed in worker processes, part by part, and every finished
+part outlives an interruption.
+
+This module is what the workers import: standard library, numpy and pyarrow, no polars (it hangs in copied processes)
+and no torch.
+
+Letters: L length (nt), K pairs of one sequence, N sequences.
+"""
+
+import functools
+import hashlib
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from pipeline.errors import ConfigError, DataError, PipelineError, StoppedError, StorageError
+from pipeline.paths import Paths
+from pipeline.runlog import Bar, say
+from pipeline.stage import Report, run_stage, sha256_file
+from pipeline.training.stop import StopRequest, run_lock
+
+#: Pairs less likely than this are not kept; a nucleotide's unpaired share is summed before.
+MIN_PROBABILITY = 1e-3
+#: Sequences up to this length are folded as a whole, nt: 3 s and 100 MiB at 1,200 nt, and time grows with the cube.
+MAX_WHOLE = 1200
+#: Longer ones are folded in windows, nt. A pair counts as the window whose middle is nearest to it says; all pairs up
+#: to WINDOW / 2 apart lie in that window, none beyond WINDOW is found. 4,640 nt take 20 s instead of two minutes.
+WINDOW = 1000
+
+_ROWS = 1024  # of a row group of the result
+_MAX_PART_ROWS = 2048
+_PART_SECONDS = 8.0  # of work in a part: what an interruption loses
+_WORTH_A_WORKER = 5.0  # seconds of work that pay for starting another process
+_OVERFLOW = 1e4  # kcal/mol; ViennaRNA's "infinite" ensemble energy is 1e5
+
+
+class PairProbabilities(NamedTuple):
+    """Base-pair probabilities of one sequence; positions are 0-based, ``i < j``."""
+
+    unpaired_L: np.ndarray  # float32 in [0, 1]: 1 minus the sum over all pairs, the rare ones included
+    i_K: np.ndarray  # uint16
+    j_K: np.ndarray  # uint16
+    p_K: np.ndarray  # float32, at least MIN_PROBABILITY
+
+
+def available() -> tuple[bool, str]:
+    """Whether ViennaRNA can be used, and which version, or why not."""
+    try:
+        importlib.import_module("RNA")
+    except ImportError as err:
+        return False, (
+            f"ViennaRNA is not usable ({err}): models with use_bpp=false work without it. "
+            "Next: pip install ViennaRNA, or the extra 'bpp'"
+        )
+    return True, f"{metadata.version('ViennaRNA')}: base-pair probabilities can be computed"
+
+
+def run(paths: Paths, *, workers: int | None = None) -> Report:
+    """Compute the base-pair probabilities of all sequences of the clean train and test tables.
+
+    Args:
+        paths: artefacts of one competition; ``clean/train`` and ``clean/test`` are read, ``bpp/bpp.parquet`` written.
+        workers: processes; by default one per CPU this process may use.
+
+    Returns:
+        Report with the output ``bpp``.
+
+    Raises:
+        ConfigError: ViennaRNA is not installed and the file is not there, or `workers` makes no sense.
+        DataError: a clean table is missing.
+        StoppedError: a signal came; finished parts are kept and the next call goes on from them.
+        StorageError: a worker was killed, most likely for memory, or the disk is full.
+    """
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers={workers}: expected at least 1. Next: leave it out for one per CPU.")
+    params = {
+        "version": 1,
+        "program": "ViennaRNA",
+        "program_version": _program_version(paths),
+        "min_probability": MIN_PROBABILITY,
+        "max_whole": MAX_WHOLE,
+        "window": WINDOW,
+    }
+    inputs = {table: paths.clean(table) for table in ("train", "test")}
+    with run_lock(paths.bpp.parent):
+        report = run_stage(
+            "bpp",
+            inputs=inputs,
+            outputs={"bpp": paths.bpp},
+            params=params,
+            build=lambda parts: _build(parts["bpp"], inputs=inputs, paths=paths, params=params, workers=workers),
+        )
+        shutil.rmtree(_parts_dir(paths), ignore_errors=True)
+    return report
+
+
+def load_bpp(path: Path, sequences: Sequence[str]) -> list[PairProbabilities]:
+    """Base-pair probabilities of some sequences, in their order; the file is streamed once.
+
+    Args:
+        path: ``bpp.parquet``.
+        sequences: letters of ``ALPHABET``; repetitions are fine.
+
+    Raises:
+        DataError: the file is missing or damaged, or lacks one of the sequences.
+    """
+    found = dict.fromkeys(sequences, cast(PairProbabilities, None))
+    source = _Source(path)
+    for group in range(source.groups):
+        table = source.group(group)
+        columns = [_split(table[name]) for name in ("unpaired", "i", "j", "p")]
+        for sequence, *values in zip(table["sequence"].to_pylist(), *columns, strict=True):
+            if sequence in found:
+                found[sequence] = PairProbabilities(*values)
+    missing = [sequence for sequence, values in found.items() if values is None]
+    if missing:
+        raise DataError(
+            f"{path}: no base-pair probabilities for {len(missing)} of {len(found)} sequences (such as "
+            f"{missing[0][:20]}…); expected all. Next: make bpp."
+        )
+    return [found[sequence] for sequence in sequences]
+
+
+def _split(column: Any) -> list[np.ndarray]:
+    lists = column.combine_chunks()
+    return np.split(lists.flatten().to_numpy(), np.cumsum(lists.value_lengths().to_numpy())[:-1])
+
+
+def fold(sequence: str) -> PairProbabilities:
+    """Base-pair probabilities of one sequence.
+
+    Sequences longer than ``MAX_WHOLE`` are folded in overlapping windows; where the windows disagree so that a
+    nucleotide would be paired more than once, its probabilities are scaled down.
+
+    Source:
+        McCaskill 1990, as ViennaRNA computes it (Turner 2004 parameters, 37 °C, dangles 2).
+    """
+    length, pieces = len(sequence), []
+    for start, stop, first, last in _windows(length):
+        bpp_LL = _fold_whole(sequence[start:stop])
+        i_K, j_K = np.nonzero(bpp_LL)
+        p_K, i_K, j_K = bpp_LL[i_K, j_K], i_K + start, j_K + start
+        mine = (i_K + j_K >= 2 * first) & (i_K + j_K < 2 * last)
+        pieces.append((i_K[mine], j_K[mine], p_K[mine]))
+    i_K, j_K, p_K = (np.concatenate(column) for column in zip(*pieces, strict=True))
+    total_L = _row_sums(i_K, j_K, p_K, length)
+    excess_L = np.maximum(total_L, 1.0)
+    p_K = p_K / np.maximum(excess_L[i_K], excess_L[j_K])
+    unpaired_L = 1.0 - _row_sums(i_K, j_K, p_K, length)
+    kept = np.lexsort((j_K, i_K))
+    kept = kept[p_K[kept] >= MIN_PROBABILITY]
+    return PairProbabilities(
+        unpaired_L.clip(0.0, 1.0).astype(np.float32),
+        i_K[kept].astype(np.uint16),
+        j_K[kept].astype(np.uint16),
+        p_K[kept].astype(np.float32),
+    )
+
+
+def _windows(length: int) -> Iterator[tuple[int, int, float, float]]:
+    """Start and stop of every window, and the range of pair middles that it speaks for."""
+    if length <= MAX_WHOLE:
+        yield 0, length, 0.0, float(length)
+        return
+    starts = [*range(0, length - WINDOW, WINDOW // 2), length - WINDOW]
+    borders = [0.0, *((a + b + WINDOW) / 2 for a, b in itertools.pairwise(starts)), float(length)]
+    for start, first, last in zip(starts, borders[:-1], borders[1:], strict=True):
+        yield start, start + WINDOW, first, last
+
+
+def _row_sums(i_K: np.ndarray, j_K: np.ndarray, p_K: np.ndarray, length: int) -> np.ndarray:
+    return np.bincount(i_K, p_K, minlength=length) + np.bincount(j_K, p_K, minlength=length)
+
+
+def _fold_whole(sequence: str) -> np.ndarray:
+    """[L, L] float64, upper triangle."""
+    rna = importlib.import_module("RNA")
+    compound = rna.fold_compound(sequence)
+    if compound.pf()[1] >= _OVERFLOW:
+        # The default scale expects an average sequence. Scaling by the minimum free energy costs 40 % more time at
+        # 170 nt, so only those that need it get it: very stable or very long ones.
+        compound.exp_params_rescale(compound.mfe()[1])
+        if compound.pf()[1] >= _OVERFLOW:
+            raise DataError(
+                f"sequence {sequence[:20]}… of {len(sequence)} nt: its partition function overflows; expected a "
+                "foldable sequence. Next: remove it from the clean tables."
+            )
+    return np.asarray(compound.bpp())[1:, 1:]
+
+
+def _seconds(length: int) -> float:
+    """Time to fold a sequence on one core of the machine it was measured on: 25 ms at 170 nt, 5.7 s at 1,500 nt."""
+    if length > MAX_WHOLE:
+        return (2 * length / WINDOW) * _seconds(WINDOW)
+    return 6.5e-7 * length**2 + 1.25e-9 * length**3
+
+
+def _parts_dir(paths: Paths) -> Path:
+    return paths.bpp.parent / "parts"
+
+
+def _program_version(paths: Paths) -> str:
+    """The version that computes; without ViennaRNA, the one that computed the file, which may still be current."""
+    usable, reason = available()
+    if usable:
+        return metadata.version("ViennaRNA")
+    done = _recorded(paths)
+    if done is None:
+        raise ConfigError(f"bpp: {reason}.")
+    return done["params"]["program_version"]
+
+
+def _recorded(paths: Paths) -> dict[str, Any] | None:
+    """Manifest of an earlier, undamaged result."""
+    try:
+        done = json.loads((paths.bpp.parent / "bpp.manifest.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    intact = paths.bpp.is_file() and sha256_file(paths.bpp) == done["outputs"]["bpp"]
+    return done if intact else None
+
+
+def _build(
+    out: Path, *, inputs: dict[str, Path], paths: Paths, params: dict[str, Any], workers: int | None
+) -> dict[str, Any]:
+    usable, reason = available()
+    if not usable:
+        raise ConfigError(f"bpp: {reason}.")
+    wanted = _unique_sequences(inputs.values())
+    sources = _sources(paths, params)
+    missing = _locate(wanted, sources).missing
+    if missing.size:
+        say(f"bpp: {missing.size:,} sequences to fold, {len(wanted) - missing.size:,} are there already")
+        _compute([wanted[k] for k in missing], folder=_parts_dir(paths), params=params, workers=workers)
+        sources = _sources(paths, params)
+    pairs = _merge(wanted, sources, out)
+    return {
+        "sequences": len(wanted),
+        "computed": int(missing.size),
+        "in_windows": sum(len(sequence) > MAX_WHOLE for sequence in wanted),
+        "pairs": pairs,
+    }
+
+
+def _unique_sequences(tables: Any) -> list[str]:
+    import pyarrow.parquet as pq
+
+    found: set[str] = set()
+    for path in tables:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=["sequence"]):
+                found.update(batch["sequence"].to_pylist())
+    return sorted(found)
+
+
+class _Source:
+    """A file of finished rows, read a row group at a time."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.path = path
+        try:
+            with pq.ParquetFile(path) as file:
+                counts = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
+                self.tag = (file.schema_arrow.metadata or {}).get(b"bpp", b"").decode()
+        except (pa.ArrowException, OSError) as err:
+            raise DataError(f"{path}: not a readable parquet file ({err}). Next: make bpp.") from err
+        self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self.groups = len(counts)
+        self.group = functools.lru_cache(maxsize=2)(self._group)
+
+    def _group(self, number: int) -> Any:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
+                return file.read_row_group(number).combine_chunks()
+        except (pa.ArrowException, OSError) as err:
+            raise DataError(f"{self.path}: damaged ({err}). Next: remove it, then make bpp.") from err
+
+    def sequences(self) -> Iterator[str]:
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(self.path) as file:
+            for batch in file.iter_batches(columns=["sequence"]):
+                yield from batch["sequence"].to_pylist()
+
+    def rows(self, rows: np.ndarray) -> Iterator[Any]:
+        """Tables of some rows, given in rising order."""
+        group_of_row = np.searchsorted(self.starts, rows, side="right") - 1
+        for number in np.unique(group_of_row):
+            yield self.group(int(number)).take(rows[group_of_row == number] - self.starts[number])
+
+
+def _sources(paths: Paths, params: dict[str, Any]) -> list[_Source]:
+    """Files with rows of these parameters: an earlier result, and the parts of an interrupted call."""
+    found = []
+    done = _recorded(paths)
+    if done and done["params"] == params:
+        found.append(_Source(paths.bpp))
+    for path in sorted(_parts_dir(paths).glob("*")):
+        try:
+            part = _Source(path)
+        except DataError:  # half-written by a killed worker
+            part = None
+        if part and path.suffix == ".parquet" and part.tag == json.dumps(params):
+            found.append(part)
+        else:
+            path.unlink()
+    return found
+
+
+class _Located(NamedTuple):
+    """Where the row of each wanted sequence is."""
+
+    source_N: np.ndarray  # int, -1 = nowhere
+    row_N: np.ndarray
+
+    @property
+    def missing(self) -> np.ndarray:
+        return np.flatnonzero(self.source_N < 0)
+
+
+def _locate(wanted: list[str], sources: list[_Source]) -> _Located:
+    located = _Located(np.full(len(wanted), -1, dtype=np.int32), np.zeros(len(wanted), dtype=np.int64))
+    for number, source in enumerate(sources):
+        for row, sequence in enumerate(source.sequences()):
+            k = bisect_left(wanted, sequence)
+            if k < len(wanted) and wanted[k] == sequence:
+                located.source_N[k], located.row_N[k] = number, row
+    return located
+
+
+def _merge(wanted: list[str], sources: list[_Source], out: Path) -> int:
+    """Write the wanted rows, sorted by sequence, a row group at a time; every source is sorted. Returns the pairs."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    located, pairs = _locate(wanted, sources), 0
+    with pq.ParquetWriter(out, _schema(), compression="zstd", write_page_checksum=True) as writer:
+        for start in range(0, len(wanted), _ROWS):
+            source_R, row_R = (column[start : start + _ROWS] for column in located)
+            tables = []
+            for number in np.unique(source_R):
+                tables += sources[number].rows(row_R[source_R == number])
+            table = pa.concat_tables(tables).replace_schema_metadata(None)
+            table = table.take(np.argsort(np.argsort(source_R, kind="stable"))).combine_chunks()
+            writer.write_table(table, row_group_size=_ROWS)
+            pairs += len(table["p"].combine_chunks().values)
+    return pairs
+
+
+def _schema(tag: str | None = None) -> Any:
+    import pyarrow as pa
+
+    lists = {"unpaired": pa.float32(), "i": pa.uint16(), "j": pa.uint16(), "p": pa.float32()}
+    fields = [("sequence", pa.string()), *((name, pa.list_(kind)) for name, kind in lists.items())]
+    return pa.schema(fields, metadata={"bpp": tag} if tag else None)
+
+
+def _compute(missing: list[str], *, folder: Path, params: dict[str, Any], workers: int | None) -> None:
+    """Fold sequences and leave them in parts; in this process if there is little to do."""
+    work = sum(_seconds(len(sequence)) for sequence in missing)
+    workers = min(workers or len(os.sched_getaffinity(0)), 1 + int(work / _WORTH_A_WORKER))
+    limit = min(_PART_SECONDS, work / (4 * workers))
+    jobs = [(part, folder, json.dumps(params)) for part in _divide(missing, limit=limit)]
+    folder.mkdir(parents=True, exist_ok=True)
+    with StopRequest() as stop, Bar("bpp", total=len(missing), unit="sequences") as bar:
+        kept = 0
+        for count in _finished(jobs, workers=min(workers, len(jobs)), stop=stop):
+            kept += count
+            bar.advance(count)
+        if kept < len(missing):
+            raise StoppedError(
+                f"bpp: stopped by {stop.reason()}; {kept:,} of {len(missing):,} sequences are folded and kept. "
+                "Next: run it again to go on."
+            )
+
+
+def _divide(missing: list[str], *, limit: float) -> list[list[str]]:
+    """Parts of `limit` seconds of work."""
+    parts: list[list[str]] = [[]]
+    spent = 0.0
+    for sequence in missing:
+        if parts[-1] and (spent >= limit or len(parts[-1]) >= _MAX_PART_ROWS):
+            parts.append([])
+            spent = 0.0
+        parts[-1].append(sequence)
+        spent += _seconds(len(sequence))
+    return parts
+
+
+def _finished(jobs: list[tuple], *, workers: int, stop: StopRequest) -> Iterator[int]:
+    """Rows of every part as it is finished, until all are or a stop is asked for."""
+    if workers > 1:
+        with _Crew(workers) as crew:
+            yield from crew.work(jobs, stop=stop)
+        return
+    for job in jobs:
+        if stop.reason():
+            return
+        yield _write_part(*job)
+
+
+def _write_part(sequences: list[str], folder: Path, tag: str) -> int:
+    """Fold sequences into one part file, which gets its name when it is complete."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folded = [fold(sequence) for sequence in sequences]
+    schema = _schema(tag)
+    columns = [pa.array(sequences)]
+    for field, values in zip(list(schema)[1:], zip(*folded, strict=True), strict=True):
+        offsets = np.cumsum([0, *(len(value) for value in values)], dtype=np.int32)
+        columns.append(pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(values), field.type.value_type)))
+    name = hashlib.sha256("\n".join([tag, *sequences]).encode()).hexdigest()[:16]
+    unfinished = folder / f"{name}.{os.getpid()}"
+    table = pa.Table.from_arrays(columns, schema=schema)
+    pq.write_table(table, unfinished, compression="zstd", row_group_size=_ROWS, write_page_checksum=True)
+    unfinished.replace(folder / f"{name}.parquet")
+    return len(sequences)
+
+
+class _Crew:
+    """Worker processes, each on a pipe of its own: a worker whose caller is gone reads the end of it and goes too."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._workers: dict[Connection, BaseProcess] = {}
+        for _ in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers[ours] = process
+
+    def __enter__(self) -> "_Crew":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._workers.values():
+            process.kill()  # parts get their names when complete: nothing half-done can be taken for done
+        for pipe, process in self._workers.items():
+            process.join()
+            pipe.close()
+
+    def work(self, jobs: list[tuple], *, stop: StopRequest) -> Iterator[int]:
+        """Results of `_write_part`, in the order in which they come."""
+        waiting = iter(jobs)
+        busy: list[Connection] = []
+        for pipe, job in zip(self._workers, waiting, strict=False):
+            pipe.send(job)
+            busy.append(pipe)
+        while busy and not stop.reason():
+            for ready in cast(list[Connection], wait(busy, timeout=0.5)):
+                yield self._receive(ready)
+                for job in itertools.islice(waiting, 1):
+                    ready.send(job)
+                    break
+                else:
+                    busy.remove(ready)
+
+    def _receive(self, pipe: Connection) -> int:
+        try:
+            result = pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._workers[pipe].join()
+            raise StorageError(
+                f"bpp: a worker ended unexpectedly (exit code {self._workers[pipe].exitcode}; -9 mostly means that "
+                "memory ran out); finished parts are kept. Next: run again with fewer workers (--workers 1)."
+            ) from None
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+
+def _serve(pipe: Connection) -> None:
+    """A worker's life: parts come in, their sizes or what went wrong go out."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # to the group: its caller stops the work
+        signal.signal(number, signal.SIG_IGN)
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(_write_part(*job))
+        except (PipelineError, OSError, MemoryError) as err:
+            pipe.send(err)

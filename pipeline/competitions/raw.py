@@ -1,0 +1,354 @@
+"""Raw competition tables, as Kaggle or a user's own export gives them, read in batches with every doubt named.
+
+A table ``train_data`` is a file ``train_data.csv``, ``.csv.gz`` or ``.parquet``, or a member ``train_data.csv`` of a
+zip archive. What a file holds is decided by its first bytes, since downloads often carry the wrong ending.
+"""
+
+import csv
+import gzip
+import re
+import typing
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Literal, NoReturn
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from pipeline.errors import DataError
+from pipeline.runlog import Bar
+
+#: Bytes of one block, read ahead a few times over; 1 to 8 MiB are equally fast, 8 MiB take 110 MiB more at the peak.
+BLOCK_BYTES = 2 << 20
+#: Rows of a batch out of a parquet file: 7 MiB of numbers.
+BATCH_ROWS = 4096
+
+_HEAD_BYTES = 1 << 20
+_MIB = 1 << 20
+_NULLS = ["", "NaN", "nan", "NA", "N/A", "null", "NULL", "None"]
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|infinity|nan)", re.IGNORECASE)
+
+Kind = Literal["csv", "parquet", "zip", "gzip"]
+
+
+def find_table(folder: Path, stem: str) -> Path | None:
+    """The file that holds a raw table, or None.
+
+    A file of its own wins over a member of an archive: who unpacked a download keeps both.
+
+    Raises:
+        DataError: `folder` is no folder, two files of equal rank are there, or an archive cannot be opened.
+    """
+    if not folder.is_dir():
+        raise DataError(f"RAW={folder}: no such folder. Next: give the folder that holds the competition's files.")
+    loose = [folder / f"{stem}{ending}" for ending in (".csv", ".csv.gz", ".parquet")]
+    found = [path for path in loose if path.is_file()]
+    if not found:
+        found = [path for path in sorted(folder.glob("*.zip")) if _members(path, f"{stem}.csv")]
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise DataError(f"{folder}: {names} all hold {stem}; expected one of them. Next: move the others away.")
+    return found[0] if found else None
+
+
+def need_table(folder: Path, stem: str) -> Path:
+    """The file that holds a raw table.
+
+    Raises:
+        DataError: there is none, or `find_table` refuses.
+    """
+    path = find_table(folder, stem)
+    if path is None:
+        raise DataError(
+            f"{folder}: no {stem}.csv, .csv.gz or .parquet, and no zip that holds {stem}.csv. "
+            "Next: download the competition's files into that folder."
+        )
+    return path
+
+
+def kind_of(path: Path) -> Kind:
+    """What a file is, by its first bytes.
+
+    Raises:
+        DataError: the file is empty.
+    """
+    with path.open("rb") as handle:
+        head = handle.read(4)
+    if not head:
+        raise DataError(f"{path.name}: the file is empty. Next: download it again.")
+    if head == b"PAR1":
+        return "parquet"
+    if head == b"PK\x03\x04":
+        return "zip"
+    return "gzip" if head[:2] == b"\x1f\x8b" else "csv"
+
+
+def column_names(path: Path, stem: str) -> list[str]:
+    """Names of a raw table's columns, in file order.
+
+    Raises:
+        DataError: the file is empty, damaged, an HTML page, not a table, or names a column twice.
+    """
+    if kind_of(path) == "parquet":
+        with open_parquet(path) as file:
+            names = list(file.schema_arrow.names)
+    else:
+        names = _csv_header(path, stem)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{path.name}: column {twice[0]!r} is there twice; expected it once. Next: remove one.")
+    return names
+
+
+def require_columns(names: Sequence[str], needed: Sequence[str], *, where: str) -> None:
+    """Refuse a table without one of the columns that are needed.
+
+    Raises:
+        DataError: names the missing columns and what was found instead.
+    """
+    missing = [name for name in needed if name not in names]
+    if missing:
+        found = ", ".join(names[:8]) + (f" … ({len(names)} columns)" if len(names) > 8 else "")
+        raise DataError(
+            f"{where}: column {', '.join(map(repr, missing[:5]))} is missing; found {found}. "
+            "Next: check that this is the competition's file, and download it again."
+        )
+
+
+def read_batches(
+    path: Path, stem: str, types: Mapping[str, pa.DataType], *, multiline: bool = False
+) -> Iterator[pa.RecordBatch]:
+    """Some columns of a raw table, batch after batch, in the order and with the types of `types`.
+
+    Memory does not grow with the file. An empty cell is "" in a text column and null in a number column.
+
+    Args:
+        path: the file.
+        stem: name of the table, as `find_table` takes it: an archive's member, and the label of the progress bar.
+        types: column -> string, float or integer type.
+        multiline: whether quoted text may hold line breaks, which costs the reader some speed.
+
+    Raises:
+        DataError: a wrong type, a broken row or a cut file: column, row (1-based, without the header) and value.
+    """
+    if kind_of(path) == "parquet":
+        batches = _parquet_batches(path, types)
+    else:
+        batches = _csv_batches(path, stem, types, multiline=multiline)
+    rows = 0
+    for batch in batches:
+        rows += batch.num_rows
+        yield batch
+    if not rows:
+        raise DataError(f"{path.name}: there is a header and no row. Next: download it again.")
+
+
+def read_table(path: Path, stem: str, types: Mapping[str, pa.DataType], *, multiline: bool = False) -> pa.Table:
+    """The same as `read_batches`, in one piece, for tables that fit into memory."""
+    return pa.Table.from_batches(read_batches(path, stem, types, multiline=multiline))
+
+
+class CsvBytes:
+    """Unpacked bytes of a CSV file, plain, gzipped or in an archive; remembers what the checks at its end need."""
+
+    closed = False  # part of what Arrow expects of a file
+
+    def __init__(self, path: Path, stem: str) -> None:
+        self.path, self.last = path, b""
+        kind = kind_of(path)
+        self._disk: IO[bytes] = path.open("rb")
+        self._bytes: IO[bytes] = self._disk
+        self._gauge: IO[bytes] = self._disk
+        self.total = path.stat().st_size
+        if kind == "gzip":
+            self._bytes = typing.cast(IO[bytes], gzip.GzipFile(fileobj=self._disk))
+        elif kind == "zip":
+            archive = zipfile.ZipFile(self._disk)
+            member = archive.getinfo(_member(path, f"{stem}.csv"))
+            self._bytes = self._gauge = archive.open(member)
+            self.total = member.file_size
+
+    def read(self, size: int = -1) -> bytes:
+        """Next bytes; b"" at the end.
+
+        Raises:
+            DataError: the packed file is cut short or damaged.
+        """
+        try:
+            data = self._bytes.read(size)
+        except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as err:
+            raise DataError(f"{self.path.name}: damaged or cut short: {err}. Next: download it again.") from err
+        self.last = data[-1:] or self.last
+        return data
+
+    @property
+    def consumed(self) -> int:
+        """How many of `total` bytes were read so far: packed ones for gzip, unpacked ones for a member."""
+        return self._gauge.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.closed = True
+        self._bytes.close()
+        self._disk.close()
+
+
+@contextmanager
+def open_csv_bytes(path: Path, stem: str) -> Iterator[CsvBytes]:
+    """Unpacked bytes of a CSV file, closed at the end."""
+    source = CsvBytes(path, stem)
+    try:
+        yield source
+    finally:
+        source.close()
+
+
+def _members(archive: Path, name: str) -> list[str]:
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            return [member for member in opened.namelist() if member.rsplit("/", 1)[-1] == name]
+    except zipfile.BadZipFile as err:
+        raise DataError(f"{archive.name}: not a zip archive, or cut short: {err}. Next: download it again.") from err
+
+
+def _member(archive: Path, name: str) -> str:
+    members = _members(archive, name)
+    if len(members) != 1:
+        raise DataError(f"{archive.name}: holds {len(members)} files {name!r}; expected one. Next: unpack it by hand.")
+    return members[0]
+
+
+def _csv_header(path: Path, stem: str) -> list[str]:
+    with open_csv_bytes(path, stem) as source:
+        head = source.read(_HEAD_BYTES)
+    if not head.strip():
+        raise DataError(f"{path.name}: the file is empty. Next: download it again.")
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
+        raise DataError(
+            f"{path.name}: a web page (HTML), not a table; Kaggle sends one when nobody is logged in. "
+            "Next: log in, accept the competition's rules, and download it again."
+        )
+    try:
+        line = head.splitlines()[0].decode("utf-8-sig")
+    except UnicodeDecodeError as err:
+        raise DataError(f"{path.name}: the first line is no UTF-8 text: {err}. Next: download it again.") from err
+    return next(csv.reader([line]), [])
+
+
+def _csv_batches(
+    path: Path, stem: str, types: Mapping[str, pa.DataType], *, multiline: bool
+) -> Iterator[pa.RecordBatch]:
+    read = pa_csv.ReadOptions(block_size=BLOCK_BYTES)
+    parse = pa_csv.ParseOptions(newlines_in_values=multiline)
+    convert = pa_csv.ConvertOptions(
+        column_types=dict(types), include_columns=list(types), null_values=_NULLS, strings_can_be_null=False
+    )
+    done = 0
+    with open_csv_bytes(path, stem) as source, Bar(f"read {stem}", total=source.total // _MIB, unit="MiB") as bar:
+        shown = 0
+        try:
+            file = pa.PythonFile(source, mode="r")
+            with pa_csv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert) as reader:
+                for batch in reader:
+                    done += batch.num_rows
+                    bar.advance(source.consumed // _MIB - shown, note=f"{done:,} rows")
+                    shown = source.consumed // _MIB
+                    yield batch
+        except pa.ArrowInvalid as err:
+            _explain(path, stem, types, good_rows=done, err=err)
+        last = source.last
+    if last not in (b"\n", b"\r"):
+        raise DataError(f"{path.name}: the last line has no end: the file was cut short. Next: download it again.")
+
+
+def _explain(
+    path: Path, stem: str, types: Mapping[str, pa.DataType], *, good_rows: int, err: pa.ArrowInvalid
+) -> NoReturn:
+    """Raise the sentence for Arrow's refusal: it names a value or a line, and only a second look names the row."""
+    numbers = [name for name, kind in types.items() if not pa.types.is_string(kind)]
+    names = _csv_header(path, stem)
+    with open_csv_bytes(path, stem) as source:
+        for row, line, is_last in _data_lines(source, skip=good_rows):
+            cells = next(csv.reader([line]), [])
+            if len(cells) != len(names):
+                what = "the last one: the file was cut short" if is_last else "a broken line"
+                raise DataError(
+                    f"{path.name}: row {row} has {len(cells)} of {len(names)} columns, {what}. Next: download it again."
+                ) from err
+            record = dict(zip(names, cells, strict=True))
+            for name in numbers:
+                if record[name] not in _NULLS and not _NUMBER.fullmatch(record[name].strip()):
+                    raise DataError(
+                        f"{path.name}: row {row} ({names[0]} {cells[0]}): column {name!r} holds {record[name][:40]!r}; "
+                        "expected a number. Next: repair the row, or download the file again."
+                    ) from err
+    raise DataError(f"{path.name}: after row {good_rows}: {str(err)[:200]}. Next: download it again.") from err
+
+
+def _data_lines(source: CsvBytes, *, skip: int) -> Iterator[tuple[int, str, bool]]:
+    """(row, line, is it the file's last) below the header, from row `skip` + 1 on; blank lines do not count."""
+    row, rest = -1, b""
+    while True:
+        block = source.read(BLOCK_BYTES)
+        lines = (rest + block).splitlines(keepends=True)
+        rest = lines.pop() if lines and block else b""
+        for position, line in enumerate(lines):
+            if line.strip():
+                row += 1
+                if row > skip:
+                    is_last = not block and position == len(lines) - 1
+                    yield row, line.decode("utf-8", "replace").rstrip("\r\n"), is_last
+        if not block:
+            return
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """A parquet file, closed at the end.
+
+    Raises:
+        DataError: the file is cut short or no parquet file.
+    """
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as err:
+        raise DataError(f"{path.name}: not a whole parquet file: {err}. Next: download it again.") from err
+    with file:
+        yield file
+
+
+def _parquet_batches(path: Path, types: Mapping[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
+    done = 0
+    with open_parquet(path) as file, Bar(f"read {path.name}", total=file.metadata.num_rows, unit="rows") as bar:
+        batches = file.iter_batches(BATCH_ROWS, columns=list(types))
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pa.ArrowException, OSError) as err:
+                raise DataError(f"{path.name}: damaged after row {done}: {err}. Next: download it again.") from err
+            if batch is None:
+                return
+            columns = [_as_type(batch.column(name), kind, where=path.name, name=name) for name, kind in types.items()]
+            done += batch.num_rows
+            bar.advance(batch.num_rows)
+            yield pa.record_batch(columns, names=list(types))
+
+
+def _as_type(column: pa.Array, kind: pa.DataType, *, where: str, name: str) -> pa.Array:
+    """A parquet column in the type that the CSV would have given."""
+    got = column.type
+    decoded = got.value_type if pa.types.is_dictionary(got) else got
+    text = pa.types.is_string(decoded) or pa.types.is_large_string(decoded) or pa.types.is_string_view(decoded)
+    if text != pa.types.is_string(kind):
+        raise DataError(f"{where}: column {name!r} has type {got}; expected {kind}. Next: write the file again.")
+    try:
+        cast = column.cast(kind)
+    except pa.ArrowException as err:
+        raise DataError(f"{where}: column {name!r} ({got}) is no {kind}: {err}. Next: write the file again.") from err
+    return cast.fill_null("") if text else cast

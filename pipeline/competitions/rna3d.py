@@ -1,0 +1,331 @@
+"""Stanford RNA 3D Folding: sequences and C1' labels as Kaggle ships them, to clean tables.
+
+Labels are wide (1 to 40 conformations side by side), in any row order, with -1e18 or empty cells where a residue was
+not resolved. Clean tables have one row per target (train, test) or per known conformation (references).
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from pipeline.competitions.base import Competition
+from pipeline.competitions.raw import column_names, find_table, need_table, read_table, require_columns
+from pipeline.errors import DataError
+from pipeline.schema import ALPHABET, MAX_COORDINATE, split_id
+
+#: Candidates per target that a submission holds.
+CANDIDATES = 5
+#: Letter that the model reads where a test sequence has one outside A, C, G, U; the submission keeps the original.
+ODD_LETTER_AS = "A"
+#: Coordinates at or below this are the organisers' way of saying "not resolved", Å.
+SENTINEL = -1e6
+#: Resolved residues below which a structure has no TM-score.
+MIN_RESOLVED = 3
+
+_AXES = ("x", "y", "z")
+_NEEDED = ("train_sequences", "train_labels", "test_sequences", "sample_submission")
+_OPTIONAL = ("validation_sequences", "validation_labels", "train_clusters")
+_SAMPLE_COLUMNS = [f"{axis}_{number}" for number in range(1, CANDIDATES + 1) for axis in _AXES]
+_ODD = f"[^{ALPHABET}]"
+_ID = r"^(.+)_(\d+)$"  # as `split_id`, for a whole column
+_KEY = {"ID": pa.string(), "resname": pa.string(), "resid": pa.int64()}
+
+
+def raw_files(folder: Path) -> dict[str, Path]:
+    """Label -> raw file in a folder or its zip; the validation and cluster files may be absent.
+
+    Raises:
+        DataError: a needed file is missing, or validation labels came without their sequences.
+    """
+    found = {label: need_table(folder, label) for label in _NEEDED}
+    for label in _OPTIONAL:
+        path = find_table(folder, label)
+        if path is not None:
+            found[label] = path
+    if "validation_labels" in found and "validation_sequences" not in found:
+        raise DataError(f"{folder}: validation_labels came without validation_sequences.csv. Next: add that file.")
+    return found
+
+
+def clean(raw: dict[str, Path], out: dict[str, Path]) -> dict[str, Any]:
+    """Write the clean tables train, test, references and sample.
+
+    Args:
+        raw: label -> raw file, as `raw_files` gives it.
+        out: table -> parquet path to write.
+
+    Returns:
+        JSON-able facts: rows, what was dropped and why, lengths, resolved shares, ranges.
+
+    Raises:
+        DataError: a file is damaged or the files contradict each other; file and row are named.
+    """
+    train, facts = _train_sequences(raw["train_sequences"])
+    dropped = facts["train"]["odd_letter_ids"]
+    labels = _read_labels(raw["train_labels"], "train_labels", sequences=train, ignore=dropped)
+    references = _conformers(labels)
+    train = _train_table(train, references, raw.get("train_clusters"))
+    facts["train"] |= {"rows": train.height, "without_labels": facts["train"]["sequences"] - train.height}
+    if "validation_labels" in raw:
+        known = _validation(raw, train_ids=train["sequence_id"])
+        references = pl.concat([references, known]).sort("sequence_id", "conformer")
+    odd_test, test = _test_table(raw["test_sequences"])
+    sample = _sample_table(raw["sample_submission"], odd_test)
+    for name, table in {"train": train, "test": test, "references": references, "sample": sample}.items():
+        table.write_parquet(out[name], compression="zstd", compression_level=3, row_group_size=65536)
+    return facts | _describe(train, test, references, sample, odd_test)
+
+
+def _read(path: Path, label: str, types: dict[str, pa.DataType]) -> pl.DataFrame:
+    """Some columns of a raw table, its data rows numbered from 1."""
+    require_columns(column_names(path, label), list(types), where=path.name)
+    table = pl.DataFrame(read_table(path, label, types, multiline=True))
+    return table.with_row_index("row", offset=1)
+
+
+def _read_sequences(path: Path, label: str) -> pl.DataFrame:
+    """row, sequence_id, sequence (upper case, U for T, odd letters kept), temporal_cutoff (date or null)."""
+    columns = ["target_id", "sequence"]
+    columns += ["temporal_cutoff"] * ("temporal_cutoff" in column_names(path, label))
+    table = _read(path, label, dict.fromkeys(columns, pa.string()))
+    if "temporal_cutoff" not in columns:
+        table = table.with_columns(pl.lit("").alias("temporal_cutoff"))
+    table = table.select(
+        "row",
+        pl.col("target_id").str.strip_chars().alias("sequence_id"),
+        _letters("sequence"),
+        pl.col("temporal_cutoff").str.strip_chars().alias("cutoff_text"),
+    ).with_columns(pl.col("cutoff_text").str.to_date("%Y-%m-%d", strict=False).alias("temporal_cutoff"))
+    _refuse(table, pl.col("sequence_id") == "", path, "target_id is empty; expected an id")
+    _refuse(table, pl.col("sequence") == "", path, "empty sequence; expected letters A, C, G, U")
+    _refuse(table, pl.col("sequence_id").is_first_distinct().not_(), path, "this target_id was there already")
+    bad_date = (pl.col("cutoff_text") != "") & pl.col("temporal_cutoff").is_null()
+    _refuse(table, bad_date, path, "temporal_cutoff is no date; expected YYYY-MM-DD")
+    return table.drop("cutoff_text")
+
+
+def _letters(column: str) -> pl.Expr:
+    return pl.col(column).str.strip_chars().str.to_uppercase().str.replace_all("T", "U", literal=True).alias(column)
+
+
+def _refuse(table: pl.DataFrame, wrong: pl.Expr, path: Path, sentence: str) -> None:
+    """Raise DataError for the first row that is wrong, saying how many there are."""
+    bad = table.filter(wrong)
+    if bad.is_empty():
+        return
+    first = bad.row(0, named=True)
+    more = f" ({bad.height} rows like this)" if bad.height > 1 else ""
+    name = f" ({first['sequence_id']})" if first.get("sequence_id") else ""
+    raise DataError(
+        f"{path.name}: row {first['row']}{name}: {sentence}{more}. Next: repair or download the file again."
+    )
+
+
+def _train_sequences(path: Path) -> tuple[pl.DataFrame, dict[str, Any]]:
+    table = _read_sequences(path, "train_sequences")
+    odd = table.filter(pl.col("sequence").str.contains(_ODD))["sequence_id"].sort().to_list()
+    kept = table.filter(pl.col("sequence_id").is_in(odd).not_())
+    if kept.is_empty():
+        raise DataError(
+            f"{path.name}: no sequence of A, C, G, U only. Next: check that this is the competition's file."
+        )
+    facts = {"sequences": table.height - len(odd), "odd_letter_ids": odd}
+    return kept, {"train": facts}
+
+
+def _with_residue(table: pl.DataFrame, path: Path) -> pl.DataFrame:
+    """Add sequence_id and resid, both read from ID and checked against the resid column."""
+    table = table.with_columns(
+        pl.col("ID").str.extract(_ID, 1).alias("sequence_id"),
+        pl.col("ID").str.extract(_ID, 2).cast(pl.Int64, strict=False).alias("number"),
+        _letters("resname"),
+    )
+    bad = table.filter(pl.col("sequence_id").is_null() | pl.col("number").is_null())
+    if not bad.is_empty():
+        row, row_id = bad.select("row", "ID").row(0)
+        try:
+            split_id(row_id or "")
+        except DataError as err:
+            raise DataError(f"{path.name}: row {row}: {err} Next: download the file again.") from err
+    differs = pl.col("number").ne_missing(pl.col("resid"))
+    _refuse(table, differs, path, "resid is not the number at the end of ID")
+    twice = pl.struct("sequence_id", "resid").is_first_distinct().not_()
+    _refuse(table, twice, path, "this residue was there already; expected each resid once")
+    return table.drop("number")
+
+
+def _match_sequences(table: pl.DataFrame, sequences: pl.DataFrame, path: Path, *, other: str) -> pl.DataFrame:
+    """Check that rows of residues spell the sequences of their targets, from 1 to L without a gap."""
+    table = table.join(sequences.select("sequence_id", "sequence"), on="sequence_id", how="left", validate="m:1")
+    table = table.sort("row")
+    _refuse(table, pl.col("sequence").is_null(), path, f"this target is not in {other}")
+    length = pl.col("sequence").str.len_chars()
+    beyond = (pl.col("resid") < 1) | (pl.col("resid") > length)
+    _refuse(table, beyond, path, "resid is outside the target's sequence")
+    expected = pl.col("sequence").str.slice(pl.col("resid") - 1, 1)
+    wrong = table.with_columns(expected.alias("expected")).filter(pl.col("resname").ne_missing(pl.col("expected")))
+    if not wrong.is_empty():
+        first = wrong.row(0, named=True)
+        raise DataError(
+            f"{path.name}: row {first['row']} ({first['ID']}): resname {first['resname']!r}, but {other} has "
+            f"{first['expected']!r} there ({wrong.height} rows like this). Next: use files of the same release."
+        )
+    counts = table.group_by("sequence_id").agg(pl.len().alias("count"), pl.col("sequence").first()).sort("sequence_id")
+    short = counts.filter(pl.col("count") != pl.col("sequence").str.len_chars())
+    if not short.is_empty():
+        target, count, sequence = short.row(0)
+        raise DataError(
+            f"{path.name}: target {target} has {count} of {len(sequence)} residues; expected 1 to {len(sequence)} "
+            f"complete ({short.height} targets like this). Next: download the file again."
+        )
+    return table.drop("sequence")
+
+
+def _read_labels(path: Path, label: str, *, sequences: pl.DataFrame, ignore: Sequence[str] = ()) -> pl.DataFrame:
+    """row, ID, sequence_id, resid, x_1, y_1, z_1, …: Float64, null where not resolved."""
+    names = column_names(path, label)
+    require_columns(names, [*_KEY, "x_1"], where=path.name)
+    numbers = sorted(int(name[2:]) for name in names if re.fullmatch(r"x_\d+", name))
+    columns = [f"{axis}_{number}" for number in numbers for axis in _AXES]
+    table = _with_residue(_read(path, label, _KEY | dict.fromkeys(columns, pa.float64())), path)
+    table = table.filter(pl.col("sequence_id").is_in(list(ignore)).not_())
+    table = _match_sequences(table, sequences, path, other="the sequences file")
+    return _coordinates(table, columns, path).sort("sequence_id", "resid")
+
+
+def _coordinates(table: pl.DataFrame, columns: list[str], path: Path) -> pl.DataFrame:
+    """Å, with sentinels and NaN as null."""
+    value = pl.col(columns)
+    numbers = table.with_columns(pl.when(value.is_nan() | (value <= SENTINEL)).then(None).otherwise(value).name.keep())
+    for name in columns:
+        far = pl.col(name).abs() > MAX_COORDINATE
+        _refuse(numbers, far, path, f"{name} is beyond {MAX_COORDINATE:g} Å; expected a coordinate or -1e18")
+    for x, y, z in zip(*[iter(columns)] * 3, strict=True):
+        given = pl.sum_horizontal(pl.col(x, y, z).is_not_null())
+        _refuse(numbers, given.is_between(1, 2), path, f"{x}, {y}, {z} are there only in part; expected all or none")
+    return numbers
+
+
+def _conformers(labels: pl.DataFrame) -> pl.DataFrame:
+    """sequence_id, conformer, x, y, z lists: one row per conformation with at least one resolved residue."""
+    parts = []
+    for number in sorted(int(name[2:]) for name in labels.columns if name.startswith("x_")):
+        lists = [pl.col(f"{axis}_{number}").cast(pl.Float32).alias(axis) for axis in _AXES]
+        part = labels.group_by("sequence_id", maintain_order=True).agg(lists)
+        part = part.filter(pl.col("x").list.drop_nulls().list.len() > 0)
+        parts.append(part.select("sequence_id", pl.lit(number, dtype=pl.UInt8).alias("conformer"), *_AXES))
+    return pl.concat(parts).sort("sequence_id", "conformer")
+
+
+def _train_table(sequences: pl.DataFrame, references: pl.DataFrame, clusters: Path | None) -> pl.DataFrame:
+    """One row per training target that has labels: its first conformation."""
+    first = references.filter(pl.col("sequence_id").is_first_distinct()).drop("conformer")
+    train = sequences.join(first, on="sequence_id", how="inner", validate="1:1")
+    if train.is_empty():
+        raise DataError("train_labels: no target of train_sequences is labelled. Next: use files of the same release.")
+    group = (
+        _read_clusters(clusters) if clusters else pl.DataFrame(schema={"sequence_id": pl.String, "group": pl.String})
+    )
+    train = train.join(group, on="sequence_id", how="left", validate="1:1")
+    resolved = pl.col("x").list.drop_nulls().list.len()
+    return train.select(
+        "sequence_id",
+        "sequence",
+        pl.lit("train").alias("dataset_name"),
+        "group",
+        "temporal_cutoff",
+        (resolved >= MIN_RESOLVED).alias("scored"),
+        *_AXES,
+    ).sort("sequence_id")
+
+
+def _read_clusters(path: Path) -> pl.DataFrame:
+    names = column_names(path, "train_clusters")
+    cluster = next((name for name in names if "cluster" in name), "cluster")
+    require_columns(names, ["target_id", cluster], where=path.name)
+    table = _read(path, "train_clusters", {"target_id": pa.string(), cluster: pa.string()})
+    table = table.rename({"target_id": "sequence_id", cluster: "group"})
+    _refuse(table, pl.col("sequence_id").is_first_distinct().not_(), path, "this target_id was there already")
+    return table.drop("row")
+
+
+def _validation(raw: dict[str, Path], *, train_ids: pl.Series) -> pl.DataFrame:
+    path = raw["validation_sequences"]
+    sequences = _read_sequences(path, "validation_sequences")
+    _refuse(sequences, pl.col("sequence_id").is_in(train_ids.to_list()), path, "this target is in train_sequences too")
+    return _conformers(_read_labels(raw["validation_labels"], "validation_labels", sequences=sequences))
+
+
+def _test_table(path: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Test sequences as they came, and with odd letters replaced for the model."""
+    raw = _read_sequences(path, "test_sequences").sort("sequence_id")
+    model = pl.col("sequence").str.replace_all(_ODD, ODD_LETTER_AS)
+    return raw, raw.select("sequence_id", model, "temporal_cutoff")
+
+
+def _sample_table(path: Path, test: pl.DataFrame) -> pl.DataFrame:
+    """ID, resname, resid in the sample submission's row order."""
+    require_columns(column_names(path, "sample_submission"), [*_KEY, *_SAMPLE_COLUMNS], where=path.name)
+    table = _read(path, "sample_submission", _KEY)
+    checked = _with_residue(table, path)
+    checked = _match_sequences(checked, test, path, other="test_sequences")
+    absent = test.filter(pl.col("sequence_id").is_in(checked["sequence_id"].unique().to_list()).not_())
+    if not absent.is_empty():
+        raise DataError(
+            f"{path.name}: no rows for target {absent['sequence_id'][0]} of test_sequences "
+            f"({absent.height} targets like this). Next: use files of the same release."
+        )
+    return table.select("ID", "resname", pl.col("resid").cast(pl.Int32))
+
+
+def _describe(
+    train: pl.DataFrame, test: pl.DataFrame, references: pl.DataFrame, sample: pl.DataFrame, raw_test: pl.DataFrame
+) -> dict[str, Any]:
+    """The validation report that stands beside the tables."""
+    x = train["x"].explode()
+    largest = max(float(np.nanmax(np.abs(references[axis].explode().to_numpy()))) for axis in _AXES)
+    odd = raw_test.filter(pl.col("sequence").str.contains(_ODD))["sequence_id"].to_list()
+    same = train.filter(pl.col("sequence").is_in(test["sequence"].to_list()))["sequence_id"].to_list()
+    return {
+        "train_lengths": _lengths(train),
+        "train_scored": int(train["scored"].sum()),
+        "train_groups": train["group"].n_unique() if train["group"].null_count() < train.height else 0,
+        "train_residues": x.len(),
+        "train_unresolved": x.null_count(),
+        "train_equal_to_test": same,
+        "test_rows": test.height,
+        "test_lengths": _lengths(test),
+        "test_odd_letters": {"ids": odd, "read_as": ODD_LETTER_AS},
+        "references": references.height,
+        "reference_targets": references["sequence_id"].n_unique(),
+        "most_conformers": int(references["conformer"].to_numpy().max()),
+        "largest_coordinate": round(largest, 3),
+        "sample_rows": sample.height,
+    }
+
+
+def _lengths(table: pl.DataFrame) -> dict[str, float]:
+    length_N = table["sequence"].str.len_chars().to_numpy()
+    return {"shortest": int(length_N.min()), "median": float(np.median(length_N)), "longest": int(length_N.max())}
+
+
+RNA3D = Competition(
+    name="rna3d",
+    title="Stanford RNA 3D Folding",
+    slug="stanford-rna-3d-folding",
+    task="structure",
+    targets=_AXES,
+    target_range=None,
+    signal_to_noise=None,
+    metric="TM-score",
+    error_sums=None,
+    score=None,
+    tables=("train", "test", "references", "sample"),
+    raw_files=raw_files,
+    clean=clean,
+)

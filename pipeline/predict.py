@@ -1,0 +1,370 @@
+"""Predictions of one fold: its held-out sequences (``oof``) and the test set, one row per sequence.
+
+In float32 whatever the training ran in, so that neither batch size nor padding moves a prediction by more than 1e-6.
+Letters: B batch, L length (nt), T nucleotides in a row, C target, K distance bin.
+"""
+
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from models.interface import RnaModel, RnaOutputs
+from pipeline.augment import flip
+from pipeline.batch import make_batch, plan_by_tokens
+from pipeline.competitions.base import Competition
+from pipeline.config import RunConfig, config_from_dict
+from pipeline.dataset import ExampleSet, create_mapped, dense_bpp, fold_members, open_examples, read_folds
+from pipeline.errors import ConfigError, DataError, DivergedError, StoppedError, StorageError
+from pipeline.paths import Paths
+from pipeline.runlog import Bar, say, warn
+from pipeline.schema import decode
+from pipeline.stage import Report, run_stage, sha256_file
+from pipeline.train import build_model
+from pipeline.training.checkpoint import CheckpointStore, DamagedError, load_checkpoint, read_meta
+from pipeline.training.loop import is_out_of_memory
+from pipeline.training.precision import choose_device
+from pipeline.training.stop import StopRequest
+
+_VERSION = 1
+_ROWS = 8192  # of a row group of value predictions
+_STRUCTURE_ROWS = 320  # of a row group of structures: 64 sequences
+_CANDIDATES = 5
+#: Longest sequence for which distances between all pairs are predicted, nt; longer ones are built from pairing alone.
+MAX_PAIR_LENGTH = 1000
+
+Which = Literal["oof", "test"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What is to be predicted, and with what."""
+
+    competition: Competition
+    config: RunConfig
+    checkpoint: Path
+    examples: ExampleSet
+    positions: np.ndarray  # of the examples, in the order of their sequence_id
+    fold: int | None  # for the table's fold column; None = no such column
+    batch_tokens: int
+    stop: StopRequest
+
+
+def run(
+    *,
+    competition: Competition,
+    paths: Paths,
+    run: str,
+    fold: int,
+    which: Sequence[Which] = ("oof", "test"),
+    batch_tokens: int = 65_536,
+) -> Report:
+    """Predict with the best checkpoint of a fold, which carries its own configuration.
+
+    Args:
+        competition: the one that the run was trained on.
+        paths: where clean tables, fold tables and runs are.
+        run: name of the run.
+        fold: trained fold.
+        which: tables to write: ``oof`` = the fold's held-out sequences, ``test``.
+        batch_tokens: padded nucleotides of a batch; halved when memory runs out. Changes no prediction.
+
+    Returns:
+        ``current`` if all tables are; facts: sequences and nucleotides of each, step of the checkpoint.
+
+    Raises:
+        ConfigError: the run is of another competition.
+        DataError: clean or fold table changed since training.
+        DivergedError: a prediction is not finite.
+        StorageError: no readable checkpoint, or a single sequence does not fit into memory.
+        StoppedError: asked to stop; nothing is left half-written.
+    """
+    store = CheckpointStore(paths.fold_dir(run, fold) / "checkpoints")
+    path = store.best_folder()
+    meta = _read(path)
+    if meta["competition"] != competition.name:
+        raise ConfigError(f"{path}: trained on {meta['competition']}; expected {competition.name}. Next: COMP=….")
+    newest = store.newest_meta()
+    if newest is not None and not newest["progress"]["finished"]:
+        say(f"{run} fold{fold}: training is not finished; predicting with its checkpoint of step {meta['step']}")
+    reports = {}
+    with StopRequest() as stop:
+        for table in which:
+            reports[table] = _run_table(table, competition, paths, path, meta, batch_tokens=batch_tokens, stop=stop)
+    return Report(
+        stage="predict",
+        status="current" if all(report.status == "current" for report in reports.values()) else "built",
+        outputs={table: report.outputs[table] for table, report in reports.items()},
+        facts={"step": meta["step"], **{table: report.facts for table, report in reports.items()}},
+        seconds=sum(report.seconds for report in reports.values()),
+    )
+
+
+def _run_table(
+    table: Which,
+    competition: Competition,
+    paths: Paths,
+    checkpoint: Path,
+    meta: dict[str, Any],
+    *,
+    batch_tokens: int,
+    stop: StopRequest,
+) -> Report:
+    config = config_from_dict(meta["config"], where=f"{checkpoint}/meta.json")
+    uses_bpp = "bpp" in meta["data"] or (competition.task == "structure" and paths.bpp.is_file())
+    examples = open_examples(competition, paths=paths, table="train" if table == "oof" else "test", bpp=uses_bpp)
+    run, split, fold = meta["run"], meta["split"], meta["fold"]
+    inputs = {"checkpoint": checkpoint / "meta.json", "arrays": paths.arrays_dir / examples.key / "meta.json"}
+    if examples.bpp is not None:
+        inputs["bpp"] = paths.arrays_dir / examples.bpp.key / "meta.json"
+    positions = np.arange(len(examples))
+    if table == "oof":
+        inputs["folds"] = paths.fold_table(split)
+        _require_trained_on(meta, examples, inputs["folds"])
+        positions = np.flatnonzero(fold_members(read_folds(inputs["folds"], examples=examples), fold, where=split))
+    job = _Job(
+        competition=competition,
+        config=config,
+        checkpoint=checkpoint,
+        examples=examples,
+        positions=positions[np.argsort(examples.ids_N[positions])],
+        fold=fold if table == "oof" else None,
+        batch_tokens=batch_tokens,
+        stop=stop,
+    )
+    label = f"{run} fold{fold} {table}"
+
+    def build(parts: dict[str, Path]) -> dict[str, Any]:
+        write = _write_structures if competition.task == "structure" else _write_values
+        write(job, parts[table], label=label)
+        return {"sequences": len(positions), "nucleotides": int(examples.lengths[positions].sum())}
+
+    output = paths.oof(run, fold) if table == "oof" else paths.test(run, fold)
+    params = {"version": _VERSION, "flipped": config.data.flip > 0}
+    return run_stage(f"predict-{table}", inputs=inputs, outputs={table: output}, params=params, build=build)
+
+
+def _require_trained_on(meta: dict[str, Any], examples: ExampleSet, fold_table: Path) -> None:
+    """Out-of-fold predictions are honest only for the very data and folds of the training."""
+    if meta["data"]["examples"] != examples.key or meta["data"]["folds"] != sha256_file(fold_table):
+        raise DataError(
+            f"{fold_table}: clean or fold table changed since {meta['run']} fold {meta['fold']} was trained; held-out "
+            "sequences may have been trained on. Next: train again, with a new TAG or --restart."
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_meta(path)
+    except DamagedError as err:
+        raise _damaged(path, err) from err
+
+
+def _damaged(path: Path, err: DamagedError) -> StorageError:
+    return StorageError(f"{path}: damaged: {err}. Next: remove this folder; the newest other checkpoint is used then.")
+
+
+def _load_network(job: _Job) -> tuple[RnaModel, torch.device]:
+    """The network with the weights that predict, on the best device."""
+    device = choose_device()
+    model = build_model(job.config.model, job.competition)
+    try:
+        model.load_state_dict(load_checkpoint(job.checkpoint).weights)
+    except DamagedError as err:
+        raise _damaged(job.checkpoint, err) from err
+    return model.to(device).eval(), device
+
+
+# --- values per nucleotide ---
+
+
+def _write_values(job: _Job, path: Path, *, label: str) -> None:
+    lengths_N = job.examples.lengths[job.positions]
+    offsets = np.concatenate([[0], np.cumsum(lengths_N)])
+    scratch = path.with_name(f"{path.name}.npy")
+    predicted_TC = create_mapped(scratch, np.float32, (int(offsets[-1]), len(job.competition.targets)))
+    scratch.unlink()  # its pages live as long as the map, whatever ends this process
+    model, device = _load_network(job)
+    for part, values in _predict_batches(job, model, device, label=label):
+        for k, values_LC in zip(part, values, strict=True):
+            if not np.isfinite(values_LC).all():
+                raise _not_finite(job, job.positions[k])
+            predicted_TC[offsets[k] : offsets[k + 1]] = values_LC
+    names = job.competition.targets
+    schema = pa.schema([*_key_fields(job), *((name, pa.list_(pa.float32())) for name in names)])
+    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+        for start in range(0, len(offsets) - 1, _ROWS):
+            rows = slice(start, min(start + _ROWS, len(offsets) - 1))
+            inner = pa.array(offsets[rows.start : rows.stop + 1] - offsets[rows.start], pa.int32())
+            flat_TC = predicted_TC[offsets[rows.start] : offsets[rows.stop]]
+            lists = [pa.ListArray.from_arrays(inner, np.ascontiguousarray(flat_TC[:, c])) for c in range(len(names))]
+            keys = _key_columns(job, job.positions[rows])
+            writer.write_table(pa.Table.from_arrays([*keys, *lists], schema=schema), row_group_size=_ROWS)
+
+
+def _predict_batches(
+    job: _Job, model: RnaModel, device: torch.device, *, label: str
+) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    """Batches as (positions in ``job.positions``, their values_LC); out of memory, all that is left is halved."""
+    lengths_N = job.examples.lengths[job.positions]
+    pending = deque(plan_by_tokens(lengths_N, max_tokens=job.batch_tokens))
+    with Bar(label, total=len(job.positions), unit="sequences") as bar:
+        while pending:
+            _poll_stop(job)
+            part = pending.popleft()
+            values = _unless_out_of_memory(partial(_predict_values, job, model, device, job.positions[part]))
+            if values is not None:
+                yield part, values
+                bar.advance(len(part))
+                continue
+            if len(part) == 1:
+                raise StorageError(
+                    f"{device} is out of memory on a single sequence of {lengths_N[part[0]]} nt. "
+                    "Next: predict on a machine with more memory."
+                )
+            pending = deque(half for whole in (part, *pending) for half in np.array_split(whole, 2) if len(half))
+            warn(f"{label}: out of memory with {len(part)} sequences; going on with half as many, same predictions")
+
+
+def _predict_values(job: _Job, model: RnaModel, device: torch.device, positions: np.ndarray) -> list[np.ndarray]:
+    """values_LC of each example; the mean with those of the reversed sequence if training reversed some."""
+
+    def pick(outputs: RnaOutputs, b: int, length: int) -> np.ndarray:
+        assert outputs.values_BLC is not None
+        return outputs.values_BLC[b, :length].float().cpu().numpy()
+
+    return _forward(job, model, device, positions, pick=pick, turn=lambda values_LC: values_LC[::-1])
+
+
+def _forward(
+    job: _Job,
+    model: RnaModel,
+    device: torch.device,
+    positions: np.ndarray,
+    *,
+    pick: Callable[[RnaOutputs, int, int], np.ndarray],
+    turn: Callable[[np.ndarray], np.ndarray],
+) -> list[np.ndarray]:
+    """One output array per example, averaged over both directions where training saw both."""
+    lengths = job.examples.lengths[positions].tolist()
+    with torch.no_grad():
+        outputs = model(make_batch(job.examples, positions).to(device).inputs)
+        forward = [pick(outputs, b, length) for b, length in enumerate(lengths)]
+        if job.config.data.flip == 0:
+            return forward
+        outputs = model(make_batch(job.examples, positions, change=lambda one, _: flip(one)).to(device).inputs)
+        pairs = zip(forward, lengths, strict=True)
+        return [(one + turn(pick(outputs, b, length))) / 2 for b, (one, length) in enumerate(pairs)]
+
+
+def _unless_out_of_memory(compute: Callable[[], list[np.ndarray]]) -> list[np.ndarray] | None:
+    try:
+        return compute()
+    except (MemoryError, RuntimeError) as err:
+        if not is_out_of_memory(err):
+            raise
+    torch.cuda.empty_cache()
+    return None
+
+
+# --- structures ---
+
+
+def _write_structures(job: _Job, path: Path, *, label: str) -> None:
+    numbers = [("candidate", pa.uint8()), ("confidence", pa.float32())]
+    schema = pa.schema([*_key_fields(job), *numbers, *((axis, pa.list_(pa.float32())) for axis in "xyz")])
+    model, device = _load_network(job)
+    rows: list[dict[str, Any]] = []
+    with (
+        pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer,
+        Bar(label, total=len(job.positions), unit="structures") as bar,
+    ):
+        for position in job.positions:
+            _poll_stop(job)
+            rows += _structure_rows(job, model, device, int(position))
+            if len(rows) >= _STRUCTURE_ROWS:
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                rows = []
+            bar.advance()
+        if rows:
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+
+def _structure_rows(job: _Job, model: RnaModel, device: torch.device, position: int) -> list[dict[str, Any]]:
+    """Five candidates of one sequence, from the distances that the network expects and from pairing."""
+    from pipeline.structure.fold3d import candidates_from_distogram
+
+    example = job.examples.example(position)
+    logits_LLK = None
+    if len(example.tokens_L) <= MAX_PAIR_LENGTH:
+        logits_LLK = _predict_distances(job, model, device, position)
+        if not np.isfinite(logits_LLK).all():
+            raise _not_finite(job, position)
+    xyz_ML3, confidence_M = candidates_from_distogram(
+        logits_LLK,
+        sequence=decode(example.tokens_L),
+        bpp_LL=dense_bpp(example),
+        count=_CANDIDATES,
+        seed=zlib.crc32(example.id.encode()) ^ job.config.train.seed,
+    )
+    if not (np.isfinite(xyz_ML3).all() and np.isfinite(confidence_M).all()):
+        raise _not_finite(job, position)
+    key = {"sequence_id": example.id} | ({} if job.fold is None else {"fold": job.fold})
+    return [
+        key | {"candidate": m, "confidence": float(confidence)} | _axes(xyz_L3)
+        for m, (xyz_L3, confidence) in enumerate(zip(xyz_ML3, confidence_M, strict=True), start=1)
+    ]
+
+
+def _axes(xyz_L3: np.ndarray) -> dict[str, np.ndarray]:
+    return dict(zip("xyz", xyz_L3.T.astype(np.float32), strict=True))
+
+
+def _predict_distances(job: _Job, model: RnaModel, device: torch.device, position: int) -> np.ndarray:
+    def pick(outputs: RnaOutputs, b: int, length: int) -> np.ndarray:
+        assert outputs.distance_logits_BLLK is not None
+        return outputs.distance_logits_BLLK[b, :length, :length].float().cpu().numpy()
+
+    one = np.array([position])
+    logits = _unless_out_of_memory(
+        lambda: _forward(job, model, device, one, pick=pick, turn=lambda logits_LLK: logits_LLK[::-1, ::-1])
+    )
+    if logits is None:
+        length = job.examples.lengths[position]
+        raise StorageError(
+            f"{device} is out of memory on a structure of {length} nt. Next: predict on a larger machine."
+        )
+    return logits[0]
+
+
+# --- both ---
+
+
+def _key_fields(job: _Job) -> list[tuple[str, pa.DataType]]:
+    return [("sequence_id", pa.string())] + ([] if job.fold is None else [("fold", pa.uint8())])
+
+
+def _key_columns(job: _Job, positions: np.ndarray) -> list[pa.Array]:
+    ids = pa.array([name.decode() for name in job.examples.ids_N[positions].tolist()], pa.string())
+    return [ids] if job.fold is None else [ids, pa.array(np.full(len(positions), job.fold, dtype=np.uint8))]
+
+
+def _poll_stop(job: _Job) -> None:
+    reason = job.stop.reason()
+    if reason is not None:
+        raise StoppedError(f"predict: stopped ({reason}); nothing is half-written. Next: the same command again.")
+
+
+def _not_finite(job: _Job, position: int) -> DivergedError:
+    return DivergedError(
+        f"{job.checkpoint}: the prediction for {job.examples.ids_N[position].decode()!r} is not finite. "
+        "Next: train again with a lower train.lr or train.precision = 'fp32'."
+    )

@@ -1,0 +1,446 @@
+"""Small seeded data sets in the competitions' own raw formats, for the demo and the tests.
+
+Sequences are designed from helices and loops, so their base pairs are known; chemical reactivity follows pairing,
+nucleotide, loop and noise; C1' traces come from the same pairs. Every file has the columns, the row order and the gaps
+that Kaggle's has, so the stages read it as they read the real one.
+
+Letters: L length (nt), 3 xyz.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from pipeline.schema import PROBES
+from pipeline.structure.geometry import trace_from_pairs
+
+Pairs = list[tuple[int, int]]  #: 0-based, i < j, nested
+
+#: Constant ends of a Ribonanza construct: a reference hairpin, and the tail where the primer binds.
+FLANK_5, FLANK_3 = "GGGAACGACUCGAGUAGAGUCGAAAA", "AAAAGAAACAACAACAACAAC"
+_FLANK_PAIRS: Pairs = [(5 + k, 21 - k) for k in range(6)]
+#: Positions that the experiment cannot read at the two ends, nt.
+BLANK_5, BLANK_3 = 26, 20
+
+_BASE_PAIRS = ("GC", "CG", "AU", "UA", "GU", "UG")
+_BASE_PAIR_SHARES = (0.36, 0.36, 0.11, 0.11, 0.03, 0.03)
+_TETRALOOPS = ("GAAA", "UUCG", "GCAA", "GAGA", "UUCG", "GUGA")
+_SHORTEST_HELIX = 12  # nt: four pairs and a tetraloop
+_PARTNERS = frozenset(_BASE_PAIRS)
+
+#: Mean reactivity of a fully open nucleotide, in the order of the alphabet, dimensionless.
+_OPEN = {"DMS_MaP": (1.05, 0.80, 0.14, 0.16), "2A3_MaP": (0.95, 0.45, 0.80, 0.70)}
+#: A nucleotide after which (5') or before which (3') another stands reacts stronger or weaker: log factors.
+_NEIGHBOUR_5, _NEIGHBOUR_3 = (0.25, -0.10, 0.10, -0.25), (0.20, -0.20, 0.15, -0.15)
+
+_MISSING = -1e18  # what the organisers write where a coordinate is not resolved
+
+
+def designs(rng: np.random.Generator, *, length: int, largest: int = 42) -> tuple[str, Pairs]:
+    """A random sequence with a known secondary structure: helices with loops and bulges, joined by linkers.
+
+    Args:
+        rng: source of all choices.
+        length: nt, at least 1; a helix needs 12.
+        largest: nt that a helix may span with all that it closes, at least 16.
+
+    Returns:
+        Letters of ``ALPHABET``, and the base pairs, all of them GC, AU or GU.
+    """
+    parts: list[tuple[str, Pairs]] = []
+    left = length
+    while left:
+        linker = min(left, int(rng.integers(1, 6)))
+        parts.append((_linker(rng, linker), []))
+        left -= linker
+        if left >= _SHORTEST_HELIX:
+            size = min(left, int(rng.integers(16, largest + 1)))
+            parts.append(_helix(rng, size))
+            left -= size
+    return _join(parts)
+
+
+def _helix(rng: np.random.Generator, size: int) -> tuple[str, Pairs]:
+    """A helix and all that it closes: a hairpin loop, a bulge or internal loop before the next helix, or a branch."""
+    if size < 22:
+        loop = 4 if rng.random() < 0.75 else int(rng.integers(3, 8))
+        loop = min(loop, size - 8)
+        loop += (size - loop) % 2
+        return _close(rng, (_hairpin_loop(rng, loop), []), stem=(size - loop) // 2)
+    stem = int(rng.integers(4, min(6, (size - _SHORTEST_HELIX - 1) // 2) + 1))
+    inside = size - 2 * stem
+    if inside >= 2 * _SHORTEST_HELIX + 4 and rng.random() < 0.5:
+        first = int(rng.integers(_SHORTEST_HELIX, inside - _SHORTEST_HELIX - 2))
+        second = inside - first - 3
+        parts = [(_linker(rng, 1), []), _helix(rng, first), (_linker(rng, 2), []), _helix(rng, second)]
+    else:
+        before, after = _uneven(rng, spare=inside - _SHORTEST_HELIX)
+        middle = _helix(rng, inside - before - after)
+        parts = [(_linker(rng, before), []), middle, (_linker(rng, after), [])]
+    return _close(rng, _join(parts), stem=stem)
+
+
+def _close(rng: np.random.Generator, content: tuple[str, Pairs], *, stem: int) -> tuple[str, Pairs]:
+    """Stack base pairs on the outside of a loop."""
+    ends = [_BASE_PAIRS[k] for k in rng.choice(len(_BASE_PAIRS), size=stem, p=_BASE_PAIR_SHARES)]
+    strand, partner = "".join(pair[0] for pair in ends), "".join(pair[1] for pair in reversed(ends))
+    letters, pairs = _join([(strand, []), content, (partner, [])])
+    return letters, [(k, len(letters) - 1 - k) for k in range(stem)] + pairs
+
+
+def _uneven(rng: np.random.Generator, *, spare: int) -> tuple[int, int]:
+    """Unpaired nucleotides on the two sides of an internal loop or bulge; never none at all."""
+    before = int(rng.integers(0, min(spare, 4) + 1))
+    after = int(rng.integers(0 if before else 1, min(spare - before, 4) + 1)) if spare > before else 0
+    return before, after
+
+
+def _hairpin_loop(rng: np.random.Generator, size: int) -> str:
+    return str(rng.choice(_TETRALOOPS)) if size == 4 else _linker(rng, size)
+
+
+def _linker(rng: np.random.Generator, size: int) -> str:
+    return "".join(rng.choice(list("ACGU"), size=size, p=(0.70, 0.10, 0.06, 0.14)))
+
+
+def _join(parts: Sequence[tuple[str, Pairs]]) -> tuple[str, Pairs]:
+    letters, pairs = "", []
+    for more, inner in parts:
+        pairs += [(i + len(letters), j + len(letters)) for i, j in inner]
+        letters += more
+    return letters, pairs
+
+
+@dataclass(frozen=True)
+class _Construct:
+    """One molecule of the library: flanks included."""
+
+    sequence: str
+    pairs: Pairs
+    group: str
+    library: str
+    window_start: int | None = None
+
+    @property
+    def sequence_id(self) -> str:
+        """12 hex digits that depend on the sequence alone."""
+        return hashlib.sha256(self.sequence.encode()).hexdigest()[:12]
+
+
+def write_ribonanza(folder: Path, *, sequences: int = 240, test: int = 40, seed: int = 0) -> dict[str, Path]:
+    """Write a small Ribonanza: train_data.csv, test_sequences.csv, sample_submission.csv, library_groups.parquet.
+
+    The library holds single designs, families of mutants, and windows tiled over longer molecules: a random split of it
+    leaks. Some profiles fail SN_filter and some are missing. Test sequences are single designs, some of them longer.
+
+    Args:
+        folder: made if needed; its files of these names are replaced.
+        sequences: different sequences in train_data.csv, which has a row per sequence and probe.
+        test: different sequences in test_sequences.csv, none of them in train.
+        seed: two calls with equal arguments write the same bytes.
+
+    Returns:
+        File name -> path.
+    """
+    rng = np.random.default_rng(seed)
+    library = _take(_library(rng), sequences, taken=set())
+    taken = {construct.sequence for construct in library}
+    held_out = _take(_single_designs(rng), test, taken=taken)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        name: folder / name
+        for name in ("train_data.csv", "test_sequences.csv", "sample_submission.csv", "library_groups.parquet")
+    }
+    _profiles(library, rng).write_csv(files["train_data.csv"])
+    lengths = [len(construct.sequence) for construct in held_out]
+    ends = np.cumsum(lengths, dtype=np.int64)
+    pl.DataFrame(
+        {
+            "id_min": ends - lengths,
+            "id_max": ends - 1,
+            "sequence_id": [construct.sequence_id for construct in held_out],
+            "sequence": [construct.sequence for construct in held_out],
+            "future": [int(length > 110) for length in lengths],
+        }
+    ).write_csv(files["test_sequences.csv"])
+    pl.DataFrame({"id": np.arange(sum(lengths))}).with_columns(
+        pl.lit(0.0).alias(f"reactivity_{probe}") for probe in PROBES
+    ).write_csv(files["sample_submission.csv"])
+    pl.DataFrame(
+        [(c.sequence_id, c.group, c.window_start) for c in sorted(library, key=lambda c: c.sequence_id)],
+        schema={"sequence_id": pl.String, "group": pl.String, "window_start": pl.Int32},
+        orient="row",
+    ).write_parquet(files["library_groups.parquet"])
+    return files
+
+
+def _take(source: Iterator[_Construct], count: int, *, taken: set[str]) -> list[_Construct]:
+    """The first `count` constructs whose sequences are new."""
+    chosen: dict[str, _Construct] = {}
+    while len(chosen) < count:
+        construct = next(source)
+        if construct.sequence not in taken:
+            chosen.setdefault(construct.sequence, construct)
+    return list(chosen.values())
+
+
+def _construct(letters: str, pairs: Pairs, group: str, library: str, *, window_start: int | None = None) -> _Construct:
+    sequence, pairs = _join([(FLANK_5, _FLANK_PAIRS), (letters, pairs), (FLANK_3, [])])
+    return _Construct(sequence, pairs, group, library, window_start)
+
+
+def _single_designs(rng: np.random.Generator) -> Iterator[_Construct]:
+    """Unrelated designs for the test set, without end."""
+    while True:
+        yield _construct(*designs(rng, length=int(rng.integers(40, 84))), "", "test")
+
+
+def _library(rng: np.random.Generator) -> Iterator[_Construct]:
+    """Designs, mutant families and tiled windows, without end."""
+    number = 0
+    while True:
+        number += 1
+        for single in range(3):
+            letters, pairs = designs(rng, length=int(rng.integers(24, 64)))
+            yield _construct(letters, pairs, f"design:{number}.{single}", "designs")
+        parent = designs(rng, length=int(rng.integers(30, 64)))
+        yield _construct(*parent, f"mutants:{number}", "mutants")
+        for _ in range(int(rng.integers(3, 7))):
+            yield _construct(*_mutate(*parent, rng), f"mutants:{number}", "mutants")
+        letters, pairs = designs(rng, length=110, largest=24)
+        for start in range(0, 110 - 60 + 1, 10):
+            inner = [(i - start, j - start) for i, j in pairs if i >= start and j < start + 60]
+            window = letters[start : start + 60]
+            yield _construct(window, inner, f"genome:{number}", "genomes", window_start=start)
+
+
+def _mutate(letters: str, pairs: Pairs, rng: np.random.Generator) -> tuple[str, Pairs]:
+    """One to three substitutions; a pair that no longer fits opens."""
+    changed = list(letters)
+    for site in rng.choice(len(changed), size=int(rng.integers(1, 4)), replace=False):
+        changed[site] = str(rng.choice([letter for letter in "ACGU" if letter != changed[site]]))
+    return "".join(changed), [(i, j) for i, j in pairs if changed[i] + changed[j] in _PARTNERS]
+
+
+def _profiles(library: Sequence[_Construct], rng: np.random.Generator) -> pl.DataFrame:
+    """The wide table: a row per sequence and probe, sorted by id, 2A3 first as Kaggle has it."""
+    width = max(len(construct.sequence) for construct in library)
+    rows, values, errors = [], [], []
+    for construct in sorted(library, key=lambda c: c.sequence_id):
+        depth = rng.lognormal(np.log(6.0), 0.6) if rng.random() > 0.06 else rng.uniform(0.2, 1.2)
+        absent = rng.integers(len(PROBES)) if rng.random() < 0.04 else -1
+        for column in reversed(range(len(PROBES))):
+            signal_to_noise = float(depth * rng.lognormal(0.0, 0.2))
+            reads = int(500 * signal_to_noise**1.3 * rng.lognormal(0.0, 0.3))
+            truth_L = reactivity(construct.sequence, construct.pairs, probe=PROBES[column], rng=rng)
+            value_L, error_L = _measure(truth_L, signal_to_noise, rng)
+            if column == absent:
+                continue
+            name = f"{construct.library}_{PROBES[column].removesuffix('_MaP')}"
+            passes = int(signal_to_noise > 1.0 and reads > 100)
+            row = (construct.sequence_id, construct.sequence, PROBES[column], name, reads, signal_to_noise, passes)
+            rows.append(row)
+            values.append(np.pad(value_L, (0, width - len(value_L)), constant_values=np.nan))
+            errors.append(np.pad(error_L, (0, width - len(error_L)), constant_values=np.nan))
+    head = ("sequence_id", "sequence", "experiment_type", "dataset_name", "reads", "signal_to_noise", "SN_filter")
+    table = pl.DataFrame(rows, schema=list(head), orient="row").with_columns(pl.col("signal_to_noise").round(3))
+    wide = [
+        pl.DataFrame(np.array(block).round(3), schema=[f"{name}_{k:04d}" for k in range(1, width + 1)], orient="row")
+        for name, block in (("reactivity", values), ("reactivity_error", errors))
+    ]
+    return pl.concat([table, *(block.fill_nan(None) for block in wide)], how="horizontal")
+
+
+def reactivity(sequence: str, pairs: Pairs, *, probe: str, rng: np.random.Generator) -> np.ndarray:
+    """What a probe would read without measurement noise.
+
+    Paired nucleotides are protected, those at the end of a helix or in a GU pair less; among unpaired ones DMS sees A
+    and C, 2A3 all; the rigid positions of tetraloops are quiet, and neighbours raise or lower a signal.
+
+    Args:
+        sequence: letters of ``ALPHABET``, length L.
+        pairs: its base pairs.
+        probe: one of ``PROBES``.
+        rng: source of each molecule's own variation.
+
+    Returns:
+        [L] float64, dimensionless, above 0.
+    """
+    token_L = np.array(["ACGU".index(letter) for letter in sequence])
+    before_L, after_L = np.roll(token_L, 1), np.roll(token_L, -1)
+    effect_L = np.take(_NEIGHBOUR_5, before_L) + np.take(_NEIGHBOUR_3, after_L)
+    open_L = np.take(_OPEN[probe], token_L) * _openness(sequence, pairs)
+    return 0.02 + open_L * np.exp(effect_L + 0.2 * rng.standard_normal(len(token_L)))
+
+
+def _openness(sequence: str, pairs: Pairs) -> np.ndarray:
+    """[L] share of the time that a nucleotide is free to react, in [0, 1]."""
+    open_L = np.full(len(sequence), 1.0)
+    partner = dict(pairs) | {j: i for i, j in pairs}
+    for j in partner:
+        if j + 1 < len(sequence):
+            open_L[j + 1] = 0.5  # stacked on the 3' end of a helix
+    for i, j in partner.items():
+        inside = partner.get(i - 1) == j + 1 and partner.get(i + 1) == j - 1
+        wobble = sequence[i] + sequence[j] in ("GU", "UG")
+        open_L[i] = 0.04 + (0.0 if inside else 0.14) + (0.08 if wobble else 0.0)
+    for i, j in pairs:
+        if sequence[i + 1 : j] == "UUCG":
+            open_L[i + 1 : j] = (0.8, 0.9, 0.4, 0.1)
+        elif j - i == 5 and sequence[i + 1] == "G" and sequence[j - 1] == "A":
+            open_L[i + 1 : j] = (0.3, 0.9, 0.8, 0.4)
+    return open_L
+
+
+def _measure(truth_L: np.ndarray, signal_to_noise: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Reactivity and its error as the experiment reports them; NaN at the ends.
+
+    signal_to_noise is the mean reactivity over the mean error, as the organisers define it.
+    """
+    read = slice(BLANK_5, len(truth_L) - BLANK_3)
+    shape_L = np.sqrt(0.1 + truth_L)  # counts: the error grows with the root of the signal
+    error_L = shape_L * truth_L[read].mean() / shape_L[read].mean() / signal_to_noise
+    value_L = np.full(len(truth_L), np.nan)
+    value_L[read] = (truth_L + error_L * rng.standard_normal(len(truth_L)))[read]
+    return value_L, np.where(np.isfinite(value_L), error_L, np.nan)
+
+
+def write_rna3d(folder: Path, *, targets: int = 40, test: int = 6, seed: int = 0) -> dict[str, Path]:
+    """Write a small RNA 3D Folding, part 1: sequences and C1' labels of train and validation, test, sample submission.
+
+    A quarter of the train targets are homologues of others, some targets have two conformations, and some residues are
+    not resolved. The validation labels are those of the test targets, in another order, so that they can be scored.
+
+    Args:
+        folder: made if needed; its files of these names are replaced.
+        targets: train targets, with ids that hold an underscore.
+        test: test targets, deposited after the temporal cut-off of all train targets.
+        seed: two calls with equal arguments write the same bytes.
+
+    Returns:
+        File name -> path.
+    """
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    train = _molecules(rng, [f"0{_letters(k)}_A" for k in range(targets)], homologues=0.25, year=2015)
+    held_out = _molecules(rng, [f"S{1101 + k}{'v2' if k % 4 == 3 else ''}" for k in range(test)], year=2022)
+    files = {}
+    tables = {
+        "train_sequences.csv": _sequence_table(train),
+        "train_labels.csv": _label_table(train, rng),
+        "validation_sequences.csv": _sequence_table(held_out),
+        "validation_labels.csv": _label_table(held_out[::-1], rng),
+        "test_sequences.csv": _sequence_table(held_out),
+        "sample_submission.csv": _sample(held_out),
+    }
+    for name, table in tables.items():
+        files[name] = folder / name
+        table.write_csv(files[name])
+    return files
+
+
+@dataclass(frozen=True)
+class _Molecule:
+    """One target: its sequence, and one or two C1' traces."""
+
+    target_id: str
+    sequence: str
+    pairs: Pairs
+    temporal_cutoff: str
+    conformers: tuple[np.ndarray, ...]  # [L, 3] Å
+
+
+def _letters(number: int) -> str:
+    return "".join(chr(ord("A") + number // 26**k % 26) for k in (2, 1, 0))
+
+
+def _molecules(
+    rng: np.random.Generator, target_ids: Sequence[str], *, year: int, homologues: float = 0.0
+) -> list[_Molecule]:
+    molecules: list[_Molecule] = []
+    for order, target_id in enumerate(target_ids):
+        if molecules and rng.random() < homologues:
+            parent = molecules[int(rng.integers(len(molecules)))]
+            sequence, pairs = _mutate(parent.sequence, parent.pairs, rng)
+            trace_L3 = parent.conformers[0] + 0.3 * rng.standard_normal((len(sequence), 3))
+        else:
+            sequence, pairs = designs(rng, length=int(rng.integers(24, 61)))
+            trace_L3 = _warp(trace_from_pairs(len(sequence), pairs, rng), rng)
+        other = (_bend(trace_L3, pairs, rng),) if order % 5 == 2 else ()
+        cutoff = f"{year + order % 4}-{1 + order % 12:02d}-{1 + order % 28:02d}"
+        molecules.append(_Molecule(target_id, sequence, pairs, cutoff, (trace_L3, *other)))
+    return molecules
+
+
+def _warp(trace_L3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Bend space softly and shake each residue, so that ideal helices alone are not the whole answer."""
+    warped_L3 = trace_L3 + 0.2 * rng.standard_normal(trace_L3.shape)
+    for _ in range(3):
+        wave = rng.standard_normal(3)
+        wave *= 2 * np.pi / rng.uniform(40.0, 80.0) / np.linalg.norm(wave)  # wavelength in Å
+        phase_L = trace_L3 @ wave + rng.uniform(0, 2 * np.pi)
+        warped_L3 += 0.5 * np.sin(phase_L)[:, None] * rng.standard_normal(3)
+    return warped_L3
+
+
+def _bend(trace_L3: np.ndarray, pairs: Pairs, rng: np.random.Generator) -> np.ndarray:
+    """Another conformation: the 3' part turned by 25° about a residue that no pair encloses."""
+    outside = [k for k in range(len(trace_L3)) if not any(i <= k <= j for i, j in pairs)]
+    hinge = outside[len(outside) // 2]
+    axis = rng.standard_normal(3)
+    x, y, z = axis / np.linalg.norm(axis)
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    angle = np.deg2rad(25.0)
+    turn = np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+    bent_L3 = trace_L3.copy()
+    bent_L3[hinge:] = (trace_L3[hinge:] - trace_L3[hinge]) @ turn.T + trace_L3[hinge]
+    return bent_L3
+
+
+def _sequence_table(molecules: Sequence[_Molecule]) -> pl.DataFrame:
+    columns = ("target_id", "sequence", "temporal_cutoff", "description", "all_sequences")
+    rows = [
+        (
+            molecule.target_id,
+            molecule.sequence,
+            molecule.temporal_cutoff,
+            f"Designed RNA, {len(molecule.pairs)} base pairs\nSynthetic",
+            f">{molecule.target_id}|Chain A|designed RNA\n{molecule.sequence}",
+        )
+        for molecule in molecules
+    ]
+    return pl.DataFrame(rows, schema=list(columns), orient="row")
+
+
+def _label_table(molecules: Sequence[_Molecule], rng: np.random.Generator) -> pl.DataFrame:
+    """A row per residue; what is not resolved, and the conformers a target does not have, are -1e18."""
+    most = max(len(molecule.conformers) for molecule in molecules)
+    blocks, coordinates = [], []
+    for molecule in molecules:
+        length = len(molecule.sequence)
+        xyz = np.full((length, most, 3), _MISSING)
+        for number, trace_L3 in enumerate(molecule.conformers):
+            xyz[:, number] = trace_L3.round(3)
+            gap = int(rng.integers(length)) if rng.random() < 0.4 else length
+            xyz[gap : gap + int(rng.integers(1, 4)), number] = _MISSING
+        blocks.append(_residues(molecule))
+        coordinates.append(xyz.reshape(length, most * 3))
+    names = [f"{axis}_{number}" for number in range(1, most + 1) for axis in "xyz"]
+    return pl.concat([pl.concat(blocks), pl.DataFrame(np.concatenate(coordinates), schema=names)], how="horizontal")
+
+
+def _residues(molecule: _Molecule) -> pl.DataFrame:
+    resid = range(1, len(molecule.sequence) + 1)
+    ids = [f"{molecule.target_id}_{number}" for number in resid]
+    return pl.DataFrame({"ID": ids, "resname": list(molecule.sequence), "resid": list(resid)})
+
+
+def _sample(molecules: Sequence[_Molecule]) -> pl.DataFrame:
+    names = [f"{axis}_{candidate}" for candidate in range(1, 6) for axis in "xyz"]
+    return pl.concat([_residues(molecule) for molecule in molecules]).with_columns(
+        pl.lit(0.0).alias(name) for name in names
+    )

@@ -1,0 +1,303 @@
+"""Keyed tables read in the order of their key, a batch at a time: memory does not grow with the number of rows.
+
+Letters: N sequences of a batch, T their nucleotides one after the other, C targets.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import DataError
+
+#: Rows of a batch and of a row group that is written from one: about 3 MiB of float32 a target at 177 nt.
+BATCH_ROWS = 2048
+
+
+def open_parquet(path: Path, columns: Sequence[str] = ()) -> pq.ParquetFile:
+    """Open a parquet file, with page checksums verified, and see that it has `columns`.
+
+    Raises:
+        DataError: missing, not parquet, or without one of the columns.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file. Next: run the stage that writes it (make help).")
+    try:
+        # Without pre_buffer=False, pyarrow 26 holds all that it has read of the file until the last batch.
+        opened = pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False)
+    except (pa.ArrowInvalid, OSError) as err:
+        raise DataError(
+            f"{path}: not a readable parquet file ({_first_line(err)}). Next: remove it and run its stage again."
+        ) from err
+    missing = [column for column in columns if column not in opened.schema_arrow.names]
+    if missing:
+        raise DataError(
+            f"{path}: no column {', '.join(missing)}; got {', '.join(opened.schema_arrow.names)}; "
+            f"expected {', '.join(columns)}. Next: see that the file belongs to this competition."
+        )
+    return opened
+
+
+def read_batches(path: Path, columns: Sequence[str], *, rows: int = BATCH_ROWS) -> Iterator[pl.DataFrame]:
+    """Batches of a parquet file with `columns`, in the file's order.
+
+    Raises:
+        DataError: as `open_parquet`, or a page is damaged.
+    """
+    opened = open_parquet(path, columns)
+    try:
+        for batch in opened.iter_batches(batch_size=rows, columns=list(columns)):
+            yield pl.DataFrame(pa.Table.from_batches([batch]))
+    except (pa.ArrowInvalid, OSError) as err:
+        raise DataError(f"{path}: damaged ({_first_line(err)}). Next: remove it and run its stage again.") from err
+    finally:
+        opened.close()
+
+
+class SortedRows:
+    """Rows of one parquet file that is sorted by, and unique in, `key`; each row is handed out once.
+
+    Raises:
+        DataError: as soon as a key does not rise.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], *, key: str = "sequence_id") -> None:
+        self.path, self.key = path, key
+        self._batches = read_batches(path, [key, *(column for column in columns if column != key)])
+        self._ready: pl.DataFrame | None = next(self._batches, None)
+        self._last: str | None = None
+        self._check()
+
+    def upto(self, last: str) -> pl.DataFrame | None:
+        """The next rows, as long as their key is not greater than `last`; None if there are none."""
+        parts = []
+        while self._ready is not None:
+            cut = int(self._ready[self.key].search_sorted(last, side="right"))
+            if cut:
+                parts.append(self._ready.head(cut))
+            if cut < self._ready.height:
+                self._ready = self._ready.slice(cut)
+                break
+            self._ready = next(self._batches, None)
+            self._check()
+        return pl.concat(parts) if parts else None
+
+    def rest(self) -> str | None:
+        """First key that was not handed out, if one is left."""
+        return None if self._ready is None else self._ready[self.key][0]
+
+    def _check(self) -> None:
+        if self._ready is None:
+            return
+        keys = self._ready[self.key]
+        before = keys.shift(1, fill_value=self._last)
+        bad = self._ready.filter((keys <= before).fill_null(False))
+        if bad.height:
+            raise DataError(
+                f"{self.path}: {self.key} {bad[self.key][0]!r} is repeated or out of order; expected rows sorted by "
+                f"and unique in {self.key}. Next: run the stage that writes the file again."
+            )
+        self._last = keys[-1]
+
+
+def flat_lists(column: pl.Series, lengths_N: np.ndarray, *, ids: pl.Series, where: str) -> np.ndarray:
+    """Values of a list column one after the other.
+
+    Args:
+        column: N lists of numbers; null, as a whole or inside, becomes NaN.
+        lengths_N: [N] int, how long each list must be, nt.
+        ids: N keys, for messages.
+        where: what the table is called in messages.
+
+    Returns:
+        [T] float32.
+
+    Raises:
+        DataError: a list has another length.
+    """
+    got_N = column.list.len().to_numpy()  # float with NaN where the list is null
+    wrong = np.flatnonzero(np.isfinite(got_N) & (got_N != lengths_N))
+    if wrong.size:
+        row = wrong[0]
+        raise DataError(
+            f"{where}: {ids[int(row)]}: {int(got_N[row])} values of {column.name}; expected {lengths_N[row]}, "
+            "the length of the sequence. Next: the table belongs to other data; run its stage again."
+        )
+    values = column.drop_nulls().list.explode(empty_as_null=False).cast(pl.Float32).to_numpy()
+    if not column.null_count():
+        return values
+    flat_T = np.full(int(lengths_N.sum()), np.nan, dtype=np.float32)
+    flat_T[np.repeat(column.is_not_null().to_numpy(), lengths_N)] = values
+    return flat_T
+
+
+def as_lists(flat_T: np.ndarray, lengths_N: np.ndarray) -> pa.Array:
+    """The inverse of `flat_lists` for values without null: N lists of float32."""
+    offsets = np.concatenate([[0], np.cumsum(lengths_N)]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, pa.array(flat_T.astype(np.float32, copy=False)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OofBatch:
+    """Some training sequences, in the order of their ids, and what was predicted for each by every source."""
+
+    rows: pl.DataFrame  #: columns of the clean train table, and ``fold``
+    lengths_N: np.ndarray  #: [N] int64, nt
+    predictions: dict[str, np.ndarray]  #: source -> [T, C] float32; a sequence without prediction is NaN throughout
+    missing: dict[str, np.ndarray]  #: source -> [N] bool: no prediction
+
+    def flat(self, columns: Sequence[str]) -> np.ndarray:
+        """List columns of `rows` as [T, C] float32, NaN where null."""
+        ids = self.rows["sequence_id"]
+        flats = [flat_lists(self.rows[name], self.lengths_N, ids=ids, where="clean train table") for name in columns]
+        return np.stack(flats, axis=1)
+
+    def spread(self, per_sequence_N: np.ndarray) -> np.ndarray:
+        """A value per sequence repeated for its nucleotides, [T]."""
+        return np.repeat(per_sequence_N, self.lengths_N)
+
+
+def truth_that_counts(batch: OofBatch, targets: Sequence[str]) -> np.ndarray:
+    """Measured values of a batch, [T, C] float32, NaN where the organisers' metric does not look.
+
+    A position counts if its sequence is ``scored`` and all targets were measured there.
+    """
+    truth_TC = batch.flat(targets)
+    counts_T = batch.spread(batch.rows["scored"].to_numpy()) & np.isfinite(truth_TC).all(axis=1)
+    truth_TC[~counts_T] = np.nan
+    return truth_TC
+
+
+def out_of_fold(
+    train: Path,
+    *,
+    fold_table: Path,
+    folds: Sequence[int],
+    sources: Mapping[str, Sequence[Path]],
+    targets: Sequence[str],
+    columns: Sequence[str] = (),
+) -> Iterator[OofBatch]:
+    """Training sequences of some folds beside their out-of-fold predictions, joined on ``sequence_id``.
+
+    Args:
+        train: clean train table.
+        fold_table: which sequence is held out in which fold.
+        folds: folds to read; sequences of other folds are passed over.
+        sources: name -> prediction tables, each sorted by ``sequence_id``, that together make one set of predictions.
+        targets: list columns of the prediction tables, the C of the arrays.
+        columns: further columns of the train table.
+
+    Raises:
+        DataError: a fold table or predictions of other data; a sequence predicted twice, or by a checkpoint that saw
+            it; a prediction that is not finite.
+    """
+    held_out = _read_folds(fold_table, train)
+    readers = {name: [SortedRows(path, ["fold", *targets]) for path in tables] for name, tables in sources.items()}
+    wanted = list(dict.fromkeys(["sequence_id", "sequence", *columns]))
+    last = None
+    for rows in read_batches(train, wanted):
+        rows = rows.join(held_out, on="sequence_id", how="left", validate="1:1", maintain_order="left")
+        if rows["fold"].null_count():
+            lost = rows.filter(pl.col("fold").is_null())["sequence_id"][0]
+            raise DataError(f"{fold_table}: no fold for {lost}: the table is from other data. Next: make folds.")
+        last = rows["sequence_id"][-1]
+        rows = rows.filter(pl.col("fold").is_in(list(folds)))
+        yield _align(rows, {name: (parts, last) for name, parts in readers.items()}, targets)
+    for parts in readers.values():
+        for part in parts:
+            if part.rest() is not None:
+                raise _unknown_id(part.path, str(part.rest()))
+
+
+def _read_folds(fold_table: Path, train: Path) -> pl.DataFrame:
+    open_parquet(fold_table, ["sequence_id", "fold"]).close()
+    held_out = pl.read_parquet(fold_table, columns=["sequence_id", "fold"])
+    rows = pq.read_metadata(train).num_rows
+    if held_out.height != rows:
+        raise DataError(
+            f"{fold_table}: {held_out.height:,} sequences; expected {rows:,} as in {train}: the table is from other "
+            "data. Next: make folds."
+        )
+    return held_out
+
+
+def _align(rows: pl.DataFrame, sources: Mapping[str, tuple[list[SortedRows], str]], targets: Sequence[str]) -> OofBatch:
+    lengths_N = rows["sequence"].str.len_bytes().to_numpy().astype(np.int64)
+    predictions, missing = {}, {}
+    for name, (parts, last) in sources.items():
+        found = [(part.path, table) for part in parts if (table := part.upto(last)) is not None]
+        for path, table in found:
+            _check_fold(table, rows, path=path)
+        tables = [table for _, table in found]
+        if tables:
+            table = pl.concat(tables)
+            twice = table.filter(pl.col("sequence_id").is_duplicated())["sequence_id"].unique().sort()
+            if twice.len():
+                raise DataError(f"{name}: {_some(twice)} predicted in two folds; expected one. Next: make predict.")
+            table = rows.select("sequence_id").join(
+                table, on="sequence_id", how="left", validate="1:1", maintain_order="left"
+            )
+        else:
+            empty = [pl.lit(None, dtype=pl.List(pl.Float32)).alias(target) for target in targets]
+            table = rows.select("sequence_id", *empty)
+        missing[name] = table[targets[0]].is_null().to_numpy()
+        predictions[name] = finite_values(table, lengths_N, targets=targets, missing_N=missing[name], where=name)
+    return OofBatch(rows=rows, lengths_N=lengths_N, predictions=predictions, missing=missing)
+
+
+def _check_fold(table: pl.DataFrame, rows: pl.DataFrame, *, path: Path) -> None:
+    beside = table.select("sequence_id", "fold").join(
+        rows.select("sequence_id", held_out="fold"), on="sequence_id", how="left", maintain_order="left"
+    )
+    unknown = beside.filter(pl.col("held_out").is_null())
+    if unknown.height:
+        raise _unknown_id(path, unknown["sequence_id"][0])
+    seen = beside.filter(pl.col("held_out") != pl.col("fold"))
+    if seen.height:
+        raise DataError(
+            f"{path}: {_some(seen['sequence_id'])} predicted by fold {seen['fold'][0]}; the split holds it out in fold "
+            f"{seen['held_out'][0]}, so the checkpoint saw it. Next: train and predict again with this split."
+        )
+
+
+def finite_values(
+    table: pl.DataFrame, lengths_N: np.ndarray, *, targets: Sequence[str], missing_N: np.ndarray, where: str
+) -> np.ndarray:
+    """Predicted lists as [T, C] float32, NaN for the sequences that `missing_N` names.
+
+    Raises:
+        DataError: a prediction that is there has another length than its sequence or is not finite.
+    """
+    ids = table["sequence_id"]
+    flats = [flat_lists(table[target], lengths_N, ids=ids, where=where) for target in targets]
+    values_TC = np.stack(flats, axis=1)
+    broken_T = ~np.isfinite(values_TC).all(axis=1) & ~np.repeat(missing_N, lengths_N)
+    if broken_T.any():
+        at = int(np.flatnonzero(broken_T)[0])
+        ends_N = np.cumsum(lengths_N)
+        row = int(np.searchsorted(ends_N, at, side="right"))
+        raise DataError(
+            f"{where}: {ids[row]}: prediction at position {at - int(ends_N[row] - lengths_N[row]) + 1} is "
+            f"{values_TC[at].tolist()}; expected finite numbers. Next: make predict again, or see the run's skips."
+        )
+    return values_TC
+
+
+def _unknown_id(path: Path, sequence_id: str) -> DataError:
+    return DataError(
+        f"{path}: {sequence_id!r} is not among the sequences that this split holds out there; the predictions are of "
+        "other data. Next: make predict."
+    )
+
+
+def _some(ids: pl.Series) -> str:
+    shown = ", ".join(ids.head(3).to_list())
+    return shown if ids.len() <= 3 else f"{shown} and {ids.len() - 3} more"
+
+
+def _first_line(err: Exception) -> str:
+    return str(err).splitlines()[0][:120] if str(err) else type(err).__name__

@@ -1,0 +1,282 @@
+"""One fold of one run: resume it if it was begun, refuse it if it is another one now, leave it if it is finished."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from models.interface import RnaModel
+from models.registry import create_model
+from pipeline.competitions.base import Competition
+from pipeline.config import ModelConfig, RunConfig
+from pipeline.dataset import fold_members, open_examples, read_folds
+from pipeline.errors import ConfigError, DataError
+from pipeline.paths import Paths
+from pipeline.runlog import say
+from pipeline.stage import Report, sha256_file, versions, write_json
+from pipeline.training.checkpoint import CheckpointStore, DamagedError, load_checkpoint
+from pipeline.training.loop import Trainer, TrainingData
+from pipeline.training.losses import profile_weights
+from pipeline.training.metrics import metric_name
+from pipeline.training.precision import choose_device, choose_precision, deterministic_algorithms
+from pipeline.training.stop import StopRequest, run_lock
+from pipeline.training.telemetry import Telemetry, drop_rows_after, settle_status
+
+#: Bins of the C1'–C1' distance, for the structure task: 1.9 Å wide between 4 and 60 Å.
+NUM_DISTANCE_BINS = 32
+
+
+def run(
+    config: RunConfig,
+    *,
+    competition: Competition,
+    paths: Paths,
+    run: str,
+    split: str,
+    fold: int,
+    max_steps: int | None = None,
+    time_budget: float | None = None,
+    restart: bool = False,
+) -> Report:
+    """Train one fold to its end, from wherever it stands.
+
+    Args:
+        config: of the run; must be the one it was begun with.
+        competition: what is predicted.
+        paths: where clean tables, fold tables and runs are.
+        run: name of the run, a folder below ``runs/``.
+        split: name of the fold table.
+        fold: the one that is held out.
+        max_steps: stop, resumable, after so many steps.
+        time_budget: stop, resumable, after so many seconds.
+        restart: set an earlier run of this name and fold aside and begin anew.
+
+    Returns:
+        ``built``, or ``current`` if it was finished before; facts: best metric, its step, epochs, steps.
+
+    Raises:
+        ConfigError: unknown model or argument, or the run was begun with other settings or data (exit code 2).
+        DataError: tables are missing or do not belong together (3).
+        DivergedError: non-finite values that no fallback cured (4).
+        StorageError: disk or memory ran out, or every checkpoint is damaged (5).
+        StoppedError: asked to stop, or another process trains here (75).
+    """
+    started = time.monotonic()
+    folder = paths.fold_dir(run, fold)
+    with run_lock(folder), StopRequest(time_budget=time_budget) as stop:
+        if restart:
+            set_aside(folder)
+        torch.manual_seed(config.train.seed)
+        model = build_model(config.model, competition)
+        data, digests = load_data(config, model, competition=competition, paths=paths, split=split, fold=fold)
+        meta = {"run": run, "competition": competition.name, "split": split, "fold": fold}
+        meta |= {"data": digests, "config": asdict(config)}
+        store = CheckpointStore(folder / "checkpoints")
+        store.sweep()
+        begun = store.newest_meta()
+        if begun is not None:
+            require_same(meta, begun, where=folder)
+            if begun["progress"]["finished"]:
+                settle_status(folder)
+                return _report(store, begun, status="current", seconds=0.0)
+        with deterministic_algorithms(config.train.deterministic):
+            _train(model, config, competition, data, store, stop, meta, max_steps=max_steps)
+        done = store.newest_meta()
+        assert done is not None
+        return _report(store, done, status="built", seconds=time.monotonic() - started)
+
+
+def build_model(config: ModelConfig, competition: Competition) -> RnaModel:
+    """The network of a configuration, with the heads that the competition's task asks for.
+
+    Raises:
+        ConfigError: the model or one of its arguments is unknown or makes no sense.
+    """
+    is_structure = competition.task == "structure"
+    heads = {"num_channels": 0 if is_structure else len(competition.targets)}
+    heads["num_distance_bins"] = NUM_DISTANCE_BINS if is_structure else 0
+    try:
+        return create_model(config.name, **heads, **config.kwargs)
+    except (TypeError, ValueError) as err:
+        raise ConfigError(f"[model] {err}") from err
+
+
+def load_data(
+    config: RunConfig, model: RnaModel, *, competition: Competition, paths: Paths, split: str, fold: int
+) -> tuple[TrainingData, dict[str, Any]]:
+    """Open examples and fold table, and decide who trains and who validates.
+
+    Profiles that weigh nothing do not train; only scored examples validate.
+
+    Returns:
+        The data, and the digests by which a resumed run knows that they are the same.
+
+    Raises:
+        ConfigError: no such fold; base-pair probabilities are needed and missing.
+        DataError: tables are missing or do not belong together, or nothing is left to train or validate on.
+    """
+    examples = open_examples(competition, paths=paths, table="train", bpp=model.uses_bpp)
+    table = paths.fold_table(split)
+    held_out_N = fold_members(read_folds(table, examples=examples), fold, where=split)
+    assert examples.weights_NC is not None
+    assert examples.scored_N is not None
+    minimum = config.data.min_signal_to_noise if competition.signal_to_noise else -math.inf
+    weighting = config.data.weighting if competition.signal_to_noise else "uniform"
+    weights_NC = profile_weights(examples.weights_NC, weighting=weighting, minimum=minimum)
+    train = np.flatnonzero(~held_out_N & (weights_NC > 0).any(axis=1))
+    valid = np.flatnonzero(held_out_N & examples.scored_N)
+    for name, members in (("training", train), ("validation", valid)):
+        if not len(members):
+            raise DataError(
+                f"{table}: fold {fold} leaves no {name} sequence (training needs a profile with signal_to_noise of at "
+                f"least {config.data.min_signal_to_noise}, validation a scored one). Next: another fold or threshold."
+            )
+    digests = {"examples": examples.key, "folds": sha256_file(table)}
+    if examples.bpp is not None:
+        digests["bpp"] = examples.bpp.key
+    return TrainingData(examples=replace(examples, weights_NC=weights_NC), train=train, valid=valid), digests
+
+
+def require_same(wanted: dict[str, Any], begun: dict[str, Any], *, where: Path) -> None:
+    """Refuse to go on with a run under other settings or with other data.
+
+    Raises:
+        ConfigError: with every difference.
+    """
+    now, before = dict(_leaves(wanted)), dict(_leaves({key: begun.get(key) for key in wanted}))
+    missing = "(absent)"
+    changed = [
+        f"{key} {before.get(key, missing)} -> {now.get(key, missing)}"
+        for key in sorted(now.keys() | before.keys())
+        if now.get(key, missing) != before.get(key, missing)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{where}: this run was begun with other settings or data: {'; '.join(changed)}. "
+            "Next: TAG=<name> for a new run beside it, or --restart to begin this one anew."
+        )
+
+
+def set_aside(folder: Path) -> None:
+    """Move all that a run wrote to ``set-aside-<n>/`` in its own folder, so that it can begin anew."""
+    earlier = sorted(folder.glob("set-aside-*"))
+    found = [path for path in sorted(folder.iterdir()) if path.name != ".lock" and path not in earlier]
+    if found:
+        target = folder / f"set-aside-{len(earlier) + 1}"
+        target.mkdir()
+        for path in found:
+            path.rename(target / path.name)
+        say(f"{folder}: the earlier run is now in {target.name}")
+
+
+def _train(
+    model: RnaModel,
+    config: RunConfig,
+    competition: Competition,
+    data: TrainingData,
+    store: CheckpointStore,
+    stop: StopRequest,
+    meta: dict[str, Any],
+    *,
+    max_steps: int | None,
+) -> None:
+    device = choose_device()
+    precision = choose_precision(config.train.precision, device)
+    _load_initial(model, config.model)
+    _set_gradient_checkpointing(model, config.train.gradient_checkpointing)
+    trainer = Trainer(
+        model.to(device),
+        config=config,
+        competition=competition,
+        data=data,
+        device=device,
+        precision=precision,
+        store=store,
+        stop=stop,
+        meta=meta,
+    )
+    folder = store.folder.parent
+    checkpoint = store.load_newest()
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    drop_rows_after(folder / "metrics.jsonl", step=trainer.progress.step, epoch=trainer.progress.epoch)
+    write_json(folder / "config.json", meta)
+    facts = _describe(trainer, meta)
+    label = f"{meta['run']} fold{meta['fold']}"
+    first = trainer.progress.step
+    say(f"{label}: {facts['train']:,} sequences train, {facts['valid']:,} validate; {facts['parameters']:,} parameters")
+    say(f"{label}: {device}, {trainer.precision.name} ({trainer.precision.reason})")
+    say(f"{label}: goes on at step {first} of {trainer.steps}" if checkpoint else f"{label}: {trainer.steps} steps")
+    metric = facts["metric_name"]
+    with Telemetry(folder, label=label, steps=trainer.steps, first_step=first, metric=metric) as telemetry:
+        telemetry.log.write("start", **facts)
+        trainer.fit(telemetry, max_steps=max_steps)
+        telemetry.log.write("done", step=trainer.progress.step, **_outcome(asdict(trainer.progress)))
+
+
+def _describe(trainer: Trainer, meta: dict[str, Any]) -> dict[str, Any]:
+    """The "start" row: all that a number of this run can depend on."""
+    return {
+        **meta,
+        "resumed_step": trainer.progress.step,
+        "steps": trainer.steps,
+        "metric_name": metric_name(trainer.competition),
+        "device": str(trainer.device),
+        "device_name": torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "",
+        "precision": trainer.precision.name,
+        "precision_reason": trainer.precision.reason,
+        "threads": torch.get_num_threads(),
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "train": len(trainer.data.train),
+        "valid": len(trainer.data.valid),
+        "versions": versions(),
+    }
+
+
+def _load_initial(model: RnaModel, config: ModelConfig) -> None:
+    """Start from another run's weights, if the configuration names them."""
+    if not config.init:
+        return
+    try:
+        model.load_state_dict(load_checkpoint(Path(config.init)).weights)
+    except (DamagedError, RuntimeError) as err:
+        raise ConfigError(
+            f"model.init = {config.init!r}: {' '.join(str(err).split())[:300]}; expected a checkpoint folder "
+            "(…/checkpoints/step-…) of a network with the same arguments and heads. Next: correct the path."
+        ) from err
+
+
+def _set_gradient_checkpointing(model: RnaModel, every: int) -> None:
+    try:
+        model.set_gradient_checkpointing(every)
+    except ValueError as err:
+        raise ConfigError(f"[train] {err}") from err
+
+
+def _outcome(progress: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "metric": progress["best_metric"],
+        "best_step": progress["best_step"],
+        "epochs": progress["epoch"],
+        "updates": progress["updates"],
+        "guard": progress["guard"],
+    }
+
+
+def _report(store: CheckpointStore, meta: dict[str, Any], *, status: Any, seconds: float) -> Report:
+    outputs = {"checkpoint": store.best_folder(), "metrics": store.folder.parent / "metrics.jsonl"}
+    facts = {"steps": meta["step"], **_outcome(meta["progress"])}
+    return Report(stage="train", status=status, outputs=outputs, facts=facts, seconds=seconds)
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree

@@ -1,0 +1,108 @@
+"""The optimiser's parts: parameter groups, learning rate as a function of the step, averaged weights."""
+
+import copy
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+_START_SHARE = 1 / 25  # of the top rate, where one_cycle begins
+_END_SHARE = 1e-3  # of the top rate, where one_cycle and cosine end
+
+
+def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over two parameter groups, see `decay_groups`.
+
+    Fused: 0.8 ms a step instead of 8 ms for 546 k parameters in 80 tensors on one CPU thread.
+    """
+    return torch.optim.AdamW(decay_groups(model, weight_decay=weight_decay), lr=lr, betas=(0.9, 0.99), fused=True)
+
+
+def decay_groups(model: nn.Module, *, weight_decay: float) -> list[dict]:
+    """Parameters that decay, and those that must not: vectors (norms, biases, D), embeddings, and what says so.
+
+    A network marks a matrix that must not decay (A_log, implicit filters) by ``parameter._no_weight_decay = True``.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    decay: list[nn.Parameter] = []
+    keep: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        free = parameter.ndim <= 1 or id(parameter) in embeddings or getattr(parameter, "_no_weight_decay", False)
+        (keep if free else decay).append(parameter)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate(
+    update: int, *, total: int, lr: float, warmup: float, schedule: Literal["one_cycle", "cosine", "constant"]
+) -> float:
+    """Learning rate of one update: a closed form, so that a resumed run needs no scheduler state.
+
+    one_cycle rises on a cosine from lr/25, cosine on a line from 0, both during the share `warmup` of all updates;
+    then both fall on a cosine to lr/1000. constant stays.
+
+    Args:
+        update: 0-based count of optimiser updates made before.
+        total: updates of the whole run.
+        lr: the highest rate.
+        warmup: share of `total`.
+        schedule: its shape.
+
+    Source:
+        one_cycle: Smith & Topin 2017, arXiv:1708.07120, without the cycled momentum.
+    """
+    if schedule == "constant":
+        return lr
+    rise = max(1, round(warmup * total))
+    if update < rise:
+        if schedule == "cosine":
+            return lr * (update + 1) / rise
+        return lr * _cosine(_START_SHARE, 1.0, update / rise)
+    return lr * _cosine(1.0, _END_SHARE, min(1.0, (update - rise) / max(1, total - 1 - rise)))
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+class Ema:
+    """Exponential moving average of a network's weights: a copy of the network that only predicts.
+
+    The average is short at first, decay = min(decay, (1 + n) / (10 + n)), so that a run of a few hundred updates does
+    not remember its initial weights.
+    """
+
+    def __init__(self, model: nn.Module, *, decay: float) -> None:
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self._decay = decay
+
+    def update(self, model: nn.Module, *, updates: int) -> None:
+        """Move towards the network's present weights, which the caller knows to be finite."""
+        decay = min(self._decay, (1 + updates) / (10 + updates))
+        with torch.no_grad():
+            average: list[Tensor] = list(self.module.parameters())
+            torch._foreach_lerp_(average, list[Tensor](model.parameters()), 1 - decay)
+            for kept, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+                kept.copy_(buffer)
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    """Gradients of all parameters that have one."""
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def total_norm(tensors: list[Tensor]) -> float:
+    """Euclidean norm over all tensors; not finite if any value is not."""
+    return float(torch.nn.utils.get_total_norm(tensors, error_if_nonfinite=False))
+
+
+def clip_gradients(model: nn.Module, *, norm: float, clip_norm: float) -> None:
+    """Scale gradients of a known, finite norm down to `clip_norm`; 0 = leave them.
+
+    The norm is measured and judged before: clipping by a NaN or infinite norm would spread it to every gradient.
+    """
+    if clip_norm and norm > clip_norm:
+        torch._foreach_mul_(gradients(model), clip_norm / (norm + 1e-6))

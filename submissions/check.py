@@ -1,0 +1,339 @@
+"""Refuse a submission that the competition would refuse, or score for other rows than it was made for.
+
+The file is read in blocks of 16 MiB and compared with the expected keys row by row, so memory is constant. The first
+thing wrong is named with its data row (from 1) and line of the file.
+"""
+
+import csv
+import dataclasses
+import gzip
+import io
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+
+from pipeline.competitions.base import Competition
+from pipeline.errors import DataError
+from pipeline.paths import Paths
+from pipeline.runlog import Bar
+from pipeline.stage import Report
+from pipeline.tables import open_parquet
+from submissions.layout import (
+    IdRuns,
+    Keys,
+    Layout,
+    ResidueKeys,
+    layout_of,
+    other_competition,
+    read_layout,
+    submission_columns,
+)
+
+_BLOCK_BYTES = 1 << 24
+_BATCH_ROWS = 1 << 18
+_TEXT = {"ID", "resname"}
+_WHOLE = {"id", "resid"}
+
+FileFormat = Literal["csv", "csv.gz", "parquet"]
+
+
+def run(paths: Paths, *, competition: Competition, file: Path, sample: Path | None = None) -> Report:
+    """Check a submission: columns, every key in order, finite values in range.
+
+    Args:
+        paths: where the clean test tables are, from which the expected keys come.
+        competition: gives columns and range.
+        file: CSV, CSV.GZ or parquet; told apart by content.
+        sample: a sample submission. With clean tables it must agree with them; without, it gives the expected keys.
+
+    Raises:
+        DataError: the first thing wrong, with its row, what was got and what was expected.
+    """
+    started = time.monotonic()
+    test = paths.clean("test" if competition.task == "values" else "sample")
+    if sample is None:
+        layout = read_layout(paths, competition)
+    elif test.is_file():
+        layout = read_layout(paths, competition)
+        advice = f"give the sample submission of the data in {test}"
+        check_file(sample, dataclasses.replace(layout, advice=advice), values=False)
+    else:
+        layout = _layout_from_sample(sample, competition)
+    facts = check_file(file, layout)
+    seconds = time.monotonic() - started
+    return Report(stage="check", status="built", outputs={"submission": file}, facts=facts, seconds=round(seconds, 3))
+
+
+def check_file(file: Path, layout: Layout, *, values: bool = True) -> dict[str, Any]:
+    """Compare a file with a layout, row by row.
+
+    Args:
+        file: CSV, CSV.GZ or parquet.
+        layout: expected columns, keys and range.
+        values: False looks at columns and keys only, as for a sample submission.
+
+    Returns:
+        rows, format, and smallest and largest value of every predicted column.
+
+    Raises:
+        DataError: the first thing wrong.
+    """
+    fmt = sniff(file)
+    low = np.full(len(layout.values), np.inf)
+    high = np.full(len(layout.values), -np.inf)
+    rows = 0
+    with Bar("check", total=layout.keys.rows, unit="rows") as bar:
+        for block in read_blocks(file, layout.columns, fmt=fmt):
+            _check_keys(block, rows, layout, file=file, fmt=fmt)
+            if values:
+                _check_values(block, rows, layout, file=file, fmt=fmt)
+                spans = [pc.min_max(block[name]).as_py() for name in layout.values]
+                low = np.minimum(low, [span["min"] for span in spans])
+                high = np.maximum(high, [span["max"] for span in spans])
+            rows += block.num_rows
+            bar.advance(block.num_rows)
+    if rows < layout.keys.rows:
+        missing = f"{layout.keys.names[0]} {layout.keys.block(rows, rows + 1)[layout.keys.names[0]][0]}"
+        raise DataError(
+            f"{file}: ends after data row {rows:,}; expected {layout.keys.rows:,} rows: {missing} and all after it are "
+            f"missing. Next: {layout.advice}, or copy it again if it was cut."
+        )
+    ranges = {name: [lo, hi] for name, lo, hi in zip(layout.values, low.tolist(), high.tolist(), strict=True)}
+    return {"rows": rows, "format": fmt, "columns": layout.columns} | ({"ranges": ranges} if values else {})
+
+
+def sniff(file: Path) -> FileFormat:
+    """Format of a file by its first bytes, as a download or a temporary file may have any name.
+
+    Raises:
+        DataError: missing, empty, or a web page.
+    """
+    if not file.is_file():
+        raise DataError(f"{file}: no such file. Next: make submit.")
+    with file.open("rb") as handle:
+        start = handle.read(512)
+    if not start.strip():
+        raise DataError(f"{file}: empty. Next: make submit again, or copy the file again.")
+    if start.startswith(b"PAR1"):
+        return "parquet"
+    if start.startswith(b"\x1f\x8b"):
+        return "csv.gz"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise DataError(f"{file}: a web page, not a submission (a login page?). Next: download the file again.")
+    return "csv"
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def read_blocks(file: Path, columns: list[str], *, fmt: FileFormat) -> Iterator[pa.Table]:
+    """Blocks of a submission in its order: whole numbers as int64, names as text, values as float64 (null = empty).
+
+    Raises:
+        DataError: other columns, a row that does not parse, or a damaged file.
+    """
+    if fmt == "parquet":
+        yield from _parquet_blocks(file, columns)
+        return
+    try:
+        with gzip.open(file) if fmt == "csv.gz" else file.open("rb") as handle:
+            yield from _csv_blocks(cast(BinaryIO, handle), file, columns)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as err:
+        raise DataError(f"{file}: the compressed data end early or are damaged ({err}). Next: copy it again.") from err
+
+
+def _csv_blocks(handle: BinaryIO, file: Path, columns: list[str]) -> Iterator[pa.Table]:
+    header = handle.readline(1 << 16).removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
+    _check_columns(next(csv.reader([header]), []), columns, file=file)
+    rows, rest = 0, b""
+    while True:
+        data = handle.read(_BLOCK_BYTES)
+        text = rest + data
+        cut = text.rfind(b"\n") + 1 if data else len(text)
+        if cut:
+            block = _parse(text[:cut], columns, file=file, rows=rows)
+            rows += block.num_rows
+            yield block
+        if not data:
+            return
+        rest = text[cut:]
+
+
+def _parse(text: bytes, columns: list[str], *, file: Path, rows: int) -> pa.Table:
+    types = {name: _arrow_type(name) for name in columns}
+    try:
+        return pacsv.read_csv(
+            pa.BufferReader(text),
+            read_options=pacsv.ReadOptions(use_threads=False, column_names=columns, block_size=len(text) + 1),
+            parse_options=pacsv.ParseOptions(ignore_empty_lines=False),
+            convert_options=pacsv.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=True),
+        )
+    except pa.ArrowInvalid as err:
+        raise _unparsable(text, columns, file=file, rows=rows, err=err) from err
+
+
+def _arrow_type(name: str) -> pa.DataType:
+    return pa.string() if name in _TEXT else pa.int64() if name in _WHOLE else pa.float64()
+
+
+def _unparsable(text: bytes, columns: list[str], *, file: Path, rows: int, err: Exception) -> DataError:
+    """Find the row that the fast parser refused, slowly."""
+    for row, cells in enumerate(csv.reader(io.StringIO(text.decode("utf-8", "replace"), newline="")), start=rows + 1):
+        if len(cells) != len(columns):
+            got = f"{len(cells)} cells ({','.join(cells)[:60]!r}); expected {len(columns)}: the file may be cut"
+            return _wrong(file, row, got)
+        for name, cell in zip(columns, cells, strict=True):
+            if cell and not _reads_as(cell, name):
+                kind = "a whole number" if name in _WHOLE else "a number"
+                return _wrong(file, row, f"{name} is {cell[:40]!r}; expected {kind}")
+    return DataError(f"{file}: from data row {rows + 1:,}: {err}. Next: make submit again.")
+
+
+def _reads_as(cell: str, name: str) -> bool:
+    try:
+        _ = cell if name in _TEXT else int(cell) if name in _WHOLE else float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _parquet_blocks(file: Path, columns: list[str]) -> Iterator[pa.Table]:
+    opened = open_parquet(file)
+    _check_columns(opened.schema_arrow.names, columns, file=file)
+    for name in columns:
+        kind = opened.schema_arrow.field(name).type
+        ok = pa.types.is_integer(kind) if name in _WHOLE else name in _TEXT or pa.types.is_floating(kind)
+        if not ok:
+            expected = "a whole number" if name in _WHOLE else "a floating-point number"
+            raise DataError(f"{file}: column {name} is {kind}; expected {expected}. Next: make submit again.")
+    schema = pa.schema([(name, _arrow_type(name)) for name in columns])
+    try:
+        for batch in opened.iter_batches(batch_size=_BATCH_ROWS):
+            yield pa.Table.from_batches([batch]).cast(schema)
+    except (pa.ArrowInvalid, OSError) as err:
+        raise DataError(f"{file}: damaged ({str(err).splitlines()[0]}). Next: make submit again.") from err
+
+
+def _check_columns(got: list[str], expected: list[str], *, file: Path) -> None:
+    got = [name.strip() for name in got]
+    if got == expected:
+        return
+    absent = [name for name in expected if name not in got]
+    extra = [name for name in got if name not in expected]
+    wrong = "in another order" if not absent and not extra and len(got) == len(expected) else "other columns"
+    raise DataError(
+        f"{file}: {wrong}: got {','.join(got)[:200]!r}{other_competition(got)}; expected {','.join(expected)!r}. "
+        "Next: see that COMP fits the file."
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- comparing
+
+
+def _check_keys(block: pa.Table, before: int, layout: Layout, *, file: Path, fmt: FileFormat) -> None:
+    stop = min(before + block.num_rows, layout.keys.rows)
+    inside = stop - before
+    first_wrong: tuple[int, str] | None = None
+    expected = layout.keys.block(before, stop) if inside > 0 else {}
+    for name, column in expected.items():
+        got = block[name].slice(0, inside)
+        same = pc.fill_null(pc.equal(got, pa.array(column, _arrow_type(name))), False).to_numpy()
+        if not same.all() and (first_wrong is None or int(np.argmin(same)) < first_wrong[0]):
+            first_wrong = int(np.argmin(same)), name
+    if first_wrong:
+        at, name = first_wrong
+        got, wanted = block[name][at].as_py(), expected[name][at]
+        raise _wrong(
+            file,
+            before + at + 1,
+            _explain(name, got, wanted, before + at, layout, file, fmt),
+            fmt=fmt,
+            advice=layout.advice,
+        )
+    if inside < block.num_rows:
+        got = block[layout.keys.names[0]][max(inside, 0)].as_py()
+        what = f"an extra row ({layout.keys.names[0]} {got!r}); expected {layout.keys.rows:,} rows"
+        raise _wrong(file, before + max(inside, 0) + 1, what, fmt=fmt, advice=layout.advice)
+
+
+def _explain(name: str, got: Any, wanted: Any, row: int, layout: Layout, file: Path, fmt: FileFormat) -> str:
+    """Why a key differs: empty, unknown, repeated, out of order, or the expected one is missing."""
+    wanted = wanted.item() if isinstance(wanted, np.generic) else wanted
+    if got is None:
+        return f"{name} is empty; expected {wanted!r}"
+    if name != layout.keys.names[0]:
+        return f"{name} is {got!r}; expected {wanted!r}"
+    home = layout.keys.row_of(got)
+    if home is None:
+        return f"{name} {got!r} is not in the test set; expected {wanted!r}"
+    if home < row:
+        return f"{name} {got!r} is a duplicate of data row {home + 1:,}; expected {wanted!r}"
+    later = _find_key(file, name, wanted, after=row, layout=layout, fmt=fmt)
+    if later is None:
+        return f"{name} {wanted!r} is missing; got {got!r}"
+    return f"{name} {got!r} is out of order; expected {wanted!r}, which comes in data row {later + 1:,}"
+
+
+def _find_key(file: Path, name: str, key: Any, *, after: int, layout: Layout, fmt: FileFormat) -> int | None:
+    before = 0
+    try:
+        for block in read_blocks(file, layout.columns, fmt=fmt):
+            found = pc.index(block[name], key).as_py()
+            if found >= 0 and before + found > after:
+                return before + found
+            before += block.num_rows
+    except DataError:
+        return None  # damaged further down; the first thing wrong is what is reported
+    return None
+
+
+def _check_values(block: pa.Table, before: int, layout: Layout, *, file: Path, fmt: FileFormat) -> None:
+    first_wrong: tuple[int, str] | None = None
+    for name in layout.values:
+        values = block[name].to_numpy()  # null becomes NaN, which no comparison lets through
+        ok = (values >= layout.low) & (values <= layout.high)
+        if not ok.all() and (first_wrong is None or int(np.argmin(ok)) < first_wrong[0]):
+            first_wrong = int(np.argmin(ok)), name
+    if first_wrong:
+        at, name = first_wrong
+        got = block[name][at].as_py()
+        what = "empty" if got is None else f"{got!r}"
+        limits = f"a finite number from {layout.low:.7g} to {layout.high:.7g}"
+        key = f"{layout.keys.names[0]} {block[layout.keys.names[0]][at].as_py()!r}"
+        raise _wrong(file, before + at + 1, f"{name} of {key} is {what}; expected {limits}", fmt=fmt)
+
+
+def _wrong(file: Path, row: int, what: str, *, fmt: FileFormat = "csv", advice: str = Layout.advice) -> DataError:
+    line = "" if fmt == "parquet" else f" (line {row + 1:,})"
+    return DataError(f"{file}: data row {row:,}{line}: {what}. Next: {advice}.")
+
+
+def _layout_from_sample(sample: Path, competition: Competition) -> Layout:
+    """Layout with the keys that a sample submission has, when there is no clean test table."""
+    blocks = read_blocks(sample, submission_columns(competition), fmt=sniff(sample))
+    if competition.task == "structure":
+        parts = [pl.DataFrame(block.select(ResidueKeys.names)) for block in blocks]
+        keys: Keys = ResidueKeys(pl.concat(parts) if parts else pl.DataFrame(schema=ResidueKeys.names))
+    else:
+        none = np.zeros(0, dtype=np.int64)
+        first, count = zip((none, none), *(_runs(block["id"], sample) for block in blocks), strict=True)
+        keys = IdRuns(np.concatenate(first), np.concatenate(count))
+    if not keys.rows:
+        raise DataError(f"{sample}: no rows below the header. Next: give the competition's own sample submission.")
+    return layout_of(competition, keys)
+
+
+def _runs(column: pa.ChunkedArray, sample: Path) -> tuple[np.ndarray, np.ndarray]:
+    if column.null_count:
+        raise DataError(f"{sample}: a row has no id. Next: give the competition's own sample submission.")
+    ids = column.to_numpy()
+    cuts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 2) != 1)
+    return ids[cuts], np.diff(cuts, append=len(ids))

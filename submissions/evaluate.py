@@ -1,0 +1,313 @@
+"""Scores of out-of-fold predictions by the organisers' metric, beside floors fitted on the other folds.
+
+``scores.json`` holds the total and the same by target, fold, length, signal-to-noise, data set and position; every
+number is a sum over positions divided by their count, never a mean of means.
+
+`submissions.value_scores` and `submissions.structure_scores` compute them for the two tasks.
+"""
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.competitions.base import Competition
+from pipeline.errors import ConfigError, DataError
+from pipeline.paths import Paths
+from pipeline.runlog import warn
+from pipeline.stage import Report, run_stage
+from pipeline.tables import open_parquet
+from submissions import log
+from submissions.value_scores import evaluate_values
+
+VERSION = 1
+
+
+def run(
+    paths: Paths,
+    *,
+    competition: Competition,
+    split: str,
+    name: str | None = None,
+    run: str | None = None,
+    note: str = "",
+) -> Report:
+    """Score an ensemble (and each of its runs), or a single run, and add a line to the log if the result is new.
+
+    Args:
+        paths: where the artefacts and the log live.
+        competition: gives the metric.
+        split: whose fold table says what is out of fold.
+        name: of an ensemble; writes ``ensembles/<name>/scores.json``.
+        run: of a single run instead; writes ``runs/<run>/scores.json``.
+        note: for the log.
+
+    Raises:
+        ConfigError: neither or both of `name` and `run`, or an ensemble of another split.
+        DataError: predictions missing, not out of fold, not finite, or of other data; or none of them is scored.
+    """
+    if (name is None) == (run is None):
+        raise ConfigError("evaluate: give the name of an ensemble or that of a run, not both and not neither.")
+    subject = _read_ensemble(paths, str(name), split) if run is None else _find_run(paths, run, split)
+    inputs = {"train": paths.clean("train"), "folds": paths.fold_table(split)} | subject.inputs()
+    values = competition.task == "values"
+    extra = {"bpp": paths.bpp} if values else {"references": paths.clean("references")}
+    inputs |= {label: path for label, path in extra.items() if label == "references" or path.is_file()}
+    build = partial(_score_values if values else _score_structures, paths, competition, subject)
+    report = run_stage(
+        "evaluate",
+        inputs=inputs,
+        outputs={"scores": subject.home / "scores.json"},
+        params={"version": VERSION, "competition": competition.name, "split": split, "subject": subject.name},
+        build=lambda parts: _write_scores(parts["scores"], build()),
+    )
+    _log(paths, subject, report, note=note)
+    return report
+
+
+# ------------------------------------------------------------------------------------------------- what is scored
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """An ensemble and its runs, or a run alone: names and the out-of-fold tables that make each."""
+
+    name: str
+    kind: str  #: "ensemble" or "run"
+    split: str
+    folds: list[int]
+    home: Path
+    sources: dict[str, list[Path]]  #: the subject first, under its name
+    runs: list[str]
+
+    @property
+    def members(self) -> dict[str, str]:
+        """Source -> run, of the runs that stand beside an ensemble."""
+        return {f"run {each}": each for each in self.runs} if self.kind == "ensemble" else {}
+
+    def facts(self, competition: Competition) -> dict[str, Any]:
+        """What was scored, as ``scores.json`` records it."""
+        return {
+            "competition": competition.name,
+            "task": competition.task,
+            "metric": competition.metric,
+            "columns": list(competition.targets),
+            "kind": self.kind,
+            "name": self.name,
+            "split": self.split,
+            "folds": self.folds,
+        }
+
+    def inputs(self) -> dict[str, Path]:
+        return {
+            f"{source}/{place}": path for source, tables in self.sources.items() for place, path in enumerate(tables)
+        }
+
+
+def _read_ensemble(paths: Paths, name: str, split: str) -> _Subject:
+    home = paths.ensemble_dir(name)
+    try:
+        facts = json.loads((home / "weights.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as err:
+        raise DataError(f"{home / 'weights.json'}: missing or unreadable. Next: make ensemble NAME={name}.") from err
+    if facts["split"] != split:
+        raise ConfigError(f"ensemble {name!r} was made with split {facts['split']}; got SPLIT={split}.")
+    runs = {f"run {each}": [paths.oof(each, fold) for fold in facts["folds"]] for each in facts["runs"]}
+    sources = {name: [home / "oof.parquet"]} | runs
+    return _Subject(
+        name=name, kind="ensemble", split=split, folds=facts["folds"], home=home, sources=sources, runs=facts["runs"]
+    )
+
+
+def _find_run(paths: Paths, run: str, split: str) -> _Subject:
+    table = paths.fold_table(split)
+    open_parquet(table, ["sequence_id", "fold"]).close()
+    every = pl.read_parquet(table, columns=["fold"])["fold"].unique().sort().to_list()
+    folds = [fold for fold in every if paths.oof(run, fold).is_file()]
+    if not folds:
+        raise ConfigError(
+            f"run {run!r} has no out-of-fold predictions of split {split}. Next: make train, make predict."
+        )
+    if folds != every:
+        warn(f"evaluate: run {run} has folds {folds} of {every}; the score covers only these")
+    tables = {run: [paths.oof(run, fold) for fold in folds]}
+    return _Subject(name=run, kind="run", split=split, folds=folds, home=paths.run_dir(run), sources=tables, runs=[run])
+
+
+def _write_scores(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
+    scores = _without_nan(scores)
+    path.write_text(json.dumps(scores, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    return scores
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN, the score of nothing, as null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _score_values(paths: Paths, competition: Competition, subject: _Subject) -> dict[str, Any]:
+    scored = evaluate_values(
+        paths, competition=competition, split=subject.split, folds=subject.folds, sources=subject.sources
+    )
+    others = scored.pop("others")
+    return (
+        subject.facts(competition)
+        | scored
+        | {"runs": {each: others[source] for source, each in subject.members.items()}}
+    )
+
+
+def _score_structures(paths: Paths, competition: Competition, subject: _Subject) -> dict[str, Any]:
+    from submissions.structure_scores import evaluate_structure  # numba is slow to import
+
+    with tempfile.TemporaryDirectory() as folder:
+        scored = {}
+        for source, tables in subject.sources.items():
+            joined = Path(folder) / "oof.parquet"
+            _read_structures(paths, subject.split, tables).write_parquet(joined)
+            scored[source] = evaluate_structure(paths, competition=competition, predictions=joined)
+    main = scored[subject.name]
+    return subject.facts(competition) | {
+        **main,
+        **_structure_folds(paths, subject, main["targets"]),
+        "runs": {each: {"score": scored[source]["score"]} for source, each in subject.members.items()},
+        "floor_notes": [],
+    }
+
+
+def _read_structures(paths: Paths, split: str, tables: Sequence[Path]) -> pl.DataFrame:
+    """Candidates of all folds, none of them of a checkpoint that saw its target."""
+    joined = pl.concat([pl.read_parquet(table) for table in tables]).sort("sequence_id", "candidate")
+    held_out = pl.read_parquet(paths.fold_table(split), columns=["sequence_id", "fold"]).rename({"fold": "held_out"})
+    beside = joined.join(held_out, on="sequence_id", how="left", maintain_order="left")
+    seen = beside.filter(pl.col("held_out").ne_missing(pl.col("fold")))
+    if seen.height:
+        raise DataError(
+            f"{tables[0].parent}: {seen['sequence_id'][0]} predicted by fold {seen['fold'][0]}; the split {split} "
+            f"holds it out in fold {seen['held_out'][0]}. Next: train and predict again with this split."
+        )
+    return joined
+
+
+def _structure_folds(paths: Paths, subject: _Subject, targets: list[dict[str, Any]]) -> dict[str, Any]:
+    held_out = pl.read_parquet(paths.fold_table(subject.split), columns=["sequence_id", "fold"])
+    scores = pl.DataFrame(
+        {"sequence_id": [row["sequence_id"] for row in targets], "score": [row["score"] for row in targets]}
+    )
+    by_fold = (
+        scores.join(held_out, on="sequence_id", validate="1:1")
+        .group_by("fold")
+        .agg(pl.col("score").sort_by("sequence_id").mean(), pl.len().alias("sequences"))
+        .sort("fold")
+    )
+    folds = by_fold["score"].to_numpy()
+    spread = {"fold_mean": float(folds.mean()), "fold_sd": float(folds.std(ddof=1)) if len(folds) > 1 else math.nan}
+    return {"per_fold": by_fold.to_dicts()} | spread
+
+
+# ---------------------------------------------------------------------------------------------------------------- log
+
+
+def _log(paths: Paths, subject: _Subject, report: Report, *, note: str) -> None:
+    facts = report.facts
+    manifest = json.loads((subject.home / "evaluate.manifest.json").read_text())
+    floors = ", ".join(f"{name} {value:.4f}" for name, value in _floors(facts).items())
+    entry = log.LogEntry(
+        date=log.today(),
+        comp=facts["competition"],
+        name=facts["name"],
+        split=facts["split"],
+        folds=",".join(map(str, facts["folds"])),
+        metric=facts["metric"],
+        score=f"{facts['score']:.5f}",
+        floors=floors,
+        data=manifest["inputs"]["train"][:10],
+        config=_config_digest(paths, subject),
+        commit=log.commit(),
+        note=note,
+    )
+    log.append(paths.log, entry)
+
+
+def _config_digest(paths: Paths, subject: _Subject) -> str:
+    """First digits of a digest of the settings of all runs, as their folds recorded them."""
+    found = []
+    for each in subject.runs:
+        for fold in subject.folds:
+            path = paths.fold_dir(each, fold) / "config.json"
+            if path.is_file():
+                found.append(json.dumps(json.loads(path.read_text()).get("config"), sort_keys=True))
+    if not found:
+        return "-"
+    distinct = sorted(set(found))
+    return hashlib.sha256("\n".join(distinct).encode()).hexdigest()[:10]
+
+
+# -------------------------------------------------------------------------------------------------------- what it says
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """The one number, and those beside it."""
+
+    metric: str
+    score: float
+    floors: dict[str, float]
+
+
+def headline(facts: Mapping[str, Any]) -> Headline:
+    """Metric, score and floors of a `scores.json`."""
+    return Headline(metric=facts["metric"], score=facts["score"], floors=_floors(facts))
+
+
+def _floors(facts: Mapping[str, Any]) -> dict[str, float]:
+    """Floors from the weakest to the one that is hardest to beat; a manifest does not keep an order."""
+    lower_is_better = facts["task"] == "values"
+    return dict(sorted(facts["floors"].items(), key=lambda item: item[1], reverse=lower_is_better))
+
+
+def describe(facts: Mapping[str, Any]) -> RenderableType:
+    """Scores of the subject, of its runs and of the floors, for the terminal; below them the targets of structures."""
+    targets = facts["columns"] if facts["task"] == "values" else []
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(f"{facts['metric']}, {len(facts['folds'])} folds of {facts['split']}, out of fold")
+    for column in ("score", *targets, "folds: mean ± sd"):
+        table.add_column(column, justify="right")
+    table.add_row(*_cells(facts["name"], facts, targets), style="bold")
+    for each, scores in sorted(facts["runs"].items()):
+        table.add_row(*_cells(f"  {each}", scores, targets))
+    for name, score in _floors(facts).items():
+        details = facts.get("floor_details", {}).get(name, {"score": score})
+        table.add_row(*_cells(f"floor: {name}", details, targets), style="dim")
+    for line in facts["floor_notes"]:
+        table.add_row(line, style="dim")
+    if facts["task"] == "values":
+        return table
+    from submissions import structure_scores  # numba is slow to import
+
+    return Group(table, Text(structure_scores.describe(dict(facts))))
+
+
+def _cells(label: str, scores: Mapping[str, Any], targets: Sequence[str]) -> list[str]:
+    spread = _number(scores.get("fold_mean"))
+    if scores.get("fold_sd") is not None:
+        spread += f" ± {scores['fold_sd']:.4f}"
+    return [label, _number(scores["score"]), *(_number(scores["per_target"][target]) for target in targets), spread]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

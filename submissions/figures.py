@@ -1,0 +1,363 @@
+"""Figures of the report as inline SVG whose colours and letters follow the page.
+
+Matplotlib draws with placeholder colours; each becomes a CSS variable of `submissions.page`, so one drawing serves a
+light and a dark page. Texts stay texts.
+
+Letters: N sequences, L positions, B bins, 3 xyz.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
+from matplotlib.figure import Figure
+
+from submissions.page import Markup
+
+INK, MUTED, LINE, PAPER, BLANK = "#010101", "#020202", "#030303", "#040404", "#050505"
+SERIES = tuple(f"#0a0a{k:02x}" for k in range(1, 7))
+_VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", PAPER: "--paper", BLANK: "--blank"}
+_VARIABLES |= {colour: f"--s{k}" for k, colour in enumerate(SERIES)}
+
+#: Values from low to high: pale to dark, even steps of lightness, readable with any colour vision.
+HEAT = ListedColormap(mpl.colormaps["magma"](np.linspace(0.97, 0.11, 256)))
+_DENSITY = LinearSegmentedColormap.from_list("density", [(0.5, 0.55, 0.6, 0.0), (0.5, 0.55, 0.6, 0.9)])
+
+_STYLE: Any = {
+    "text.parse_math": False,  # a $ in an id is a $
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.7,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "text.color": INK,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "lines.solid_capstyle": "round",
+}
+
+
+@dataclass
+class Canvas:
+    """A figure that is being drawn, and its drawing once it is finished."""
+
+    figure: Figure
+    drawing: Markup = field(default_factory=Markup)
+
+    @property
+    def axes(self) -> Axes:
+        return self.figure.axes[0]
+
+
+@contextmanager
+def canvas(width: float, height: float, *, rows: int = 1, **options: Any) -> Iterator[Canvas]:
+    """Draw a figure in the house style.
+
+    Args:
+        width: inches; the drawing is scaled to its place, so this sets how large letters look beside it.
+        height: inches.
+        rows: axes under each other.
+        options: of ``Figure.subplots``.
+    """
+    with mpl.rc_context(_STYLE):
+        made = Canvas(Figure(figsize=(width, height), layout="constrained"))
+        made.figure.subplots(rows, **options)
+        yield made
+        made.drawing = _to_svg(made.figure)
+
+
+def _to_svg(figure: Figure) -> Markup:
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "report"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    drawing = buffer.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+    drawing = re.sub(r"<(metadata|style)\b.*?</\1>", "", drawing, flags=re.DOTALL)
+    drawing = re.sub(r' (?:width|height)="[\d.]+pt"', "", drawing, count=2)
+    used = set(re.findall(r"#([\w-]+)[)\"]", drawing))
+    drawing = re.sub(r' id="([\w.-]+)"', lambda found: found.group() if found.group(1) in used else "", drawing)
+    drawing = re.sub(r"font-family: [^;\"]*;? ?", "", drawing)  # the page's own
+    drawing = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 var(--sans)", drawing)
+    for colour, variable in _VARIABLES.items():
+        drawing = drawing.replace(colour, f"var({variable})")
+    return Markup(re.sub(r"\n\s*", "\n", drawing).strip())
+
+
+def series_colour(place: int) -> str:
+    """CSS colour of a series, for a legend outside its figure."""
+    return f"var(--s{place % len(SERIES)})"
+
+
+def heat_gradient() -> str:
+    """The heat map's colours as a CSS background."""
+    stops = ", ".join(mpl.colors.to_hex(HEAT(share)) for share in np.linspace(0, 1, 9))
+    return f"linear-gradient(to right, {stops})"
+
+
+def curves(
+    lines: Mapping[int, tuple[Sequence[float], Sequence[float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    level: tuple[str, float] | None = None,
+) -> Markup:
+    """One line per fold, over training steps.
+
+    Args:
+        lines: fold -> (x, y).
+        xlabel: with unit.
+        ylabel: with unit.
+        level: name and height of a horizontal line to compare with.
+    """
+    with canvas(4.6, 2.9) as made:
+        axes = made.axes
+        for place, (x, y) in enumerate(lines.values()):
+            axes.plot(x, y, color=SERIES[place % len(SERIES)], linewidth=1.6, marker="o" if len(x) == 1 else None)
+        if level:
+            axes.axhline(level[1], color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
+            axes.annotate(
+                level[0], (1.0, level[1]), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
+                ha="right", color=MUTED, fontsize=9,
+            )  # fmt: skip
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.set_xlim(left=0)
+    return made.drawing
+
+
+def calibration(counts_BB: np.ndarray, *, low: float, high: float, unit: str, colour: int) -> Markup:
+    """Measured against predicted: density, mean and middle half of the measured values by predicted bin.
+
+    Args:
+        counts_BB: [B, B] positions by (predicted, measured) bin, both from `low` to `high`.
+        low: of the range.
+        high: of the range.
+        unit: of both axes.
+        colour: of the line, place in the series.
+    """
+    bins = len(counts_BB)
+    middles = low + (np.arange(bins) + 0.5) * (high - low) / bins
+    coarse_PB = counts_BB.reshape(bins // _MERGE, _MERGE, bins).sum(axis=1)
+    total_P = coarse_PB.sum(axis=1)
+    enough = total_P >= max(20, 2e-4 * total_P.sum())
+    predicted_P = middles.reshape(-1, _MERGE).mean(axis=1)[enough]
+    mean_P = (coarse_PB @ middles)[enough] / total_P[enough]
+    cumulated = np.cumsum(coarse_PB, axis=1)[enough] / total_P[enough, None]
+    quarter, three = (middles[np.argmax(cumulated >= share, axis=1)] for share in (0.25, 0.75))
+    with canvas(4.2, 3.7) as made:
+        axes = made.axes
+        density = np.log1p(counts_BB.T) / np.log1p(max(counts_BB.max(), 1))
+        axes.imshow(density, origin="lower", extent=(low, high, low, high), cmap=_DENSITY, interpolation="none")
+        axes.plot([low, high], [low, high], color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
+        axes.fill_between(predicted_P, quarter, three, color=SERIES[colour], alpha=0.22, linewidth=0)
+        axes.plot(predicted_P, mean_P, color=SERIES[colour], linewidth=2, marker="o", markersize=3.5)
+        axes.set(xlim=(low, high), ylim=(low, high), xlabel=f"predicted, {unit}", ylabel=f"measured, {unit}")
+        axes.set_aspect("equal")
+        axes.grid(visible=False)
+    return made.drawing
+
+
+_MERGE = 5  # fine bins of a point on the calibration line
+
+
+def grouped_bars(
+    labels: Sequence[str], values: Sequence[Sequence[float]], *, xlabel: str, ylabel: str, notes: Sequence[str] = ()
+) -> Markup:
+    """Bars side by side for every label, one per series, with their heights written on them where there is room.
+
+    Args:
+        labels: of the groups.
+        values: series -> height of each group.
+        xlabel: with unit.
+        ylabel: with unit.
+        notes: second line under each label.
+    """
+    width = 0.8 / len(values)
+    with canvas(4.6, 2.9) as made:
+        axes = made.axes
+        for place, heights in enumerate(values):
+            x = np.arange(len(labels)) + (place - (len(values) - 1) / 2) * width
+            drawn = axes.bar(x, heights, width * 0.92, color=SERIES[place % len(SERIES)])
+            if len(labels) * len(values) <= 12:
+                axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=8, color=MUTED)
+        texts = [f"{label}\n{note}" for label, note in zip(labels, notes, strict=True)] if notes else labels
+        axes.set_xticks(range(len(labels)), texts, fontsize=9)
+        axes.tick_params(axis="x", length=0)
+        axes.grid(visible=False, axis="x")
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.locator_params(axis="y", nbins=5)
+        axes.margins(y=0.12)
+    return made.drawing
+
+
+def profile(x: Sequence[float], values: Sequence[Sequence[float]], *, xlabel: str, ylabel: str) -> Markup:
+    """Lines over positions, one per series."""
+    with canvas(9.4, 2.6) as made:
+        axes = made.axes
+        for place, heights in enumerate(values):
+            axes.plot(x, heights, color=SERIES[place % len(SERIES)], linewidth=1.4)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.01)
+    return made.drawing
+
+
+def strip(
+    letters: str, rows: Sequence[tuple[str, np.ndarray]], *, first: int, low: float, high: float, group: int = 2
+) -> Markup:
+    """Measured and predicted values of one sequence as rows of coloured cells under its letters.
+
+    Args:
+        letters: of the positions shown.
+        rows: label and [L] values; NaN is left blank.
+        first: 1-based number of the first position.
+        low: value of the palest colour.
+        high: value of the darkest.
+        group: rows that belong together; a gap parts the groups.
+    """
+    length = len(letters)
+    with canvas(10.4, 0.62 + 0.21 * len(rows)) as made:
+        axes = made.axes
+        heights = [row + (row // group) * 0.45 for row in range(len(rows))]
+        for height, (_, values_L) in zip(heights, rows, strict=True):
+            axes.axhspan(height + 0.04, height + 0.96, color=BLANK, linewidth=0, zorder=-1)
+            axes.imshow(
+                values_L[None], cmap=HEAT, vmin=low, vmax=high, aspect="auto", interpolation="none",
+                extent=(first - 0.5, first + length - 0.5, height + 0.96, height + 0.04),
+            )  # fmt: skip
+        axes.set(xlim=(first - 0.5, first + length - 0.5), ylim=(heights[-1] + 1.0, 0.0))
+        axes.set_yticks([height + 0.5 for height in heights], [label for label, _ in rows], fontsize=9)
+        axes.set_xticks([at for at in range(first, first + length) if at % 10 == 0])
+        axes.tick_params(length=2)
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        if length <= 180:
+            size = min(8.0, 8.6 * 72 / length / 0.8)
+            for at, letter in enumerate(letters, start=first):
+                axes.text(at, -0.12, letter, ha="center", va="bottom", fontsize=size, color=MUTED, in_layout=False)
+            axes.set_title(" ", fontsize=7, pad=2)  # keeps their place: measuring every letter takes half a second
+        axes.set_xlabel("position, nt", labelpad=1, fontsize=9)
+    return made.drawing
+
+
+def heat_maps(maps: Sequence[tuple[str, np.ndarray]], *, first: int, low: float, high: float, ylabel: str) -> Markup:
+    """Maps of many sequences side by side, with a common scale.
+
+    Args:
+        maps: title and [N, L] values; NaN is left blank.
+        first: 1-based number of the first position.
+        low: value of the palest colour.
+        high: value of the darkest.
+        ylabel: what the rows are.
+    """
+    with canvas(10.4, 4.0, ncols=len(maps), sharey=True) as made:
+        for axes, (title, values_NL) in zip(made.figure.axes, maps, strict=True):
+            count, length = values_NL.shape
+            axes.imshow(
+                values_NL, cmap=HEAT, vmin=low, vmax=high, aspect="auto", interpolation="none",
+                extent=(first - 0.5, first + length - 0.5, count, 0),
+            )  # fmt: skip
+            axes.set_facecolor(BLANK)
+            axes.set_title(title, fontsize=10, color=INK)
+            axes.set_xlabel("position, nt")
+            axes.grid(visible=False)
+            axes.tick_params(length=2)
+            axes.set_yticks([])
+        made.axes.set_ylabel(ylabel)
+    return made.drawing
+
+
+def target_scores(
+    labels: Sequence[str], scores: Sequence[float], floors: Sequence[Sequence[float]], *, xlabel: str
+) -> Markup:
+    """One line per target: its score as a dot, the floors as ticks, joined to the best of them.
+
+    Args:
+        labels: of the targets, in the order to be shown, from the top.
+        scores: of the targets.
+        floors: target -> scores of the floors.
+        xlabel: with unit.
+    """
+    rows = np.arange(len(labels))
+    best = np.array([max(values) for values in floors])
+    ahead = np.asarray(scores) >= best
+    with canvas(9.4, 0.75 + 0.2 * len(labels)) as made:
+        axes = made.axes
+        axes.hlines(rows, best, scores, color=MUTED, linewidth=0.8)
+        for row, values in enumerate(floors):
+            axes.plot(values, np.full(len(values), row), "|", color=MUTED, markersize=7, markeredgewidth=1.0)
+        axes.scatter(np.asarray(scores)[ahead], rows[ahead], s=34, color=SERIES[0], zorder=3)
+        axes.scatter(
+            np.asarray(scores)[~ahead],
+            rows[~ahead],
+            s=30,
+            facecolor=PAPER,
+            edgecolor=SERIES[1],
+            linewidth=1.5,
+            zorder=3,
+        )
+        axes.set_yticks(rows, labels, fontsize=8.5)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(visible=False, axis="y")
+        axes.set(xlabel=xlabel, xlim=(0, 1.02), ylim=(len(labels) - 0.4, -0.6))
+    return made.drawing
+
+
+def scatter(
+    x: Sequence[float], scores: Sequence[float], floors: Sequence[float], *, xlabel: str, ylabel: str
+) -> Markup:
+    """Scores of targets and of their best floors over a property of the target."""
+    with canvas(4.6, 3.0) as made:
+        axes = made.axes
+        axes.scatter(x, floors, s=16, facecolor="none", edgecolor=MUTED, linewidth=0.9)
+        axes.scatter(x, scores, s=20, color=SERIES[0])
+        axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 1.03))
+    return made.drawing
+
+
+def traces(truth_L3: np.ndarray, prediction_L3: np.ndarray) -> Markup:
+    """A predicted trace on the true one, seen from where the true one is broadest.
+
+    Args:
+        truth_L3: [L, 3] Å, NaN where unresolved.
+        prediction_L3: [L, 3] Å, superposed on it.
+    """
+    known = np.isfinite(truth_L3).all(axis=1)
+    centre = truth_L3[known].mean(axis=0)
+    _, _, directions = np.linalg.svd(truth_L3[known] - centre, full_matrices=False)
+    directions *= np.sign(directions[:, np.argmax(np.abs(directions), axis=1)].diagonal())[:, None]
+    flat_truth, flat_prediction = ((trace - centre) @ directions[:2].T for trace in (truth_L3, prediction_L3))
+    flats = np.concatenate([flat_truth[known], flat_prediction])
+    reach = 1.08 * max(np.abs(flats[:, 0]).max(), np.abs(flats[:, 1]).max() / _LANDSCAPE)
+    with canvas(2.6, 2.6 * _LANDSCAPE) as made:
+        axes = made.axes
+        axes.plot(*flat_truth.T, color=MUTED, linewidth=3.2, alpha=0.55, solid_joinstyle="round")
+        axes.plot(*flat_prediction.T, color=SERIES[0], linewidth=1.2, marker="o", markersize=1.8)
+        axes.plot(*flat_prediction[0], marker="o", color=SERIES[1], markersize=4.5)
+        axes.set(xlim=(-reach, reach), ylim=(-reach * _LANDSCAPE, reach * _LANDSCAPE), aspect="equal")
+        left, low, bar = -0.97 * reach, -0.97 * reach * _LANDSCAPE, 10.0 if reach < 60 else 50.0
+        axes.plot([left, left + bar], [low, low], color=INK, linewidth=1.4)
+        axes.annotate(f"{bar:.0f} Å", (left, low), (0, 3), textcoords="offset points", fontsize=8, color=MUTED)
+        axes.set_axis_off()
+    return made.drawing
+
+
+_LANDSCAPE = 0.78  # height of a trace's picture over its width

@@ -1,0 +1,194 @@
+"""What a submission must look like: its columns, and the key of every row in order.
+
+The keys come from the clean test tables; a sample submission can stand in for them. Keys of values are runs of
+consecutive numbers, so that 269,796,671 of them are known without being held.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import polars as pl
+
+from pipeline.competitions import competitions
+from pipeline.competitions.base import Competition
+from pipeline.competitions.rna3d import CANDIDATES
+from pipeline.errors import DataError
+from pipeline.paths import Paths
+from pipeline.tables import open_parquet, read_batches
+
+#: Largest magnitude of a submitted coordinate, Å; the PDB format that the scorer writes has no room for more.
+MAX_SUBMITTED = 9999.999
+
+
+class Keys(Protocol):
+    """Key columns of a submission, row by row."""
+
+    names: tuple[str, ...]
+    rows: int
+
+    def block(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Key columns of rows `start` to `stop` (0-based)."""
+
+    def row_of(self, key: Any) -> int | None:
+        """Row (0-based) of a value of the first key column, or None if it has none."""
+
+
+class IdRuns:
+    """Integer ids in runs of consecutive numbers: [K] first of each, [K] how many."""
+
+    names: tuple[str, ...] = ("id",)
+
+    def __init__(self, first_K: np.ndarray, count_K: np.ndarray) -> None:
+        starts = np.ones(len(first_K), dtype=bool)
+        starts[1:] = first_K[1:] != first_K[:-1] + count_K[:-1]
+        before_K = np.cumsum(count_K) - count_K
+        self.rows = int(count_K.sum())
+        self._first, self._before = first_K[starts], before_K[starts]
+        self._count = np.diff(self._before, append=self.rows)
+        self._order = np.argsort(self._first, kind="stable")
+
+    def block(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        low, high = np.searchsorted(self._before, [start, stop - 1], side="right")
+        here = slice(low - 1, high)
+        begin = np.maximum(self._before[here], start)
+        end = np.minimum(self._before[here] + self._count[here], stop)
+        shift = np.repeat(self._first[here] - self._before[here], end - begin)
+        return {"id": np.arange(start, stop) + shift}
+
+    def row_of(self, key: Any) -> int | None:
+        place = int(np.searchsorted(self._first[self._order], key, side="right")) - 1
+        if place < 0:
+            return None
+        run = self._order[place]
+        step = int(key) - int(self._first[run])
+        return int(self._before[run]) + step if step < self._count[run] else None
+
+
+class ResidueKeys:
+    """``ID, resname, resid`` of a structure submission: a few thousand rows, held in memory."""
+
+    names: tuple[str, ...] = ("ID", "resname", "resid")
+
+    def __init__(self, table: pl.DataFrame) -> None:
+        self._columns = {name: table[name].to_numpy() for name in self.names}
+        self._rows = {key: row for row, key in enumerate(table["ID"].to_list())}
+        self.rows = table.height
+
+    def block(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        return {name: column[start:stop] for name, column in self._columns.items()}
+
+    def row_of(self, key: Any) -> int | None:
+        return self._rows.get(key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Columns, keys and range of a competition's submission."""
+
+    keys: Keys
+    values: tuple[str, ...]  #: names of the predicted columns
+    low: float
+    high: float
+    advice: str = "make submit again; do not upload this file"  #: what to do when a file does not fit
+
+    @property
+    def columns(self) -> list[str]:
+        return [*self.keys.names, *self.values]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestIndex:
+    """Where the values of every test sequence stand in the submission, in the order of ``id_min``."""
+
+    ids: pl.Series  #: sequence_id
+    length_K: np.ndarray  #: [K] int64, nt
+    first_K: np.ndarray  #: [K] int64, id of the first nucleotide
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """[K] int64: rows of the submission before each sequence."""
+        return np.cumsum(self.length_K) - self.length_K
+
+    def keys(self) -> IdRuns:
+        return IdRuns(self.first_K, self.length_K)
+
+
+def submission_columns(competition: Competition) -> list[str]:
+    """Header of a competition's submission."""
+    names = IdRuns.names if competition.task == "values" else ResidueKeys.names
+    return [*names, *value_columns(competition)]
+
+
+def value_columns(competition: Competition) -> tuple[str, ...]:
+    """Predicted columns of a competition's submission, in order."""
+    if competition.task == "values":
+        return competition.targets
+    return tuple(f"{axis}_{number}" for number in range(1, CANDIDATES + 1) for axis in competition.targets)
+
+
+def other_competition(columns: list[str]) -> str:
+    """A hint for a message: which competition's submission has these columns, if one has."""
+    fitting = [comp.name for comp in competitions().values() if submission_columns(comp) == columns]
+    return f" (the columns of COMP={fitting[0]})" if fitting else ""
+
+
+def read_layout(paths: Paths, competition: Competition) -> Layout:
+    """Layout of a submission from the clean test tables.
+
+    Raises:
+        DataError: they are missing or contradict themselves.
+    """
+    if competition.task == "values":
+        return layout_of(competition, read_test_index(paths.clean("test")).keys())
+    return layout_of(competition, ResidueKeys(read_sample(paths.clean("sample"))))
+
+
+def layout_of(competition: Competition, keys: Keys) -> Layout:
+    """Layout of a submission with given keys."""
+    low, high = (-MAX_SUBMITTED, MAX_SUBMITTED) if competition.task == "structure" else _range(competition)
+    return Layout(keys=keys, values=value_columns(competition), low=low, high=high)
+
+
+def _range(competition: Competition) -> tuple[float, float]:
+    return competition.target_range or (-np.finfo(np.float64).max, np.finfo(np.float64).max)
+
+
+def read_sample(path: Path) -> pl.DataFrame:
+    """``ID, resname, resid`` in the order of the competition's sample submission."""
+    open_parquet(path, ResidueKeys.names).close()
+    return pl.read_parquet(path, columns=list(ResidueKeys.names))
+
+
+def read_test_index(path: Path) -> TestIndex:
+    """Ids and places of the test sequences, checked.
+
+    Raises:
+        DataError: a range of ids does not fit its sequence, or two of them overlap or are out of order.
+    """
+    parts = [_index_of(batch) for batch in read_batches(path, ["sequence_id", "id_min", "id_max", "sequence"])]
+    if not parts:
+        raise DataError(f"{path}: no test sequences. Next: make data, and see that test_sequences.csv is whole.")
+    table = pl.concat(parts)
+    off = table.filter(pl.col("id_max") - pl.col("id_min") + 1 != pl.col("length"))
+    if off.height:
+        row = off.row(0, named=True)
+        raise DataError(
+            f"{path}: {row['sequence_id']}: ids {row['id_min']} to {row['id_max']} for a sequence of {row['length']} "
+            "nt; expected as many ids as nucleotides. Next: check test_sequences.csv."
+        )
+    overlap = table.filter(pl.col("id_min") <= pl.col("id_max").shift(1))
+    if overlap.height:
+        raise DataError(
+            f"{path}: the ids of {overlap['sequence_id'][0]} (from {overlap['id_min'][0]}) overlap those of the "
+            "sequence before it; expected sequences sorted by id_min. Next: make data."
+        )
+    return TestIndex(
+        ids=table["sequence_id"], length_K=table["length"].to_numpy(), first_K=table["id_min"].cast(pl.Int64).to_numpy()
+    )
+
+
+def _index_of(batch: pl.DataFrame) -> pl.DataFrame:
+    length = pl.col("sequence").str.len_bytes().cast(pl.Int64).alias("length")
+    return batch.select("sequence_id", "id_min", "id_max", length)

@@ -1,0 +1,378 @@
+"""One HTML page for an ensemble or a run: scores beside floors, curves, calibration, errors, examples, provenance.
+
+The page needs no network and runs no script. What an earlier stage has not left is named on the page, not guessed.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.competitions.base import Competition
+from pipeline.errors import ConfigError, DataError
+from pipeline.paths import Paths
+from pipeline.runlog import read_metrics
+from pipeline.stage import Report, run_stage
+from submissions import figures, page
+from submissions.page import Markup
+from submissions.structure_report import structure_sections
+from submissions.subject import Subject, read_scores, score_cells, short_name
+from submissions.values_report import values_sections
+
+VERSION = 1
+
+_POINTS = 200  # of a loss curve
+
+
+def run(paths: Paths, *, competition: Competition, name: str | None = None, run: str | None = None) -> Report:
+    """Write ``report.html`` beside the ``scores.json`` of an ensemble, or of a single run.
+
+    Args:
+        paths: where the artefacts live.
+        competition: the one that was scored.
+        name: of an ensemble.
+        run: of a single run instead.
+
+    Returns:
+        Report with the output ``report``; its facts tell the page's size and what is missing on it.
+
+    Raises:
+        ConfigError: neither or both of `name` and `run`.
+        DataError: there are no scores, or predictions and tables do not belong together.
+    """
+    if (name is None) == (run is None):
+        raise ConfigError("report: give the name of an ensemble or that of a run, not both and not neither.")
+    home = paths.run_dir(run) if run is not None else paths.ensemble_dir(str(name))
+    subject = Subject(paths=paths, competition=competition, home=home, scores=read_scores(home))
+    return run_stage(
+        "report",
+        inputs=subject.inputs(),
+        outputs={"report": home / "report.html"},
+        params={"version": VERSION, "competition": competition.name, "subject": subject.name},
+        build=lambda parts: _write(subject, parts["report"]),
+    )
+
+
+def _write(subject: Subject, path: Path) -> dict[str, Any]:
+    values = subject.competition.task == "values"
+    training = _read_training(subject)
+    middle = values_sections(subject) if values else structure_sections(subject)
+    sections = {
+        "folds": ("Scores by fold", _folds_section(subject)),
+        "training": ("Training", _training_section(subject, training)),
+        **middle,
+        "settings": ("Settings", _settings_section(subject)),
+        "provenance": ("Data and versions", _provenance_section(subject)),
+    }
+    links = [page.element("a", title, href=f"#{anchor}") for anchor, (title, _) in sections.items()]
+    body = page.join(
+        _header(subject, training),
+        page.element("nav", *links),
+        *(page.section(anchor, title, content) for anchor, (title, content) in sections.items()),
+        page.element(
+            "footer", "Every number on this page is out of fold: predicted by a checkpoint that did not see it."
+        ),
+    )
+    title = f"{subject.name} · {subject.competition.title}"
+    text = page.page(title, body)
+    path.write_text(text, encoding="utf-8")
+    return {"bytes": len(text.encode()), "missing": subject.missing}
+
+
+# --------------------------------------------------------------------------------------------------------------- header
+
+
+def _header(subject: Subject, training: Mapping[tuple[str, int], "_Training"]) -> Markup:
+    scores, competition = subject.scores, subject.competition
+    best = max if competition.task == "structure" else min
+    rows = [(f"{subject.name} (this page)", scores["score"], True)]
+    rows += [(run, told["score"], False) for run, told in sorted(scores["runs"].items())]
+    rows += [(f"floor: {floor}", score, False) for floor, score in scores["floors"].items() if score is not None]
+    rows = sorted(rows, key=lambda row: (-row[1] if best is max else row[1], not row[2]))
+    direction = "higher is better" if best is max else "lower is better"
+    hero = page.element(
+        "div",
+        page.element(
+            "div",
+            page.element("div", f"{scores['metric']}, {direction}", class_="kicker"),
+            page.element("div", page.number(scores["score"]), class_="score"),
+        ),
+        page.bars(rows),
+        class_="hero",
+    )
+    return page.element(
+        "header",
+        page.element("div", f"{competition.title} · {scores['kind']} · split {subject.split}", class_="kicker"),
+        page.element("h1", subject.name),
+        page.element("p", _verdict(scores, best), class_="lead"),
+        hero,
+        page.facts(_headline_facts(subject, training)),
+    )
+
+
+def _verdict(scores: Mapping[str, Any], best: Any) -> str:
+    name, floor = _best_floor(scores, best)
+    change = scores["score"] / floor - 1
+    better = (change > 0) == (best is max)
+    where = "above" if change > 0 else "below"
+    judgement = "better" if better else "worse: the model has learned less than the floor knows"
+    return f"{abs(change):.1%} {where} the best floor, {name} ({floor:.4f}): {judgement}."
+
+
+def _best_floor(scores: Mapping[str, Any], best: Any) -> tuple[str, float]:
+    known = {name: score for name, score in scores["floors"].items() if score is not None}
+    name = best(known, key=lambda each: known[each])
+    return name, known[name]
+
+
+def _headline_facts(subject: Subject, training: Mapping[tuple[str, int], "_Training"]) -> dict[str, object]:
+    scores = subject.scores
+    told: dict[str, object] = {"made of": f"{_count(subject.runs, 'run')} × {_count(subject.folds, 'fold')}"}
+    if "sequences" in scores:
+        told["scored"] = f"{scores['sequences']['scored']:,} sequences"
+    else:
+        told["targets scored"] = f"{len(scores['targets']):,}"
+    if scores["fold_sd"] is not None:
+        told["mean ± sd over folds"] = f"{scores['fold_mean']:.4f} ± {scores['fold_sd']:.4f}"
+    if training:
+        told["training, all folds"] = _duration(sum(each.seconds for each in training.values()))
+        told["peak memory"] = _memory(max(each.memory_mib for each in training.values()))
+    return told
+
+
+def _count(items: Sequence[Any], word: str) -> str:
+    return f"{len(items)} {word}{'' if len(items) == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _memory(mib: float) -> str:
+    return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
+
+
+# ---------------------------------------------------------------------------------------------------------------- folds
+
+
+def _folds_section(subject: Subject) -> Markup:
+    scores, targets = subject.scores, subject.competition.targets
+    values = subject.competition.task == "values"
+    if not values:
+        rows = [[row["fold"], page.number(row["score"]), f"{row['sequences']:,}"] for row in scores["per_fold"]]
+        return page.table(["fold", scores["metric"], "targets"], rows)
+    everyone = {subject.name: scores, **dict(sorted(scores["runs"].items()))}
+    floors = sorted(scores["floor_details"].items(), key=lambda floor: floor[1]["score"] or 0.0)
+    everyone |= {f"floor: {name}": told for name, told in floors}
+    kinds = ["own"] + [""] * len(scores["runs"]) + ["floor"] * len(floors)
+    means = [[name, *score_cells(told, targets), _spread(told)] for name, told in everyone.items()]
+    by_fold = [[row["fold"], *score_cells(row, targets), f"{row['positions']:,}"] for row in scores["per_fold"]]
+    names = [short_name(target) for target in targets]
+    notes = [page.element("p", note, class_="note") for note in scores["floor_notes"]]
+    return page.join(
+        page.table(["", scores["metric"], *names, "folds: mean ± sd"], means, classes=kinds),
+        *notes,
+        page.element("h3", f"{subject.name}, fold by fold"),
+        page.table(["fold", scores["metric"], *names, "positions"], by_fold),
+        _coverage(scores),
+    )
+
+
+def _spread(told: Mapping[str, Any]) -> str | None:
+    if told.get("fold_mean") is None:
+        return None
+    return f"{told['fold_mean']:.4f}" + (f" ± {told['fold_sd']:.4f}" if told.get("fold_sd") is not None else "")
+
+
+def _coverage(scores: Mapping[str, Any]) -> Markup:
+    count = scores["sequences"]
+    text = (
+        f"{count['predicted']:,} of {count['in_folds']:,} sequences of these folds have predictions; "
+        f"{count['scored']:,} count in the metric. Predictions clipped to the range of the truth would score "
+        f"{scores['score_clipped']:.4f}."
+    )
+    if count["scored_without_prediction"]:
+        text += f" {count['scored_without_prediction']:,} that count have no prediction and are left out."
+    return page.element("p", text, class_="note")
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Training:
+    """One fold of one run, from its metrics log."""
+
+    rows: list[dict[str, Any]]
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["event"] == event]
+
+    @property
+    def start(self) -> dict[str, Any]:
+        return next(iter(self.of("start")), {})
+
+    @property
+    def seconds(self) -> float:
+        return sum(row.get("seconds") or 0.0 for row in self.of("epoch"))
+
+    @property
+    def memory_mib(self) -> float:
+        return max((row.get("memory_mib") or 0.0 for row in self.of("epoch")), default=0.0)
+
+    def curve(self, event: str, value: str) -> tuple[list[float], list[float]]:
+        """Steps and values, means of neighbours where there are many."""
+        points = [(row["step"], row[value]) for row in self.of(event) if row.get(value) is not None]
+        parts = np.array_split(np.array(points).reshape(-1, 2), max(1, min(_POINTS, len(points))))
+        means = [part.mean(axis=0) for part in parts if len(part)]
+        return [float(step) for step, _ in means], [float(level) for _, level in means]
+
+
+def _read_training(subject: Subject) -> dict[tuple[str, int], _Training]:
+    found = {}
+    for key, path in subject.fold_files("metrics.jsonl").items():
+        try:
+            found[key] = _Training(rows=read_metrics(path))
+        except ValueError as err:
+            raise DataError(f"{err}. Next: move the file away; the report says that it is missing.") from err
+    return found
+
+
+def _training_section(subject: Subject, training: Mapping[tuple[str, int], _Training]) -> Markup:
+    lost = [f"{run} fold {k}" for run in subject.runs for k in subject.folds if (run, k) not in training]
+    notes = [subject.without(f"No metrics log (metrics.jsonl) of {', '.join(lost)}.")] if lost else []
+    if len(subject.folds) == 1:
+        notes.append(subject.without(f"Only fold {subject.folds[0]} is trained: there is no spread over folds."))
+    if not training:
+        return page.join(*notes)
+    rows = [_training_row(run, fold, told) for (run, fold), told in training.items()]
+    head = ["run", "fold", "best", "at step", "steps", "epochs", "train", "validate", "time", "memory", "precision"]
+    runs = [run for run in subject.runs if any(key[0] == run for key in training)]
+    return page.join(
+        *notes,
+        *(
+            _curves(subject, run, {fold: told for (each, fold), told in training.items() if each == run})
+            for run in runs
+        ),
+        page.element("h3", "Folds, time and memory"),
+        page.table(head, rows),
+        page.element(
+            "p",
+            "best: metric of the averaged weights on the held-out fold; memory: peak of the process.",
+            class_="note",
+        ),
+    )
+
+
+def _training_row(run: str, fold: int, told: _Training) -> list[object]:
+    epochs = told.of("epoch")
+    best = [row for row in epochs if row.get("best")]
+    start = told.start
+    return [
+        run,
+        fold,
+        page.number(best[-1]["metric"] if best else None),
+        f"{best[-1]['step']:,}" if best else None,
+        f"{epochs[-1]['step']:,}" if epochs else None,
+        len(epochs),
+        f"{start['train']:,}" if "train" in start else None,
+        f"{start['valid']:,}" if "valid" in start else None,
+        _duration(told.seconds),
+        _memory(told.memory_mib) if epochs else None,
+        start.get("precision"),
+    ]
+
+
+def _curves(subject: Subject, run: str, folds: Mapping[int, _Training]) -> Markup:
+    metric = subject.scores["metric"]
+    level = None
+    if subject.competition.task == "values":
+        metric += " on the held-out fold"
+        name, floor = _best_floor(subject.scores, min)
+        level = (f"floor: {name}", floor)
+    else:
+        metric = "distance cross-entropy, nats"
+    loss = {fold: told.curve("step", "loss") for fold, told in folds.items()}
+    held_out = {fold: told.curve("epoch", "metric") for fold, told in folds.items()}
+    drawings = [
+        page.figure(figures.curves(loss, xlabel="step", ylabel="training loss, weighted"), title="Training loss"),
+        page.figure(figures.curves(held_out, xlabel="step", ylabel=metric, level=level), title="Validation"),
+    ]
+    keys = [(f"fold {fold}", figures.series_colour(place)) for place, fold in enumerate(folds)]
+    return page.join(page.element("h3", run), page.legend(keys), page.panels(drawings))
+
+
+# ----------------------------------------------------------------------------------------------------------- provenance
+
+
+def _settings_section(subject: Subject) -> Markup:
+    parts = []
+    if subject.scores["kind"] == "ensemble" and subject.competition.task == "values":
+        parts.append(_weights(subject))
+    configs = {key: json.loads(path.read_text())["config"] for key, path in subject.fold_files("config.json").items()}
+    for run in subject.runs:
+        of_run = {fold: config for (each, fold), config in configs.items() if each == run}
+        if not of_run:
+            parts.append(subject.without(f"No settings (config.json) of {run}."))
+            continue
+        distinct = {json.dumps(config, sort_keys=True): fold for fold, config in reversed(of_run.items())}
+        for text, fold in distinct.items():
+            which = run if len(distinct) == 1 else f"{run}, fold {fold}"
+            parts.append(page.details(which, _settings(json.loads(text))))
+    return page.join(*parts)
+
+
+def _weights(subject: Subject) -> Markup:
+    path = subject.home / "weights.json"
+    if not path.is_file():
+        return subject.without("No weights of the ensemble (weights.json).")
+    told, targets = json.loads(path.read_text()), subject.competition.targets
+    rows = [[run, *(page.number(told["weights"][target][run], 3) for target in targets)] for run in subject.runs]
+    words = f"Weights of the runs; chosen by the out-of-fold score: {told['chosen']}."
+    return page.join(
+        page.element("p", words, class_="note"), page.table(["run", *(short_name(target) for target in targets)], rows)
+    )
+
+
+def _settings(config: Mapping[str, Any]) -> Markup:
+    """A configuration section by section, one setting a line."""
+    blocks = []
+    for title, settings in config.items():
+        flat = {**settings, **{f"kwargs.{key}": value for key, value in settings.get("kwargs", {}).items()}}
+        lines = [f"{key} = {json.dumps(value)}" for key, value in flat.items() if key != "kwargs"]
+        blocks.append(page.element("div", page.element("h4", title), page.element("pre", "\n".join(lines))))
+    return page.panels(blocks, small=True)
+
+
+def _provenance_section(subject: Subject) -> Markup:
+    manifests = {label: json.loads(path.read_text()) for label, path in subject.manifests().items()}
+    lost = {"data", "folds"} - {done["stage"] for done in manifests.values()}
+    notes = []
+    if subject.competition.task == "values" and not subject.paths.bpp.is_file():
+        notes.append(subject.without("No base-pair probabilities: floors and models did without them."))
+    if lost:
+        notes.append(subject.without(f"No manifest of {', '.join(sorted(lost))}: those hashes are not known."))
+    times = [[label, f"{done.get('seconds', 0):,.1f}", done.get("commit")] for label, done in manifests.items()]
+    hashes = [
+        [label, kind, name, page.element("code", digest[:16])]
+        for label, done in manifests.items()
+        for kind in ("inputs", "outputs")
+        for name, digest in sorted(done.get(kind, {}).items())
+    ]
+    versions: dict[str, str] = next(
+        (done["versions"] for done in reversed(list(manifests.values())) if "versions" in done), {}
+    )
+    return page.join(
+        *notes,
+        page.element("p", " · ".join(f"{package} {version}" for package, version in versions.items()), class_="note"),
+        page.element("h3", "Stages"),
+        page.table(["stage", "time, s", "commit"], times),
+        page.details(
+            "sha256 of every file, first 16 digits", page.table(["stage", "", "file", "sha256"], hashes, words=4)
+        ),
+    )

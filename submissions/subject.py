@@ -1,0 +1,114 @@
+"""What a report is about: its scores, and where the pieces behind them lie."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.competitions.base import Competition
+from pipeline.errors import DataError
+from pipeline.paths import Paths
+from submissions import page
+from submissions.page import Markup
+
+
+def read_scores(home: Path) -> dict[str, Any]:
+    """Scores that `evaluate` left in a folder.
+
+    Raises:
+        DataError: there are none.
+    """
+    path = home / "scores.json"
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as err:
+        raise DataError(f"{path}: missing or unreadable; expected the scores. Next: make evaluate.") from err
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What the page is about, and where its pieces lie."""
+
+    paths: Paths
+    competition: Competition
+    home: Path
+    scores: dict[str, Any]
+    missing: list[str] = field(default_factory=list)  #: what the page says it cannot show
+
+    @property
+    def name(self) -> str:
+        return self.scores["name"]
+
+    @property
+    def split(self) -> str:
+        return self.scores["split"]
+
+    @property
+    def folds(self) -> list[int]:
+        return self.scores["folds"]
+
+    @property
+    def runs(self) -> list[str]:
+        """Runs behind the scores; a single run is its own."""
+        return sorted(self.scores["runs"]) if self.scores["kind"] == "ensemble" else [self.name]
+
+    @property
+    def predictions(self) -> list[Path]:
+        if self.scores["kind"] == "ensemble":
+            return [self.home / "oof.parquet"]
+        return [self.paths.oof(self.name, fold) for fold in self.folds]
+
+    def fold_files(self, name: str) -> dict[tuple[str, int], Path]:
+        """(run, fold) -> a file of its folder, where it is there."""
+        found = {(run, fold): self.paths.fold_dir(run, fold) / name for run in self.runs for fold in self.folds}
+        return {key: path for key, path in found.items() if path.is_file()}
+
+    def manifests(self) -> dict[str, Path]:
+        """Label -> manifest of the stages behind the page, in the order of the chain."""
+        folders = {"": self.home.parent, "clean": self.paths.home / "clean", "bpp": self.paths.bpp.parent}
+        folders |= {"folds": self.paths.fold_table(self.split).parent}
+        folders |= {f"{run} fold {k}": self.paths.fold_dir(run, k) for run in self.runs for k in self.folds}
+        folders |= {self.name: self.home}
+        found = {
+            f"{label}: {path.name.removesuffix('.manifest.json')}": path
+            for label, folder in folders.items()
+            for path in sorted(folder.glob("*.manifest.json"))
+        }
+        return {
+            label: path
+            for label, path in found.items()
+            if path.name != "report.manifest.json" and (path.parent != folders["folds"] or self.split in path.name)
+        }
+
+    def inputs(self) -> dict[str, Path]:
+        """All files that the page shows something of."""
+        inputs = {"scores": self.home / "scores.json", "train": self.paths.clean("train")}
+        inputs |= {"folds": self.paths.fold_table(self.split)}
+        inputs |= {f"predictions/{place}": path for place, path in enumerate(self.predictions)}
+        if (self.home / "weights.json").is_file():
+            inputs["weights"] = self.home / "weights.json"
+        if self.competition.task == "structure":
+            inputs["references"] = self.paths.clean("references")
+        for name in ("metrics.jsonl", "config.json"):
+            inputs |= {f"{run}/fold{k}/{name}": path for (run, k), path in self.fold_files(name).items()}
+        return inputs | {f"manifest/{label}": path for label, path in self.manifests().items()}
+
+    def without(self, reason: str) -> Markup:
+        """A part that cannot be shown: said on the page, and in the stage's facts."""
+        self.missing.append(reason)
+        return page.missing(reason)
+
+
+def short_name(target: str) -> str:
+    """A target without what all targets share.
+
+    >>> short_name("reactivity_2A3_MaP")
+    '2A3_MaP'
+    """
+    return target.removeprefix("reactivity_")
+
+
+def score_cells(told: Mapping[str, Any], targets: Sequence[str]) -> list[Markup]:
+    """Cells of a table: score, and mean error of every target."""
+    return [page.number(told["score"]), *(page.number(told["per_target"][target]) for target in targets)]

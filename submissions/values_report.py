@@ -1,0 +1,234 @@
+"""Report on predicted values: calibration, where the errors are, and truth beside prediction for some sequences.
+
+Letters: T positions, C targets, N sequences, L length (nt), B bins.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from pipeline.competitions.base import Competition
+from pipeline.runlog import track
+from pipeline.schema import ALPHABET
+from pipeline.tables import OofBatch, out_of_fold, truth_that_counts
+from submissions import figures, page
+from submissions.breakdown import Groups, sums_by
+from submissions.page import Markup
+from submissions.subject import Subject, score_cells, short_name
+
+_BINS = 100  # of the calibration's histogram, along each axis
+_STRIPS = 6  # sequences shown letter by letter
+_MAPPED = 60  # sequences in the overview
+_RARE = 0.03  # positions that fewer sequences have are left out of the profile along the sequence
+
+
+class _Gathered:
+    """What one pass over all predictions adds up."""
+
+    def __init__(self, competition: Competition) -> None:
+        self.competition = competition
+        self.low, self.high = competition.target_range or (0.0, 1.0)
+        self.counts_CBB = np.zeros((len(competition.targets), _BINS, _BINS))
+        self.nucleotides = Groups(competition)
+        self.ids: list[str] = []
+        self.errors: list[float] = []
+
+    def add(self, batch: OofBatch, prediction_TC: np.ndarray, missing_N: np.ndarray) -> None:
+        """Add some sequences: only positions that the organisers' metric looks at."""
+        truth_TC = truth_that_counts(batch, self.competition.targets)
+        here_T = batch.spread(~missing_N) & np.isfinite(truth_TC[:, 0])
+        prediction_TC, truth_TC = prediction_TC[here_T], truth_TC[here_T]
+        predicted_TC, measured_TC = self._bin(prediction_TC), self._bin(truth_TC)
+        for place, counts_BB in enumerate(self.counts_CBB):
+            cell_T = predicted_TC[:, place] * _BINS + measured_TC[:, place]
+            counts_BB += np.bincount(cell_T, minlength=_BINS**2).reshape(_BINS, _BINS)
+        letters = np.frombuffer("".join(batch.rows["sequence"]).encode(), dtype="S1").astype("U1")
+        self.nucleotides.add_positions(letters[here_T], prediction_TC, truth_TC)
+        sequence_T = batch.spread(np.arange(batch.rows.height))[here_T]
+        of_N, sums_NC, counts_NC = sums_by(self.competition, sequence_T, prediction_TC, truth_TC)
+        self.ids += batch.rows["sequence_id"][of_N].to_list()
+        self.errors += (sums_NC.sum(axis=1) / counts_NC.sum(axis=1)).tolist()
+
+    def _bin(self, values_TC: np.ndarray) -> np.ndarray:
+        share_TC = (values_TC - self.low) / (self.high - self.low)
+        return np.clip(share_TC * _BINS, 0, _BINS - 1).astype(np.intp)
+
+    def spread_out(self, count: int) -> dict[str, float]:
+        """Sequences from the best to the worst predicted one, evenly by rank: id -> mean absolute error."""
+        order = sorted(range(len(self.ids)), key=lambda at: (self.errors[at], self.ids[at]))
+        chosen = np.unique(np.linspace(0.01, 0.99, count) * (len(order) - 1) + 0.5).astype(int)
+        return {self.ids[order[at]]: self.errors[order[at]] for at in np.unique(chosen)}
+
+
+def values_sections(subject: Subject) -> dict[str, tuple[str, Markup]]:
+    """Anchor -> title and content of the parts that only predicted values have; one pass over all predictions."""
+    gathered = _Gathered(subject.competition)
+    signals = subject.competition.signal_to_noise or ()
+    batches = out_of_fold(
+        subject.paths.clean("train"),
+        fold_table=subject.paths.fold_table(subject.split),
+        folds=subject.folds,
+        sources={subject.name: subject.predictions},
+        targets=subject.competition.targets,
+        columns=["scored", "dataset_name", *signals, *subject.competition.targets],
+    )
+    for batch in track(batches, "report", unit="batches"):
+        gathered.add(batch, batch.predictions[subject.name], batch.missing[subject.name])
+    return {
+        "calibration": ("Calibration", _calibration_section(gathered)),
+        "errors": ("Where the errors are", _errors_section(subject, gathered)),
+        "examples": ("Truth and prediction", _examples_section(subject, gathered)),
+    }
+
+
+def _calibration_section(gathered: _Gathered) -> Markup:
+    names = [short_name(target) for target in gathered.competition.targets]
+    drawings = [
+        page.figure(
+            figures.calibration(counts_BB, low=gathered.low, high=gathered.high, unit="reactivity", colour=place),
+            title=name,
+        )
+        for place, (name, counts_BB) in enumerate(zip(names, gathered.counts_CBB, strict=True))
+    ]
+    words = (
+        "Points: mean of the measured values whose prediction falls into a bin; band: their middle half; grey: density "
+        "of positions; dashed: perfect calibration. A model trained on absolute error predicts medians, so a skewed "
+        "truth has its mean above the dashed line. Both axes are clipped as in the metric."
+    )
+    return page.join(page.element("p", words, class_="note"), page.panels(drawings))
+
+
+def _errors_section(subject: Subject, gathered: _Gathered) -> Markup:
+    scores, targets = subject.scores, subject.competition.targets
+    ylabel = "mean absolute error"
+
+    def series(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+        return [[row["per_target"][target] or 0.0 for row in rows] for target in targets]
+
+    letters = sorted(gathered.nucleotides.table("letter"), key=lambda row: ALPHABET.index(row["letter"]))
+    groups = {
+        "By nucleotide": (letters, [row["letter"] for row in letters], "nucleotide"),
+        "By signal-to-noise": (
+            scores["by_signal_to_noise"],
+            [row["label"].replace(" to ", "–").replace(" or more", "+") for row in scores["by_signal_to_noise"]],
+            "lower signal-to-noise of the two profiles",
+        ),
+        "By length": (
+            scores["by_length"],
+            [row["label"].replace("-", "–") for row in scores["by_length"]],
+            "length, nt",
+        ),
+    }
+    drawings = [
+        page.figure(
+            figures.grouped_bars(
+                labels, series(rows), xlabel=xlabel, ylabel=ylabel, notes=[_many(row["positions"]) for row in rows]
+            ),
+            title=title,
+        )
+        for title, (rows, labels, xlabel) in groups.items()
+        if rows
+    ]
+    most = max(row["positions"] for row in scores["by_position"])
+    places = [row for row in scores["by_position"] if row["positions"] >= _RARE * most]
+    along = figures.profile([row["position"] for row in places], series(places), xlabel="position, nt", ylabel=ylabel)
+    sets = [[row["dataset_name"], *score_cells(row, targets), f"{row['positions']:,}"] for row in scores["by_dataset"]]
+    names = [short_name(target) for target in targets]
+    by_set = page.table(["data set", scores["metric"], *names, "positions"], sets)
+    return page.join(
+        page.legend([(name, figures.series_colour(place)) for place, name in enumerate(names)]),
+        page.panels([*drawings, page.element("div", page.element("h4", "By data set"), by_set)]),
+        page.element("p", "Small numbers under the labels: positions scored.", class_="note"),
+        page.figure(along, title="Along the sequence", wide=True),
+    )
+
+
+def _many(count: int) -> str:
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
+
+
+def _examples_section(subject: Subject, gathered: _Gathered) -> Markup:
+    competition = subject.competition
+    strips, mapped = gathered.spread_out(_STRIPS), gathered.spread_out(_MAPPED)
+    examples = _read_examples(subject, [*strips, *mapped])
+    scale = page.element("span", class_="ramp", style=f"background: {figures.heat_gradient()}")
+    key = page.element("div", f"{gathered.low:g}", scale, f"{gathered.high:g} and above", class_="legend")
+    first, last = _span(examples.values())
+    maps = []
+    for place, target in enumerate(competition.targets):
+        for kind in ("measured", "predicted"):
+            rows = [_padded(examples[name], kind, place, first, last) for name in mapped]
+            maps.append((f"{short_name(target)}, {kind}", np.stack(rows)))
+    overview = figures.heat_maps(
+        maps, first=first + 1, low=gathered.low, high=gathered.high, ylabel="sequences, best predicted on top"
+    )
+    drawings = [
+        page.figure(
+            _strip(examples[name], competition, gathered),
+            title=f"{name} · error {error:.3f} · {examples[name]['about']}",
+            wide=True,
+        )
+        for name, error in strips.items()
+    ]
+    words = (
+        f"{len(mapped)} sequences, evenly spaced by rank from the best to the worst predicted one, measured beside "
+        "predicted. Grey: not measured."
+    )
+    return page.join(
+        page.element("p", words, class_="note"),
+        key,
+        page.figure(overview, wide=True),
+        page.element("h3", "Letter by letter"),
+        key,
+        *drawings,
+    )
+
+
+def _read_examples(subject: Subject, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Sequence, measured and predicted values [C, L] of some sequences."""
+    targets, signals = subject.competition.targets, subject.competition.signal_to_noise or ()
+    wanted = pl.col("sequence_id").is_in(list(ids))
+    train = pl.scan_parquet(subject.paths.clean("train")).filter(wanted)
+    train = train.select("sequence_id", "sequence", "dataset_name", *signals, *targets)
+    predicted = pl.scan_parquet(subject.predictions).filter(wanted).select("sequence_id", "fold", *targets)
+    joined = train.join(predicted, on="sequence_id", suffix="_predicted", validate="1:1").collect()
+    examples = {}
+    for row in joined.iter_rows(named=True):
+        signal = ", ".join(f"{row[name]:.1f}" for name in signals)
+        examples[row["sequence_id"]] = {
+            "sequence": row["sequence"],
+            "about": f"{row['dataset_name']}, fold {row['fold']}" + (f", signal-to-noise {signal}" if signal else ""),
+            "measured": np.array([row[target] for target in targets], dtype=np.float32),
+            "predicted": np.array([row[f"{target}_predicted"] for target in targets], dtype=np.float32),
+        }
+    return examples
+
+
+def _span(examples: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
+    """First measured position, and the one after the last, over all examples; 0-based."""
+    places = [np.flatnonzero(np.isfinite(example["measured"]).any(axis=0)) for example in examples]
+    return min(int(at[0]) for at in places), max(int(at[-1]) + 1 for at in places)
+
+
+def _padded(example: Mapping[str, Any], kind: str, place: int, first: int, last: int) -> np.ndarray:
+    """Values at positions `first` to `last`, NaN where the sequence was not measured."""
+    shown = np.full(last - first, np.nan, dtype=np.float32)
+    values = np.where(np.isfinite(example["measured"][place]), example[kind][place], np.nan)[first:last]
+    shown[: len(values)] = values
+    return shown
+
+
+def _strip(example: Mapping[str, Any], competition: Competition, gathered: _Gathered) -> Markup:
+    first, last = _span([example])
+    rows = [
+        (f"{short_name(target)} {kind}", example[kind][place][first:last])
+        for place, target in enumerate(competition.targets)
+        for kind in ("measured", "predicted")
+    ]
+    letters = example["sequence"][first:last]
+    return figures.strip(letters, rows, first=first + 1, low=gathered.low, high=gathered.high)

@@ -1,0 +1,360 @@
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+
+from folds import ensemble
+from folds.candidates import choose_candidates
+from folds.weights import learn_weights, least_square_on_simplex
+from pipeline.competitions import get_competition
+from pipeline.errors import ConfigError, DataError
+from pipeline.paths import Paths
+from pipeline.stage import sha256_file
+from tests.chain_tables import (
+    FOLDS,
+    SPLIT,
+    TARGETS,
+    edit,
+    make_paths,
+    write_run,
+    write_structure_data,
+    write_structure_run,
+    write_values_data,
+)
+
+RIBONANZA, RNA3D = get_competition("ribonanza"), get_competition("rna3d")
+GOOD = {"reactivity_DMS_MaP": 0.1, "reactivity_2A3_MaP": 0.3}
+OTHER = {"reactivity_DMS_MaP": 0.3, "reactivity_2A3_MaP": 0.1}
+
+
+@pytest.fixture
+def paths(tmp_path, rng) -> Paths:
+    paths = make_paths(tmp_path)
+    write_values_data(paths, rng)
+    write_run(paths, "good.sim80_k3", rng, noise=GOOD)
+    write_run(paths, "other+wide.sim80_k3", rng, noise=OTHER)
+    return paths
+
+
+def join(paths: Paths, *, runs=("good.sim80_k3", "other+wide.sim80_k3"), comp=RIBONANZA, **options):
+    return ensemble.run(paths, competition=comp, name="all", runs=list(runs), split=SPLIT, **options)
+
+
+# -- weights
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_point_of_a_fine_grid_beats_the_learned_weights(seed):
+    rng = np.random.default_rng(seed)
+    truth_T = rng.beta(0.6, 1.5, size=700)
+    shared_T = rng.normal(0.0, 0.1, size=700)
+    noise_M = rng.uniform(0.02, 0.4, size=3)
+    predictions_TM = truth_T[:, None] + shared_T[:, None] + rng.laplace(0.0, noise_M, size=(700, 3))
+    found = learn_weights(predictions_TM, truth_T)
+    steps = np.linspace(0.0, 1.0, 101)
+    grid = np.array([(a, b, 1 - a - b) for a in steps for b in steps if a + b <= 1.0 + 1e-12])
+    losses = np.abs(predictions_TM @ grid.T - truth_T[:, None]).mean(axis=0)
+    assert found.loss <= losses.min() + 1e-5
+    assert found.gap < 1e-5
+    assert found.values_M.min() >= 0.0
+    assert found.values_M.sum() == pytest.approx(1.0, abs=1e-12)
+
+
+def test_a_perfect_run_takes_all_weight(rng):
+    truth_T = rng.uniform(size=300)
+    predictions_TM = np.stack([truth_T + 0.3 * rng.normal(size=300), truth_T, rng.uniform(size=300)], axis=1)
+    assert learn_weights(predictions_TM, truth_T).values_M.tolist() == [0.0, 1.0, 0.0]
+
+
+def test_equal_runs_share_the_weight_and_opposite_errors_cancel(rng):
+    truth_T = rng.uniform(size=300)
+    error_T = 0.2 * rng.normal(size=300)
+    same = np.stack([truth_T + error_T] * 2, axis=1)
+    assert learn_weights(same, truth_T).values_M.tolist() == [0.5, 0.5]
+    opposite = np.stack([truth_T + error_T, truth_T - 2 * error_T], axis=1)
+    assert learn_weights(opposite, truth_T).values_M == pytest.approx([2 / 3, 1 / 3], abs=2e-3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_least_square_on_simplex_satisfies_its_optimality_conditions(seed):
+    rng = np.random.default_rng(seed)
+    factor = rng.normal(size=(9, 6)) + rng.normal(size=(9, 1))
+    matrix = factor.T @ factor
+    weights = least_square_on_simplex(matrix)
+    slope = matrix @ weights
+    assert weights.sum() == pytest.approx(1.0)
+    assert weights.min() >= 0.0
+    assert slope.min() == pytest.approx(weights @ slope, rel=1e-6)  # no corner is downhill
+
+
+# -- values
+
+
+def test_ensemble_is_never_worse_than_the_best_run_or_the_plain_mean(paths):
+    facts = join(paths).facts
+    singles = [scores["score"] for scores in facts["run_scores"].values()]
+    assert facts["score"] <= min(*singles, facts["mean_score"]["score"])
+    assert facts["chosen"] == "learned"
+    assert facts["learned"]["score_in_sample"] <= facts["mean_score"]["score"]
+
+
+def test_weights_are_learned_per_target(paths):
+    weights = join(paths).facts["weights"]
+    assert weights["reactivity_DMS_MaP"]["good.sim80_k3"] > 0.6
+    assert weights["reactivity_2A3_MaP"]["good.sim80_k3"] < 0.4
+    for of_target in weights.values():
+        assert min(of_target.values()) >= 0.0
+        assert sum(of_target.values()) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_the_better_of_run_and_mean_is_used_when_weights_do_not_help(paths, rng):
+    write_run(paths, "noise.sim80_k3", rng, noise=dict.fromkeys(TARGETS, 5.0))
+    report = join(paths, runs=["good.sim80_k3", "noise.sim80_k3"], learn_weights=False)
+    assert report.facts["chosen"] == "run good.sim80_k3"
+    assert report.facts["weights"]["reactivity_DMS_MaP"] == {"good.sim80_k3": 1.0, "noise.sim80_k3": 0.0}
+
+
+def test_reported_score_is_that_of_the_written_table(paths):
+    report = join(paths)
+    train = pl.read_parquet(paths.clean("train")).filter("scored")
+    table = pl.read_parquet(report.outputs["oof"]).join(train, on="sequence_id", suffix="_true", validate="1:1")
+    errors = {
+        target: table.select(
+            (pl.col(target).explode() - pl.col(f"{target}_true").explode().clip(0.0, 1.0)).abs().mean()
+        )
+        for target in TARGETS
+    }
+    assert np.mean([error.item() for error in errors.values()]) == pytest.approx(report.facts["score"], abs=1e-6)
+
+
+def test_out_of_fold_values_use_weights_learned_on_the_other_folds(paths):
+    """Another truth in fold 0 changes the joined values of the other folds and none of its own."""
+    before = pl.read_parquet(join(paths).outputs["oof"])
+    zero = pl.read_parquet(paths.fold_table(SPLIT))["fold"] == 0
+    scaled = [pl.when(zero).then(pl.col(target).list.eval(pl.element() * 0.8)).otherwise(target) for target in TARGETS]
+    edit(paths.clean("train"), pl.read_parquet(paths.clean("train")).with_columns(scaled))
+    report = join(paths)
+    assert report.facts["chosen"] == "learned"
+    after = pl.read_parquet(report.outputs["oof"])
+    for fold in range(FOLDS):
+        same = after.filter(pl.col("fold") == fold).equals(before.filter(pl.col("fold") == fold))
+        assert same == (fold == 0)
+
+
+def test_test_table_is_the_weighted_mean_over_runs_of_the_mean_over_folds(paths):
+    report = join(paths)
+    weights = report.facts["weights"]
+    for target in TARGETS:
+        expected = sum(
+            weight / FOLDS * pl.read_parquet(paths.test(run, fold))[target].explode().to_numpy().astype(np.float64)
+            for run, weight in weights[target].items()
+            for fold in range(FOLDS)
+        )
+        got = pl.read_parquet(report.outputs["test"])[target].explode().to_numpy()
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_two_builds_are_byte_identical_and_the_second_is_current(paths, tmp_path):
+    first = join(paths)
+    hashes = {label: sha256_file(path) for label, path in first.outputs.items()}
+    assert join(paths).status == "current"
+    for path in paths.ensemble_dir("all").iterdir():
+        path.unlink()
+    second = join(paths)
+    assert second.status == "built"
+    assert {label: sha256_file(path) for label, path in second.outputs.items()} == hashes
+
+
+def test_one_run_is_its_folds_in_the_order_of_the_ids(paths):
+    report = join(paths, runs=["good.sim80_k3"])
+    folds = [pl.read_parquet(paths.oof("good.sim80_k3", fold)) for fold in range(FOLDS)]
+    assert pl.read_parquet(report.outputs["oof"]).equals(pl.concat(folds).sort("sequence_id"))
+    assert report.facts["chosen"] == "run good.sim80_k3"
+
+
+def test_weights_file_holds_the_facts(paths):
+    report = join(paths)
+    assert json.loads(report.outputs["weights"].read_text()) == report.facts
+
+
+def test_thinned_sample_gives_nearly_the_same_weights(paths, monkeypatch):
+    whole = join(paths).facts["learned"]
+    monkeypatch.setattr("folds.blend.SAMPLE_POSITIONS", 500)
+    thinned = ensemble.run(
+        paths, competition=RIBONANZA, name="thin", runs=["good.sim80_k3", "other+wide.sim80_k3"], split=SPLIT
+    ).facts["learned"]
+    assert thinned["every_nth_sequence"] > 1
+    assert thinned["sample_positions"] < 0.5 * whole["sample_positions"]
+    for target in TARGETS:
+        assert thinned["weights"][target]["good.sim80_k3"] == pytest.approx(
+            whole["weights"][target]["good.sim80_k3"], abs=0.2
+        )
+
+
+def test_sequences_without_prediction_are_counted_and_named(paths):
+    path = paths.oof("good.sim80_k3", 1)
+    edit(path, pl.read_parquet(path).slice(2))
+    report = join(paths)
+    assert report.facts["missing"] == {"good.sim80_k3": {"count": 2, "first": ["s0001", "s0004"]}}
+    assert report.facts["oof_rows"] == 58
+
+
+def test_missing_fold_names_the_command_that_makes_it(paths):
+    paths.oof("other+wide.sim80_k3", 2).unlink()
+    with pytest.raises(ConfigError, match=r"no predictions of fold 2 .* make train FOLD=2 MODEL=other\."):
+        join(paths)
+    (paths.fold_dir("other+wide.sim80_k3", 2) / "checkpoints").mkdir()
+    with pytest.raises(ConfigError, match=r"make predict FOLD=2 MODEL=other\."):
+        join(paths)
+
+
+def test_partial_ensemble_says_which_folds_it_covers(paths):
+    paths.oof("other+wide.sim80_k3", 2).unlink()
+    report = join(paths, allow_partial=True)
+    assert (report.facts["folds"], report.facts["folds_left_out"]) == ([0, 1], [2])
+    assert set(pl.read_parquet(report.outputs["oof"])["fold"]) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: pl.concat([t, t.head(1)]).sort("sequence_id"), "'s0001' is repeated or out of order"),
+        (lambda t: t.reverse(), "is repeated or out of order"),
+        (lambda t: t.with_columns(fold=pl.lit(2, dtype=pl.UInt8)), "the split holds it out in fold 1"),
+        (lambda t: t.with_columns(sequence_id="x" + pl.col("sequence_id")), "'xs0001' is not among the sequences"),
+        (lambda t: t.with_columns(pl.col(TARGETS[0]).list.head(5)), "s0001: 5 values of reactivity_DMS_MaP; expected"),
+        (
+            lambda t: t.with_columns(pl.col(TARGETS[1]).list.eval(pl.element() * float("nan"))),
+            "s0001: prediction at position 1 is",
+        ),
+        (lambda t: t.drop(TARGETS[1]), "no column reactivity_2A3_MaP"),
+    ],
+)
+def test_bad_predictions_are_refused_by_name(paths, change, message):
+    path = paths.oof("good.sim80_k3", 1)
+    edit(path, change(pl.read_parquet(path)))
+    with pytest.raises(DataError, match=message):
+        join(paths)
+    assert not list(paths.ensemble_dir("all").iterdir())
+
+
+def test_sequence_in_two_folds_is_refused(paths):
+    table = pl.read_parquet(paths.oof("good.sim80_k3", 0)).head(1)
+    path = paths.oof("good.sim80_k3", 1)
+    edit(path, pl.concat([pl.read_parquet(path), table]).sort("sequence_id"))
+    with pytest.raises(DataError, match=r"s0000 predicted by fold 0|s0000 predicted in two folds"):
+        join(paths)
+
+
+def test_test_tables_of_different_data_are_refused(paths):
+    path = paths.test("good.sim80_k3", 1)
+    edit(path, pl.read_parquet(path).with_columns(sequence_id=pl.col("sequence_id").str.replace("t0003", "t0099")))
+    with pytest.raises(DataError, match="'t0099' where it has 't0003'"):
+        join(paths)
+    edit(path, pl.read_parquet(path).head(3))
+    with pytest.raises(DataError, match="fewer or more rows"):
+        join(paths)
+
+
+def test_fold_table_of_other_data_is_refused(paths):
+    edit(paths.fold_table(SPLIT), pl.read_parquet(paths.fold_table(SPLIT)).head(50))
+    with pytest.raises(DataError, match=r"50 sequences; expected 60 .* make folds"):
+        join(paths)
+
+
+def test_damaged_predictions_are_refused(paths):
+    path = paths.oof("good.sim80_k3", 0)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DataError, match="not a readable parquet file"):
+        join(paths)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"runs": []}, "no runs given"), ({"runs": ["good.sim80_k3"] * 2}, "given twice")],
+)
+def test_senseless_choices_are_refused(paths, options, message):
+    with pytest.raises(ConfigError, match=message):
+        join(paths, **options)
+    with pytest.raises(ConfigError, match="as it names files"):
+        ensemble.run(paths, competition=RIBONANZA, name="../x", runs=["good.sim80_k3"], split=SPLIT)
+
+
+def test_description_has_every_run_and_the_choice(paths):
+    from rich.console import Console
+
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(ensemble.describe(join(paths).facts))
+    for word in ("good.sim80_k3", "other+wide.sim80_k3", "plain mean", "learned, cross-fitted", "used: learned"):
+        assert word in captured.get()
+
+
+# -- structures
+
+
+def candidates(source: str, confidences: list[float]) -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            "sequence_id": ["R1"] * len(confidences),
+            "candidate": list(range(1, len(confidences) + 1)),
+            "confidence": confidences,
+            "name": [f"{source}{number}" for number in range(1, len(confidences) + 1)],
+        }
+    )
+
+
+def test_sources_take_turns_and_the_most_confident_goes_first():
+    chosen = choose_candidates({"a": candidates("a", [0.9, 0.8, 0.7]), "b": candidates("b", [0.2, 0.95, 0.1])})
+    assert chosen["name"].to_list() == ["b2", "a1", "a2", "b1", "a3"]
+    assert chosen["candidate"].to_list() == [1, 2, 3, 4, 5]
+
+
+def test_one_source_keeps_its_five_best():
+    chosen = choose_candidates({"a": candidates("a", [0.1, 0.6, 0.3, 0.4, 0.5, 0.2])})
+    assert chosen["name"].to_list() == ["a2", "a5", "a4", "a3", "a6"]
+
+
+def test_equal_confidence_goes_by_the_order_of_sources_and_candidates():
+    chosen = choose_candidates({"b": candidates("b", [0.5] * 3), "a": candidates("a", [0.5] * 3)})
+    assert chosen["name"].to_list() == ["b1", "a1", "b2", "a2", "b3"]
+
+
+@pytest.fixture
+def structure_paths(tmp_path, rng) -> Paths:
+    paths = make_paths(tmp_path, "rna3d")
+    write_structure_data(paths, rng)
+    write_structure_run(paths, "one.s", rng, confidences=[0.9, 0.7, 0.5, 0.3, 0.1])
+    write_structure_run(paths, "two.s", rng, confidences=[0.8, 0.6, 0.4, 0.2, 0.0])
+    return paths
+
+
+def test_structure_ensemble_holds_five_candidates_of_every_target(structure_paths):
+    report = join(structure_paths, runs=["one.s", "two.s"], comp=RNA3D)
+    for table, ids in (("oof", [f"R{number}_A" for number in range(6)]), ("test", ["Q1", "Q10", "Q2_B"])):
+        got = pl.read_parquet(report.outputs[table])
+        assert got.select("sequence_id", "candidate").rows() == [(key, number) for key in ids for number in range(1, 6)]
+    assert report.facts["taken_from"] == {"one.s/fold0": 3, "one.s/fold1": 6, "two.s/fold0": 3, "two.s/fold1": 3}
+
+
+def test_structure_out_of_fold_table_keeps_the_coordinates_of_its_sources(structure_paths):
+    oof = pl.read_parquet(join(structure_paths, runs=["one.s"], comp=RNA3D).outputs["oof"])
+    parts = [pl.read_parquet(structure_paths.oof("one.s", fold)) for fold in range(2)]
+    expected = pl.concat(parts).sort("sequence_id", "candidate")
+    assert oof.equals(expected.select(oof.columns))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (pl.lit(float("nan"), dtype=pl.Float32).alias("confidence"), "not finite"),
+        (pl.col("y").list.head(2), "unequal number of x, y, z"),
+        (pl.lit(1, dtype=pl.UInt8).alias("candidate"), "candidate 1 twice"),
+        (pl.lit(0, dtype=pl.UInt8).alias("fold"), "holds it out in fold 1"),
+    ],
+)
+def test_bad_structures_are_refused_by_name(structure_paths, change, message):
+    edit(structure_paths.oof("one.s", 1), change)
+    with pytest.raises(DataError, match=message):
+        join(structure_paths, runs=["one.s"], comp=RNA3D)

@@ -1,0 +1,101 @@
+"""Small networks and batches that the tests of this folder share."""
+
+import torch
+from torch import Tensor, nn
+
+from models.interface import RnaInputs, RnaModel
+from models.registry import create_model
+
+Kwargs = dict[str, int | float | str | bool]
+
+#: arguments that make each registered network small
+SMALL: dict[str, Kwargs] = {
+    "drsn": {"width": 16, "depth": 3, "kernel": 3, "dilations": 2},
+    "hyena": {"width": 16, "depth": 2, "l_max": 64, "filter_width": 8, "ffn_expand": 2},
+    "ribonanza_mamba": {"width": 16, "depth": 3, "pattern": "MMA", "state": 4, "num_heads": 2},
+    "transformer_sepconv": {"width": 16, "depth": 3, "num_heads": 2, "ffn_expand": 2},
+}
+#: what every network has to offer
+COMMON: dict[str, Kwargs] = {
+    "values": {},
+    "bpp": {"use_bpp": True},
+    "gru": {"gru_head": True},
+    "distances": {"num_channels": 0, "num_distance_bins": 5},
+    "bpp+both-heads": {"use_bpp": True, "num_distance_bins": 5},
+}
+#: what single networks have to offer besides
+SPECIAL: dict[str, dict[str, Kwargs]] = {
+    "drsn": {"shared": {"shrink": "shared"}},
+    "hyena": {
+        "order-3": {"order": 3},
+        "causal": {"bidirectional": False, "kernel": 0, "stem_kernel": 0},
+        "no-ffn": {"ffn_expand": 0},
+    },
+    "ribonanza_mamba": {"tied": {"tie_directions": True, "pattern": "M"}, "attention-only": {"pattern": "A"}},
+    "transformer_sepconv": {"no-ffn": {"ffn_expand": 0}},
+}
+CASES = {
+    f"{name}/{variant}": (name, SMALL[name] | kwargs)
+    for name in SMALL
+    for variant, kwargs in (COMMON | SPECIAL[name]).items()
+}
+
+
+def build(case: str, *, seed: int = 0, **kwargs: int | float | str | bool) -> RnaModel:
+    """The network of a case, its parameters moved off their initial values: zero biases would hide leaks."""
+    name, case_kwargs = CASES[case]
+    torch.manual_seed(seed)
+    model = create_model(name, **(case_kwargs | kwargs))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def batch(lengths: list[int], *, pad: int = 0, seed: int = 1) -> RnaInputs:
+    """Random sequences with base-pair probabilities; nonsense stands under the padding."""
+    rng = torch.Generator().manual_seed(seed)
+    longest = max(lengths) + pad
+    mask_BL = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
+    tokens_BL = torch.randint(0, 4, mask_BL.shape, generator=rng)
+    bpp_BLL = torch.rand((*mask_BL.shape, longest), generator=rng) ** 8 / longest
+    bpp_BLL = (bpp_BLL + bpp_BLL.transpose(1, 2)) * (1 - torch.eye(longest))
+    real_BLL = mask_BL.unsqueeze(1) & mask_BL.unsqueeze(2)
+    return RnaInputs(
+        torch.where(mask_BL, tokens_BL, torch.randint(-9, 99, mask_BL.shape, generator=rng)),
+        mask_BL,
+        torch.where(real_BLL, bpp_BLL, torch.nan),
+    )
+
+
+def alone(inputs: RnaInputs, row: int) -> RnaInputs:
+    """One sequence of a batch without any padding."""
+    length = int(inputs.mask_BL[row].sum())
+    assert inputs.bpp_BLL is not None
+    return RnaInputs(
+        inputs.tokens_BL[row : row + 1, :length],
+        inputs.mask_BL[row : row + 1, :length],
+        inputs.bpp_BLL[row : row + 1, :length, :length],
+    )
+
+
+def outputs(model: RnaModel, inputs: RnaInputs) -> dict[str, Tensor]:
+    """What a network predicts, by name, absent heads left out."""
+    return {name: x for name, x in model(inputs)._asdict().items() if x is not None}
+
+
+def loss(model: RnaModel, inputs: RnaInputs) -> Tensor:
+    """A number that depends on every real output, unevenly."""
+    total = torch.zeros(())
+    predicted = model(inputs)
+    if predicted.values_BLC is not None:
+        total = total + (predicted.values_BLC[inputs.mask_BL].float() ** 2).mean()
+    if predicted.distance_logits_BLLK is not None:
+        real_BLL = inputs.mask_BL.unsqueeze(1) & inputs.mask_BL.unsqueeze(2)
+        total = total - torch.log_softmax(predicted.distance_logits_BLLK[real_BLL], -1)[:, 0].mean()
+    return total
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    """Gradient of every parameter by name."""
+    return {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -1,0 +1,103 @@
+"""Hyena's filter and sizes against HyenaDNA's."""
+
+import math
+
+import pytest
+import torch
+
+from models.hyena import HYENADNA_PRESETS, HyenaFilter, HyenaOperator
+from models.layers.long_conv import fft_conv_ref
+from models.registry import create_model
+
+
+def make_filter(*, l_max: int = 64, shift: float = 0.05, directions: int = 1) -> HyenaFilter:
+    torch.manual_seed(0)
+    return HyenaFilter(10, directions=directions, l_max=l_max, width=16, features=5, shift=shift)
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [
+        ("tiny-1k", 436_096),
+        ("tiny-1k-d256", 1_641_088),
+        ("small-32k", 3_277_568),
+        ("medium-160k", 6_550_528),
+        ("large-1m", 6_550_528),
+    ],
+)
+def test_presets_have_hyenadnas_parameter_counts(preset: str, parameters: int):
+    with torch.device("meta"):
+        model = create_model("hyena", **HYENADNA_PRESETS[preset])
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_presets_filter_has_hyenadnas_parameter_count():
+    model = create_model("hyena", **HYENADNA_PRESETS["tiny-1k"])
+    operator = next(module for module in model.modules() if isinstance(module, HyenaOperator))
+    assert sum(p.numel() for p in operator.filters.parameters()) + operator.skip_ND.numel() == 17_088
+
+
+def test_the_filter_is_the_published_formula():
+    """t in 0 … 1 over l_max, z = [t, cos f w, -sin f w], sine network, exponential window plus shift."""
+    length, module = 64, make_filter()
+    t = torch.linspace(0, 1, length)[:, None]
+    w = 2 * math.pi * torch.arange(length)[:, None] / length
+    f = torch.linspace(1e-4, 1, 2)
+    x = torch.cat([t, torch.cos(f * w), -torch.sin(f * w)], dim=-1)
+    for layer in module.hidden:
+        x = torch.sin(10.0 * layer(x))
+    decay = torch.linspace(math.log(1e-2) / 1.5, math.log(1e-2) / 0.3, 10).abs()
+    expected = module.out(x) * (torch.exp(-t * decay) + 0.05)
+    torch.testing.assert_close(module(length)[0], expected.t(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_window_decays_from_one_to_the_published_ends():
+    module = make_filter(shift=0.0)
+    window = torch.exp(-module.decay_D)
+    assert window[0] == pytest.approx(0.046, abs=1e-3)
+    assert window[-1] == pytest.approx(2.2e-7, rel=0.05)
+
+
+def test_a_shorter_sequence_gets_the_beginning_of_the_same_filter():
+    module = make_filter()
+    torch.testing.assert_close(module(20)[0], module(64)[0][:, :20], rtol=1e-5, atol=1e-6)
+
+
+def test_a_sequence_beyond_l_max_continues_the_filter():
+    module = make_filter(l_max=64, shift=0.0)
+    longer = module(200)[0]
+    torch.testing.assert_close(longer[:, :64], module(64)[0], rtol=1e-5, atol=1e-6)
+    assert longer[:, 64:].abs().max() < longer[:, :64].abs().max()
+
+
+def test_the_two_sides_have_different_filters():
+    after, before = make_filter(directions=2)(30)
+    assert not torch.allclose(after, before, atol=1e-3)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_operator_of_order_two_is_gate_convolution_gate(bidirectional: bool):
+    torch.manual_seed(1)
+    layer = HyenaOperator(
+        4, order=2, bidirectional=bidirectional, l_max=64, filter_width=8, filter_features=5, filter_shift=0.0
+    )
+    x_BLD, mask_BL = torch.randn(2, 13, 4), torch.ones(2, 13, dtype=torch.bool)
+    outer, inner, v = layer.short(layer.into(x_BLD)).chunk(3, dim=-1)
+    kernels = layer.filters(13)
+    v = fft_conv_ref(v * inner, kernels[0], kernels[1] if bidirectional else None, layer.skip_ND[0])
+    expected = layer.out((outer * v).float())
+    torch.testing.assert_close(layer(x_BLD, mask_BL), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kwargs", [{"kernel": 9}, {"stem_kernel": 9}, {"use_bpp": True}, {"gru_head": True}])
+def test_causal_refuses_what_looks_at_both_sides(kwargs: dict):
+    causal = {"bidirectional": False, "kernel": 0, "stem_kernel": 0, "width": 8, "depth": 1}
+    create_model("hyena", **causal)
+    with pytest.raises(ValueError, match="both sides"):
+        create_model("hyena", **(causal | kwargs))
+
+
+@pytest.mark.parametrize("kwargs", [{"l_max": 1}, {"filter_features": 4}, {"filter_features": 1}, {"order": 1}])
+def test_filters_that_cannot_be_are_refused(kwargs: dict):
+    with pytest.raises(ValueError, match=r"Hyena"):
+        create_model("hyena", width=8, depth=1, **kwargs)

@@ -1,0 +1,299 @@
+"""Base-pair probabilities: right, complete, computed once, and safe to interrupt."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import polars as pl
+import pytest
+
+from pipeline import bpp
+from pipeline.errors import ConfigError, DataError, StoppedError, StorageError
+from pipeline.paths import Paths
+
+RNA = pytest.importorskip("RNA")
+HAIRPIN = "GGGCACGGAAACGUGCCCAAAAAA"
+
+
+def random_sequences(rng, count, *, length):
+    return ["".join(rng.choice(list("ACGU"), size=length)) for _ in range(count)]
+
+
+def write_clean(paths, train, test=("GGGAAACCC",)):
+    paths.clean("train").parent.mkdir(parents=True, exist_ok=True)
+    for table, sequences in (("train", train), ("test", test)):
+        ids = [f"{k:04d}" for k in range(len(sequences))]
+        pl.DataFrame({"sequence_id": ids, "sequence": list(sequences)}).write_parquet(paths.clean(table))
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return Paths(comp="ribonanza", root=tmp_path)
+
+
+def dense(folded, length):
+    matrix = np.zeros((length, length))
+    matrix[folded.i_K, folded.j_K] = folded.p_K
+    return matrix + matrix.T
+
+
+def test_a_hairpin_pairs_as_it_must_and_its_loop_and_tail_stay_free():
+    folded = bpp.fold(HAIRPIN)
+    matrix = dense(folded, len(HAIRPIN))
+    assert all(matrix[k, 17 - k] > 0.9 for k in range(7))
+    assert (folded.unpaired_L[[8, 9, *range(18, 24)]] > 0.95).all()
+
+
+def test_probabilities_are_viennas_own_above_the_cutoff(rng):
+    for sequence in random_sequences(rng, 5, length=80):
+        compound = RNA.fold_compound(sequence)
+        compound.pf()
+        whole = np.asarray(compound.bpp())[1:, 1:]
+        folded = bpp.fold(sequence)
+        expected = np.where(whole >= bpp.MIN_PROBABILITY, whole, 0.0)
+        np.testing.assert_allclose(dense(folded, 80), expected + expected.T, atol=1e-7)
+        np.testing.assert_allclose(folded.unpaired_L, 1 - (whole + whole.T).sum(axis=1), atol=1e-6)
+        assert (folded.i_K < folded.j_K).all()
+        assert folded.p_K.min() >= bpp.MIN_PROBABILITY
+
+
+@pytest.mark.parametrize("sequence", ["A", "GC"])
+def test_a_sequence_too_short_to_fold_is_unpaired(sequence):
+    folded = bpp.fold(sequence)
+    assert folded.unpaired_L.tolist() == [1.0] * len(sequence)
+    assert folded.p_K.size == 0
+
+
+def test_a_helix_so_stable_that_the_default_scale_overflows_is_folded():
+    sequence = "G" * 220 + "GAAA" + "C" * 220
+    compound = RNA.fold_compound(sequence)
+    assert compound.pf()[1] >= 1e4
+    assert bpp.fold(sequence).unpaired_L[:100].max() < 0.2
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    monkeypatch.setattr(bpp, "MAX_WHOLE", 150)
+    monkeypatch.setattr(bpp, "WINDOW", 120)
+
+
+@pytest.mark.parametrize("start", [0, 31, 55, 60, 90, 121, 250])
+def test_windows_find_a_local_helix_wherever_it_is(small_windows, start):
+    sequence = "A" * start + HAIRPIN + "A" * (330 - start)
+    matrix = dense(bpp.fold(sequence), len(sequence))
+    assert all(matrix[start + k, start + 17 - k] > 0.9 for k in range(7))
+
+
+def test_windows_pair_no_nucleotide_more_than_once_and_nothing_beyond_a_window(small_windows, rng):
+    (sequence,) = random_sequences(rng, 1, length=400)
+    folded = bpp.fold(sequence)
+    total_L = dense(folded, 400).sum(axis=1)
+    assert total_L.max() <= 1 + 1e-6
+    assert (folded.j_K.astype(int) - folded.i_K).max() < 120
+    assert (folded.unpaired_L >= 0).all()
+    np.testing.assert_allclose(folded.unpaired_L, 1 - total_L, atol=0.05)
+
+
+@pytest.mark.parametrize("length", [1, 1200, 1201, 1500, 2300, 4640])
+def test_windows_speak_for_every_pair_middle_once_and_reach_half_a_window(length):
+    windows = list(bpp._windows(length))
+    assert windows[0][2] == 0
+    assert windows[-1][3] == length
+    assert all(before[3] == after[2] for before, after in itertools.pairwise(windows))
+    for start, stop, first, last in windows:
+        reach = 0 if len(windows) == 1 else bpp.WINDOW // 4
+        assert start == 0 or start <= first - reach
+        assert stop == length or stop >= last + reach
+
+
+def test_the_file_has_every_sequence_of_train_and_test_once_sorted(paths, rng):
+    train = random_sequences(rng, 5, length=40)
+    write_clean(paths, [*train, train[0]], test=[train[1], "GGGAAACCC"])
+    report = bpp.run(paths, workers=1)
+    table = pl.read_parquet(paths.bpp)
+    assert table["sequence"].to_list() == sorted({*train, "GGGAAACCC"})
+    assert report.facts == {"sequences": 6, "computed": 6, "in_windows": 0, "pairs": table["p"].list.len().sum()}
+    assert table.schema == {
+        "sequence": pl.String,
+        "unpaired": pl.List(pl.Float32),
+        "i": pl.List(pl.UInt16),
+        "j": pl.List(pl.UInt16),
+        "p": pl.List(pl.Float32),
+    }
+    for row in table.iter_rows(named=True):
+        folded = bpp.fold(row["sequence"])
+        assert [row["unpaired"], row["i"], row["j"], row["p"]] == [values.tolist() for values in folded]
+    assert not (paths.bpp.parent / "parts").exists()
+
+
+def test_a_second_run_is_current_and_a_grown_table_costs_only_its_new_sequences(paths, rng):
+    train = random_sequences(rng, 20, length=40)
+    write_clean(paths, train[:12])
+    bpp.run(paths, workers=1)
+    assert bpp.run(paths, workers=1).status == "current"
+    write_clean(paths, train)
+    assert bpp.run(paths, workers=1).facts["computed"] == 8
+    grown = paths.bpp.read_bytes()
+    fresh = Paths(comp="ribonanza", root=paths.root / "fresh")
+    write_clean(fresh, train)
+    bpp.run(fresh, workers=1)
+    assert grown == fresh.bpp.read_bytes()
+    write_clean(paths, train[5:])
+    assert bpp.run(paths, workers=1).facts["computed"] == 0
+    assert pl.read_parquet(paths.bpp).height == 16
+
+
+def test_rows_of_a_damaged_file_or_of_another_version_are_not_reused(paths, rng):
+    write_clean(paths, random_sequences(rng, 4, length=30))
+    bpp.run(paths, workers=1)
+    good = paths.bpp.read_bytes()
+    paths.bpp.write_bytes(good[:200] + bytes([good[200] ^ 1]) + good[201:])
+    assert bpp.run(paths, workers=1).facts["computed"] == 5
+    assert paths.bpp.read_bytes() == good
+    manifest = paths.bpp.parent / "bpp.manifest.json"
+    done = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(done | {"params": done["params"] | {"program_version": "0.1"}}))
+    assert bpp.run(paths, workers=1).facts["computed"] == 5
+
+
+def test_two_workers_write_the_bytes_that_one_writes_and_more_row_groups_change_nothing_else(paths, rng, monkeypatch):
+    monkeypatch.setattr(bpp, "_WORTH_A_WORKER", 0.05)
+    monkeypatch.setattr(bpp, "_ROWS", 7)
+    write_clean(paths, random_sequences(rng, 40, length=60))
+    bpp.run(paths, workers=2)
+    alone = Paths(comp="ribonanza", root=paths.root / "alone")
+    write_clean(alone, pl.read_parquet(paths.clean("train"))["sequence"])
+    bpp.run(alone, workers=1)
+    assert paths.bpp.read_bytes() == alone.bpp.read_bytes()
+    table = pl.read_parquet(paths.bpp)
+    assert table["sequence"].is_sorted()
+    assert table.height == 41
+
+
+def test_loaded_probabilities_stand_in_the_asked_order(paths, rng):
+    train = random_sequences(rng, 6, length=30)
+    write_clean(paths, train)
+    bpp.run(paths, workers=1)
+    asked = [train[3], "GGGAAACCC", train[0], train[3]]
+    for sequence, loaded in zip(asked, bpp.load_bpp(paths.bpp, asked), strict=True):
+        for got, expected in zip(loaded, bpp.fold(sequence), strict=True):
+            np.testing.assert_array_equal(got, expected)
+    with pytest.raises(DataError, match=r"1 of 2 sequences \(such as AAAA…\).*make bpp"):
+        bpp.load_bpp(paths.bpp, [train[0], "AAAA"])
+    with pytest.raises(DataError, match="not a readable parquet"):
+        bpp.load_bpp(paths.root / "none.parquet", train)
+
+
+def test_without_viennarna_the_error_says_what_to_install_and_an_existing_file_is_still_current(
+    paths, rng, monkeypatch
+):
+    train = random_sequences(rng, 3, length=30)
+    write_clean(paths, train)
+    monkeypatch.setitem(sys.modules, "RNA", None)
+    assert bpp.available()[0] is False
+    with pytest.raises(ConfigError, match=r"use_bpp=false.*pip install ViennaRNA.*'bpp'"):
+        bpp.run(paths)
+    monkeypatch.setitem(sys.modules, "RNA", RNA)
+    assert bpp.available()[0] is True
+    bpp.run(paths, workers=1)
+    monkeypatch.setitem(sys.modules, "RNA", None)
+    assert bpp.run(paths).status == "current"
+    write_clean(paths, train[:2])
+    with pytest.raises(ConfigError, match="pip install ViennaRNA"):
+        bpp.run(paths)
+
+
+def test_no_workers_and_no_clean_table_are_refused(paths):
+    with pytest.raises(ConfigError, match="workers=0"):
+        bpp.run(paths, workers=0)
+    with pytest.raises(DataError, match="missing"):
+        bpp.run(paths, workers=1)
+
+
+def test_a_killed_worker_is_named_and_finished_parts_are_kept(paths, rng, monkeypatch):
+    monkeypatch.setattr(bpp, "_WORTH_A_WORKER", 0.1)
+    monkeypatch.setattr(bpp, "_PART_SECONDS", 0.2)
+    write_clean(paths, random_sequences(rng, 80, length=150))
+    parts = paths.bpp.parent / "parts"
+
+    def kill_one():
+        while not list(parts.glob("*.parquet")):
+            time.sleep(0.02)
+        multiprocessing.active_children()[0].kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(StorageError, match=r"exit code -9.*--workers 1"):
+        bpp.run(paths, workers=2)
+    killer.join()
+    assert not multiprocessing.active_children()
+    assert not paths.bpp.exists()
+    assert bpp.run(paths, workers=1).facts["computed"] < 81
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from pipeline import bpp
+from pipeline.errors import PipelineError
+from pipeline.paths import Paths
+if __name__ == "__main__":
+    bpp._WORTH_A_WORKER, bpp._PART_SECONDS = 0.1, 0.2
+    try:
+        bpp.run(Paths(comp="ribonanza", root=Path(sys.argv[1])), workers=2)
+    except PipelineError as err:
+        print(err)
+        sys.exit(err.exit_code)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_leaves_no_process_and_goes_on_from_its_parts(paths, rng, tmp_path, number):
+    write_clean(paths, random_sequences(rng, 80, length=150))
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.Popen(
+        [sys.executable, script, tmp_path],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    parts = paths.bpp.parent / "parts"
+    while not list(parts.glob("*.parquet")):
+        assert child.poll() is None
+        time.sleep(0.02)
+    child.send_signal(number)
+    said, _ = child.communicate(timeout=20)
+    if number == signal.SIGTERM:
+        assert child.returncode == StoppedError.exit_code
+        assert b"stopped by SIGTERM" in said
+        assert b"run it again" in said
+    wait_for_group_to_end(child.pid)
+    assert not paths.bpp.exists()
+    report = bpp.run(paths, workers=1)
+    assert 0 < report.facts["computed"] < 81
+    assert pl.read_parquet(paths.bpp).height == 81
+
+
+def wait_for_group_to_end(group):
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("a worker outlived its caller")
+
+
+def test_workers_import_neither_polars_nor_torch():
+    check = "import sys, pipeline.bpp; sys.exit(bool({'polars', 'torch', 'pandas'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", check], env=os.environ | {"PYTHONPATH": sys.path[0]}).returncode == 0

@@ -1,0 +1,418 @@
+"""Laws of the core: stages, words of the data, the run log, the configuration, the list of competitions."""
+
+import errno
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from pipeline import config, errors, runlog, stage
+from pipeline.competitions import competitions, get_competition
+from pipeline.config import ModelConfig, RunConfig, TrainConfig, config_from_dict, find_config, load_config
+from pipeline.errors import ConfigError, DataError, PipelineError, StorageError
+from pipeline.paths import REPOSITORY, Paths
+from pipeline.schema import ALPHABET, PROBES, decode, encode, normalise_sequence, split_id
+from pipeline.stage import Report, read_facts, run_stage, write_json
+
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+
+class Copy:
+    """A stage that joins two inputs into two outputs and counts how often it did."""
+
+    def __init__(self, folder: Path) -> None:
+        self.built = 0
+        self.a, self.b = folder / "a.txt", folder / "b.txt"
+        self.outputs = {"join": folder / "out" / "join.txt", "size": folder / "out" / "size.txt"}
+        self.a.write_text("one")
+        self.b.write_text("two")
+
+    def run(self, *, force: bool = False, **params: object) -> Report:
+        inputs = {"a": self.a, "b": self.b}
+        return run_stage("copy", inputs=inputs, outputs=self.outputs, params=params, build=self.build, force=force)
+
+    def build(self, parts: dict[str, Path]) -> dict[str, object]:
+        self.built += 1
+        text = self.a.read_text() + self.b.read_text()
+        parts["join"].write_text(text)
+        parts["size"].write_text(str(len(text)))
+        return {"letters": len(text)}
+
+    def files(self) -> set[str]:
+        return {path.name for path in (self.a.parent / "out").iterdir()}
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Copy:
+    return Copy(tmp_path)
+
+
+def test_stage_builds_once(copy: Copy):
+    first, second = copy.run(version=1), copy.run(version=1)
+    assert (first.status, second.status, copy.built) == ("built", "current", 1)
+    assert first.facts == second.facts == {"letters": 6}
+    assert copy.files() == {"join.txt", "size.txt", "copy.manifest.json"}
+
+
+def test_stage_ignores_an_input_that_was_only_touched(copy: Copy):
+    copy.run()
+    os.utime(copy.a, (1, 1))
+    copy.b.write_text("two")
+    assert copy.run().status == "current"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda copy: copy.a.write_text("won"),
+        lambda copy: copy.outputs["join"].write_text("onetw0"),
+        lambda copy: copy.outputs["size"].unlink(),
+        lambda copy: (copy.a.parent / "out" / "copy.manifest.json").unlink(),
+        lambda copy: (copy.a.parent / "out" / "copy.manifest.json").write_text('{"stage": "co'),
+    ],
+    ids=["input of the same size", "damaged output", "missing output", "no manifest", "torn manifest"],
+)
+def test_stage_builds_again_after_a_change(change: Callable[[Copy], object], copy: Copy):
+    copy.run(version=1)
+    change(copy)
+    assert copy.run(version=1).status == "built"
+    assert copy.outputs["join"].read_text() == copy.a.read_text() + "two"
+    assert copy.run(version=1).status == "current"
+
+
+def test_stage_builds_again_for_another_parameter_output_or_by_force(copy: Copy):
+    copy.run(version=1)
+    assert copy.run(version=2).status == "built"
+    assert copy.run(version=2, force=True).status == "built"
+    copy.outputs = {"size": copy.outputs["join"], "join": copy.outputs["size"]}
+    assert copy.run(version=2).status == "built"
+
+
+def test_stage_reads_a_file_under_two_labels(copy: Copy):
+    copy.b = copy.a
+    assert copy.run().status == "built"
+    assert copy.run().status == "current"
+
+
+def test_stage_that_fails_leaves_nothing_new_and_keeps_the_old(copy: Copy):
+    copy.run(version=1)
+    before = {name: (copy.a.parent / "out" / name).read_bytes() for name in copy.files()}
+
+    def fail(parts: dict[str, Path]) -> dict[str, object]:
+        copy.build(parts)
+        raise DataError("row 3 is wrong. Next: repair it.")
+
+    with pytest.raises(DataError, match="row 3"):
+        run_stage("copy", inputs={"a": copy.a}, outputs=copy.outputs, params={}, build=fail)
+    assert {name: (copy.a.parent / "out" / name).read_bytes() for name in copy.files()} == before
+
+
+def test_stage_that_forgets_an_output_publishes_none(copy: Copy):
+    def forget(parts: dict[str, Path]) -> dict[str, object]:
+        parts["join"].write_text("x")
+        return {}
+
+    with pytest.raises(AssertionError, match="promised size"):
+        run_stage("copy", inputs={"a": copy.a}, outputs=copy.outputs, params={}, build=forget)
+    assert copy.files() == set()
+
+
+def test_stage_says_which_input_is_missing(copy: Copy):
+    copy.b.unlink()
+    with pytest.raises(DataError, match=r"copy: b file .*b.txt is missing. Next: "):
+        copy.run()
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOSPC, StorageError), (errno.EDQUOT, StorageError), (errno.EIO, OSError)]
+)
+def test_full_disk_is_a_storage_error_and_others_are_themselves(number: int, kind: type[Exception], copy: Copy):
+    def full(parts: dict[str, Path]) -> dict[str, object]:
+        parts["join"].write_text("half")
+        raise OSError(number, os.strerror(number), "big.bin")
+
+    with pytest.raises(kind):
+        run_stage("copy", inputs={"a": copy.a}, outputs=copy.outputs, params={}, build=full)
+    assert copy.files() == set()
+
+
+def test_manifest_holds_hashes_parameters_and_versions(copy: Copy):
+    copy.run(version=3)
+    record = json.loads((copy.a.parent / "out" / "copy.manifest.json").read_text())
+    assert record["inputs"]["a"] == stage.sha256_file(copy.a)
+    assert record["outputs"]["join"] == stage.sha256_file(copy.outputs["join"])
+    assert record["params"] == {"version": 3}
+    assert record["versions"]["numpy"] == np.__version__
+    assert read_facts(copy.a.parent / "out" / "copy.manifest.json", hint="make copy") == {"letters": 6}
+
+
+def test_facts_of_a_stage_that_never_ran_name_the_command(tmp_path: Path):
+    with pytest.raises(DataError, match=r"missing or unreadable. Next: make data"):
+        read_facts(tmp_path / "x.json", hint="make data")
+
+
+def test_json_file_is_replaced_whole_or_not_at_all(tmp_path: Path):
+    path = tmp_path / "deep" / "x.json"
+    write_json(path, {"b": 1, "a": [1.5]})
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(path, {"a": math.nan})
+    assert json.loads(path.read_text()) == {"a": [1.5], "b": 1}
+    assert [entry.name for entry in path.parent.iterdir()] == ["x.json"]
+
+
+# --- words of the data -----------------------------------------------------------------------------------------------
+
+
+def test_encode_and_decode_are_inverse(rng: np.random.Generator):
+    for length in (1, 2, 177):
+        tokens = rng.integers(0, len(ALPHABET), length).astype(np.uint8)
+        assert np.array_equal(encode(decode(tokens)), tokens)
+        assert encode(decode(tokens)).dtype == np.uint8
+
+
+@pytest.mark.parametrize("sequence", ["ACGT", "acgu", "AC GU", "ACGÜ", "N"])
+def test_encode_takes_normalised_letters_only(sequence: str):
+    with pytest.raises(DataError, match="normalise it first"):
+        encode(sequence)
+
+
+def test_normalising_twice_is_normalising_once():
+    once = normalise_sequence(" acgTtU\n", where="x")
+    assert once == "ACGUUU" == normalise_sequence(once, where="x")
+
+
+@pytest.mark.parametrize(
+    ("sequence", "sentence"),
+    [("ACXGU", "file: letter 'X' at position 3"), ("", "file: empty"), ("  ", "file: empty"), ("AC-GU", "letter '-'")],
+)
+def test_other_letters_are_named_with_their_position(sequence: str, sentence: str):
+    with pytest.raises(DataError, match=sentence):
+        normalise_sequence(sequence, where="file")
+
+
+@pytest.mark.parametrize("target", ["R1107", "1SCL_A", "R1117v2", "a_b_c", "_"])
+@pytest.mark.parametrize("resid", [1, 10, 4640])
+def test_split_id_takes_the_last_underscore(target: str, resid: int):
+    assert split_id(f"{target}_{resid}") == (target, resid)
+
+
+@pytest.mark.parametrize("row_id", ["", "R1107", "R1107_", "_5", "R1107_x", "R1107_-1", "R1107_1.0"])
+def test_split_id_refuses_what_is_no_id(row_id: str):
+    with pytest.raises(DataError, match="expected <target_id>_<residue number>"):
+        split_id(row_id)
+
+
+def test_probes_stand_in_the_order_of_the_submission():
+    assert PROBES == ("DMS_MaP", "2A3_MaP")
+    assert get_competition("ribonanza").targets == tuple(f"reactivity_{probe}" for probe in PROBES)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_failure_has_its_own_exit_code():
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, PipelineError)]
+    codes = {kind.__name__: kind.exit_code for kind in kinds}
+    assert codes.pop("PipelineError") == 1
+    assert codes == {
+        "ConfigError": 2,
+        "DataError": 3,
+        "DivergedError": 4,
+        "StorageError": 5,
+        "NetworkError": 6,
+        "StoppedError": 75,
+    }
+
+
+# --- run log ---------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_read_as_written_and_not_finite_numbers_are_flagged(tmp_path: Path):
+    log = runlog.MetricsLog(tmp_path / "run" / "metrics.jsonl")
+    log.write("step", loss=0.5, step=3)
+    log.write("step", loss=math.nan, grad=math.inf)
+    log.close()
+    first, second = runlog.read_metrics(log.path)
+    assert (first["event"], first["loss"], first["step"]) == ("step", 0.5, 3)
+    assert (second["loss"], second["loss_nonfinite"], second["grad_nonfinite"]) == (None, "nan", "inf")
+    assert "NaN" not in log.path.read_text()
+
+
+def test_log_goes_on_where_it_ended(tmp_path: Path):
+    for step in range(3):
+        log = runlog.MetricsLog(tmp_path / "metrics.jsonl")
+        log.write("step", step=step)
+        log.close()
+    assert [row["step"] for row in runlog.read_metrics(log.path)] == [0, 1, 2]
+
+
+def test_torn_tail_of_the_log_is_dropped_wherever_it_was_cut(tmp_path: Path):
+    whole = '{"event": "a", "x": 1}\n{"event": "b", "x": 22}\n'
+    path = tmp_path / "metrics.jsonl"
+    for end in range(len(whole) + 1):
+        path.write_text(whole[:end])
+        assert [row["event"] for row in runlog.read_metrics(path)] == ["a", "b"][: whole[:end].count("}")]
+
+
+def test_log_goes_on_behind_a_torn_tail(tmp_path: Path):
+    """Was: ValueError: metrics.jsonl: line 2 is not JSON: '{"event": "b{"event": "c"…'."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "a"}\n{"event": "b')
+    log = runlog.MetricsLog(path)
+    log.write("c")
+    log.close()
+    assert [row["event"] for row in runlog.read_metrics(path)] == ["a", "c"]
+
+
+def test_log_damaged_in_the_middle_is_refused(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text('{"event": "a"}\n{"eve\n{"event": "c"}\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        runlog.read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_log_that_is_not_there_is_empty(tmp_path: Path):
+    assert runlog.read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_bar_speaks_in_plain_lines_without_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with (tmp_path / "out.txt").open("w") as file:
+        monkeypatch.setattr(runlog, "console", Console(file=file, highlight=False))
+        monkeypatch.setattr(runlog, "_PLAIN_INTERVAL_S", 0.0)
+        assert list(runlog.track([5, 6], "clean", unit="rows")) == [5, 6]
+        with runlog.Bar("read [x]", total=10, unit="MiB") as bar:
+            bar.advance(4, note="2 rows")
+        runlog.warn("[bold] stays as it is")
+    lines = (tmp_path / "out.txt").read_text().splitlines()
+    assert lines == [
+        "clean: 1/2 rows",
+        "clean: 2/2 rows",
+        "read [x]: 4/10 MiB 2 rows",
+        "warning: [bold] stays as it is",
+    ]
+
+
+def test_peak_memory_counts_what_was_freed():
+    block = np.ones(64 << 20, dtype=np.uint8)
+    peak = runlog.peak_memory_mib()
+    assert peak > 64
+    del block
+    assert runlog.peak_memory_mib() > peak - 1  # the kernel counts in pages that it books late
+
+
+def test_peak_memory_is_not_inherited():
+    """Was: a small process reported the 500 MiB of the one that had started it."""
+    block = np.ones(300 << 20, dtype=np.uint8)
+    code = "from pipeline.runlog import peak_memory_mib; print(peak_memory_mib())"
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=REPOSITORY)
+    assert float(said.stdout) < block.nbytes / 2**20 / 2
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text('[model]\nname = "m"\nkwargs = { width = 8 }\n[train]\nlr = 1\nseed = 7\n')
+    return path
+
+
+def test_config_is_typed_and_whole_numbers_serve_as_floats(toml: Path):
+    run = load_config(str(toml))
+    assert run.model == ModelConfig(name="m", kwargs={"width": 8})
+    assert (run.train.lr, type(run.train.lr), run.train.seed) == (1.0, float, 7)
+    assert run.train.epochs == TrainConfig().epochs
+
+
+def test_overrides_are_toml_values(toml: Path):
+    items = [
+        "train.lr=1e-3",
+        "train.deterministic=true",
+        'train.precision="fp32"',
+        "model.kwargs.depth=2",
+        "data.flip=0.5",
+    ]
+    run = load_config(str(toml), items)
+    assert (run.train.lr, run.train.deterministic, run.train.precision) == (1e-3, True, "fp32")
+    assert run.model.kwargs == {"width": 8, "depth": 2}
+    assert run.data.flip == 0.5
+
+
+@pytest.mark.parametrize(
+    ("items", "sentence"),
+    [
+        (["train.epoch=3"], "small.toml: train: unknown key 'epoch'; did you mean 'epochs'"),
+        (["trian.epochs=3"], "unknown key 'trian'; did you mean 'train'"),
+        (["train.zzz=3"], "unknown key 'zzz'; known: "),
+        (["train.epochs=3.5"], r"train: epochs: got 3.5 \(float\); expected"),
+        (["train.epochs=true"], r"epochs: got True \(bool\)"),
+        (['train.lr="0.1"'], r"lr: got '0.1' \(str\)"),
+        (['train.precision="fp8"'], "got 'fp8' .* expected 'auto' or 'bf16' or 'fp16' or 'fp32'"),
+        (["train=3"], "train: got 3; expected a section"),
+        (["train.lr"], "expected section.key=value"),
+        (["train.precision=fp32"], "is no TOML value; quote strings"),
+        (["train.lr.x=1"], "'lr' is a value, not a section"),
+    ],
+)
+def test_config_mistakes_are_named(items: list[str], sentence: str, toml: Path):
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(str(toml), items)
+
+
+def test_config_without_a_model_is_refused():
+    with pytest.raises(ConfigError, match=r"x: .*'model'"):
+        config_from_dict({}, where="x")
+
+
+def test_file_that_is_no_toml_is_refused(tmp_path: Path):
+    (tmp_path / "x.toml").write_text("[model\n")
+    with pytest.raises(ConfigError, match=r"x.toml: not valid TOML"):
+        load_config(str(tmp_path / "x.toml"))
+
+
+def test_unknown_config_names_the_closest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(config, "CONFIG_DIR", tmp_path)
+    (tmp_path / "hyena.toml").touch()
+    assert find_config("hyena") == tmp_path / "hyena.toml"
+    with pytest.raises(ConfigError, match="Did you mean 'hyena'"):
+        find_config("hyenna")
+    with pytest.raises(ConfigError, match="no such file"):
+        find_config("elsewhere/hyena.toml")
+
+
+def test_digest_follows_the_settings_and_not_the_layout(toml: Path, tmp_path: Path):
+    other = tmp_path / "other.toml"
+    other.write_text('[train]\nseed = 7\nlr = 1.0\n[model]\nname = "m"\n[model.kwargs]\nwidth = 8\n')
+    one: RunConfig = load_config(str(toml))
+    assert one.digest() == load_config(str(other)).digest()
+    assert one.digest() != load_config(str(toml), ["train.seed=8"]).digest()
+
+
+# --- competitions and paths ------------------------------------------------------------------------------------------
+
+
+def test_competitions_are_known_by_their_own_name():
+    for name, competition in competitions().items():
+        assert get_competition(name) is competition
+        assert competition.name == name
+        assert competition.tables[0] == "train"
+
+
+def test_unknown_competition_names_the_closest():
+    with pytest.raises(ConfigError, match=r"COMP='ribonansa' is not known; .* Did you mean 'ribonanza'"):
+        get_competition("ribonansa")
+
+
+def test_every_artefact_of_a_competition_lies_below_its_folder(tmp_path: Path):
+    paths = Paths(comp="ribonanza", root=tmp_path)
+    files = [paths.clean("train"), paths.bpp, paths.arrays_dir, paths.fold_table("sim80_k5"), paths.oof("r", 0)]
+    files += [paths.test("r", 0), paths.ensemble_dir("e")]
+    assert all(path.is_relative_to(tmp_path / "ribonanza") for path in files)
+    assert len(set(files)) == len(files)

@@ -1,0 +1,180 @@
+"""Losses: what counts, what does not, and that parts add up to the whole."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+
+from models.interface import RnaInputs, RnaOutputs
+from pipeline.batch import RnaBatch
+from pipeline.training.losses import DistanceCrossEntropy, MaskedMae, profile_weights, training_loss
+from tests.pipeline import tiny
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+def value_batch(generator: torch.Generator, lengths: list[int]) -> RnaBatch:
+    size, longest = len(lengths), max(lengths)
+    mask_BL = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
+    target_BLC = torch.randn(size, longest, 2, generator=generator)
+    target_BLC[:, :2] = math.nan
+    target_BLC[~mask_BL] = math.nan
+    weight_BC = torch.rand(size, 2, generator=generator) + 0.1
+    return RnaBatch(
+        tuple("abcdefgh"[:size]), RnaInputs(torch.zeros_like(mask_BL).long(), mask_BL), target_BLC, weight_BC
+    )
+
+
+def rows(batch: RnaBatch, where: slice) -> RnaBatch:
+    inputs = RnaInputs(batch.inputs.tokens_BL[where], batch.inputs.mask_BL[where])
+    return RnaBatch(batch.ids[where], inputs, batch.target_BLC[where], batch.weight_BC[where])
+
+
+def test_the_loss_is_the_weighted_mean_error_on_clipped_targets(generator):
+    batch = value_batch(generator, [9, 5])
+    predicted_BLC = torch.randn(2, 9, 2, generator=generator)
+    total = weight = 0.0
+    for b, length in enumerate([9, 5]):
+        for k in range(2, length):
+            for c in range(2):
+                target = min(max(float(batch.target_BLC[b, k, c]), 0.0), 1.0)
+                total += float(batch.weight_BC[b, c]) * abs(float(predicted_BLC[b, k, c]) - target)
+                weight += float(batch.weight_BC[b, c])
+    loss = MaskedMae((0.0, 1.0))
+    assert float(loss.total(RnaOutputs(predicted_BLC), batch)) == pytest.approx(total, rel=1e-5)
+    assert loss.weight(batch) == pytest.approx(weight, rel=1e-6)
+
+
+def test_two_halves_give_loss_and_gradient_of_the_whole(generator):
+    batch = value_batch(generator, [9, 3, 7, 4])
+    predicted_BLC = torch.randn(4, 9, 2, generator=generator, requires_grad=True)
+    loss = MaskedMae((0.0, 1.0))
+    whole = loss.total(RnaOutputs(predicted_BLC), batch) / loss.weight(batch)
+    (expected,) = torch.autograd.grad(whole, predicted_BLC)
+    halves = [slice(0, 2), slice(2, 4)]
+    weight = sum(loss.weight(rows(batch, half)) for half in halves)
+    parts = sum(loss.total(RnaOutputs(predicted_BLC[half]), rows(batch, half)) / weight for half in halves)
+    (ours,) = torch.autograd.grad(parts, predicted_BLC)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_unmeasured_and_padded_positions_have_neither_loss_nor_gradient(generator):
+    batch = value_batch(generator, [9, 5])
+    predicted_BLC = torch.randn(2, 9, 2, generator=generator, requires_grad=True)
+    loss = MaskedMae((0.0, 1.0))
+    total = loss.total(RnaOutputs(predicted_BLC), batch)
+    (grad_BLC,) = torch.autograd.grad(total, predicted_BLC)
+    silent_BLC = torch.isnan(batch.target_BLC)
+    assert (grad_BLC[silent_BLC] == 0).all()
+    assert (grad_BLC[~silent_BLC] != 0).all()
+    moved = torch.where(silent_BLC, 1e6, predicted_BLC)
+    assert loss.total(RnaOutputs(moved), batch) == total
+
+
+def test_a_prediction_beyond_the_range_keeps_a_gradient_back():
+    batch = RnaBatch(
+        ("a",),
+        RnaInputs(torch.zeros(1, 2).long(), torch.ones(1, 2, dtype=torch.bool)),
+        torch.tensor([[[3.0], [-2.0]]]),
+        torch.ones(1, 1),
+    )
+    predicted_BLC = torch.tensor([[[2.0], [-1.0]]], requires_grad=True)
+    total = MaskedMae((0.0, 1.0)).total(RnaOutputs(predicted_BLC), batch)
+    (grad_BLC,) = torch.autograd.grad(total, predicted_BLC)
+    assert total == 2.0
+    assert grad_BLC.flatten().tolist() == [1.0, -1.0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [(0, 4), (0, 0)], ids=["measured", "unmeasured"])
+def test_a_bad_prediction_at_a_real_nucleotide_is_seen(generator, bad, place):
+    batch = value_batch(generator, [9, 5])
+    predicted_BLC = torch.zeros(2, 9, 2)
+    predicted_BLC[*place, 1] = bad
+    assert not torch.isfinite(MaskedMae((0.0, 1.0)).total(RnaOutputs(predicted_BLC), batch))
+
+
+def test_a_bad_prediction_under_the_padding_harms_nobody(generator):
+    batch = value_batch(generator, [9, 5])
+    predicted_BLC = torch.zeros(2, 9, 2, requires_grad=True)
+    poisoned = torch.where(batch.inputs.mask_BL.unsqueeze(-1), predicted_BLC, math.nan)
+    total = MaskedMae((0.0, 1.0)).total(RnaOutputs(poisoned), batch)
+    (grad_BLC,) = torch.autograd.grad(total, predicted_BLC)
+    assert torch.isfinite(total)
+    assert torch.isfinite(grad_BLC).all()
+
+
+def test_a_batch_without_any_measurement_weighs_nothing(generator):
+    batch = value_batch(generator, [9, 5])
+    batch.target_BLC.fill_(math.nan)
+    loss = MaskedMae((0.0, 1.0))
+    assert loss.weight(batch) == 0
+    assert loss.total(RnaOutputs(torch.ones(2, 9, 2)), batch) == 0
+
+
+def test_profile_weights_follow_signal_to_noise():
+    noise_NC = np.array([[np.nan, -1.0], [0.5, 1.0], [3.0, 100.0]], dtype=np.float32)
+    logged = profile_weights(noise_NC, weighting="log1p_sn", minimum=1.0)
+    np.testing.assert_allclose(logged, [[0, 0], [0, np.log(2)], [np.log(4), np.log(101)]], rtol=1e-6)
+    uniform = profile_weights(noise_NC, weighting="uniform", minimum=-np.inf)
+    np.testing.assert_array_equal(uniform, [[0, 1], [1, 1], [1, 1]])
+
+
+def structure_batch() -> RnaBatch:
+    xyz_BL3 = torch.full((2, 12, 3), math.nan)
+    for b, length in enumerate([12, 6]):
+        xyz_BL3[b, :length] = torch.from_numpy(tiny.helix(length)).float()
+    xyz_BL3[0, 3] = math.nan
+    mask_BL = torch.arange(12) < torch.tensor([[12], [6]])
+    return RnaBatch(("a", "b"), RnaInputs(torch.zeros(2, 12).long(), mask_BL), xyz_BL3, torch.ones(2, 3))
+
+
+def test_distance_loss_is_the_mean_over_resolved_pairs_then_over_structures(generator):
+    batch = structure_batch()
+    logits_BLLK = torch.randn(2, 12, 12, 8, generator=generator)
+    expected = 0.0
+    for xyz_L3, logits_LLK in zip(batch.target_BLC, logits_BLLK, strict=True):
+        terms = []
+        for i in range(12):
+            for j in range(i + 1, 12):
+                distance = float((xyz_L3[i] - xyz_L3[j]).norm())
+                if not math.isnan(distance):
+                    terms.append(-float(log_softmax(logits_LLK[i, j], 0)[tiny.nearest_bin(distance, num_bins=8)]))
+        expected += sum(terms) / len(terms)
+    loss = DistanceCrossEntropy(max_pairs=0)
+    total = loss.total(RnaOutputs(distance_logits_BLLK=logits_BLLK), batch)
+    assert float(total) == pytest.approx(expected, rel=1e-5)
+    assert loss.weight(batch) == 2
+
+
+def test_a_sample_of_pairs_estimates_the_loss_of_all(generator):
+    batch = structure_batch()
+    outputs = RnaOutputs(distance_logits_BLLK=torch.randn(2, 12, 12, 8, generator=generator))
+    torch.manual_seed(0)
+    sampled = [float(DistanceCrossEntropy(max_pairs=10).total(outputs, batch)) for _ in range(600)]
+    whole = float(DistanceCrossEntropy(max_pairs=0).total(outputs, batch))
+    # logits are not symmetric here, so that the sample also sees (j, i): the mean over both triangles
+    turned = RnaOutputs(distance_logits_BLLK=outputs.distance_logits_BLLK.transpose(1, 2))
+    both = (whole + float(DistanceCrossEntropy(max_pairs=0).total(turned, batch))) / 2
+    assert np.mean(sampled) == pytest.approx(both, rel=0.03)
+
+
+def test_a_structure_without_two_resolved_nucleotides_counts_nothing():
+    batch = structure_batch()
+    batch.target_BLC[1, 1:] = math.nan
+    loss = DistanceCrossEntropy()
+    logits_BLLK = torch.zeros(2, 12, 12, 8, requires_grad=True)
+    loss.total(RnaOutputs(distance_logits_BLLK=logits_BLLK), batch).backward()
+    assert loss.weight(batch) == 1
+    assert not logits_BLLK.grad[1].any()
+
+
+def test_the_loss_follows_the_task():
+    assert training_loss(tiny.TINY) == MaskedMae((0.0, 1.0))
+    assert training_loss(tiny.TINY3D) == DistanceCrossEntropy()

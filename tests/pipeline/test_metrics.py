@@ -1,0 +1,59 @@
+"""Validation metrics are sums over the whole epoch, whatever the batches were."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from models.interface import RnaInputs, RnaOutputs
+from pipeline.batch import RnaBatch
+from pipeline.training.metrics import make_meter
+from tests.pipeline import tiny
+
+
+def batch_of(target_BLC: torch.Tensor) -> RnaBatch:
+    mask_BL = torch.ones(target_BLC.shape[:2], dtype=torch.bool)
+    return RnaBatch(("a",) * len(target_BLC), RnaInputs(mask_BL.long(), mask_BL), target_BLC)
+
+
+@pytest.fixture
+def truth() -> torch.Tensor:
+    target_BLC = torch.rand(10, 7, 2, generator=torch.Generator().manual_seed(1)) * 2 - 0.5
+    target_BLC[:4, :3] = math.nan
+    return target_BLC
+
+
+def test_uneven_batches_give_the_metric_of_one_batch(truth):
+    predicted = truth.nan_to_num(0.3) + torch.linspace(0, 0.5, 10)[:, None, None]
+    results = []
+    for edges in ([0, 10], [0, 1, 9, 10]):
+        meter = make_meter(tiny.TINY)
+        for start, stop in pairwise(edges):
+            meter.add(RnaOutputs(predicted[start:stop]), batch_of(truth[start:stop]))
+        results.append(meter.result())
+    assert results[0] == pytest.approx(results[1])
+    error = (predicted.clamp(0, 1) - truth.clamp(0, 1)).abs()
+    assert results[0]["metric"] == pytest.approx(float(error.nanmean()), rel=1e-6)
+    assert set(results[0]) == {"metric", *tiny.TARGETS}
+
+
+def test_predictions_under_the_padding_do_not_count(truth):
+    batch = batch_of(truth)
+    batch.inputs.mask_BL[:, 5:] = False
+    batch.target_BLC[:, 5:] = math.nan
+    predicted = torch.zeros_like(truth)
+    predicted[:, 5:] = math.nan
+    meter = make_meter(tiny.TINY)
+    meter.add(RnaOutputs(predicted), batch)
+    assert np.isfinite(meter.result()["metric"])
+
+
+def test_the_structure_metric_is_the_loss_over_all_pairs():
+    xyz_BL3 = torch.from_numpy(np.stack([tiny.helix(9)] * 3)).float()
+    meter = make_meter(tiny.TINY3D)
+    for part in (slice(0, 1), slice(1, 3)):
+        batch = batch_of(xyz_BL3[part])
+        meter.add(RnaOutputs(distance_logits_BLLK=torch.zeros(len(batch.ids), 9, 9, 8)), batch)
+    assert meter.result()["metric"] == pytest.approx(math.log(8))

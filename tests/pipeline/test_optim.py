@@ -1,0 +1,121 @@
+"""Learning rate at chosen points, which parameters decay, the moving average, clipping."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.training.optim import (
+    Ema,
+    clip_gradients,
+    decay_groups,
+    gradients,
+    learning_rate,
+    make_optimizer,
+    total_norm,
+)
+
+
+def rate(update: int, schedule: str, *, total: int = 101, warmup: float = 0.1) -> float:
+    return learning_rate(update, total=total, lr=2.0, warmup=warmup, schedule=schedule)
+
+
+def test_one_cycle_starts_at_a_25th_peaks_after_the_warm_up_and_ends_at_a_thousandth():
+    assert rate(0, "one_cycle") == pytest.approx(2.0 / 25)
+    assert rate(10, "one_cycle") == pytest.approx(2.0)
+    assert rate(55, "one_cycle") == pytest.approx((2.0 + 0.002) / 2)
+    assert rate(100, "one_cycle") == pytest.approx(0.002)
+
+
+def test_cosine_rises_on_a_line_and_falls_on_a_cosine():
+    assert [rate(k, "cosine") for k in (0, 4, 9, 10)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
+    assert rate(100, "cosine") == pytest.approx(0.002)
+
+
+def test_constant_stays():
+    assert {rate(k, "constant") for k in range(101)} == {2.0}
+
+
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine"])
+@pytest.mark.parametrize(("total", "warmup"), [(1, 0.1), (2, 0.5), (7, 0.0), (50, 1.0), (1000, 0.3)])
+def test_every_rate_is_positive_and_none_exceeds_the_top(schedule, total, warmup):
+    rates = [rate(k, schedule, total=total, warmup=warmup) for k in range(total + 3)]
+    assert all(0 < value <= 2.0 for value in rates)
+    peak = rates.index(max(rates))
+    assert rates[:peak] == sorted(rates[:peak])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(4, 3)
+        self.linear = nn.Linear(3, 3)
+        self.norm = nn.LayerNorm(3)
+        self.a_log = nn.Parameter(torch.ones(3, 2))
+        self.a_log._no_weight_decay = True
+        self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+
+
+def test_only_matrices_that_do_not_object_decay():
+    model = Mixed()
+    decaying, kept = decay_groups(model, weight_decay=0.1)
+    assert [id(p) for p in decaying["params"]] == [id(model.linear.weight)]
+    assert {id(p) for p in kept["params"]} == {
+        id(p) for p in (model.embedding.weight, model.linear.bias, *model.norm.parameters(), model.a_log)
+    }
+    assert (decaying["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+
+
+def test_without_gradient_only_decaying_parameters_shrink():
+    model = Mixed()
+    optimizer = make_optimizer(model, lr=0.1, weight_decay=0.5)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {"linear.weight"}
+
+
+def test_the_average_follows_the_closed_form():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema, expected = Ema(model, decay=0.9), 0.0
+    for n in range(200):
+        nn.init.constant_(model.weight, float(n))
+        ema.update(model, updates=n)
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * n
+    assert float(ema.module.weight.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_average_copies_buffers_and_neither_trains_nor_drops_out():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout(0.5))
+    ema = Ema(model, decay=0.9)
+    model(torch.randn(8, 2))
+    ema.update(model, updates=0)
+    assert ema.module[0].num_batches_tracked == 1
+    assert not ema.module.training
+    assert not any(parameter.requires_grad for parameter in ema.module.parameters())
+
+
+def test_clipping_scales_a_large_gradient_and_leaves_a_small_one():
+    model = nn.Linear(4, 1)
+    model(torch.full((1, 4), 10.0)).sum().backward()
+    norm = total_norm(gradients(model))
+    assert norm == pytest.approx(math.sqrt(4 * 100 + 1))
+    clip_gradients(model, norm=norm, clip_norm=0.0)
+    assert total_norm(gradients(model)) == pytest.approx(norm)
+    clip_gradients(model, norm=norm, clip_norm=1.0)
+    assert total_norm(gradients(model)) == pytest.approx(1.0, rel=1e-4)
+    clip_gradients(model, norm=1.0, clip_norm=5.0)
+    assert total_norm(gradients(model)) == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_one_bad_value_makes_the_norm_bad(bad):
+    good, spoilt = torch.ones(3), torch.tensor([1.0, bad])
+    assert math.isfinite(total_norm([good]))
+    assert not math.isfinite(total_norm([good, spoilt]))

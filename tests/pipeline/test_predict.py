@@ -1,0 +1,224 @@
+"""Predictions: one finite row per sequence, the same whatever the batches, the padding and the memory were."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline import predict, train
+from pipeline.batch import make_batch
+from pipeline.dataset import open_examples
+from pipeline.errors import ConfigError, DataError, DivergedError, StorageError
+from pipeline.paths import Paths
+from pipeline.training.checkpoint import CheckpointStore
+from pipeline.training.loop import is_out_of_memory
+from tests.pipeline import tiny
+
+
+@pytest.fixture(autouse=True)
+def known_model(monkeypatch) -> None:
+    tiny.register(monkeypatch)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Paths:
+    paths = Paths(comp="tiny", root=tmp_path / "artifacts")
+    tiny.write_values(paths)
+    return paths
+
+
+def fit(paths: Paths, *, competition=tiny.TINY, **options) -> None:
+    config = options.pop(
+        "config", tiny.config(epochs=1, data=options.pop("data", None), model=options.pop("model", None))
+    )
+    train.run(config, competition=competition, paths=paths, run=tiny.RUN, split=tiny.SPLIT, fold=0, **options)
+
+
+def predict_all(paths: Paths, *, competition=tiny.TINY, **options):
+    return predict.run(competition=competition, paths=paths, run=tiny.RUN, fold=0, **options)
+
+
+def values_of(path: Path) -> dict[str, np.ndarray]:
+    rows = pq.read_table(path).to_pylist()
+    return {row["sequence_id"]: np.array([row[name] for name in tiny.TARGETS]).T for row in rows}
+
+
+def test_every_held_out_and_every_test_sequence_has_one_row(paths):
+    texts = tiny.write_values(paths)
+    fit(paths)
+    report = predict_all(paths)
+    oof, test = (pq.read_table(report.outputs[name]) for name in ("oof", "test"))
+    assert oof.column_names == ["sequence_id", "fold", *tiny.TARGETS]
+    assert test.column_names == ["sequence_id", *tiny.TARGETS]
+    assert oof["sequence_id"].to_pylist() == [f"s{k:04d}" for k in range(0, 64, 2)]
+    assert set(oof["fold"].to_pylist()) == {0}
+    assert test["sequence_id"].to_pylist() == [f"t{k}" for k in range(1, 10)]
+    for k, values_LC in zip(range(0, 64, 2), values_of(report.outputs["oof"]).values(), strict=True):
+        assert values_LC.shape == (len(texts[k]), 2)
+        assert np.isfinite(values_LC).all()
+    assert report.facts["oof"] == {"sequences": 32, "nucleotides": sum(map(len, texts[::2]))}
+
+
+def test_the_averaged_weights_of_the_best_checkpoint_predict(paths):
+    fit(paths)
+    report = predict_all(paths)
+    checkpoint = CheckpointStore(paths.fold_dir(tiny.RUN, 0) / "checkpoints").load_newest()
+    model = train.build_model(tiny.config().model, tiny.TINY).eval()
+    model.load_state_dict(checkpoint.weights)
+    examples = open_examples(tiny.TINY, paths=paths, table="test")
+    with torch.no_grad():
+        expected = model(make_batch(examples, np.array([3])).inputs).values_BLC[0].numpy()
+    ours = values_of(report.outputs["test"])[examples.example(3).id]
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_bpp", [False, True])
+def test_batch_size_and_padding_do_not_move_a_prediction(paths, use_bpp):
+    texts = tiny.write_values(paths)
+    tiny.write_bpp(paths, texts + tiny.sequences(9, seed=99))
+    fit(paths, model={"use_bpp": use_bpp})
+    tables = []
+    for tokens in (1, 100, 100_000):
+        report = predict_all(paths, batch_tokens=tokens)
+        assert report.status == "built"
+        tables.append({name: values_of(path) for name, path in report.outputs.items()})
+        for path in report.outputs.values():
+            path.unlink()
+    for other in tables[1:]:
+        for name, rows in tables[0].items():
+            for key, values_LC in rows.items():
+                np.testing.assert_allclose(other[name][key], values_LC, atol=1e-6)
+
+
+def test_a_second_prediction_is_current_and_a_rebuilt_one_identical(paths):
+    fit(paths)
+    first = predict_all(paths)
+    data = {name: path.read_bytes() for name, path in first.outputs.items()}
+    assert predict_all(paths).status == "current"
+    for path in first.outputs.values():
+        path.unlink()
+    again = predict_all(paths)
+    assert again.status == "built"
+    assert {name: path.read_bytes() for name, path in again.outputs.items()} == data
+
+
+def test_one_table_can_be_asked_for_alone(paths):
+    fit(paths)
+    assert set(predict_all(paths, which=("test",)).outputs) == {"test"}
+    assert not paths.oof(tiny.RUN, 0).exists()
+
+
+def test_a_run_that_saw_reversed_sequences_predicts_both_directions_alike(paths):
+    fit(paths, data={"flip": 0.5})
+    before = values_of(predict_all(paths).outputs["test"])
+    table = pq.read_table(paths.clean("test"))
+    turned = [text[::-1] for text in table["sequence"].to_pylist()]
+    tiny.write_table(paths.clean("test"), {"sequence_id": table["sequence_id"], "sequence": turned})
+    after = values_of(predict_all(paths).outputs["test"])
+    for key, values_LC in before.items():
+        np.testing.assert_allclose(after[key][::-1], values_LC, atol=1e-6)
+
+
+class Exhausted(torch.nn.Module):
+    """Says that memory ran out for more than so many sequences."""
+
+    limit = 0
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        if x_BLD.shape[0] > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return x_BLD
+
+
+@pytest.fixture
+def memory_for(monkeypatch):
+    def sequences(limit: int) -> None:
+        monkeypatch.setattr(Exhausted, "limit", limit)
+        monkeypatch.setattr(tiny, "Fault", Exhausted)
+
+    return sequences
+
+
+def test_too_little_memory_halves_the_batches_and_keeps_the_predictions(paths, memory_for):
+    fit(paths)
+    expected = {name: path.read_bytes() for name, path in predict_all(paths).outputs.items()}
+    for path in (paths.oof(tiny.RUN, 0), paths.test(tiny.RUN, 0)):
+        path.unlink()
+    memory_for(3)
+    report = predict_all(paths)
+    for name, path in report.outputs.items():
+        ours = values_of(path)
+        path.write_bytes(expected[name])
+        for key, values_LC in values_of(path).items():
+            np.testing.assert_allclose(ours[key], values_LC, atol=1e-6)
+
+
+def test_no_memory_for_one_sequence_is_said_and_nothing_is_left(paths, memory_for):
+    fit(paths)
+    memory_for(0)
+    with pytest.raises(StorageError, match="out of memory on a single sequence of 40 nt"):
+        predict_all(paths)
+    assert not [path for path in paths.fold_dir(tiny.RUN, 0).iterdir() if "oof" in path.name or "part" in path.name]
+
+
+def test_what_counts_as_out_of_memory():
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
+    )
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_a_prediction_that_is_not_finite_is_named_and_not_written(paths, monkeypatch):
+    fit(paths)
+    monkeypatch.setattr(tiny.Fault, "forward", lambda _self, x_BLD: x_BLD * float("inf"))
+    with pytest.raises(DivergedError, match=r"prediction for 's\d+' is not finite"):
+        predict_all(paths)
+    assert not paths.oof(tiny.RUN, 0).exists()
+
+
+def test_held_out_predictions_are_refused_for_other_data_or_folds(paths):
+    fit(paths)
+    tiny.write_folds(paths, [f"s{k:04d}" for k in range(64)])
+    table = pq.read_table(paths.fold_table(tiny.SPLIT))
+    changed = {"sequence_id": table["sequence_id"], "fold": np.array([k % 4 for k in range(64)], dtype=np.uint8)}
+    tiny.write_table(paths.fold_table(tiny.SPLIT), changed)
+    with pytest.raises(DataError, match="clean or fold table changed"):
+        predict_all(paths)
+
+
+def test_a_run_without_checkpoint_or_of_another_competition_is_refused(paths):
+    with pytest.raises(StorageError, match="no readable checkpoint"):
+        predict_all(paths)
+    fit(paths)
+    with pytest.raises(ConfigError, match="trained on tiny; expected tiny3d"):
+        predict_all(paths, competition=tiny.TINY3D)
+
+
+def test_a_damaged_best_checkpoint_is_not_used(paths):
+    fit(paths)
+    path = CheckpointStore(paths.fold_dir(tiny.RUN, 0) / "checkpoints").best_folder() / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StorageError, match=r"model\.safetensors does not have its sha256"):
+        predict_all(paths)
+
+
+@pytest.mark.parametrize("flip", [0.0, 0.5])
+def test_structures_have_five_candidates_with_coordinates_for_every_residue(tmp_path, flip):
+    paths = Paths(comp="tiny3d", root=tmp_path)
+    tiny.write_structures(paths, count=6)
+    fit(paths, competition=tiny.TINY3D, data={"max_length": 24, "flip": flip})
+    report = predict_all(paths, competition=tiny.TINY3D)
+    for name, count in (("oof", 3), ("test", 2)):
+        rows = pq.read_table(report.outputs[name]).to_pylist()
+        assert [row["candidate"] for row in rows] == [1, 2, 3, 4, 5] * count
+        assert [row["sequence_id"] for row in rows] == sorted(row["sequence_id"] for row in rows)
+        assert ("fold" in rows[0]) == (name == "oof")
+        for row in rows:
+            assert len(row["x"]) == len(row["y"]) == len(row["z"])
+            assert np.isfinite([row["confidence"], *row["x"], *row["y"], *row["z"]]).all()

@@ -1,0 +1,229 @@
+"""RNA 3D folding: raw files become clean tables, and files that lie are refused in one sentence."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from pipeline.competitions.rna3d import RNA3D, SENTINEL
+from pipeline.errors import DataError
+from pipeline.stage import sha256_file
+
+SEQUENCES = {"1SCL_A": "GGGAAC", "R1117v2": "ACGU", "17RA_A": "GG-UX"}
+TEST = {"R1107": "GGCU", "R1_b": "ANG"}
+
+
+def _table(path: Path, rows: list[dict[str, object]]) -> None:
+    pl.DataFrame(rows).write_csv(path)
+
+
+def _sequences(sequences: dict[str, str]) -> list[dict[str, object]]:
+    return [
+        {"target_id": name, "sequence": letters, "temporal_cutoff": "2022-05-28", "description": "a,\nb"}
+        for name, letters in sequences.items()
+    ]
+
+
+def _labels(sequences: dict[str, str], conformers: int = 1) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for name, letters in sequences.items():
+        for resid, letter in enumerate(letters, start=1):
+            row: dict[str, object] = {"ID": f"{name}_{resid}", "resname": letter, "resid": resid}
+            for number in range(1, conformers + 1):
+                row |= {f"x_{number}": 5.5 * resid, f"y_{number}": float(number), f"z_{number}": -1.25}
+            rows.append(row)
+    return rows
+
+
+def _sample(sequences: dict[str, str]) -> list[dict[str, object]]:
+    rows = _labels(sequences, conformers=5)
+    return [row | {name: 0.0 for name in row if name[1] == "_"} for row in rows]
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    _table(folder / "train_sequences.csv", _sequences(SEQUENCES))
+    _table(folder / "train_labels.csv", _labels(SEQUENCES))
+    _table(folder / "test_sequences.csv", _sequences(TEST))
+    _table(folder / "sample_submission.csv", _sample(TEST))
+    return folder
+
+
+def _clean(folder: Path) -> tuple[dict[str, pl.DataFrame], dict]:
+    out = {table: folder.parent / f"{table}.parquet" for table in RNA3D.tables}
+    facts = RNA3D.clean(RNA3D.raw_files(folder), out)
+    return {table: pl.read_parquet(path) for table, path in out.items()}, facts
+
+
+def test_a_target_becomes_one_row_with_coordinates_in_residue_order(raw: Path) -> None:
+    rows = _labels(SEQUENCES)
+    _table(raw / "train_labels.csv", rows[::-1])
+    train = _clean(raw)[0]["train"]
+    assert train["sequence_id"].to_list() == ["1SCL_A", "R1117v2"]
+    assert train["x"][1].to_list() == [5.5, 11.0, 16.5, 22.0]
+    assert train.schema["x"] == pl.List(pl.Float32)
+    assert train.schema["temporal_cutoff"] == pl.Date
+    assert train["scored"].all()
+
+
+def test_training_rows_with_odd_letters_are_dropped_and_named(raw: Path) -> None:
+    tables, facts = _clean(raw)
+    assert facts["train"]["odd_letter_ids"] == ["17RA_A"]
+    assert "17RA_A" not in tables["references"]["sequence_id"].to_list()
+
+
+def test_test_rows_with_odd_letters_go_on_and_the_sample_keeps_them(raw: Path) -> None:
+    tables, facts = _clean(raw)
+    assert dict(tables["test"].select("sequence_id", "sequence").iter_rows())["R1_b"] == "AAG"
+    assert tables["sample"]["resname"].to_list() == list("GGCUANG")
+    assert facts["test_odd_letters"] == {"ids": ["R1_b"], "read_as": "A"}
+
+
+def test_the_sample_keeps_its_own_row_order(raw: Path) -> None:
+    rows = _sample(TEST)
+    rows = rows[4:] + rows[:4]
+    _table(raw / "sample_submission.csv", rows)
+    assert _clean(raw)[0]["sample"]["ID"].to_list() == [row["ID"] for row in rows]
+
+
+@pytest.mark.parametrize("sentinel", [-1e18, SENTINEL, None, "NaN"])
+def test_a_sentinel_becomes_null(raw: Path, sentinel: float | str | None) -> None:
+    rows = _labels(SEQUENCES)
+    rows[1] |= {"x_1": sentinel, "y_1": sentinel, "z_1": sentinel}
+    pl.DataFrame(rows, strict=False, infer_schema_length=1).write_csv(raw / "train_labels.csv")
+    if isinstance(sentinel, str):
+        text = (raw / "train_labels.csv").read_text().splitlines()
+        text[2] = "1SCL_A_2,G,2,NaN,NaN,NaN"
+        (raw / "train_labels.csv").write_text("\n".join([*text, ""]))
+    train = _clean(raw)[0]["train"]
+    assert train["y"][0].to_list() == [1.0, None, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_fewer_than_three_resolved_residues_are_not_scored(raw: Path) -> None:
+    rows = _labels(SEQUENCES)
+    for row in rows[2:6]:
+        row |= {"x_1": -1e18, "y_1": -1e18, "z_1": -1e18}
+    _table(raw / "train_labels.csv", rows)
+    assert _clean(raw)[0]["train"]["scored"].to_list() == [False, True]
+
+
+def test_every_conformation_with_a_resolved_residue_is_a_reference(raw: Path) -> None:
+    known = {"R1107": "GGCU", "R1190": "AC"}
+    rows = _labels(known, conformers=3)
+    for row in rows[:4]:
+        row |= {"x_2": -1e18, "y_2": -1e18, "z_2": -1e18}
+    _table(raw / "validation_labels.csv", rows)
+    _table(raw / "validation_sequences.csv", _sequences(known | {"R1156": "GG"}))
+    tables, facts = _clean(raw)
+    found = tables["references"].filter(pl.col("sequence_id").is_in(list(known)))
+    assert list(found.select("sequence_id", "conformer").iter_rows()) == [
+        ("R1107", 1),
+        ("R1107", 3),
+        ("R1190", 1),
+        ("R1190", 2),
+        ("R1190", 3),
+    ]
+    assert facts["most_conformers"] == 3
+
+
+def test_clusters_become_groups(raw: Path) -> None:
+    _table(raw / "train_clusters.csv", [{"target_id": "R1117v2", "seq_cluster80": 7, "source": "a"}])
+    assert _clean(raw)[0]["train"]["group"].to_list() == [None, "7"]
+
+
+def test_two_builds_are_byte_identical(raw: Path, tmp_path: Path) -> None:
+    digests = []
+    for _ in range(2):
+        _clean(raw)
+        digests.append([sha256_file(tmp_path / f"{table}.parquet") for table in RNA3D.tables])
+    assert digests[0] == digests[1]
+
+
+def _change(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+BAD = {
+    "id without underscore": ("train_labels.csv", "1SCL_A_2,", "1SCLA2,", "row 2: ID '1SCLA2'.*expected <target_id>_"),
+    "resid other than in id": ("train_labels.csv", "1SCL_A_2,G,2", "1SCL_A_2,G,3", "row 2.*resid is not the number"),
+    "duplicate residue": ("train_labels.csv", "1SCL_A_2,G,2", "1SCL_A_1,G,1", "row 2 .1SCL_A.*there already"),
+    "missing residue": ("train_labels.csv", "1SCL_A_2,G,2,11.0,1.0,-1.25\n", "", "1SCL_A has 5 of 6 residues"),
+    "wrong letter": ("train_labels.csv", "1SCL_A_2,G", "1SCL_A_2,U", "resname 'U', but .* has 'G' there"),
+    "other target": ("train_labels.csv", "R1117v2_1,", "R1118_1,", "R1118.*not in the sequences file"),
+    "far coordinate": ("train_labels.csv", "1SCL_A_2,G,2,11.0", "1SCL_A_2,G,2,10001", "x_1 is beyond 10000 Å"),
+    "infinite coordinate": ("train_labels.csv", "1SCL_A_2,G,2,11.0", "1SCL_A_2,G,2,inf", "x_1 is beyond 10000 Å"),
+    "text coordinate": (
+        "train_labels.csv",
+        "1SCL_A_2,G,2,11.0",
+        "1SCL_A_2,G,2,abc",
+        "row 2.*'x_1' holds 'abc'; expected a number",
+    ),
+    "partial residue": ("train_labels.csv", "2,11.0,1.0,-1.25", "2,11.0,,", "there only in part"),
+    "empty sequence": ("train_sequences.csv", "GGGAAC", "", "row 1 .1SCL_A.: empty sequence"),
+    "bad date": ("train_sequences.csv", "2022-05-28", "28 May 22", "row 1.*no date; expected YYYY-MM-DD"),
+    "duplicate target": ("train_sequences.csv", "R1117v2", "1SCL_A", "row 2 .1SCL_A.*target_id was there already"),
+    "sample letter": ("sample_submission.csv", "R1107_1,G", "R1107_1,A", "sample_submission.csv: row 1 .R1107_1.*'A'"),
+    "sample without fifteen": ("sample_submission.csv", "x_2", "xx2", "column 'x_2' is missing"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_file_that_contradicts_itself_is_refused(raw: Path, case: str) -> None:
+    name, old, new, sentence = BAD[case]
+    _change(raw / name, old, new)
+    with pytest.raises(DataError, match=sentence) as caught:
+        _clean(raw)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sample_of_other_targets_is_refused(raw: Path) -> None:
+    _table(raw / "sample_submission.csv", _sample(SEQUENCES))
+    with pytest.raises(DataError, match=r"row 1 \(1SCL_A\): this target is not in test_sequences"):
+        _clean(raw)
+
+
+def test_a_sample_without_a_test_target_is_refused(raw: Path) -> None:
+    _table(raw / "sample_submission.csv", _sample({"R1107": "GGCU"}))
+    with pytest.raises(DataError, match="no rows for target R1_b"):
+        _clean(raw)
+
+
+@pytest.mark.parametrize("content", ["", "<!DOCTYPE html>\n<html><body>Not found</body></html>\n", "ID,resname\n"])
+def test_a_page_or_an_empty_file_under_the_right_name_is_refused(raw: Path, content: str) -> None:
+    (raw / "train_labels.csv").write_text(content)
+    with pytest.raises(DataError, match=r"train_labels.csv: (the file is empty|a web page|column 'resid')"):
+        _clean(raw)
+
+
+def test_another_competitions_sample_is_refused(raw: Path) -> None:
+    (raw / "sample_submission.csv").write_text("id,reactivity_DMS_MaP,reactivity_2A3_MaP\n0,0,0\n")
+    with pytest.raises(DataError, match=r"sample_submission.csv: column 'ID', 'resname', 'resid'"):
+        _clean(raw)
+
+
+def test_a_missing_file_is_named(raw: Path) -> None:
+    (raw / "train_labels.csv").unlink()
+    with pytest.raises(DataError, match=r"no train_labels.csv, .csv.gz or .parquet"):
+        RNA3D.raw_files(raw)
+
+
+def test_validation_labels_need_their_sequences(raw: Path) -> None:
+    _table(raw / "validation_labels.csv", _labels({"R1107": "GGCU"}))
+    with pytest.raises(DataError, match="validation_labels came without validation_sequences"):
+        RNA3D.raw_files(raw)
+
+
+@pytest.mark.shared
+def test_the_shared_files_become_182_training_targets_and_189_references(
+    shared_data: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = {table: tmp_path / f"{table}.parquet" for table in RNA3D.tables}
+    facts = RNA3D.clean(RNA3D.raw_files(shared_data("stanford-rna-3d-folding")), out)
+    assert facts["train"]["rows"] == facts["train_scored"] == 182
+    assert (facts["references"], facts["reference_targets"], facts["most_conformers"]) == (189, 187, 2)
+    assert (facts["test_rows"], facts["sample_rows"]) == (12, 2515)

@@ -1,0 +1,316 @@
+"""The report tells the scores, names what is missing, runs nothing and loads nothing."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import polars as pl
+import pytest
+
+from folds import ensemble
+from pipeline.competitions import get_competition
+from pipeline.errors import ConfigError, DataError
+from pipeline.runlog import MetricsLog
+from pipeline.stage import write_json
+from submissions import evaluate, figures, page, report
+from submissions.values_report import _Gathered
+from tests.chain_tables import (
+    FOLDS,
+    SPLIT,
+    TARGETS,
+    edit,
+    make_paths,
+    write_run,
+    write_structure_data,
+    write_structure_run,
+    write_values_data,
+)
+
+RIBONANZA, RNA3D = get_competition("ribonanza"), get_competition("rna3d")
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>$x^2$"
+VOID = {"meta", "image", "path", "use", "rect", "circle", "img", "br", "link"}
+
+
+class Reader(HTMLParser):
+    """Collects what a browser would see, and complains about tags that do not match."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.texts = [], [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attributes]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def read(path):
+    reader = Reader()
+    reader.feed(path.read_text())
+    assert reader.open == []
+    return reader
+
+
+def visible(path):
+    return " ".join(" ".join(read(path).texts).split())
+
+
+def write_training(paths, run, folds):
+    """Metrics logs and settings as training leaves them."""
+    for fold in folds:
+        folder = paths.fold_dir(run, fold)
+        log = MetricsLog(folder / "metrics.jsonl")
+        log.write("start", train=40, valid=20, precision="fp32")
+        for step in range(1, 41):
+            log.write("step", step=step, epoch=step // 10, loss=1 / step + fold / 50, lr=1e-3)
+        for epoch in range(4):
+            log.write(
+                "epoch",
+                step=10 * epoch + 10,
+                epoch=epoch,
+                metric=0.3 - epoch / 50,
+                best=True,
+                seconds=2.5,
+                memory_mib=300,
+            )
+        log.close()
+        write_json(folder / "config.json", {"config": {"model": {"name": "hyena", "kwargs": {"width": 48}}}})
+
+
+def build_values(folder, *, runs=("a.sim80_k3", "b.sim80_k3"), dataset=None, training=True):
+    paths, rng = make_paths(folder), np.random.default_rng(7)
+    write_values_data(paths, rng)
+    if dataset:
+        edit(paths.clean("train"), pl.lit(dataset).alias("dataset_name"))
+    for number, run in enumerate(runs):
+        write_run(paths, run, rng, noise=dict.fromkeys(TARGETS, 0.1 + 0.05 * number))
+        if training:
+            write_training(paths, run, range(FOLDS))
+    ensemble.run(paths, competition=RIBONANZA, name="all", runs=list(runs), split=SPLIT)
+    evaluate.run(paths, competition=RIBONANZA, name="all", split=SPLIT)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory):
+    """Paths and report of an ensemble of two runs with all there is."""
+    paths = build_values(tmp_path_factory.mktemp("values"))
+    return paths, report.run(paths, competition=RIBONANZA, name="all")
+
+
+@pytest.fixture(scope="module")
+def structures(tmp_path_factory):
+    paths, rng = make_paths(tmp_path_factory.mktemp("structures"), "rna3d"), np.random.default_rng(7)
+    write_structure_data(paths, rng)
+    write_structure_run(paths, "a.sim80_k3", rng, confidences=(0.5, 0.4, 0.3, 0.2, 0.1))
+    ensemble.run(paths, competition=RNA3D, name="all", runs=["a.sim80_k3"], split=SPLIT)
+    evaluate.run(paths, competition=RNA3D, name="all", split=SPLIT)
+    return paths, report.run(paths, competition=RNA3D, name="all")
+
+
+def test_the_page_shows_score_floors_runs_and_folds(values):
+    paths, made = values
+    scores = json.loads((paths.ensemble_dir("all") / "scores.json").read_text())
+    text = visible(made.outputs["report"])
+    assert made.status == "built"
+    for told in (scores, *scores["runs"].values(), *scores["floor_details"].values(), *scores["per_fold"]):
+        assert f"{told['score']:.4f}" in text
+    for name in ("a.sim80_k3", "b.sim80_k3", "floor: 5-mer", "fold 2", "libA", "Stanford Ribonanza"):
+        assert name in text
+    assert "below the best floor" in text
+    assert re.search(r"a\.sim80_k3 0 0\.2400 40 40 4 40 20 10 s 300 MiB fp32", text)
+    assert "kwargs.width = 48" in text
+
+
+@pytest.mark.parametrize("kind", ["values", "structures"])
+def test_the_page_runs_nothing_loads_nothing_and_is_small(kind, request):
+    _, made = request.getfixturevalue(kind)
+    path = made.outputs["report"]
+    reader = read(path)
+    assert not {"script", "link", "iframe", "object", "form", "img"} & set(reader.tags)
+    assert reader.tags.index("meta") < reader.tags.index("style")
+    policy = next(
+        value for tag, name, value in reader.attributes if (tag, name) == ("meta", "content") and "src" in value
+    )
+    assert policy.startswith("default-src 'none'")
+    for _, name, value in reader.attributes:
+        assert not name.startswith("on")
+        if name in ("href", "src", "xlink:href"):
+            assert value.startswith(("#", "data:image/png;base64,"))
+    assert "url(" not in re.sub(r"url\(#\w+\)", "", path.read_text())
+    assert made.facts["bytes"] == path.stat().st_size < 3_000_000
+
+
+@pytest.mark.parametrize("kind", ["values", "structures"])
+def test_every_colour_follows_the_theme(kind, request):
+    text = request.getfixturevalue(kind)[1].outputs["report"].read_text()
+    style = text[text.index("<style>") : text.index("</style>")]
+    light, dark = style.split("@media (prefers-color-scheme: dark)")
+    for variable in set(re.findall(r"var\((--\w+)\)", text)) - {"--sans", "--mono"}:
+        assert f"{variable}:" in light
+        assert f"{variable}:" in dark[: dark.index("* {")]
+    drawings = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
+    assert "<text" in drawings
+    assert set(re.findall(r"(?:fill|stroke): (#\w+)", drawings)) == set()
+
+
+def test_hostile_names_are_shown_and_do_nothing(tmp_path):
+    paths = build_values(tmp_path, runs=("a.sim80_k3",), dataset=HOSTILE, training=False)
+    for table in (paths.clean("train"), paths.fold_table(SPLIT), *(paths.oof("a.sim80_k3", k) for k in range(FOLDS))):
+        edit(table, ("<b>" + pl.col("sequence_id")).alias("sequence_id"))
+    evaluate.run(paths, competition=RIBONANZA, run="a.sim80_k3", split=SPLIT)
+    made = report.run(paths, competition=RIBONANZA, run="a.sim80_k3")
+    reader = read(made.outputs["report"])
+    assert not {"script", "img", "b"} & set(reader.tags)
+    assert HOSTILE in "".join(reader.texts)
+    assert any(text.startswith("<b>s00") for text in reader.texts)
+
+
+def test_a_target_named_as_markup_stays_text_inside_a_figure():
+    drawing = figures.target_scores([HOSTILE], [0.5], [[0.2, 0.3]], xlabel="TM-score")
+    reader = Reader()
+    reader.feed(drawing)
+    assert not {"script", "img"} & set(reader.tags)
+    assert HOSTILE in "".join(reader.texts)
+
+
+def test_a_second_run_is_current_and_a_rebuilt_page_has_the_same_bytes(values):
+    paths, made = values
+    before = made.outputs["report"].read_bytes()
+    assert report.run(paths, competition=RIBONANZA, name="all").status == "current"
+    made.outputs["report"].unlink()
+    assert report.run(paths, competition=RIBONANZA, name="all").status == "built"
+    assert made.outputs["report"].read_bytes() == before
+
+
+def test_new_training_rows_make_a_new_page(values, tmp_path):
+    shutil.copytree(values[0].root, tmp_path / "artifacts")
+    paths = make_paths(tmp_path)
+    log = MetricsLog(paths.fold_dir("a.sim80_k3", 1) / "metrics.jsonl")
+    log.write("epoch", step=50, epoch=4, metric=0.123456, best=True, seconds=1.0, memory_mib=100)
+    log.close()
+    made = report.run(paths, competition=RIBONANZA, name="all")
+    assert made.status == "built"
+    assert "0.1235" in visible(made.outputs["report"])
+
+
+def test_missing_pieces_are_named_on_the_page(tmp_path):
+    paths = build_values(tmp_path, runs=("a.sim80_k3",), training=False)
+    for fold in (1, 2):
+        paths.oof("a.sim80_k3", fold).unlink()
+    evaluate.run(paths, competition=RIBONANZA, run="a.sim80_k3", split=SPLIT)
+    made = report.run(paths, competition=RIBONANZA, run="a.sim80_k3")
+    text = visible(made.outputs["report"])
+    assert len(made.facts["missing"]) == 5
+    for reason in made.facts["missing"]:
+        assert reason in text
+    assert "Only fold 0 is trained" in text
+    assert "No metrics log (metrics.jsonl) of a.sim80_k3 fold 0" in text
+    assert "No base-pair probabilities" in text
+    assert "nan" not in text.lower().split()
+
+
+def test_every_structure_has_its_score_and_some_their_traces(structures):
+    paths, made = structures
+    scores = json.loads((paths.ensemble_dir("all") / "scores.json").read_text())
+    text = visible(made.outputs["report"])
+    for row in scores["targets"]:
+        assert row["sequence_id"] in text
+        assert f"TM-score {row['score']:.3f}, RMSD" in text
+    beaten = sum(row["score"] > max(row["floors"].values()) for row in scores["targets"])
+    assert f"{beaten} of {len(scores['targets'])} targets beat every floor" in text
+
+
+def test_the_traces_lie_on_each_other_when_the_prediction_is_the_truth_in_another_frame(tmp_path, rng):
+    paths = make_paths(tmp_path, "rna3d")
+    write_structure_data(paths, rng)
+    write_structure_run(paths, "a.sim80_k3", rng, confidences=(0.5, 0.4, 0.3, 0.2, 0.1))
+    truth = pl.read_parquet(paths.clean("references")).select("sequence_id", tx="x", ty="y", tz="z")
+    shifted, negative = pl.col("ty").list.eval(pl.element() + 50.0), pl.col("tx").list.eval(-pl.element())
+    turned = {"x": shifted, "y": negative, "z": pl.col("tz")}  # a rotation about z, and a shift
+    for fold in range(2):
+        table = pl.read_parquet(paths.oof("a.sim80_k3", fold))
+        beside = table.join(truth, on="sequence_id").with_columns(
+            pl.when(pl.col("candidate") == 2).then(value).otherwise(pl.col(axis)).alias(axis)
+            for axis, value in turned.items()
+        )
+        edit(paths.oof("a.sim80_k3", fold), beside.select(table.columns))
+    evaluate.run(paths, competition=RNA3D, run="a.sim80_k3", split=SPLIT)
+    text = visible(report.run(paths, competition=RNA3D, run="a.sim80_k3").outputs["report"])
+    assert text.count("TM-score 1.000, RMSD 0.0 Å") == 6
+
+
+def test_errors_by_nucleotide_and_by_sequence_add_up_to_the_score(values):
+    paths, _ = values
+    scores = json.loads((paths.ensemble_dir("all") / "scores.json").read_text())
+    gathered = gather(paths)
+    letters = gathered.nucleotides.table("letter")
+    total = sum(row["score"] * row["positions"] for row in letters) / sum(row["positions"] for row in letters)
+    assert total == pytest.approx(scores["score"], rel=1e-6)
+    assert [row["letter"] for row in letters] == list("ACGU")
+    assert gathered.counts_CBB.sum(axis=(1, 2)).tolist() == [scores["positions"]] * 2
+    assert len(gathered.ids) == scores["sequences"]["scored"]
+    chosen = gathered.spread_out(6)
+    assert len(chosen) == 6
+    assert list(chosen.values()) == sorted(chosen.values())
+    assert min(gathered.errors) <= next(iter(chosen.values())) < list(chosen.values())[-1] <= max(gathered.errors)
+
+
+def gather(paths):
+    from pipeline.tables import out_of_fold
+
+    gathered = _Gathered(RIBONANZA)
+    sources = {"all": [paths.ensemble_dir("all") / "oof.parquet"]}
+    for batch in out_of_fold(
+        paths.clean("train"),
+        fold_table=paths.fold_table(SPLIT),
+        folds=range(FOLDS),
+        sources=sources,
+        targets=TARGETS,
+        columns=["scored", *TARGETS],
+    ):
+        gathered.add(batch, batch.predictions["all"], batch.missing["all"])
+    return gathered
+
+
+def test_what_cannot_be_reported_is_refused_in_one_sentence(tmp_path):
+    paths = make_paths(tmp_path)
+    with pytest.raises(ConfigError, match="not both and not neither"):
+        report.run(paths, competition=RIBONANZA)
+    with pytest.raises(DataError, match=r"scores\.json: missing.*make evaluate"):
+        report.run(paths, competition=RIBONANZA, name="all")
+
+
+def test_a_broken_metrics_log_is_named_and_leaves_no_page(values, tmp_path):
+    shutil.copytree(values[0].root, tmp_path / "artifacts")
+    paths = make_paths(tmp_path)
+    (paths.ensemble_dir("all") / "report.html").unlink()
+    log = paths.fold_dir("a.sim80_k3", 0) / "metrics.jsonl"
+    log.write_text("not json\n" + log.read_text())
+    with pytest.raises(DataError, match=r"metrics\.jsonl: line 1 is not JSON"):
+        report.run(paths, competition=RIBONANZA, name="all")
+    assert not (paths.ensemble_dir("all") / "report.html").exists()
+
+
+def test_text_is_escaped_and_markup_is_not():
+    assert page.text("<b>&\"'") == "&lt;b&gt;&amp;&quot;&#x27;"
+    assert page.text(page.text("a < b")) == "a &lt; b"
+    assert page.element("p", "<i>", title='"x"') == '<p title="&quot;x&quot;">&lt;i&gt;</p>'
+    assert page.number(None) == "–"
+    assert page.number(12345.678, 1) == "12,345.7"
+
+
+def test_the_better_bar_is_not_longer_than_the_page(values):
+    widths = re.findall(r"width: ([\d.]+)%", values[1].outputs["report"].read_text())
+    assert widths
+    assert max(map(float, widths)) == 100.0
