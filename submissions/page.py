@@ -33,7 +33,7 @@ _STYLE = """
 body { margin: 0; background: var(--paper); color: var(--ink); font: 1rem/1.6 var(--sans); text-wrap: pretty; }
 main { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.25rem 5rem; }
 h1, h2, h3 { font-weight: 650; line-height: 1.2; letter-spacing: -.015em; text-wrap: balance; }
-h1 { font-size: clamp(1.9rem, 4.5vw, 2.8rem); margin: .2rem 0 .6rem; overflow-wrap: anywhere; }
+h1 { font-size: clamp(1.5rem, 4.5vw, 2.8rem); margin: .2rem 0 .6rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.45rem; margin: 0 0 .35rem; }
 h3 { font-size: 1.05rem; margin: 1.8rem 0 .4rem; overflow-wrap: anywhere; }
 p { margin: .35rem 0 .9rem; max-width: 46rem; }
@@ -50,7 +50,7 @@ section { padding-top: 3rem; }
 .hero { display: grid; grid-template-columns: minmax(12rem, 1fr) 2.2fr; gap: 1.5rem 3rem; align-items: center;
   margin-top: 1.8rem; }
 .score { font-size: clamp(3.2rem, 9vw, 4.6rem); font-weight: 650; line-height: 1.05; letter-spacing: -.045em; }
-.bars { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr max-content; gap: .4rem .8rem;
+.bars { display: grid; grid-template-columns: fit-content(55%) 1fr max-content; gap: .4rem .8rem;
   align-items: center; font-size: .92rem; }
 .bars .track { height: .8rem; }
 .bars .bar { display: block; height: 100%; border-radius: 2px; background: var(--faint); opacity: .55; }
