@@ -8,7 +8,7 @@ buckets are not crowded; pairs that share no seed are missed (`folds.bench` meas
 Letters: N sequences, T letters, Q places of seeds, S slices, P pairs.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit, prange
@@ -92,7 +92,7 @@ def _link_buckets(
 
 
 @njit(cache=True)
-def _key(tokens_T: np.ndarray, place: int, marks: np.ndarray) -> int:
+def _key(tokens_T: np.ndarray, place: Any, marks: np.ndarray) -> int:
     key = 0
     for mark in marks:
         key = 4 * key + tokens_T[place + mark]
@@ -158,7 +158,7 @@ def _scan(
 
 
 @njit(cache=True)
-def _alike(differ: int, both: int, weight: int) -> bool:
+def _alike(differ: Any, both: Any, weight: int) -> bool:
     """Whether at most half of the letters besides the seed differ, among those that both sequences have."""
     return 2 * _ones((differ | (differ >> _ONE)) & both) <= _ones(both) - weight
 
@@ -184,12 +184,11 @@ def _around(tokens_T: np.ndarray, first: int, low: int, high: int) -> tuple:
 
 
 @njit(cache=True)
-def _ones(bits: int) -> int:
+def _ones(bits: Any) -> Any:
     """Number of set bits among the lower bits of 32 letters."""
     bits = (bits & np.uint64(0x1111111111111111)) + ((bits >> np.uint64(2)) & np.uint64(0x1111111111111111))
     bits = (bits + (bits >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    total: int = np.int64((bits * np.uint64(0x0101010101010101)) >> np.uint64(56))
-    return total
+    return np.int64((bits * np.uint64(0x0101010101010101)) >> np.uint64(56))
 
 
 @njit(cache=True)

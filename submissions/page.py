@@ -90,7 +90,7 @@ svg * { stroke-linejoin: round; }
 .ramp { display: inline-block; width: 9rem; height: .7rem; border-radius: 2px; }
 details { border: 1px solid var(--line); border-radius: 6px; background: var(--card); margin: .6rem 0; }
 summary { cursor: pointer; padding: .55rem .9rem; font-weight: 600; overflow-wrap: anywhere; }
-details > :not(summary) { margin: 0 .9rem .9rem; }
+details > div { padding: 0 .9rem .5rem; }
 pre { white-space: pre-wrap; line-height: 1.5; margin: .2rem 0; }
 .missing { border-left: 3px solid var(--s1); background: var(--soft); padding: .6rem .9rem; font-size: .92rem; }
 footer { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid var(--line); font-size: .84rem;
@@ -208,7 +208,7 @@ def missing(reason: str) -> Markup:
 
 def details(summary: str, content: object) -> Markup:
     """Something that opens on a click."""
-    return element("details", element("summary", summary), content)
+    return element("details", element("summary", summary), element("div", content))
 
 
 def page(title: str, body: Markup) -> str:

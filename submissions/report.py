@@ -73,7 +73,7 @@ def _write(subject: Subject, path: Path) -> dict[str, Any]:
         page.element("nav", *links),
         *(page.section(anchor, title, content) for anchor, (title, content) in sections.items()),
         page.element(
-            "footer", "Every number on this page is out of fold: predicted by a checkpoint that did not see it."
+            "footer", "All scores are out of fold: of sequences that the predicting checkpoint did not see in training."
         ),
     )
     title = f"{subject.name} · {subject.competition.title}"

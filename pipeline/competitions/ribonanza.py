@@ -260,7 +260,8 @@ class _ProbeStats:
 def _dataset_names(store: ProfileStore, choice: Choice) -> tuple[pa.StringArray, int]:
     """[S] names without the probe's ending, the first probe's where they differ, and how many differ."""
     stems = sorted({_without_probe(name, probe) for name in store.dataset_names for probe in PROBES})
-    stem_of = np.array([[stems.index(_without_probe(name, probe)) for probe in PROBES] for name in store.dataset_names])
+    place = {stem: code for code, stem in enumerate(stems)}
+    stem_of = np.array([[place[_without_probe(name, probe)] for probe in PROBES] for name in store.dataset_names])
     code_SP = np.stack([stem_of[store.index["dataset"][choice.rows_SP[:, p]], p] for p in range(len(PROBES))], axis=1)
     code_SP[choice.rows_SP < 0] = -1
     first_S = np.where(code_SP[:, 0] >= 0, code_SP[:, 0], code_SP[:, 1])

@@ -22,6 +22,7 @@ PAIR_SHIFT = -2.47  # Å from a C1' to its partner's, along the axis
 #: Typical distance of neighbouring C1' outside helices, Å (same chains: median 5.55, a tenth above 7.6).
 STEP = 5.9
 _SHORTEST = 5.0  # Å between neighbours after relaxation
+_TORN = 0.7  # Å of a violation that rigid helices may leave
 _DRAWS = 24  # random placements tried for a helix that is not stacked on another
 _PAIR_WIDTH = 18.0  # Å that a helix which is not placed yet may bridge
 _LARGEST_STACKED = 6  # nt on the shorter side of an internal loop across which the helix goes on
@@ -483,6 +484,7 @@ def relax(
     """Pull neighbours to bonding distance and push clashes apart while helices stay rigid.
 
     Position-based dynamics: every round moves single residues by their violations, then fits each rigid body back.
+    Where that leaves the chain torn, because rigid bodies cannot be joined, a few rounds bend them.
 
     Args:
         xyz_L3: [L, 3] Å, finite.
@@ -498,8 +500,18 @@ def relax(
         Müller et al. 2005 (shape matching) and 2007 (position-based dynamics).
     """
     xyz_L3 = xyz_L3 - xyz_L3.mean(axis=0)
+    xyz_L3, worst = _settle(xyz_L3, bodies, longest=longest, clash=clash, rounds=rounds)
+    if worst > _TORN:
+        xyz_L3, _ = _settle(xyz_L3, [], longest=longest, clash=clash, rounds=rounds // 8)
+    return xyz_L3 - xyz_L3.mean(axis=0)
+
+
+def _settle(
+    xyz_L3: np.ndarray, bodies: list[np.ndarray], *, longest: float, clash: float, rounds: int
+) -> tuple[np.ndarray, float]:
+    """The trace after so many rounds, and the largest violation, Å."""
     shapes = _Shapes(xyz_L3, bodies)
-    close = np.empty((2, 0), dtype=np.int64)
+    close, worst = np.empty((2, 0), dtype=np.int64), 0.0
     for turn in range(rounds):
         if turn % 10 == 0:
             close = close_pairs(xyz_L3, clash + 3.0)
@@ -508,7 +520,7 @@ def relax(
         if worst < 0.05:
             break
         xyz_L3 = shapes.restore(xyz_L3 + shapes.boost_L1 * move_L3)
-    return xyz_L3 - xyz_L3.mean(axis=0)
+    return xyz_L3, worst
 
 
 def _corrections(xyz_L3: np.ndarray, close: np.ndarray, *, longest: float, clash: float) -> tuple[np.ndarray, float]:

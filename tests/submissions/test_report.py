@@ -246,8 +246,17 @@ def test_the_traces_lie_on_each_other_when_the_prediction_is_the_truth_in_anothe
         )
         edit(paths.oof("a.sim80_k3", fold), beside.select(table.columns))
     evaluate.run(paths, competition=RNA3D, run="a.sim80_k3", split=SPLIT)
-    text = visible(report.run(paths, competition=RNA3D, run="a.sim80_k3").outputs["report"])
-    assert text.count("TM-score 1.000, RMSD 0.0 Å") == 6
+    path = report.run(paths, competition=RNA3D, run="a.sim80_k3").outputs["report"]
+    assert visible(path).count("TM-score 1.000, RMSD 0.0 Å") == 6
+    traces = path.read_text().partition('id="traces"')[2]
+    lines = re.findall(r'<path d="([^"]+)"[^>]*style="fill: none; stroke: var\(--(muted|s0)\)', traces)
+    assert [colour for _, colour in lines] == ["muted", "s0"] * 6
+    for (truth, _), (prediction, _) in zip(lines[::2], lines[1::2], strict=True):
+        np.testing.assert_allclose(numbers(prediction), numbers(truth), atol=0.01)
+
+
+def numbers(drawn):
+    return [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", drawn)]
 
 
 def test_errors_by_nucleotide_and_by_sequence_add_up_to_the_score(values):

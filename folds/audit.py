@@ -1,0 +1,359 @@
+"""How much a split leaks, measured: relatives across folds, and the score of copying the nearest one.
+
+Letters: N sequences sorted by length, Q those that are compared with all others (exhaustively: all N), S splits,
+L nucleotides of one sequence, C targets.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numba import njit
+from rich.table import Table
+
+from folds.assign import VERSION as FOLDS_VERSION
+from folds.assign import read_folds
+from folds.edit_distance import UNKNOWN, Packed, aligned_positions, distance_rows, pack, pair_distances
+from folds.similarity import find_designs, most_edits
+from pipeline.competitions.base import Competition
+from pipeline.errors import ConfigError
+from pipeline.paths import Paths
+from pipeline.runlog import Bar
+from pipeline.schema import ALPHABET, encode
+from pipeline.stage import Report, run_stage, write_json
+from pipeline.tables import flat_lists, open_parquet
+
+#: Raised when the same folds give other numbers than before.
+VERSION = 1
+
+#: Cross-fold pairs are counted from these identities on, %.
+PERCENTS = (90, 80, 70, 60)
+
+#: Most sequences of which all pairs are compared; 14,035 take 9 s on two threads.
+EXHAUSTIVE = 20_000
+
+#: Pairs that are compared of more sequences than that.
+SAMPLED_PAIRS = EXHAUSTIVE**2 // 2
+
+_MEDIAN_ROWS = 20_000  # sequences that the medians are taken of
+_AT_ONCE = 64
+
+
+def run(
+    paths: Paths,
+    *,
+    splits: Sequence[str],
+    competition: Competition,
+    seed: int = 2026,
+    exhaustive: int = EXHAUSTIVE,
+) -> Report:
+    """Compare sequences across the folds of each split, and score copies of the nearest one; writes ``audit.json``.
+
+    Args:
+        paths: where the artefacts of the competition live.
+        splits: names of splits whose fold tables exist.
+        competition: gives the metric; without one (structures) only identities are measured.
+        seed: of the sample.
+        exhaustive: most sequences of which all pairs are compared; of more, a sample of the scored ones is compared
+            with all, `SAMPLED_PAIRS` pairs altogether.
+
+    Raises:
+        ConfigError: no splits.
+        DataError: a table is missing, or a fold table is from other data.
+    """
+    if not splits:
+        raise ConfigError("audit: no splits; expected at least one, such as sim80_k5.")
+    inputs = {"train": paths.clean("train")} | {split: paths.fold_table(split) for split in splits}
+    output = paths.home / "folds" / "audit.json"
+    params = {"version": [VERSION, FOLDS_VERSION], "seed": seed, "exhaustive": exhaustive, "splits": list(splits)}
+
+    def build(parts: dict[str, Path]) -> dict[str, Any]:
+        facts = measure(inputs["train"], inputs, splits=splits, competition=competition, seed=seed, most=exhaustive)
+        write_json(parts["audit"], facts)
+        return facts
+
+    return run_stage("audit", inputs=inputs, outputs={"audit": output}, params=params, build=build)
+
+
+def measure(
+    train: Path,
+    fold_tables: Mapping[str, Path],
+    *,
+    splits: Sequence[str],
+    competition: Competition,
+    seed: int,
+    most: int,
+) -> dict[str, Any]:
+    """The facts of `run`."""
+    columns = ("sequence_id", "sequence", "dataset_name", "scored")
+    open_parquet(train, (*columns, *competition.targets)).close()
+    table = pl.read_parquet(train, columns=list(columns))
+    designs, _ = find_designs(table["sequence"].to_list(), table["dataset_name"].to_list())
+    table = table.with_columns(pl.Series("design", designs))
+    folds = [read_folds(fold_tables[split], table["sequence_id"].to_list()) for split in splits]
+    for split, held_out in zip(splits, folds, strict=True):
+        held_out = held_out.select("sequence_id", pl.col("fold").alias(split))
+        table = table.join(held_out, on="sequence_id", how="left", validate="1:1", maintain_order="left")
+    table = table.sort(pl.col("design").str.len_bytes(), "design", "sequence_id")
+    folds_SN = np.stack([table[split].to_numpy().astype(np.int64) for split in splits])
+    queries = _choose_queries(table["scored"].to_numpy(), seed=seed, most=most)
+    survey = compare(pack(table["design"].to_list()), folds_SN, table["scored"].to_numpy(), queries=queries)
+    facts: dict[str, Any] = {
+        "sequences": table.height,
+        "exhaustive": queries is None,
+        "compared": table.height if queries is None else len(queries),
+        "pairs": survey.pairs,
+        "metric": competition.metric if competition.error_sums else None,
+        "splits": {},
+    }
+    truth = _read_truth(train, table, survey, queries, competition) if competition.error_sums else None
+    for place, split in enumerate(splits):
+        facts["splits"][split] = survey.describe(place, table["sequence_id"])
+        if truth is not None:
+            near_N = survey.nearest_SN[place]
+            facts["splits"][split] |= _score_copies(table, folds_SN[place], near_N, truth, queries, competition)
+    return facts
+
+
+def _choose_queries(scored_N: np.ndarray, *, seed: int, most: int) -> np.ndarray | None:
+    """Sequences that stand for all of a large data set; None = compare all."""
+    if len(scored_N) <= most:
+        return None
+    pool = np.flatnonzero(scored_N) if scored_N.any() else np.arange(len(scored_N))
+    size = min(len(pool), max(1, most**2 // 2 // len(scored_N)))
+    return np.sort(np.random.default_rng(seed).choice(pool, size, replace=False))
+
+
+class Survey:
+    """Relatives across folds, split by split."""
+
+    def __init__(self, splits: int, sequences: int) -> None:
+        self.pairs = 0
+        self.counts_SP = np.zeros((splits, len(PERCENTS)), np.int64)  #: cross-fold pairs of at least each percentage
+        self.highest_S = np.full(splits, -1.0)
+        self.worst_S2 = np.full((splits, 2), -1)  #: a pair that reaches the highest identity
+        self.best_SN = np.full((splits, sequences), -1.0)
+        self.nearest_SN = np.full((splits, sequences), -1)  #: most identical scored sequence of another fold
+
+    def describe(self, split: int, ids: pl.Series) -> dict[str, Any]:
+        """Facts of one split."""
+        counts = {str(percent): int(count) for percent, count in zip(PERCENTS, self.counts_SP[split], strict=True)}
+        worst = [ids[int(place)] for place in self.worst_S2[split] if place >= 0]
+        return {"highest_identity": round(float(self.highest_S[split]), 6), "pair": worst, "cross_pairs": counts}
+
+
+def compare(packed: Packed, folds_SN: np.ndarray, scored_N: np.ndarray, *, queries: np.ndarray | None = None) -> Survey:
+    """Compare all pairs of designs, or some designs with all, and survey what lies across folds.
+
+    Args:
+        packed: N designs, sorted by length.
+        folds_SN: [S, N] int64.
+        scored_N: [N] bool; only scored sequences have, and are, nearest neighbours.
+        queries: places of the sequences to compare with all others; None = all.
+    """
+    survey = Survey(len(folds_SN), packed.lengths_N.size)
+    limits_PN = np.stack([most_edits(packed.lengths_N, percent) for percent in PERCENTS])
+    total = packed.lengths_N.size if queries is None else len(queries)
+    with Bar("compare across folds", total=total, unit="sequences") as bar:
+        for rows, distances_RN in _rows(packed, queries):
+            survey.pairs += _count_rows(
+                rows,
+                distances_RN,
+                packed.lengths_N,
+                limits_PN,
+                folds_SN,
+                scored_N,
+                survey.counts_SP,
+                survey.highest_S,
+                survey.worst_S2,
+                survey.best_SN,
+                survey.nearest_SN,
+            )
+            bar.advance(len(rows))
+    return survey
+
+
+def _rows(packed: Packed, queries: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows of distances with their places; every pair once, `UNKNOWN` elsewhere."""
+    total = packed.lengths_N.size
+    if queries is None:
+        for first, distances_RN in distance_rows(packed, np.arange(total)):
+            yield np.arange(first, first + len(distances_RN)), distances_RN
+        return
+    for low in range(0, len(queries), _AT_ONCE):
+        some = queries[low : low + _AT_ONCE]
+        distances = pair_distances(packed, np.repeat(some, total), np.tile(np.arange(total), len(some)))
+        distances_RN = distances.reshape(len(some), total).astype(np.uint16)
+        for row, query in enumerate(some):
+            distances_RN[row, queries[queries <= query]] = UNKNOWN
+        yield some, distances_RN
+
+
+@njit(cache=True)
+def _count_rows(
+    rows_R: np.ndarray,
+    distances_RN: np.ndarray,
+    lengths_N: np.ndarray,
+    limits_PN: np.ndarray,
+    folds_SN: np.ndarray,
+    scored_N: np.ndarray,
+    counts_SP: np.ndarray,
+    highest_S: np.ndarray,
+    worst_S2: np.ndarray,
+    best_SN: np.ndarray,
+    nearest_SN: np.ndarray,
+) -> int:
+    """Enter rows of distances into a survey's arrays; returns the number of pairs. Ties go to the earlier sequence."""
+    pairs = 0
+    for row in range(rows_R.size):
+        here = rows_R[row]
+        for other in range(lengths_N.size):
+            edits = distances_RN[row, other]
+            if edits == UNKNOWN:
+                continue
+            pairs += 1
+            short = here if lengths_N[here] <= lengths_N[other] else other
+            alike = 1.0 - edits / lengths_N[short]
+            both = scored_N[here] and scored_N[other]
+            for split in range(folds_SN.shape[0]):
+                if folds_SN[split, here] == folds_SN[split, other]:
+                    continue
+                for place in range(limits_PN.shape[0]):
+                    counts_SP[split, place] += edits <= limits_PN[place, short]
+                if alike > highest_S[split]:
+                    highest_S[split] = alike
+                    worst_S2[split, 0], worst_S2[split, 1] = here, other
+                for one, two in ((here, other), (other, here)):
+                    near = nearest_SN[split, one]
+                    if both and (alike > best_SN[split, one] or (alike == best_SN[split, one] and two < near)):
+                        best_SN[split, one], nearest_SN[split, one] = alike, two
+    return pairs
+
+
+def _read_truth(
+    train: Path, table: pl.DataFrame, survey: Survey, queries: np.ndarray | None, competition: Competition
+) -> dict[str, np.ndarray]:
+    """Profiles [L, C] float32, NaN = not measured, of the scored sequences that are needed, by id."""
+    scored_N = table["scored"].to_numpy()
+    needed = np.zeros(table.height, bool)
+    held = np.flatnonzero(scored_N) if queries is None else queries
+    needed[held] = True
+    near = survey.nearest_SN[:, held]
+    needed[near[near >= 0]] = True
+    rest = np.flatnonzero(scored_N)
+    needed[rest[np.linspace(0, len(rest) - 1, min(len(rest), _MEDIAN_ROWS)).astype(int)]] = True
+    ids = table.filter(pl.Series(needed & scored_N)).select("sequence_id")
+    columns = ["sequence_id", "sequence", *competition.targets]
+    rows = pl.scan_parquet(train).select(columns).join(ids.lazy(), on="sequence_id", how="semi").collect()
+    rows = rows.sort("sequence_id")
+    lengths_N = rows["sequence"].str.len_bytes().to_numpy().astype(np.int64)
+    flats = [
+        flat_lists(rows[name], lengths_N, ids=rows["sequence_id"], where=train.name) for name in competition.targets
+    ]
+    profiles = np.split(np.stack(flats, axis=1), np.cumsum(lengths_N)[:-1])
+    return dict(zip(rows["sequence_id"], profiles, strict=True))
+
+
+def _score_copies(
+    table: pl.DataFrame,
+    folds_N: np.ndarray,
+    nearest_N: np.ndarray,
+    truth: Mapping[str, np.ndarray],
+    queries: np.ndarray | None,
+    competition: Competition,
+) -> dict[str, Any]:
+    """Scores of the training median per nucleotide, and of copying the nearest training sequence on top of it."""
+    assert competition.error_sums is not None
+    assert competition.score is not None
+    ids, sequences, designs = (table[name].to_list() for name in ("sequence_id", "sequence", "design"))
+    held = [place for place in range(len(ids)) if ids[place] in truth] if queries is None else queries.tolist()
+    held = [place for place in held if ids[place] in truth]
+    sums = {"median": [], "copy": []}  # type: dict[str, list[tuple[np.ndarray, np.ndarray]]]
+    for fold in np.unique(folds_N[held]):
+        medians_4C = _medians(table, folds_N != fold, truth, competition.target_range)
+        for place in held:
+            if folds_N[place] != fold:
+                continue
+            prediction_LC = medians_4C[encode(sequences[place])]
+            sums["median"].append(competition.error_sums(prediction_LC, truth[ids[place]]))
+            near = int(nearest_N[place])
+            if near >= 0:
+                design = (sequences[place], designs[place])
+                other = (sequences[near], designs[near])
+                prediction_LC = _copy(prediction_LC, design, other, truth[ids[near]])
+            sums["copy"].append(competition.error_sums(prediction_LC, truth[ids[place]]))
+    return {"scored": len(held)} | {
+        f"{name}_score": competition.score(*(np.sum(part, axis=0) for part in zip(*parts, strict=True)))
+        for name, parts in sums.items()
+        if parts
+    }
+
+
+def _medians(
+    table: pl.DataFrame,
+    train_N: np.ndarray,
+    truth: Mapping[str, np.ndarray],
+    target_range: tuple[float, float] | None,
+) -> np.ndarray:
+    """Median of the training profiles per nucleotide, [4, C]; 0 where nothing was measured."""
+    rows = table.filter(pl.Series(train_N)).select("sequence_id", "sequence").iter_rows()
+    chosen = [(encode(sequence), truth[sequence_id]) for sequence_id, sequence in rows if sequence_id in truth]
+    channels = next(iter(truth.values())).shape[1]
+    medians_4C = np.zeros((len(ALPHABET), channels), np.float32)
+    if not chosen:
+        return medians_4C
+    tokens_T, values_TC = np.concatenate([pair[0] for pair in chosen]), np.concatenate([pair[1] for pair in chosen])
+    if target_range:
+        values_TC = np.clip(values_TC, *target_range)
+    for token in range(len(ALPHABET)):
+        for channel in range(channels):
+            values = values_TC[tokens_T == token, channel]
+            values = values[~np.isnan(values)]
+            medians_4C[token, channel] = np.median(values) if values.size else 0.0
+    return medians_4C
+
+
+def _copy(
+    prediction_LC: np.ndarray, here: tuple[str, str], there: tuple[str, str], profile_LC: np.ndarray
+) -> np.ndarray:
+    """`prediction_LC` with the values of another sequence where the designs align and it was measured.
+
+    Args:
+        prediction_LC: what stands where nothing is copied.
+        here: sequence and its design.
+        there: sequence that is copied, and its design.
+        profile_LC: values of `there`, NaN = not measured.
+    """
+    start, other_start = here[0].index(here[1]), there[0].index(there[1])
+    if len(here[1]) <= len(there[1]):
+        places = aligned_positions(here[1], there[1])
+        mine, theirs = np.flatnonzero(places >= 0), places[places >= 0]
+    else:
+        places = aligned_positions(there[1], here[1])
+        mine, theirs = places[places >= 0], np.flatnonzero(places >= 0)
+    copied = profile_LC[other_start + theirs]
+    result_LC = prediction_LC.copy()
+    result_LC[start + mine] = np.where(np.isnan(copied), result_LC[start + mine], copied)
+    return result_LC
+
+
+def describe(facts: Mapping[str, Any]) -> Table:
+    """Identities and scores of every split, as a table for the terminal."""
+    how = "all pairs" if facts["exhaustive"] else f"a sample of {facts['compared']:,} sequences with all"
+    title = f"{facts['sequences']:,} sequences, {how} ({facts['pairs']:,} pairs)"
+    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+    table.add_column("split")
+    table.add_column("highest identity across folds", justify="right")
+    for percent in PERCENTS:
+        table.add_column(f"pairs >= {percent} %", justify="right")
+    if facts["metric"]:
+        for name in ("copy of the nearest", "median per nucleotide"):
+            table.add_column(f"{name}, {facts['metric']}", justify="right")
+    for split, found in facts["splits"].items():
+        cells = [f"{found['highest_identity']:.1%}", *(f"{found['cross_pairs'][str(p)]:,}" for p in PERCENTS)]
+        if facts["metric"]:
+            cells += [f"{found[key]:.4f}" if key in found else "-" for key in ("copy_score", "median_score")]
+        table.add_row(split, *cells)
+    return table
