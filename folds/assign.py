@@ -108,7 +108,7 @@ def run(
     def build(parts: dict[str, Path]) -> dict[str, Any]:
         table = _read_train(inputs["train"])
         cluster = pl.read_parquet(inputs["clusters"])["cluster"] if "clusters" in inputs else table["sequence_id"]
-        table = _assign(table.with_columns(cluster.alias("cluster")), plan, seed=seed, where=split)
+        table = assign_folds(table.with_columns(cluster.alias("cluster")), plan, seed=seed, where=split)
         facts = {"comp": paths.comp, "split": split, "seed": seed, "version": [CLUSTERS_VERSION, VERSION]}
         facts |= {"method": made["method"], "flanks": made["flanks"]} | _count(table, plan)
         if not relock:
@@ -201,8 +201,18 @@ def length_label(length: int) -> str:
     return f"{low + 1}-{high}"
 
 
-def _assign(table: pl.DataFrame, plan: Split, *, seed: int, where: str) -> pl.DataFrame:
-    """Add the columns ``fold`` and ``stratum``."""
+def assign_folds(table: pl.DataFrame, plan: Split, *, seed: int, where: str) -> pl.DataFrame:
+    """Add the columns ``fold``, ``stratum`` and ``length``; whole clusters share a fold.
+
+    Args:
+        table: ``sequence_id, sequence, dataset_name, cluster``.
+        plan: how many folds, and whether the first holds the longest.
+        seed: decides between equals.
+        where: the split's name, for messages.
+
+    Raises:
+        ConfigError: more folds than clusters.
+    """
     labels = {length: length_label(length) for length in table["sequence"].str.len_bytes().unique().to_list()}
     table = table.with_columns(pl.col("sequence").str.len_bytes().alias("length"))
     bin_ = pl.col("length").replace_strict(labels, return_dtype=pl.String)

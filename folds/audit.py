@@ -6,7 +6,7 @@ L nucleotides of one sequence, C targets.
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -29,7 +29,7 @@ from pipeline.tables import flat_lists, open_parquet
 VERSION = 1
 
 #: Cross-fold pairs are counted from these identities on, %.
-PERCENTS = (90, 80, 70, 60)
+PERCENTS = (80, 70, 60)
 
 #: Most sequences of which all pairs are compared; 14,035 take 9 s on two threads.
 EXHAUSTIVE = 20_000
@@ -88,7 +88,7 @@ def measure(
 ) -> dict[str, Any]:
     """The facts of `run`."""
     columns = ("sequence_id", "sequence", "dataset_name", "scored")
-    open_parquet(train, (*columns, *competition.targets)).close()
+    open_parquet(train, (*columns, *(competition.targets if competition.error_sums else ()))).close()
     table = pl.read_parquet(train, columns=list(columns))
     designs, _ = find_designs(table["sequence"].to_list(), table["dataset_name"].to_list())
     table = table.with_columns(pl.Series("design", designs))
@@ -104,13 +104,13 @@ def measure(
         "sequences": table.height,
         "exhaustive": queries is None,
         "compared": table.height if queries is None else len(queries),
-        "pairs": survey.pairs,
+        "pairs": int(survey.pairs[0]),
         "metric": competition.metric if competition.error_sums else None,
         "splits": {},
     }
     truth = _read_truth(train, table, survey, queries, competition) if competition.error_sums else None
     for place, split in enumerate(splits):
-        facts["splits"][split] = survey.describe(place, table["sequence_id"])
+        facts["splits"][split] = _describe_split(survey, place, table["sequence_id"])
         if truth is not None:
             near_N = survey.nearest_SN[place]
             facts["splits"][split] |= _score_copies(table, folds_SN[place], near_N, truth, queries, competition)
@@ -126,22 +126,15 @@ def _choose_queries(scored_N: np.ndarray, *, seed: int, most: int) -> np.ndarray
     return np.sort(np.random.default_rng(seed).choice(pool, size, replace=False))
 
 
-class Survey:
+class Survey(NamedTuple):
     """Relatives across folds, split by split."""
 
-    def __init__(self, splits: int, sequences: int) -> None:
-        self.pairs = 0
-        self.counts_SP = np.zeros((splits, len(PERCENTS)), np.int64)  #: cross-fold pairs of at least each percentage
-        self.highest_S = np.full(splits, -1.0)
-        self.worst_S2 = np.full((splits, 2), -1)  #: a pair that reaches the highest identity
-        self.best_SN = np.full((splits, sequences), -1.0)
-        self.nearest_SN = np.full((splits, sequences), -1)  #: most identical scored sequence of another fold
-
-    def describe(self, split: int, ids: pl.Series) -> dict[str, Any]:
-        """Facts of one split."""
-        counts = {str(percent): int(count) for percent, count in zip(PERCENTS, self.counts_SP[split], strict=True)}
-        worst = [ids[int(place)] for place in self.worst_S2[split] if place >= 0]
-        return {"highest_identity": round(float(self.highest_S[split]), 6), "pair": worst, "cross_pairs": counts}
+    pairs: np.ndarray  #: [1] int64, pairs that were compared
+    counts_SP: np.ndarray  #: int64, cross-fold pairs of at least each of `PERCENTS`
+    highest_S: np.ndarray  #: float64, highest cross-fold identity
+    worst_S2: np.ndarray  #: int64, a pair that reaches it
+    best_SN: np.ndarray  #: float64, identity of `nearest_SN`; -1 = there is none
+    nearest_SN: np.ndarray  #: int64, most identical scored sequence of another fold, of scored sequences; or -1
 
 
 def compare(packed: Packed, folds_SN: np.ndarray, scored_N: np.ndarray, *, queries: np.ndarray | None = None) -> Survey:
@@ -153,25 +146,20 @@ def compare(packed: Packed, folds_SN: np.ndarray, scored_N: np.ndarray, *, queri
         scored_N: [N] bool; only scored sequences have, and are, nearest neighbours.
         queries: places of the sequences to compare with all others; None = all.
     """
-    survey = Survey(len(folds_SN), packed.lengths_N.size)
+    splits, total = folds_SN.shape
+    survey = Survey(
+        pairs=np.zeros(1, np.int64),
+        counts_SP=np.zeros((splits, len(PERCENTS)), np.int64),
+        highest_S=np.full(splits, -1.0),
+        worst_S2=np.full((splits, 2), -1),
+        best_SN=np.full((splits, total), -1.0),
+        nearest_SN=np.full((splits, total), -1),
+    )
     limits_PN = np.stack([most_edits(packed.lengths_N, percent) for percent in PERCENTS])
-    total = packed.lengths_N.size if queries is None else len(queries)
-    with Bar("compare across folds", total=total, unit="sequences") as bar:
-        for rows, distances_RN in _rows(packed, queries):
-            survey.pairs += _count_rows(
-                rows,
-                distances_RN,
-                packed.lengths_N,
-                limits_PN,
-                folds_SN,
-                scored_N,
-                survey.counts_SP,
-                survey.highest_S,
-                survey.worst_S2,
-                survey.best_SN,
-                survey.nearest_SN,
-            )
-            bar.advance(len(rows))
+    with Bar("compare across folds", total=total if queries is None else len(queries), unit="sequences") as bar:
+        for rows_R, distances_RN in _rows(packed, queries):
+            _enter(rows_R, distances_RN, packed.lengths_N, limits_PN, folds_SN, scored_N, survey)
+            bar.advance(len(rows_R))
     return survey
 
 
@@ -192,28 +180,23 @@ def _rows(packed: Packed, queries: np.ndarray | None) -> Iterator[tuple[np.ndarr
 
 
 @njit(cache=True)
-def _count_rows(
+def _enter(
     rows_R: np.ndarray,
     distances_RN: np.ndarray,
     lengths_N: np.ndarray,
     limits_PN: np.ndarray,
     folds_SN: np.ndarray,
     scored_N: np.ndarray,
-    counts_SP: np.ndarray,
-    highest_S: np.ndarray,
-    worst_S2: np.ndarray,
-    best_SN: np.ndarray,
-    nearest_SN: np.ndarray,
-) -> int:
-    """Enter rows of distances into a survey's arrays; returns the number of pairs. Ties go to the earlier sequence."""
-    pairs = 0
+    survey: Survey,
+) -> None:
+    """Enter rows of distances into a survey. Of equally near neighbours the one with the smaller place counts."""
     for row in range(rows_R.size):
         here = rows_R[row]
         for other in range(lengths_N.size):
             edits = distances_RN[row, other]
             if edits == UNKNOWN:
                 continue
-            pairs += 1
+            survey.pairs[0] += 1
             short = here if lengths_N[here] <= lengths_N[other] else other
             alike = 1.0 - edits / lengths_N[short]
             both = scored_N[here] and scored_N[other]
@@ -221,21 +204,33 @@ def _count_rows(
                 if folds_SN[split, here] == folds_SN[split, other]:
                     continue
                 for place in range(limits_PN.shape[0]):
-                    counts_SP[split, place] += edits <= limits_PN[place, short]
-                if alike > highest_S[split]:
-                    highest_S[split] = alike
-                    worst_S2[split, 0], worst_S2[split, 1] = here, other
-                for one, two in ((here, other), (other, here)):
-                    near = nearest_SN[split, one]
-                    if both and (alike > best_SN[split, one] or (alike == best_SN[split, one] and two < near)):
-                        best_SN[split, one], nearest_SN[split, one] = alike, two
-    return pairs
+                    survey.counts_SP[split, place] += edits <= limits_PN[place, short]
+                if alike > survey.highest_S[split]:
+                    survey.highest_S[split] = alike
+                    survey.worst_S2[split, 0], survey.worst_S2[split, 1] = here, other
+                if both:
+                    _keep_nearest(survey, split, here, other, alike)
+                    _keep_nearest(survey, split, other, here, alike)
+
+
+@njit(cache=True)
+def _keep_nearest(survey: Survey, split: int, one: int, two: int, alike: float) -> None:
+    best = survey.best_SN[split, one]
+    if alike > best or (alike == best and two < survey.nearest_SN[split, one]):
+        survey.best_SN[split, one], survey.nearest_SN[split, one] = alike, two
+
+
+def _describe_split(survey: Survey, split: int, ids: pl.Series) -> dict[str, Any]:
+    counts = {str(percent): int(count) for percent, count in zip(PERCENTS, survey.counts_SP[split], strict=True)}
+    worst = [ids[int(place)] for place in survey.worst_S2[split] if place >= 0]
+    highest = float(survey.highest_S[split]) if worst else None
+    return {"highest_identity": highest, "pair": worst, "cross_pairs": counts}
 
 
 def _read_truth(
     train: Path, table: pl.DataFrame, survey: Survey, queries: np.ndarray | None, competition: Competition
 ) -> dict[str, np.ndarray]:
-    """Profiles [L, C] float32, NaN = not measured, of the scored sequences that are needed, by id."""
+    """Clipped profiles [L, C] float32, NaN = not measured, of the scored sequences that are needed, by id."""
     scored_N = table["scored"].to_numpy()
     needed = np.zeros(table.height, bool)
     held = np.flatnonzero(scored_N) if queries is None else queries
@@ -252,7 +247,10 @@ def _read_truth(
     flats = [
         flat_lists(rows[name], lengths_N, ids=rows["sequence_id"], where=train.name) for name in competition.targets
     ]
-    profiles = np.split(np.stack(flats, axis=1), np.cumsum(lengths_N)[:-1])
+    values_TC = np.stack(flats, axis=1)
+    if competition.target_range:
+        values_TC = np.clip(values_TC, *competition.target_range)
+    profiles = np.split(values_TC, np.cumsum(lengths_N)[:-1])
     return dict(zip(rows["sequence_id"], profiles, strict=True))
 
 
@@ -268,11 +266,11 @@ def _score_copies(
     assert competition.error_sums is not None
     assert competition.score is not None
     ids, sequences, designs = (table[name].to_list() for name in ("sequence_id", "sequence", "design"))
-    held = [place for place in range(len(ids)) if ids[place] in truth] if queries is None else queries.tolist()
-    held = [place for place in held if ids[place] in truth]
-    sums = {"median": [], "copy": []}  # type: dict[str, list[tuple[np.ndarray, np.ndarray]]]
+    candidates = range(len(ids)) if queries is None else queries.tolist()
+    held = [place for place in candidates if ids[place] in truth]
+    sums: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"median": [], "copy": []}
     for fold in np.unique(folds_N[held]):
-        medians_4C = _medians(table, folds_N != fold, truth, competition.target_range)
+        medians_4C = _medians(table, folds_N != fold, truth)
         for place in held:
             if folds_N[place] != fold:
                 continue
@@ -291,12 +289,7 @@ def _score_copies(
     }
 
 
-def _medians(
-    table: pl.DataFrame,
-    train_N: np.ndarray,
-    truth: Mapping[str, np.ndarray],
-    target_range: tuple[float, float] | None,
-) -> np.ndarray:
+def _medians(table: pl.DataFrame, train_N: np.ndarray, truth: Mapping[str, np.ndarray]) -> np.ndarray:
     """Median of the training profiles per nucleotide, [4, C]; 0 where nothing was measured."""
     rows = table.filter(pl.Series(train_N)).select("sequence_id", "sequence").iter_rows()
     chosen = [(encode(sequence), truth[sequence_id]) for sequence_id, sequence in rows if sequence_id in truth]
@@ -305,8 +298,6 @@ def _medians(
     if not chosen:
         return medians_4C
     tokens_T, values_TC = np.concatenate([pair[0] for pair in chosen]), np.concatenate([pair[1] for pair in chosen])
-    if target_range:
-        values_TC = np.clip(values_TC, *target_range)
     for token in range(len(ALPHABET)):
         for channel in range(channels):
             values = values_TC[tokens_T == token, channel]
@@ -342,18 +333,22 @@ def _copy(
 def describe(facts: Mapping[str, Any]) -> Table:
     """Identities and scores of every split, as a table for the terminal."""
     how = "all pairs" if facts["exhaustive"] else f"a sample of {facts['compared']:,} sequences with all"
-    title = f"{facts['sequences']:,} sequences, {how} ({facts['pairs']:,} pairs)"
+    title = f"{facts['sequences']:,} sequences, {how} ({facts['pairs']:,} pairs); pairs in different folds"
     table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
     table.add_column("split")
-    table.add_column("highest identity across folds", justify="right")
-    for percent in PERCENTS:
-        table.add_column(f"pairs >= {percent} %", justify="right")
-    if facts["metric"]:
-        for name in ("copy of the nearest", "median per nucleotide"):
-            table.add_column(f"{name}, {facts['metric']}", justify="right")
+    for name in ("highest", *(f">= {percent} %" for percent in PERCENTS)):
+        table.add_column(name, justify="right")
+    scores = {"copy_score": "copied", "median_score": "median"} if facts["metric"] else {}
+    for name in scores.values():
+        table.add_column(f"{facts['metric']} {name}", justify="right")
     for split, found in facts["splits"].items():
-        cells = [f"{found['highest_identity']:.1%}", *(f"{found['cross_pairs'][str(p)]:,}" for p in PERCENTS)]
-        if facts["metric"]:
-            cells += [f"{found[key]:.4f}" if key in found else "-" for key in ("copy_score", "median_score")]
-        table.add_row(split, *cells)
+        highest = "-" if found["highest_identity"] is None else f"{found['highest_identity']:.1%}"
+        cells = [highest, *(f"{found['cross_pairs'][str(percent)]:,}" for percent in PERCENTS)]
+        table.add_row(split, *cells, *(f"{found[key]:.4f}" if key in found else "-" for key in scores))
+    if scores:
+        table.caption = (
+            "copied: the nearest training sequence's profile; median: the training median per nucleotide.\n"
+            "Where copying beats the median by much, scores of the split are scores of memory."
+        )
+        table.caption_justify = "left"
     return table

@@ -73,7 +73,10 @@ def _traces(path: Path, *, member: str, finite: bool) -> dict[str, np.ndarray]:
     """sequence_id -> [M, L, 3] Å in the order of `member`, NaN where null."""
     if not path.is_file():
         raise DataError(f"{path}: missing. Next: run the stage that writes it (make help).")
-    table = pl.read_parquet(path)
+    try:
+        table = pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError) as err:
+        raise DataError(f"{path}: not a readable parquet file. Next: remove it and run its stage again.") from err
     missing = [name for name in ("sequence_id", member, *_AXES) if name not in table.columns]
     if missing:
         raise DataError(f"{path}: no column {missing[0]!r}; got {', '.join(table.columns)}. Next: run its stage again.")
@@ -81,7 +84,7 @@ def _traces(path: Path, *, member: str, finite: bool) -> dict[str, np.ndarray]:
     for (target,), rows in table.sort("sequence_id", member).group_by(["sequence_id"], maintain_order=True):
         if rows[member].is_duplicated().any():
             raise DataError(f"{path}: {target} has a {member} twice. Next: run the stage that writes it again.")
-        lists = [rows[axis].to_list() for axis in _AXES]
+        lists = [[values or [] for values in rows[axis].to_list()] for axis in _AXES]
         if len({len(values) for axis in lists for values in axis}) != 1:
             raise DataError(f"{path}: {target} has lists of different lengths. Next: run its stage again.")
         xyz_ML3 = np.stack([np.array(axis, dtype=np.float64) for axis in lists], axis=-1)

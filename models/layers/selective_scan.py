@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.layers import compiled_scan
-
 from models.layers.precision import at_least_float32
 
 _LOG2_E = 1 / math.log(2)

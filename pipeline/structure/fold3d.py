@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit, prange
 
-from models.heads import distance_bins
 from pipeline.structure.geometry import (
+    SHORTEST_STEP,
     double_helix,
     find_stems,
     fit_helices,
@@ -23,12 +23,12 @@ from pipeline.structure.geometry import (
     rotation_onto,
     trace_from_pairs,
 )
-from pipeline.structure.secondary import nested_pairs, probable_pairs, stacking_pairs
+from pipeline.structure.secondary import nested_pairs, probable_pairs, stacking_pairs, without_lone_pairs
 
 Pairs = list[tuple[int, int]]
 
 #: Noise on the log-odds of a stem when a further structure is drawn, how much it grows where the draw is not new, and
-#: how often. Mean best-of-5 TM-score over 182 chains: 0.287 with these, 0.275 with five times the likeliest structure.
+#: how often. Mean best-of-5 TM-score over 182 chains: 0.286 with these, 0.275 with five times the likeliest structure.
 _NOISE, _NOISE_GROWTH, _DRAWS = 2.0, 1.5, 4
 
 #: With distances: candidates that stay assemblies, so that a weak network does no harm; of a sequence shorter than
@@ -42,7 +42,7 @@ _DESCENT_STEPS = 300
 _FIRST_MOVE, _LAST_MOVE = 1.0, 0.05  # Å a step
 _PAIRS_A_STEP = 80_000  # of all P; more are taken in turns
 _DISTANCE_WEIGHT = 10.0  # of the likelihood, per residue, against springs of 1 / Å^2
-_SHORTEST, _LONGEST = 5.0, 7.5  # Å between neighbours: 2 % and 90 % of those in 182 chains of the PDB
+_LONGEST = 7.5  # Å between neighbours: 90 % of those in 182 chains of the PDB
 _CLASH = 4.5  # Å: 0.02 contacts a residue are nearer in the same chains
 _RAREST = 1e-4  # probability of a bin, so that no distance is forbidden
 
@@ -62,7 +62,8 @@ def candidates_from_distogram(
     """Fold a sequence: several traces, the most trusted first.
 
     Args:
-        logits_LLK: [L, L, K] a network's logits over `models.heads.distance_bins`; None = assemble from pairing alone.
+        logits_LLK: [L, L, K] a network's logits over the bins of `models.heads.distance_bins`; None = assemble from
+            pairing alone.
         sequence: letters A, C, G, U.
         bpp_LL: [L, L] base-pair probabilities; None = stems by stacking energy.
         count: candidates, M.
@@ -89,7 +90,7 @@ def candidates_from_distogram(
         confidence = [_pairing_confidence(length, pairs, *likely) for pairs in structures]
         return _in_order(np.stack(traces), np.array(confidence))
     pool = _assemblies(distances, structures, rng)
-    assembled = _choose(pool, _ASSEMBLED if length >= _SHORT else count - 1)
+    assembled = _choose(pool, min(_ASSEMBLED if length >= _SHORT else count, count - 1))
     refined = _choose(_refined(distances, structures, pool, rng), count - len(assembled))
     xyz_ML3 = np.stack([trace.xyz_L3 for trace in assembled + refined])
     return _in_order(xyz_ML3, np.array([distances.agreement(xyz_L3) for xyz_L3 in xyz_ML3]))
@@ -130,12 +131,13 @@ def draw_structures(
     """
     clipped_K = np.clip(probability_K, 1e-6, 1 - 1e-6)
     odds_K = np.log(clipped_K / (1 - clipped_K))
-    found = [nested_pairs(length, i_K, j_K, probability_K)]
+    found = [without_lone_pairs(nested_pairs(length, i_K, j_K, probability_K))]
     while len(found) < count:
         noise = _NOISE
         for _ in range(_DRAWS):
             shift_K = rng.standard_normal(2 * length)[i_K + j_K]  # pairs of one stem share i + j
-            pairs = nested_pairs(length, i_K, j_K, 1 / (1 + np.exp(-(odds_K + noise * shift_K))))
+            shifted_K = 1 / (1 + np.exp(-(odds_K + noise * shift_K)))
+            pairs = without_lone_pairs(nested_pairs(length, i_K, j_K, shifted_K))
             if pairs not in found:
                 break
             noise *= _NOISE_GROWTH
@@ -166,6 +168,8 @@ class _Distances:
 
     @staticmethod
     def of(logits_LLK: np.ndarray) -> "_Distances":
+        from models.heads import distance_bins  # imports torch, which folding from pairing alone does not need
+
         length, bins = logits_LLK.shape[0], logits_LLK.shape[2]
         i_P, j_P = np.triu_indices(length, 1)
         logits_PK = ((logits_LLK[i_P, j_P] + logits_LLK[j_P, i_P]) / 2).astype(np.float32)
@@ -363,7 +367,7 @@ def _pair_forces(
                 k = int(place)
                 push = -scale * (nll_PK[row + j, k + 1] - nll_PK[row + j, k]) / bin_width
             if j - i == 1:
-                push += 4.0 * turns * (max(_SHORTEST - distance, 0.0) - max(distance - _LONGEST, 0.0))
+                push += 4.0 * turns * (max(SHORTEST_STEP - distance, 0.0) - max(distance - _LONGEST, 0.0))
             elif distance < _CLASH:
                 push += 2.0 * turns * (_CLASH - distance)
             push /= distance

@@ -19,16 +19,17 @@ RADIUS = 8.48  # Å from the axis
 PAIR_ANGLE = math.radians(74.63)  # from a C1' to its partner's, around the axis
 PAIR_SHIFT = -2.47  # Å from a C1' to its partner's, along the axis
 
+#: Distance of neighbouring C1' below which they are pushed apart, Å (2 % of those in the same chains are nearer).
+SHORTEST_STEP = 5.0
 #: Typical distance of neighbouring C1' outside helices, Å (same chains: median 5.55, a tenth above 7.6).
 STEP = 5.9
-_SHORTEST = 5.0  # Å between neighbours after relaxation
 _TORN = 0.7  # Å of a violation that rigid helices may leave
 _DRAWS = 24  # random placements tried for a helix that is not stacked on another
 _PAIR_WIDTH = 18.0  # Å that a helix which is not placed yet may bridge
 _LARGEST_STACKED = 6  # nt on the shorter side of an internal loop across which the helix goes on
 
 #: Log-odds that neighbours in a branched loop stack on one axis, by the residues between them, and how much better the
-#: 3' side of the closing helix is than its 5' side. Estimates from 30 branched loops of the same chains: neighbours
+#: 3' side of the closing helix is than its 5' side. Estimates from the branched loops of the same chains: neighbours
 #: with 0 or 1 residues between them on the 3' side are stacked in 5 of 5, on the 5' side in 1 of 3.
 _STACK_ODDS = (2.0, 1.0, 0.3, -0.7)
 _SIDE_ODDS = 1.0
@@ -531,7 +532,7 @@ def _corrections(xyz_L3: np.ndarray, close: np.ndarray, *, longest: float, clash
     distance = np.maximum(np.linalg.norm(between, axis=1), 1e-6)
     bonded = np.arange(len(left)) < chain.shape[1]
     too_far = np.where(bonded, np.maximum(distance - longest, 0.0), 0.0)
-    too_near = np.maximum(np.where(bonded, _SHORTEST, clash) - distance, 0.0)
+    too_near = np.maximum(np.where(bonded, SHORTEST_STEP, clash) - distance, 0.0)
     pull = 0.5 * (too_far - too_near)[:, None] * between / distance[:, None]
     move_L3 = np.zeros_like(xyz_L3)
     np.add.at(move_L3, left, pull)

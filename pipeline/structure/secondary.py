@@ -86,35 +86,39 @@ def _stems(
     return np.array(found_i[1:]), np.array(found_j[1:]), np.array(found_energy[1:])
 
 
-def nested_pairs(
-    length: int, i_K: np.ndarray, j_K: np.ndarray, probability_K: np.ndarray, *, gamma: float = 1.0
-) -> list[tuple[int, int]]:
+def nested_pairs(length: int, i_K: np.ndarray, j_K: np.ndarray, probability_K: np.ndarray) -> list[tuple[int, int]]:
     """The nested structure of highest expected accuracy.
 
-    Maximises ``2 gamma * sum of p_ij over pairs + sum of unpaired probabilities over the rest``. Stems of one pair are
-    left out of the result.
+    Maximises ``2 * sum of p_ij over pairs + sum of unpaired probabilities over the rest``.
 
     Args:
         length: nt.
         i_K: [K] first residues, 0-based.
         j_K: [K] second residues, larger by at least four.
         probability_K: [K] in [0, 1].
-        gamma: weight of pairs; more gives more pairs.
 
     Returns:
         0-based pairs, sorted.
 
     Source:
-        Do, Woods and Batzoglou 2006, Bioinformatics 22:e90.
+        Do, Woods and Batzoglou 2006, Bioinformatics 22:e90, with gamma 1.
     """
     paired_L = np.bincount(i_K, probability_K, length) + np.bincount(j_K, probability_K, length)
     unpaired_L = np.maximum(1.0 - paired_L, 0.0)
-    gain_K = 2.0 * gamma * probability_K - unpaired_L[i_K] - unpaired_L[j_K]
+    gain_K = 2.0 * probability_K - unpaired_L[i_K] - unpaired_L[j_K]
     useful = np.flatnonzero(gain_K > 0)
     order = useful[np.lexsort((j_K[useful], i_K[useful]))]
     starts = np.searchsorted(i_K[order], np.arange(length + 1))
     partner_L = _best_nested(length, starts, j_K[order], gain_K[order].astype(np.float32))
-    pairs = [(i, int(j)) for i, j in enumerate(partner_L) if j > i]
+    return [(i, int(j)) for i, j in enumerate(partner_L) if j > i]
+
+
+def without_lone_pairs(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The pairs that stack on another one.
+
+    >>> without_lone_pairs([(0, 20), (1, 19), (4, 12)])
+    [(0, 20), (1, 19)]
+    """
     known = set(pairs)
     return [(i, j) for i, j in pairs if (i - 1, j + 1) in known or (i + 1, j - 1) in known]
 

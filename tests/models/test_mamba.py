@@ -1,11 +1,14 @@
 """Mamba layers against their definition, and the laws of two directions."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from models.layers.blocks import EncoderBlock
+from models.layers.checkpointing import run_blocks
 from models.layers.mamba import BidirectionalMamba, MambaDirection
 from models.layers.selective_scan import selective_scan_ref
 
@@ -86,3 +89,37 @@ def test_steps_and_decays_are_bounded_whatever_the_parameters_say():
     found.sum().backward()
     assert found.isfinite().all()
     assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+
+
+class Perceptron(nn.Sequential):
+    """What stood in the published RibonanzaMamba where its state space should be."""
+
+    def forward(self, x_BLD: Tensor, mask_BL: Tensor, bias_BHLL: Tensor | None) -> Tensor:
+        return super().forward(x_BLD)
+
+
+def copy_accuracy(mixer: Callable[[], nn.Module], *, updates: int) -> float:
+    """Share of right answers after training on selective copying: three letters among noise, asked for at the end."""
+    torch.manual_seed(0)
+    embedding, head = nn.Embedding(4, 32), nn.Linear(32, 2)
+    blocks = nn.ModuleList(EncoderBlock(mixer(), width=32, kernel=0, expand=2, dropout=0.0) for _ in range(2))
+    layers = nn.ModuleList([embedding, blocks, head])
+    optimizer = torch.optim.AdamW(layers.parameters(), lr=4e-3)
+    for update in range(updates + 1):
+        answers_B3 = torch.randint(0, 2, (64, 3))
+        tokens_BL = torch.zeros(64, 16, dtype=torch.long)  # noise
+        places_B3 = torch.rand(64, 13).argsort(1)[:, :3].sort(1).values
+        tokens_BL.scatter_(1, places_B3, answers_B3 + 1)
+        tokens_BL[:, 13:] = 3  # the question
+        logits_B32 = head(run_blocks(list(blocks), embedding(tokens_BL), real(64, 16), None, every=0))[:, 13:]
+        if update == updates:
+            break
+        optimizer.zero_grad()
+        F.cross_entropy(logits_B32.flatten(0, 1), answers_B3.flatten()).backward()
+        optimizer.step()
+    return float((logits_B32.argmax(-1) == answers_B3).float().mean())
+
+
+def test_mamba_copies_selectively_and_a_perceptron_cannot():
+    assert copy_accuracy(lambda: BidirectionalMamba(32, state=8, expand=2, tie_directions=False), updates=250) > 0.95
+    assert copy_accuracy(lambda: Perceptron(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)), updates=250) < 0.65

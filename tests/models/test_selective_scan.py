@@ -4,11 +4,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.layers import compiled_scan
 from models.layers.selective_scan import selective_scan, selective_scan_ref
 
 NAMES = ("u", "delta", "A", "B", "C", "D")
 #: largest relative difference, by the precision of what goes in
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+@pytest.fixture(autouse=True, params=["plain", "compiled"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which code float32 goes through on the CPU; float64 is always the plain path."""
+    usable, reason = compiled_scan.load()
+    if request.param == "plain":
+        monkeypatch.setattr(compiled_scan, "load", lambda: (False, "the plain path is tested"))
+    elif not usable:
+        pytest.skip(reason)
+    return request.param
 
 
 def arguments(length: int, *, dtype: torch.dtype = torch.float32, batch: int = 3, inner: int = 6, state: int = 5):

@@ -124,3 +124,18 @@ def test_a_missing_table_is_named(tmp_path: Path, truth: dict[str, np.ndarray]) 
     paths, _ = _write(tmp_path, truth, truth)
     with pytest.raises(DataError, match=r"nowhere.parquet: missing"):
         evaluate_structure(paths, competition=RNA3D, predictions=tmp_path / "nowhere.parquet")
+
+
+def test_a_damaged_table_is_refused(tmp_path: Path, truth: dict[str, np.ndarray]) -> None:
+    paths, table = _write(tmp_path, truth, truth)
+    table.write_bytes(table.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"oof.parquet: not a readable parquet file"):
+        evaluate_structure(paths, competition=RNA3D, predictions=table)
+
+
+def test_a_candidate_without_coordinates_is_refused(tmp_path: Path, truth: dict[str, np.ndarray]) -> None:
+    paths, table = _write(tmp_path, truth, truth)
+    empty = pl.when(pl.col("sequence_id") != "1SCL_A").then(pl.col("x")).alias("x")
+    pl.read_parquet(table).with_columns(empty).write_parquet(table)
+    with pytest.raises(DataError, match="1SCL_A has lists of different lengths"):
+        evaluate_structure(paths, competition=RNA3D, predictions=table)
