@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 from numba import njit
+from rich.markup import escape
 from rich.table import Table
 
 from folds.lock import LOCKS, digest_pairs, lock_path, verify_lock, write_lock
@@ -61,7 +62,7 @@ def parse_split(name: str) -> Split:
     if found[1]:
         percent = int(found[1])
         if not MIN_PERCENT <= percent <= 100:
-            raise ConfigError(f"SPLIT={name!r}: expected {MIN_PERCENT} to 100 %; unrelated sequences reach 55 %.")
+            raise ConfigError(f"SPLIT={name!r}: expected {MIN_PERCENT} to 100 %; unrelated sequences reach 60 %.")
         return Split(kind="sim", percent=percent, folds=folds)
     if found[2] == "length":
         return Split(kind="length", percent=LENGTH_PERCENT, folds=folds)
@@ -121,7 +122,7 @@ def run(
         "folds",
         inputs=inputs,
         outputs={"folds": fold_table},
-        params={"version": VERSION, "split": split, "seed": seed},
+        params={"version": VERSION, "split": split, "seed": seed, "method": made["method"]},
         build=build,
         manifest=fold_table.with_suffix(".manifest.json"),
     )
@@ -241,7 +242,7 @@ def _hold_longest(clusters: pl.DataFrame, folds: int) -> np.ndarray:
     held_C = np.zeros(clusters.height, bool)
     order = clusters.with_row_index().sort("length", "tie", descending=[True, False])
     for index, size, length in order.select("index", "size", "length").iter_rows():
-        if length < shortest or taken >= share:
+        if length < shortest:
             break
         if not taken or abs(taken + size - share) < share - taken:
             held_C[index], taken = True, taken + size
@@ -328,7 +329,7 @@ def describe(facts: Mapping[str, Any]) -> Table:
     for fold in range(len(facts["counts"])):
         table.add_column(f"fold {fold}", justify="right")
     for stratum, counts in facts["strata"].items():
-        table.add_row(f"{stratum} nt", *(f"{count:,}" for count in counts))
+        table.add_row(escape(f"{stratum} nt"), *(f"{count:,}" for count in counts))
     table.add_row("all", *(f"[bold]{count:,}[/]" for count in facts["counts"]))
     table.add_row("lengths, nt", *(f"{low}-{high}" for low, high in facts["lengths"]))
     return table

@@ -11,12 +11,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 from numba import njit
+from rich.markup import escape
 from rich.table import Table
 
 from folds.assign import VERSION as FOLDS_VERSION
 from folds.assign import read_folds
-from folds.edit_distance import UNKNOWN, Packed, aligned_positions, distance_rows, pack, pair_distances
-from folds.similarity import find_designs, most_edits
+from folds.edit_distance import (
+    UNKNOWN,
+    Packed,
+    aligned_positions,
+    distance_rows,
+    most_edits,
+    pack,
+    pair_distances,
+    share_identical,
+)
+from folds.similarity import find_designs
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError
 from pipeline.paths import Paths
@@ -38,7 +48,7 @@ EXHAUSTIVE = 20_000
 SAMPLED_PAIRS = EXHAUSTIVE**2 // 2
 
 _MEDIAN_ROWS = 20_000  # sequences that the medians are taken of
-_AT_ONCE = 64
+_AT_ONCE = 1 << 21  # pairs: about 150 MiB of indices and distances
 
 
 def run(
@@ -155,10 +165,9 @@ def compare(packed: Packed, folds_SN: np.ndarray, scored_N: np.ndarray, *, queri
         best_SN=np.full((splits, total), -1.0),
         nearest_SN=np.full((splits, total), -1),
     )
-    limits_PN = np.stack([most_edits(packed.lengths_N, percent) for percent in PERCENTS])
     with Bar("compare across folds", total=total if queries is None else len(queries), unit="sequences") as bar:
         for rows_R, distances_RN in _rows(packed, queries):
-            _enter(rows_R, distances_RN, packed.lengths_N, limits_PN, folds_SN, scored_N, survey)
+            _enter(rows_R, distances_RN, packed.lengths_N, folds_SN, scored_N, survey)
             bar.advance(len(rows_R))
     return survey
 
@@ -170,8 +179,9 @@ def _rows(packed: Packed, queries: np.ndarray | None) -> Iterator[tuple[np.ndarr
         for first, distances_RN in distance_rows(packed, np.arange(total)):
             yield np.arange(first, first + len(distances_RN)), distances_RN
         return
-    for low in range(0, len(queries), _AT_ONCE):
-        some = queries[low : low + _AT_ONCE]
+    step = max(1, _AT_ONCE // total)
+    for low in range(0, len(queries), step):
+        some = queries[low : low + step]
         distances = pair_distances(packed, np.repeat(some, total), np.tile(np.arange(total), len(some)))
         distances_RN = distances.reshape(len(some), total).astype(np.uint16)
         for row, query in enumerate(some):
@@ -184,7 +194,6 @@ def _enter(
     rows_R: np.ndarray,
     distances_RN: np.ndarray,
     lengths_N: np.ndarray,
-    limits_PN: np.ndarray,
     folds_SN: np.ndarray,
     scored_N: np.ndarray,
     survey: Survey,
@@ -197,14 +206,16 @@ def _enter(
             if edits == UNKNOWN:
                 continue
             survey.pairs[0] += 1
-            short = here if lengths_N[here] <= lengths_N[other] else other
-            alike = 1.0 - edits / lengths_N[short]
+            short, long = lengths_N[here], lengths_N[other]
+            if short > long:
+                short, long = long, short
+            alike = share_identical(edits, short, long)
             both = scored_N[here] and scored_N[other]
             for split in range(folds_SN.shape[0]):
                 if folds_SN[split, here] == folds_SN[split, other]:
                     continue
-                for place in range(limits_PN.shape[0]):
-                    survey.counts_SP[split, place] += edits <= limits_PN[place, short]
+                for place, percent in enumerate(PERCENTS):
+                    survey.counts_SP[split, place] += edits <= most_edits(short, long, percent)
                 if alike > survey.highest_S[split]:
                     survey.highest_S[split] = alike
                     survey.worst_S2[split, 0], survey.worst_S2[split, 1] = here, other
@@ -344,7 +355,7 @@ def describe(facts: Mapping[str, Any]) -> Table:
     for split, found in facts["splits"].items():
         highest = "-" if found["highest_identity"] is None else f"{found['highest_identity']:.1%}"
         cells = [highest, *(f"{found['cross_pairs'][str(percent)]:,}" for percent in PERCENTS)]
-        table.add_row(split, *cells, *(f"{found[key]:.4f}" if key in found else "-" for key in scores))
+        table.add_row(escape(split), *cells, *(f"{found[key]:.4f}" if key in found else "-" for key in scores))
     if scores:
         table.caption = (
             "copied: the nearest training sequence's profile; median: the training median per nucleotide.\n"

@@ -6,6 +6,8 @@ Letters: N nodes, P pairs, R rows of a block of distances.
 import numpy as np
 from numba import njit
 
+from folds.edit_distance import UNKNOWN, most_edits
+
 
 @njit(cache=True)
 def _find(parent_N: np.ndarray, node: int) -> int:
@@ -22,6 +24,22 @@ def _unite(parent_N: np.ndarray, first: int, second: int) -> None:
 
 
 @njit(cache=True)
+def unite_relatives(
+    parent_N: np.ndarray,
+    first_P: np.ndarray,
+    second_P: np.ndarray,
+    distances_P: np.ndarray,
+    lengths_N: np.ndarray,
+    percent: int,
+) -> None:
+    """Join, in place, the ends of the pairs that are at least `percent` % identical by their distances."""
+    for pair in range(first_P.size):
+        one, two = lengths_N[first_P[pair]], lengths_N[second_P[pair]]
+        if distances_P[pair] <= most_edits(min(one, two), max(one, two), percent):
+            _unite(parent_N, first_P[pair], second_P[pair])
+
+
+@njit(cache=True)
 def unite_pairs(parent_N: np.ndarray, first_P: np.ndarray, second_P: np.ndarray) -> None:
     """Join the two ends of every pair, in place."""
     for pair in range(first_P.size):
@@ -29,18 +47,20 @@ def unite_pairs(parent_N: np.ndarray, first_P: np.ndarray, second_P: np.ndarray)
 
 
 @njit(cache=True)
-def unite_rows(parent_N: np.ndarray, first: int, distances_RN: np.ndarray, limits_N: np.ndarray) -> None:
-    """Join row ``first + r`` and column j, in place, where their distance is at most the row's limit.
+def unite_rows(parent_N: np.ndarray, first: int, distances_RN: np.ndarray, lengths_N: np.ndarray, percent: int) -> None:
+    """Join row ``first + r`` and column j, in place, where they are at least `percent` % identical.
 
     Args:
         parent_N: int64.
         first: index of the first row.
         distances_RN: [R, N] uint16, edits, as `folds.edit_distance.distance_rows` gives them.
-        limits_N: int64, edits.
+        lengths_N: int64, nt, rising.
+        percent: least identity.
     """
     for row in range(distances_RN.shape[0]):
         for other in range(first + row + 1, distances_RN.shape[1]):
-            if distances_RN[row, other] <= limits_N[first + row]:
+            edits = distances_RN[row, other]
+            if edits != UNKNOWN and edits <= most_edits(lengths_N[first + row], lengths_N[other], percent):
                 _unite(parent_N, first + row, other)
 
 

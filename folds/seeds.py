@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit, prange
 
-from folds.components import find_roots, unite_pairs, unite_rows
+from folds.components import find_roots, unite_relatives, unite_rows
 from folds.edit_distance import Packed, distance_rows, pair_distances
 from pipeline.runlog import Bar
 
@@ -47,16 +47,16 @@ class _Index(NamedTuple):
     marks: np.ndarray  #: int64, which letters from there on must agree
 
 
-def link_by_seeds(packed: Packed, parent_N: np.ndarray, limits_N: np.ndarray) -> None:
-    """Join, in place, the sequences whose distance is at most the limit of the shorter and that share a seed.
+def link_by_seeds(packed: Packed, parent_N: np.ndarray, percent: int) -> None:
+    """Join, in place, the sequences that share a seed and are at least `percent` % identical.
 
     Args:
         packed: N sequences, sorted by length; fewer than 2**32 letters.
         parent_N: int64 union-find forest, see `folds.components`.
-        limits_N: int64, most edits for which the sequence, as the shorter of a pair, is linked.
+        percent: least identity.
     """
     assert packed.tokens_T.size < 1 << 32, "places are kept in 32 bits"
-    _link_short(packed, parent_N, limits_N)
+    _link_short(packed, parent_N, percent)
     owner_T = np.repeat(np.arange(packed.lengths_N.size, dtype=np.uint32), packed.lengths_N)
     seen = np.zeros(1 << _SEEN_BITS, np.uint64)
     for seed in SEEDS:
@@ -64,19 +64,19 @@ def link_by_seeds(packed: Packed, parent_N: np.ndarray, limits_N: np.ndarray) ->
         starts, places_Q = _index(packed.tokens_T, packed.offsets_N, marks)
         with Bar(f"cluster, seed {seed}", total=places_Q.size, unit="places") as bar:
             index = _Index(owner_T, starts, places_Q, marks)
-            _link_buckets(packed, parent_N, limits_N, index, seen, bar)
+            _link_buckets(packed, parent_N, percent, index, seen, bar)
 
 
-def _link_short(packed: Packed, parent_N: np.ndarray, limits_N: np.ndarray) -> None:
+def _link_short(packed: Packed, parent_N: np.ndarray, percent: int) -> None:
     short = int(np.searchsorted(packed.lengths_N, _SHORT))
     labels_N = find_roots(parent_N)
     for first, distances_RN in distance_rows(packed, labels_N, rows=short):
-        unite_rows(parent_N, first, distances_RN, limits_N)
+        unite_rows(parent_N, first, distances_RN, packed.lengths_N, percent)
         labels_N[:] = find_roots(parent_N)
 
 
 def _link_buckets(
-    packed: Packed, parent_N: np.ndarray, limits_N: np.ndarray, index: _Index, seen: np.ndarray, bar: Bar
+    packed: Packed, parent_N: np.ndarray, percent: int, index: _Index, seen: np.ndarray, bar: Bar
 ) -> None:
     edges = np.linspace(0, index.places_Q.size, _SLICES + 1).astype(np.int64)
     next_S, stop_S = edges[:-1].copy(), edges[1:]
@@ -86,8 +86,8 @@ def _link_buckets(
         keys = _drop_seen(keys, seen)
         first_P, second_P = (keys >> _HIGH).astype(np.int64), (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
         if keys.size:
-            near_P = pair_distances(packed, first_P, second_P) <= limits_N[np.minimum(first_P, second_P)]
-            unite_pairs(parent_N, first_P[near_P], second_P[near_P])
+            distances_P = pair_distances(packed, first_P, second_P)
+            unite_relatives(parent_N, first_P, second_P, distances_P, packed.lengths_N, percent)
         bar.advance(int(next_S.sum()) - before)
 
 

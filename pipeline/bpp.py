@@ -21,7 +21,7 @@ import shutil
 import signal
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -99,48 +99,15 @@ def run(paths: Paths, *, workers: int | None = None) -> Report:
         "window": WINDOW,
     }
     inputs = {table: paths.clean(table) for table in ("train", "test")}
-    with run_lock(paths.bpp.parent):
-        report = run_stage(
-            "bpp",
-            inputs=inputs,
-            outputs={"bpp": paths.bpp},
-            params=params,
-            build=lambda parts: _build(parts["bpp"], inputs=inputs, paths=paths, params=params, workers=workers),
-        )
+
+    def build(parts: dict[str, Path]) -> dict[str, Any]:
+        with run_lock(paths.bpp.parent):  # only around work: folds that train at once all ask whether it is done
+            return _build(parts["bpp"], inputs=inputs, paths=paths, params=params, workers=workers)
+
+    report = run_stage("bpp", inputs=inputs, outputs={"bpp": paths.bpp}, params=params, build=build)
+    if report.status == "built":
         shutil.rmtree(_parts_dir(paths), ignore_errors=True)
     return report
-
-
-def load_bpp(path: Path, sequences: Sequence[str]) -> list[PairProbabilities]:
-    """Base-pair probabilities of some sequences, in their order; the file is streamed once.
-
-    Args:
-        path: ``bpp.parquet``.
-        sequences: letters of ``ALPHABET``; repetitions are fine.
-
-    Raises:
-        DataError: the file is missing or damaged, or lacks one of the sequences.
-    """
-    found = dict.fromkeys(sequences, cast(PairProbabilities, None))
-    source = _Source(path)
-    for group in range(source.groups):
-        table = source.group(group)
-        columns = [_split(table[name]) for name in ("unpaired", "i", "j", "p")]
-        for sequence, *values in zip(table["sequence"].to_pylist(), *columns, strict=True):
-            if sequence in found:
-                found[sequence] = PairProbabilities(*values)
-    missing = [sequence for sequence, values in found.items() if values is None]
-    if missing:
-        raise DataError(
-            f"{path}: no base-pair probabilities for {len(missing)} of {len(found)} sequences (such as "
-            f"{missing[0][:20]}…); expected all. Next: make bpp."
-        )
-    return [found[sequence] for sequence in sequences]
-
-
-def _split(column: Any) -> list[np.ndarray]:
-    lists = column.combine_chunks()
-    return np.split(lists.flatten().to_numpy(), np.cumsum(lists.value_lengths().to_numpy())[:-1])
 
 
 def fold(sequence: str) -> PairProbabilities:

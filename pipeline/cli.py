@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.errors import ConfigError, DataError, PipelineError, StorageError
 from pipeline.paths import Paths
-from pipeline.runlog import console, say
+from pipeline.runlog import console, output, say
 from pipeline.stage import Report
 
 app = typer.Typer(
@@ -29,7 +28,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_out = Console(highlight=False, soft_wrap=True)
 
 Comp = Annotated[str, typer.Option("--comp", help="Competition: ribonanza or rna3d.")]
 Artifacts = Annotated[
@@ -56,7 +54,7 @@ def doctor(artifacts: Artifacts = _ARTIFACTS) -> None:
     marks = {"ok": "[green]ok[/]", "absent": "[dim]--[/]", "problem": "[red]!![/]"}
     for finding in examine(artifacts):
         table.add_row(marks[finding.state], f"[bold]{finding.what}[/]", finding.detail)
-    _out.print(table)
+    output.print(table)
 
 
 @app.command()
@@ -148,11 +146,12 @@ def train(
 
     config, run = _config(model, split=split, tag=tag, overrides=set_ or ())
     competition, paths = _competition(comp), _paths(comp, artifacts)
+    seconds, indices = _seconds(time_budget), range(_fold_count(split)) if all_folds else (fold,)
     if config.model.kwargs.get("use_bpp"):
         from pipeline import bpp as bpp_stage
 
         show(bpp_stage.run(paths))
-    for index in range(_fold_count(split)) if all_folds else (fold,):
+    for index in indices:
         report = train_stage.run(
             config,
             competition=competition,
@@ -161,7 +160,7 @@ def train(
             split=split,
             fold=index,
             max_steps=max_steps,
-            time_budget=_seconds(time_budget),
+            time_budget=seconds,
             restart=restart,
         )
         show(report)
@@ -257,7 +256,7 @@ def bench_data(artifacts: Artifacts = _ARTIFACTS) -> None:
     """Time the data stage on a 100,000-row CSV beside pandas, polars, pyarrow and duckdb."""
     from pipeline import bench_data as bench
 
-    _out.print(bench.run(artifacts / "bench"))
+    bench.run(folder=artifacts / "bench")
 
 
 @app.command("bench-folds")
@@ -265,7 +264,7 @@ def bench_folds(artifacts: Artifacts = _ARTIFACTS, comp: Comp = _COMP) -> None:
     """Time the clustering beside MMseqs2 and cd-hit, and count the relatives each leaves across folds."""
     from folds import bench
 
-    _out.print(bench.run(_paths(comp, artifacts), folder=artifacts / "bench"))
+    output.print(bench.run(_paths(comp, artifacts), folder=artifacts / "bench"))
 
 
 def _competition(name: str) -> Any:
@@ -338,11 +337,11 @@ def _seconds(text: str) -> float | None:
 def show(report: Report, details: Any = ()) -> None:
     """Print what a stage did: one line, its own details (one renderable or several), and where its outputs are."""
     said = "up to date, nothing to do" if report.status == "current" else f"done in {report.seconds:.1f} s"
-    _out.print(f"[bold]{report.stage}[/]: {said}")
+    output.print(f"[bold]{report.stage}[/]: {said}")
     for detail in details if isinstance(details, list | tuple) else [details]:
-        _out.print(detail)
+        output.print(detail)
     for path in report.outputs.values():
-        _out.print(f"  -> {_near(path)}", markup=False)
+        output.print(f"  -> {_near(path)}", markup=False)
 
 
 def _near(path: Path) -> Path:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
 
@@ -15,11 +14,11 @@ from pipeline.cli import run_name, show
 from pipeline.competitions import get_competition
 from pipeline.config import load_config
 from pipeline.paths import Paths
+from pipeline.runlog import output
 from submissions import evaluate, report, write
 
 _SPLIT = "sim80_k2"
 _NAME = "demo"
-_out = Console(highlight=False, soft_wrap=True)
 
 
 def run(folder: Path, *, seed: int = 0) -> None:
@@ -34,7 +33,7 @@ def run(folder: Path, *, seed: int = 0) -> None:
     synthetic.write_rna3d(folder / "raw" / "rna3d", seed=seed)
     has_bpp, reason = bpp.available()
     if not has_bpp:
-        _out.print(f"base-pair probabilities are left out: {reason}")
+        output.print(f"base-pair probabilities are left out: {reason}")
     models = ("smoke_ribonanza_mamba", "smoke_transformer_sepconv")
     scores = [
         _chain(folder, "ribonanza", models=models, use_bpp=has_bpp),
@@ -47,7 +46,7 @@ def _chain(folder: Path, comp: str, *, models: Sequence[str], use_bpp: bool) -> 
     """data -> folds -> (bpp) -> train and predict -> ensemble -> submit and check -> evaluate -> report."""
     competition = get_competition(comp)
     paths = Paths(comp=comp, root=folder, csv_dir=folder / "submissions", log=folder / "submissions" / "LOG.md")
-    _out.print(Rule(competition.title))
+    output.print(Rule(competition.title))
     cleaned = preprocess.run(competition, folder / "raw" / comp, paths)
     show(cleaned, preprocess.describe(cleaned.facts))
     assigned = assign.run(paths, split=_SPLIT)
@@ -76,7 +75,7 @@ def _train(model: str, competition: Any, paths: Paths, *, use_bpp: bool) -> str:
 
 
 def _summary(chains: Sequence[dict[str, Any]], *, seconds: float) -> None:
-    _out.print(Rule(f"demo finished in {seconds:.0f} s"))
+    output.print(Rule(f"demo finished in {seconds:.0f} s"))
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("competition", "metric", "score", "floors"):
         table.add_column(column)
@@ -84,7 +83,7 @@ def _summary(chains: Sequence[dict[str, Any]], *, seconds: float) -> None:
         headline = evaluate.headline(chain["scored"].facts)
         floors = ", ".join(f"{name} {value:.3f}" for name, value in headline.floors.items())
         table.add_row(chain["competition"].name, headline.metric, f"[bold]{headline.score:.3f}[/]", floors)
-    _out.print(table)
+    output.print(table)
     for chain in chains:
-        _out.print(f"submission: {chain['written'].outputs['submission']}", markup=False)
-        _out.print(f"report:     {chain['page'].outputs['report']}", markup=False)
+        output.print(f"submission: {chain['written'].outputs['submission']}", markup=False)
+        output.print(f"report:     {chain['page'].outputs['report']}", markup=False)

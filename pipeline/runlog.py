@@ -21,6 +21,9 @@ from rich.progress import (
 #: Everything a person reads goes through this console; tests and workers may replace it.
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
+#: Results go to standard output; where that is no terminal, tables get a width that holds them.
+output = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+
 _PLAIN_INTERVAL_S = 15.0
 _Item = TypeVar("_Item")
 

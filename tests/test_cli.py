@@ -44,7 +44,7 @@ def test_every_verb_explains_itself_and_each_of_its_options(verb, capsys):
         (["ensemble"], 3, "make train"),
         (["submit"], 3, "make"),
         (["evaluate"], 3, "make"),
-        (["check", "absent.csv"], 3, "absent.csv"),
+        (["check", "absent.csv"], 3, "make"),
         (["no-such-verb"], 2, "no-such-verb"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

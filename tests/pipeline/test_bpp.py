@@ -177,20 +177,6 @@ def test_two_workers_write_the_bytes_that_one_writes_and_more_row_groups_change_
     assert table.height == 41
 
 
-def test_loaded_probabilities_stand_in_the_asked_order(paths, rng):
-    train = random_sequences(rng, 6, length=30)
-    write_clean(paths, train)
-    bpp.run(paths, workers=1)
-    asked = [train[3], "GGGAAACCC", train[0], train[3]]
-    for sequence, loaded in zip(asked, bpp.load_bpp(paths.bpp, asked), strict=True):
-        for got, expected in zip(loaded, bpp.fold(sequence), strict=True):
-            np.testing.assert_array_equal(got, expected)
-    with pytest.raises(DataError, match=r"1 of 2 sequences \(such as AAAA…\).*make bpp"):
-        bpp.load_bpp(paths.bpp, [train[0], "AAAA"])
-    with pytest.raises(DataError, match="not a readable parquet"):
-        bpp.load_bpp(paths.root / "none.parquet", train)
-
-
 def test_without_viennarna_the_error_says_what_to_install_and_an_existing_file_is_still_current(
     paths, rng, monkeypatch
 ):

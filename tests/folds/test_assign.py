@@ -1,0 +1,215 @@
+"""The folds stage: what a split promises, and what it refuses."""
+
+import itertools
+
+import numpy as np
+import polars as pl
+import pytest
+
+from folds import assign
+from folds.assign import length_label, parse_split, read_folds
+from folds.edit_distance import pack, pair_distances
+from pipeline import runlog
+from pipeline.errors import ConfigError, DataError
+from pipeline.paths import Paths
+from pipeline.stage import sha256_file
+from tests.folds.families import families, make_table, mutate, random_sequence, save
+
+
+def library(rng, *, parents=40):
+    """Families of five in two data sets of two lengths, and some loners."""
+    short = families(rng, parents=parents, size=5, length=60, edits=4)
+    long = families(rng, parents=parents // 2, size=5, length=110, edits=8)
+    alone = [random_sequence(rng, int(length)) for length in rng.integers(50, 150, parents)]
+    datasets = ["short"] * len(short) + ["long"] * (len(long) + len(alone))
+    order = rng.permutation(len(datasets))
+    sequences = [*short, *long, *alone]
+    return make_table([sequences[row] for row in order], datasets=[datasets[row] for row in order])
+
+
+def assigned(paths, split, **options):
+    report = assign.run(paths, split=split, locks=paths.root / "locks", **options)
+    return report, pl.read_parquet(report.outputs["folds"])
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return Paths(comp="ribonanza", root=tmp_path)
+
+
+@pytest.mark.parametrize("split", ["sim80_k5", "sim90_k2", "length_k4", "random_k3"])
+def test_folds_are_disjoint_complete_and_keep_clusters_whole(rng, paths, split):
+    table = library(rng)
+    save(table, paths)
+    _, folds = assigned(paths, split)
+    assert folds.schema == {"sequence_id": pl.String, "fold": pl.UInt8, "cluster": pl.String}
+    assert folds["sequence_id"].to_list() == sorted(table["sequence_id"])
+    assert folds["fold"].unique().sort().to_list() == list(range(parse_split(split).folds))
+    assert folds.group_by("cluster").agg(pl.col("fold").n_unique())["fold"].max() == 1
+    first = folds.group_by("cluster").agg(pl.col("sequence_id").min())
+    assert (first["cluster"] == first["sequence_id"]).all()
+
+
+def test_no_relatives_are_left_across_folds(rng, paths):
+    table = library(rng)
+    save(table, paths)
+    _, folds = assigned(paths, "sim80_k5")
+    pairs = np.array(list(itertools.combinations(range(table.height), 2)))
+    distances = pair_distances(pack(table["sequence"].to_list()), pairs[:, 0], pairs[:, 1])
+    lengths = table["sequence"].str.len_bytes().to_numpy()[pairs].min(axis=1)
+    related = pairs[5 * distances <= lengths]
+    fold = folds["fold"].to_numpy()
+    assert len(related) > 100
+    assert (fold[related[:, 0]] == fold[related[:, 1]]).all()
+
+
+@pytest.mark.parametrize("split", ["sim80_k5", "random_k5"])
+def test_every_fold_gets_its_share_of_every_stratum(rng, paths, split):
+    save(library(rng, parents=100), paths)
+    report, _ = assigned(paths, split)
+    assert report.facts["imbalance"] < 1.03
+    for stratum, counts in report.facts["strata"].items():
+        assert max(counts) - min(counts) <= max(5, 0.1 * sum(counts)), stratum
+
+
+def test_length_split_holds_out_the_longest(rng, paths):
+    lengths = [int(length) for length in rng.integers(40, 400, 100)]
+    lengths[0] = 401
+    table = make_table([random_sequence(rng, length) for length in lengths])
+    save(table, paths)
+    report, folds = assigned(paths, "length_k4")
+    held = (folds["fold"] == 0).to_numpy()
+    assert held.sum() == 25
+    assert np.array(lengths)[held].min() >= np.array(lengths)[~held].max()
+    assert report.facts["counts"] == [25, 25, 25, 25]
+
+
+def test_length_split_takes_shorter_relatives_along(rng, paths):
+    long = random_sequence(rng, 300)
+    sequences = [long, long[100:180], *(random_sequence(rng, 100) for _ in range(18))]
+    save(make_table(sequences), paths)
+    _, folds = assigned(paths, "length_k5")
+    assert folds["fold"][0] == folds["fold"][1] == 0
+
+
+def test_a_cluster_that_is_too_big_ends_the_choice_of_the_longest(rng, paths):
+    family = random_sequence(rng, 200)
+    sequences = [random_sequence(rng, 300), *(mutate(rng, family, edits=2) for _ in range(15))]
+    sequences += [random_sequence(rng, 100) for _ in range(4)]
+    save(make_table(sequences), paths)
+    _, folds = assigned(paths, "length_k4")
+    assert folds.filter(pl.col("fold") == 0)["sequence_id"].to_list() == ["s00000"]
+
+
+def test_a_giant_cluster_is_said_and_is_no_error(rng, paths):
+    family = random_sequence(rng, 100)
+    sequences = [mutate(rng, family, edits=3) for _ in range(60)] + [random_sequence(rng, 100) for _ in range(40)]
+    save(make_table(sequences), paths)
+    report, _ = assigned(paths, "sim80_k5")
+    assert report.facts["counts"] == [60, 10, 10, 10, 10]
+    assert report.facts["largest_cluster"] == 60
+    assert "60 sequences are related" in str(assign.describe(report.facts).caption)
+
+
+def test_two_builds_are_byte_identical_and_the_second_run_is_current(rng, tmp_path):
+    table = library(rng)
+    digests = []
+    for name in ("one", "two"):
+        paths = Paths(comp="ribonanza", root=tmp_path / name)
+        save(table, paths)
+        report, _ = assigned(paths, "sim80_k5")
+        assert report.status == "built"
+        digests.append(sha256_file(report.outputs["folds"]))
+    assert digests[0] == digests[1]
+    assert assigned(paths, "sim80_k5")[0].status == "current"
+    assert assigned(paths, "sim80_k2")[0].status == "built"
+    assert assigned(paths, "sim80_k5")[0].status == "current"
+
+
+def test_other_seeds_give_other_folds_of_the_same_clusters(rng, paths):
+    save(library(rng), paths)
+    _, first = assigned(paths, "sim80_k5")
+    _, second = assigned(paths, "sim80_k5", seed=7)
+    assert first["cluster"].equals(second["cluster"])
+    assert not first["fold"].equals(second["fold"])
+
+
+def test_changed_sequences_are_noticed(rng, paths):
+    table = library(rng)
+    save(table, paths)
+    assigned(paths, "sim80_k5")
+    save(table.head(100), paths)
+    report, folds = assigned(paths, "sim80_k5")
+    assert report.status == "built"
+    assert folds.height == 100
+
+
+def test_random_split_warns_that_it_leaks(rng, paths, monkeypatch):
+    save(library(rng), paths)
+    said = []
+    monkeypatch.setattr(assign, "warn", said.append)
+    assigned(paths, "random_k5")
+    assert said == ["random_k5: relatives are in different folds, so its scores leak. Next: sim80_k5 for real ones."]
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("sim80", "expected sim<percent>_k<folds>, length_k<folds> or random_k<folds>"),
+        ("sim80_k1", "1 folds; expected 2 to 255"),
+        ("length_k300", "300 folds; expected 2 to 255"),
+        ("sim40_k5", "expected 65 to 100 %"),
+        ("sim101_k5", "expected 65 to 100 %"),
+        ("length80_k5", "expected sim<percent>_k<folds>"),
+    ],
+)
+def test_other_split_names_are_refused(paths, split, message):
+    with pytest.raises(ConfigError, match=message):
+        assign.run(paths, split=split)
+
+
+def test_more_folds_than_clusters_are_refused(rng, paths):
+    save(make_table(families(rng, parents=3, size=10, length=80, edits=2)), paths)
+    with pytest.raises(ConfigError, match=r"5 folds, but the 30 sequences make only 3 clusters\. Next: SPLIT=sim80_k3"):
+        assigned(paths, "sim80_k5")
+    assert not paths.fold_table("sim80_k5").exists()
+
+
+def test_a_missing_or_wrong_clean_table_is_refused(rng, paths):
+    with pytest.raises(DataError, match=r"train file .* is missing"):
+        assigned(paths, "sim80_k5")
+    save(make_table([random_sequence(rng, 30)]).drop("group"), paths)
+    with pytest.raises(DataError, match="no column group"):
+        assigned(paths, "random_k2")
+    save(make_table([]), paths)
+    with pytest.raises(DataError, match="no rows; expected training sequences"):
+        assigned(paths, "sim80_k2")
+
+
+def test_a_fold_table_from_other_data_is_refused(rng, paths):
+    table = library(rng)
+    save(table, paths)
+    assigned(paths, "sim80_k5")
+    ids = table["sequence_id"].to_list()
+    assert read_folds(paths.fold_table("sim80_k5"), ids).height == table.height
+    with pytest.raises(DataError, match="from other data: 1 sequences have no fold there and 2 of its 340 are not"):
+        read_folds(paths.fold_table("sim80_k5"), [*ids[2:], "stranger"])
+
+
+def test_length_bins_are_contiguous():
+    labels = [length_label(length) for length in range(1, 5000)]
+    edges = [tuple(map(int, label.split("-"))) for label in dict.fromkeys(labels)]
+    assert edges[0][0] == 1
+    assert all(high + 1 == low for (_, high), (low, _) in itertools.pairwise(edges))
+    assert all(
+        low <= length <= high for length, label in enumerate(labels, 1) for low, high in [map(int, label.split("-"))]
+    )
+
+
+def test_folds_are_described_in_a_table(rng, paths):
+    save(library(rng), paths)
+    report, _ = assigned(paths, "sim80_k2")
+    with runlog.console.capture() as printed:
+        runlog.console.print(assign.describe(report.facts))
+    assert "short 49-64 nt" in printed.get()
+    assert "lock unlocked" in printed.get()

@@ -1,0 +1,175 @@
+"""The audit against brute force, and the score of copies on planted leaks."""
+
+import dataclasses
+
+import numpy as np
+import polars as pl
+import pytest
+
+from folds import assign, audit
+from folds.lock import LOCKS
+from pipeline import runlog
+from pipeline.competitions import get_competition
+from pipeline.errors import ConfigError, DataError
+from pipeline.paths import Paths
+from tests.folds.families import families, make_table, random_sequence, related_ref, save
+
+RIBONANZA, RNA3D = get_competition("ribonanza"), get_competition("rna3d")
+SPLITS = ["sim80_k3", "random_k3"]
+
+
+def add_profiles(table, rng, *, noise=0.05):
+    """Reactivity that belongs to the family (the first letter of a run of 5 decides), so that copies are good."""
+    levels = rng.random(size=4**5)
+    columns = {target: [] for target in RIBONANZA.targets}
+    for sequence in table["sequence"]:
+        letters = np.array(["ACGU".index(letter) for letter in sequence])
+        padded = np.pad(letters, 2)
+        code = sum(padded[shift : shift + len(letters)] * 4**shift for shift in range(5))
+        for target in columns:
+            values = levels[code] + rng.normal(0, noise, len(letters))
+            columns[target].append([None, *values[1:-1].tolist(), None])
+    scored = pl.Series("scored", [number % 9 != 8 for number in range(table.height)])
+    return table.with_columns(
+        scored, *(pl.Series(name, lists, dtype=pl.List(pl.Float32)) for name, lists in columns.items())
+    )
+
+
+@pytest.fixture
+def paths(rng, tmp_path):
+    """A library of families with folds that keep them together, and folds that do not."""
+    paths = Paths(comp="ribonanza", root=tmp_path)
+    sequences = families(rng, parents=15, size=4, length=45, edits=2)
+    save(add_profiles(make_table(sequences, groups=[None] * len(sequences)), rng), paths)
+    for split in SPLITS:
+        assign.run(paths, split=split, locks=tmp_path)
+    return paths
+
+
+@pytest.fixture
+def cross_pairs_ref(paths):
+    """Cross-fold pairs of at least a percentage, of some rows or all, by the plain dynamic programme."""
+    sequences = pl.read_parquet(paths.clean("train"))["sequence"].to_list()
+    related = {percent: related_ref(sequences, percent) for percent in (80, 60)}
+
+    def count(split, percent, rows=None):
+        fold = pl.read_parquet(paths.fold_table(split))["fold"].to_list()
+        return sum(
+            fold[one] != fold[two] and (rows is None or one in rows or two in rows) for one, two in related[percent]
+        )
+
+    return count
+
+
+def test_cross_fold_pairs_are_counted_as_brute_force_counts_them(paths, cross_pairs_ref):
+    facts = audit.run(paths, splits=SPLITS, competition=RIBONANZA).facts
+    assert facts["exhaustive"]
+    assert facts["pairs"] == 60 * 59 // 2
+    for split in SPLITS:
+        for percent in (80, 60):
+            assert facts["splits"][split]["cross_pairs"][str(percent)] == cross_pairs_ref(split, percent)
+    assert facts["splits"]["sim80_k3"]["cross_pairs"]["80"] == 0
+    assert facts["splits"]["sim80_k3"]["highest_identity"] < 0.8
+    assert facts["splits"]["random_k3"]["cross_pairs"]["80"] > 30
+    assert facts["splits"]["random_k3"]["highest_identity"] > 0.9
+
+
+def test_copies_score_well_where_relatives_are_across_folds_only(paths):
+    facts = audit.run(paths, splits=SPLITS, competition=RIBONANZA).facts["splits"]
+    assert facts["random_k3"]["copy_score"] < 0.6 * facts["random_k3"]["median_score"]
+    assert facts["sim80_k3"]["copy_score"] > 0.9 * facts["sim80_k3"]["median_score"]
+    assert facts["random_k3"]["scored"] == facts["sim80_k3"]["scored"] == 54
+
+
+def test_a_copy_of_a_twin_scores_its_noise_of_nothing(rng, tmp_path):
+    """Twins in two folds with equal profiles: copying makes no error at all."""
+    paths = Paths(comp="ribonanza", root=tmp_path)
+    sequences = [random_sequence(rng, 60) for _ in range(10)] * 2
+    table = add_profiles(make_table(sequences), rng, noise=0.0).with_columns(scored=pl.lit(True))
+    save(table, paths)
+    ids = table["sequence_id"]
+    folds = pl.DataFrame({"sequence_id": ids, "fold": [0] * 10 + [1] * 10, "cluster": ids})
+    paths.fold_table("twins").parent.mkdir()
+    folds.with_columns(pl.col("fold").cast(pl.UInt8)).write_parquet(paths.fold_table("twins"))
+    found = audit.run(paths, splits=["twins"], competition=RIBONANZA).facts["splits"]["twins"]
+    assert found["copy_score"] == 0.0
+    assert found["highest_identity"] == 1.0
+    assert found["median_score"] > 0.1
+
+
+def test_copies_follow_the_alignment(rng):
+    """A window shifted by 7 nt, with primers, copies the value of the same nucleotide."""
+    genome, values = random_sequence(rng, 90), rng.random((90, 2)).astype(np.float32)
+    here, there = ("GG" + genome[7:67], genome[7:67]), ("GGGG" + genome[:60], genome[:60])
+    profile = np.full((64, 2), np.nan, np.float32)
+    profile[4:] = values[:60]
+    profile[20] = np.nan
+    for one, two in ((here, there), (here, ("GGGG" + genome[:60], genome[:58]))):
+        copied = audit._copy(np.full((62, 2), -1.0, np.float32), one, two, profile)
+        length = len(two[1]) - 15  # the last letters have no counterpart and may lie anywhere
+        assert (copied[2 : 2 + length] == np.where(np.isnan(profile), -1, profile)[11 : 11 + length]).all()
+        assert (copied[:2] == -1).all()
+        assert (copied[11] == -1).all()
+
+
+def test_a_large_data_set_is_sampled_and_the_sample_is_counted_right(paths, cross_pairs_ref):
+    facts = audit.run(paths, splits=SPLITS, competition=RIBONANZA, exhaustive=40).facts
+    assert not facts["exhaustive"]
+    assert facts["compared"] == 40**2 // 2 // 60
+    assert facts["pairs"] == sum(60 - 1 - place for place in range(facts["compared"]))
+    table = pl.read_parquet(paths.clean("train")).sort(pl.col("sequence").str.len_bytes(), "sequence", "sequence_id")
+    queries = audit._choose_queries(table["scored"].to_numpy(), seed=2026, most=40)
+    rows = {int(name[1:]) for name in table["sequence_id"].gather(queries)}
+    assert facts["splits"]["random_k3"]["cross_pairs"]["80"] == cross_pairs_ref("random_k3", 80, rows)
+    assert facts["splits"]["random_k3"]["scored"] == len(rows) == 13
+
+
+def test_without_a_metric_only_identities_are_measured(rng, tmp_path):
+    paths = Paths(comp="rna3d", root=tmp_path)
+    save(make_table(families(rng, parents=6, size=3, length=30)).with_columns(scored=pl.lit(True)), paths)
+    assign.run(paths, split="sim80_k2", locks=tmp_path)
+    facts = audit.run(paths, splits=["sim80_k2"], competition=RNA3D).facts
+    assert facts["metric"] is None
+    assert set(facts["splits"]["sim80_k2"]) == {"highest_identity", "pair", "cross_pairs"}
+    with runlog.console.capture() as printed:
+        runlog.console.print(audit.describe(facts))
+    assert "sim80_k2" in printed.get()
+
+
+def test_the_audit_is_described_in_a_table(paths):
+    report = audit.run(paths, splits=SPLITS, competition=RIBONANZA)
+    assert audit.run(paths, splits=SPLITS, competition=RIBONANZA).status == "current"
+    with runlog.console.capture() as printed:
+        runlog.console.print(audit.describe(report.facts))
+    assert "60 sequences, all pairs (1,770 pairs)" in printed.get()
+    assert "MAE copied" in printed.get()
+
+
+def test_folds_of_other_data_and_no_splits_are_refused(paths):
+    table = pl.read_parquet(paths.clean("train"))
+    save(table.head(50), paths)
+    with pytest.raises(DataError, match="fold table from other data"):
+        audit.run(paths, splits=SPLITS, competition=RIBONANZA)
+    with pytest.raises(ConfigError, match="no splits"):
+        audit.run(paths, splits=[], competition=RIBONANZA)
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_real_folds_fit_their_lock_and_leave_no_relatives_apart(shared_data, tmp_path):
+    """All 98 million pairs of the shared data: none of at least 80 % identity lies across the folds of sim80_k5."""
+    raw = shared_data("stanford-ribonanza-rna-folding")
+    columns = ["sequence_id", "sequence", "dataset_name"]
+    table = pl.read_parquet(raw / "train_data.parquet", columns=columns)
+    table = table.with_columns(pl.col("dataset_name").str.replace("_(2A3|DMS)$", "")).unique().sort("sequence_id")
+    groups = pl.read_parquet(raw / "library_groups.parquet", columns=["sequence_id", "group"])
+    table = table.join(groups, on="sequence_id", how="left", validate="1:1").sort("sequence_id")
+    paths = Paths(comp="ribonanza", root=tmp_path)
+    save(table.with_columns(scored=pl.lit(True)), paths)
+    report = assign.run(paths, split="sim80_k5")
+    assert report.facts["lock"].startswith("verified"), LOCKS
+    identities = dataclasses.replace(RIBONANZA, error_sums=None, score=None)
+    found = audit.run(paths, splits=["sim80_k5"], competition=identities).facts
+    assert found["pairs"] == table.height * (table.height - 1) // 2
+    assert found["splits"]["sim80_k5"]["cross_pairs"]["80"] == 0
+    assert found["splits"]["sim80_k5"]["highest_identity"] < 0.8

@@ -1,0 +1,63 @@
+"""The whole chain on synthetic raw files, as `make demo` runs it: twice in one place, and once in another."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline import demo
+
+pytestmark = pytest.mark.slow
+COMPETITIONS = ("ribonanza", "rna3d")
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("chain")
+    demo.run(folder)
+    return folder
+
+
+def scores(folder: Path, comp: str) -> dict:
+    return json.loads((folder / comp / "ensembles" / "demo" / "scores.json").read_text())
+
+
+def test_reactivity_is_predicted_better_than_by_every_floor(chain):
+    found = scores(chain, "ribonanza")
+    assert found["score"] < min(found["floors"].values())
+    assert len(found["floors"]) == 4
+
+
+def test_structures_are_predicted_better_than_by_every_floor(chain):
+    found = scores(chain, "rna3d")
+    assert found["score"] > max(found["floors"].values()) + 0.1
+
+
+@pytest.mark.parametrize("comp", COMPETITIONS)
+def test_submission_report_and_log_are_there(chain, comp):
+    assert (chain / "submissions" / f"{comp}-demo.csv").stat().st_size > 10_000
+    assert (chain / comp / "ensembles" / "demo" / "report.html").read_text().startswith("<!doctype html>")
+    assert f"| {comp} |" in (chain / "submissions" / "LOG.md").read_text()
+
+
+def test_a_second_run_finds_everything_up_to_date_and_changes_no_byte(chain, capsys):
+    before = digests(chain)
+    demo.run(chain)
+    printed = capsys.readouterr().out
+    assert "done in" not in printed
+    assert printed.count("up to date") >= 2 * 12
+    assert digests(chain) == before
+
+
+def test_another_folder_gets_the_same_submissions_byte_for_byte(chain, tmp_path):
+    demo.run(tmp_path)
+    for comp in COMPETITIONS:
+        name = f"submissions/{comp}-demo.csv"
+        assert (tmp_path / name).read_bytes() == (chain / name).read_bytes()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every table and file that stages hand on."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in {".parquet", ".csv", ".json", ".html", ".md"})
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
