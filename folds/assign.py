@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import numpy as np
 import polars as pl
-from numba import njit
 from rich.markup import escape
 from rich.table import Table
 
 from folds.lock import LOCKS, digest_pairs, lock_path, verify_lock, write_lock
 from folds.similarity import MIN_PERCENT, Method, find_clusters
 from folds.similarity import VERSION as CLUSTERS_VERSION
+from pipeline.compiled import njit
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.runlog import warn

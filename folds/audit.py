@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
-from numba import njit
 from rich.markup import escape
 from rich.table import Table
 
@@ -28,6 +27,7 @@ from folds.edit_distance import (
 )
 from folds.similarity import find_designs
 from pipeline.competitions.base import Competition
+from pipeline.compiled import njit
 from pipeline.errors import ConfigError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar

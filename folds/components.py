@@ -4,9 +4,9 @@ Letters: N nodes, P pairs, R rows of a block of distances.
 """
 
 import numpy as np
-from numba import njit
 
 from folds.edit_distance import UNKNOWN, most_edits
+from pipeline.compiled import njit
 
 
 @njit(cache=True)

@@ -19,8 +19,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, prange
 
+from pipeline.compiled import njit, prange
 from pipeline.errors import DataError
 from pipeline.schema import encode
 

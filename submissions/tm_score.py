@@ -16,7 +16,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit, prange
+
+from pipeline.compiled import njit, prange
 
 #: d0 below 30 residues: (longest length, d0 in Å). Source: US-align, parameter_set4final_C3prime.
 _D0_SHORT = ((11, 0.3), (15, 0.4), (19, 0.5), (23, 0.6), (29, 0.7))

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit, prange
 
+from pipeline.compiled import njit, prange
 from pipeline.structure.geometry import (
     SHORTEST_STEP,
     double_helix,

@@ -4,7 +4,8 @@ Letters: L length (nt), K candidate pairs.
 """
 
 import numpy as np
-from numba import njit
+
+from pipeline.compiled import njit
 
 _MIN_HAIRPIN = 3  # nt
 _RT = 0.616  # kcal/mol at 37 °C

@@ -1,6 +1,8 @@
 """Distances against the plain dynamic programme, flanks, and clusters against brute force."""
 
 import shutil
+import subprocess
+import sys
 from itertools import combinations
 
 import numba
@@ -238,3 +240,14 @@ def test_mmseqs_joins_near_copies_and_groups(rng):
     assert found.facts["program"].startswith("MMseqs2")
     assert found.cluster[0] == found.cluster[39]
     assert [found.cluster[row] == found.cluster[row - 1] for row in range(10, 15)] == [False, True, True, True, True]
+
+
+def test_comparing_sequences_leaves_the_threads_of_torch_alone():
+    """numba's OpenMP layer set torch's threads from 1 to 2, and training in the same process changed its digits."""
+    code = (
+        "import numpy as np, torch; torch.set_num_threads(1)\n"
+        "from folds.edit_distance import distance_rows, pack\n"
+        "list(distance_rows(pack(['GGAAACUUCC'] * 50), np.zeros(50, dtype=np.int64)))\n"
+        "assert torch.get_num_threads() == 1, torch.get_num_threads()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
