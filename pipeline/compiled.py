@@ -7,6 +7,6 @@ every sum; its work queue leaves torch alone.
 import numba
 from numba import njit, prange
 
-numba.config.THREADING_LAYER = "workqueue"
+numba.config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]
 
 __all__ = ["njit", "prange"]

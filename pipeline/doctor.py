@@ -18,11 +18,14 @@ _KAGGLE_FILES = ("kaggle.json", "access_token", "access_token.txt")
 _KAGGLE_VARIABLES = ("KAGGLE_API_TOKEN", "KAGGLE_KEY")
 
 
+State = Literal["ok", "absent", "problem"]
+
+
 class Finding(NamedTuple):
     """One line of the doctor's report."""
 
     what: str
-    state: Literal["ok", "absent", "problem"]
+    state: State
     detail: str  # what was found, and what follows from it
 
 
@@ -70,7 +73,12 @@ def _torch() -> Iterator[Finding]:
 
 
 def _fast_kernels() -> Iterator[Finding]:
-    fallback = "the scan in plain PyTorch is used"
+    from models.layers import compiled_scan
+
+    compiled, reason = compiled_scan.load()
+    state: State = "ok" if compiled else "absent"
+    yield Finding("selective scan", state, f"on the CPU {reason if compiled else f'in plain PyTorch: {reason}'}")
+    fallback = "on a GPU the scan runs in plain PyTorch"
     for package, module in (("mamba-ssm", "mamba_ssm"), ("causal-conv1d", "causal_conv1d")):
         found = _package(package, module, fallback)
         if found.state == "ok":

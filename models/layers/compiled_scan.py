@@ -5,11 +5,14 @@ and torch version) into ``$RNA_CACHE`` or ``~/.cache/rna-competition-pipeline``.
 says why and the scan in plain PyTorch is used.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
 import platform
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ def load() -> tuple[bool, str]:
         library = _library()
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError, ImportError) as err:
-        return False, f"could not be compiled ({type(err).__name__}: {str(err).strip().splitlines()[0]})"
+        return False, f"could not be compiled ({type(err).__name__}: {str(err).strip().splitlines()[0][:100]})"
     _register()
     return True, f"compiled for this CPU, {library}"
 
@@ -53,7 +56,7 @@ def _compile(library: Path, flags: list[str]) -> None:
     """Build in a private folder and rename: two processes may do so at once, and a killed one leaves no lock."""
     from torch.utils import cpp_extension
 
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder:
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder, _own_programs_found():
         cpp_extension.load(
             name="rna_scan",
             sources=[str(_SOURCE)],
@@ -63,6 +66,17 @@ def _compile(library: Path, flags: list[str]) -> None:
             is_python_module=False,
         )
         Path(folder, "rna_scan.so").replace(library)
+
+
+@contextlib.contextmanager
+def _own_programs_found() -> Iterator[None]:
+    """Let the loader find ninja of this environment, also where the environment was not activated."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
 
 
 def _cpu() -> str:

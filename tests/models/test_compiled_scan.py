@@ -1,0 +1,88 @@
+"""The compiled scan: built where there is a compiler, done without where there is none, and the same numbers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.layers import compiled_scan
+from models.layers.selective_scan import selective_scan, selective_scan_ref
+from tests.models.test_selective_scan import NAMES, arguments, relative
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_compiler = pytest.mark.skipif(not compiled_scan.load()[0], reason=compiled_scan.load()[1])
+
+#: A network that gives the sum of its outputs, with or without the compiled scan.
+PROGRAM = """
+import torch
+from models.layers import compiled_scan
+from models.layers.selective_scan import selective_scan
+torch.manual_seed(0)
+u, delta = torch.randn(2, 40, 20), torch.rand(2, 40, 20)
+y = selective_scan(u, delta, -torch.rand(20, 4), torch.randn(2, 40, 4), torch.randn(2, 40, 4), torch.randn(20))
+print(compiled_scan.load()[0], f"{y.double().abs().sum():.3f}", compiled_scan.load()[1].splitlines()[0])
+"""
+
+
+def run_with(**environment: str) -> tuple[str, float, str]:
+    variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=variables, capture_output=True, text=True, check=True)
+    built, total, reason = done.stdout.strip().split(" ", 2)
+    return built, float(total), reason
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(1, 1, 1), (31, 16, 16), (32, 17, 16), (33, 33, 8), (130, 5, 3)], ids=str)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_blocks_and_chunks_that_are_not_full_give_what_the_reference_gives(shape, reverse):
+    length, inner, state = shape
+    args = arguments(length, inner=inner, state=state)
+    found, expected = selective_scan(*args, reverse=reverse), selective_scan_ref(*args, reverse=reverse)
+    assert relative(found, expected) < 1e-5
+    grads = torch.autograd.grad(found.square().sum(), args), torch.autograd.grad(expected.square().sum(), args)
+    for name, grad, wanted in zip(NAMES, *grads, strict=True):
+        assert relative(grad, wanted.double()) < 1e-5, name
+
+
+@needs_compiler
+def test_a_decay_that_underflows_is_zero_and_not_noise():
+    u, _, A, B, C, D = arguments(40)
+    far = torch.full_like(u, 1e4)
+    y = selective_scan(u, far, A, B, C, D)
+    assert relative(y, selective_scan_ref(u, far, A, B, C, D)) < 1e-5
+
+
+@needs_compiler
+def test_the_operator_keeps_the_rules_of_compilers_and_autograd():
+    torch.library.opcheck(torch.ops.rna_scan.forward.default, (*arguments(35, inner=20), False))
+
+
+@needs_compiler
+def test_the_same_batch_gives_the_same_bits_whatever_the_number_of_threads():
+    args = arguments(70, inner=40, batch=5)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(selective_scan(*args))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [({"RNA_KERNELS": "reference"}, "RNA_KERNELS=reference"), ({"CXX": "/nonexistent/c++"}, "could not be compiled")],
+    ids=["asked for", "no compiler"],
+)
+def test_without_the_compiled_scan_everything_works_and_the_reason_is_said(environment, reason, tmp_path):
+    built, total, said = run_with(RNA_CACHE=str(tmp_path), **environment)
+    assert built == "False"
+    assert reason in said
+    assert total == pytest.approx(run_with()[1], rel=1e-5)
+    assert list(tmp_path.iterdir()) == []
