@@ -41,8 +41,9 @@ def choose_candidates(tables: Mapping[str, pl.DataFrame], *, keep: int = CANDIDA
     ranked = pooled.with_columns(turn.alias("_turn")).sort(
         "sequence_id", "_turn", "confidence", "_place", descending=[False, False, True, False]
     )
-    number = pl.int_range(1, pl.len() + 1, dtype=pl.UInt8).over("sequence_id")
-    return ranked.with_columns(number.alias("candidate")).filter(pl.col("candidate") <= keep).drop("_turn", "_place")
+    number = pl.int_range(1, pl.len() + 1).over("sequence_id")  # of all sources: more than a byte holds
+    chosen = ranked.with_columns(number.alias("candidate")).filter(pl.col("candidate") <= keep)
+    return chosen.with_columns(pl.col("candidate").cast(pl.UInt8)).drop("_turn", "_place")
 
 
 def choose(job: Job, parts: dict[str, Path]) -> dict[str, Any]:

@@ -63,13 +63,22 @@ class PairProbabilities(NamedTuple):
 def available() -> tuple[bool, str]:
     """Whether ViennaRNA can be used, and which version, or why not."""
     try:
-        importlib.import_module("RNA")
+        version = _installed_version()
     except ImportError as err:
         return False, (
             f"ViennaRNA is not usable ({err}): models with use_bpp=false work without it. "
             "Next: pip install ViennaRNA, or the extra 'bpp'"
         )
-    return True, f"{metadata.version('ViennaRNA')}: base-pair probabilities can be computed"
+    return True, f"{version}: base-pair probabilities can be computed"
+
+
+def _installed_version() -> str:
+    """ViennaRNA's version, also where a system package or conda brought its bindings without Python's metadata."""
+    rna = importlib.import_module("RNA")
+    try:
+        return metadata.version("ViennaRNA")
+    except metadata.PackageNotFoundError:
+        return str(rna.__version__)
 
 
 def run(paths: Paths, *, workers: int | None = None) -> Report:
@@ -187,7 +196,7 @@ def _program_version(paths: Paths) -> str:
     """The version that computes; without ViennaRNA, the one that computed the file, which may still be current."""
     usable, reason = available()
     if usable:
-        return metadata.version("ViennaRNA")
+        return _installed_version()
     done = _recorded(paths)
     if done is None:
         raise ConfigError(f"bpp: {reason}.")

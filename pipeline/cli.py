@@ -3,6 +3,8 @@
 Verbs import what they need when they run, so that `rna --help` and the stages without a network start at once.
 """
 
+import atexit
+import contextlib
 import os
 import re
 import sys
@@ -348,26 +350,55 @@ def _near(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a verb; a failure that a user can act on ends in one sentence and its exit code."""
+def main() -> NoReturn:
+    """Run the verb of the command line, and end the process with its exit code.
+
+    The process ends before Python's own shutdown: in that, a thread of Arrow that still has to let go of a Python object
+    aborts it (SIGABRT instead of the exit code, after a file that was refused).
+    """
+    code = 1  # of an exception that nobody expected
+
+    def leave() -> None:
+        with contextlib.suppress(OSError):  # whoever read the output may be gone
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+    atexit.register(leave)  # the first to be registered is the last to run
+    code = run_verb()
+    raise SystemExit(code)
+
+
+def run_verb(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb, by default that of the command line; a failure that a user can act on is told in one sentence.
+
+    Returns:
+        The exit code.
+    """
     try:
-        code = app(args=arguments, standalone_mode=False)
+        return app(args=arguments, standalone_mode=False) or 0
     except PipelineError as err:
-        code = _fail(str(err), err.exit_code)
+        return _fail(str(err), err.exit_code)
     except MemoryError as err:
-        code = _fail(
+        return _fail(
             f"out of memory: {err}. Next: close other programs, or lower the batch size.", StorageError.exit_code
         )
+    except OSError as err:
+        if err.errno is None or err.strerror is None:  # not the system's
+            raise
+        where = f"{err.filename}: " if err.filename else ""
+        return _fail(
+            f"{where}{err.strerror}. Next: check the path, its permissions and the disk.", StorageError.exit_code
+        )
     except typer.Exit as err:
-        code = err.exit_code
+        return err.exit_code
     except typer.Abort:
-        code = 130
+        return _fail("interrupted; nothing is half-written. Next: the same command again.", 130)
     except Exception as err:
         if not hasattr(err, "format_message"):  # not one of the command line's own
             raise
-        code = _fail(err.format_message(), ConfigError.exit_code)
-    sys.stdout.flush()
-    raise SystemExit(code or 0)
+        sentence = err.format_message()  # empty where no verb was given: the help is printed then
+        return _fail(sentence, ConfigError.exit_code) if sentence else ConfigError.exit_code
 
 
 def _fail(message: str, code: int) -> int:

@@ -25,7 +25,7 @@ from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.paths import Paths
 from pipeline.schema import decode, encode
-from pipeline.stage import Report, fsync, sha256_file, write_json
+from pipeline.stage import Report, fsync, is_alive, sha256_file, write_json
 
 _VERSION = 1
 _ROWS = 4096  # of a table in memory at a time
@@ -219,7 +219,9 @@ def _build_set(
     if (folder / "meta.json").is_file():
         return Report(stage="arrays", status="current", outputs=outputs)
     part = home / f".part-{kind}-{key}-{os.getpid()}"
-    shutil.rmtree(part, ignore_errors=True)
+    for left in home.glob(".part-*"):  # by a killed process: as large as the arrays themselves
+        if left == part or not is_alive(int(left.name.rpartition("-")[2])):
+            shutil.rmtree(left, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         facts = write(part)
@@ -227,7 +229,8 @@ def _build_set(
             fsync(path)
         write_json(part / "meta.json", identity | {"facts": facts})
         for old in home.glob(f"{kind}-*"):  # whoever has one open keeps its pages
-            shutil.rmtree(old, ignore_errors=True)
+            if old != folder or not (folder / "meta.json").is_file():  # else it is another process's, finished first
+                shutil.rmtree(old, ignore_errors=True)
         part.rename(folder)
     except OSError as err:
         if err.errno in (28, 122):  # ENOSPC, EDQUOT

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.competitions.base import Competition
+from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.stage import Report, run_stage
 
@@ -30,7 +31,12 @@ def run(competition: Competition, raw: Path, paths: Paths, *, force: bool = Fals
         DataError: a raw file is missing, damaged, or not what it claims to be; nothing is written.
         StorageError: the disk is full.
     """
-    files = competition.raw_files(raw)
+    try:
+        files = competition.raw_files(raw)
+    except OSError as err:
+        raise DataError(
+            f"RAW={raw}: {err.filename or raw} cannot be read: {err.strerror}. Next: check its permissions."
+        ) from err
     return run_stage(
         "data",
         inputs=files,

@@ -57,14 +57,17 @@ def run_stage(
         force: build even if current.
 
     Raises:
-        DataError: an input is missing.
+        DataError: an input is missing or cannot be read.
         StorageError: the disk is full; nothing is left behind.
     """
     manifest = manifest or next(iter(outputs.values())).parent / f"{name}.manifest.json"
     for label, path in inputs.items():
         if not path.is_file():
             raise DataError(f"{name}: {label} file {path} is missing. Next: run the stage that writes it (make help).")
-    digests = {path: sha256_file(path) for path in set(inputs.values())}  # an archive may stand under several labels
+    try:  # an archive may stand under several labels
+        digests = {path: sha256_file(path) for path in set(inputs.values())}
+    except OSError as err:
+        raise DataError(f"{name}: {err.filename}: cannot be read: {err.strerror}. Next: check its permissions.") from err
     wanted = {
         "stage": name,
         "params": json.loads(json.dumps(dict(params), allow_nan=False)),
@@ -114,11 +117,18 @@ def _build(outputs: Mapping[str, Path], build: Callable[[dict[str, Path]], dict[
 
 
 def _sweep(path: Path) -> None:
-    """Remove what a killed process left half-written beside `path`; a living one keeps its own."""
+    """Remove what a killed process left half-written beside `path`; a living one keeps its own.
+
+    A part may be a folder, and may have scratch of its own beside it, named ``<part>.<anything>``. In containers a
+    process often has the number of the one before it, so what bears this process's own is swept too.
+    """
     for part in path.parent.glob(f".{path.name}.part-*"):
-        pid = part.name.rpartition("-")[2]
-        if not pid.isdigit() or not is_alive(int(pid)):
-            part.unlink(missing_ok=True)
+        pid = part.name.removeprefix(f".{path.name}.part-").partition(".")[0]
+        if not pid.isdigit() or int(pid) == os.getpid() or not is_alive(int(pid)):
+            if part.is_dir():
+                shutil.rmtree(part, ignore_errors=True)
+            else:
+                part.unlink(missing_ok=True)
 
 
 def is_alive(pid: int) -> bool:
@@ -133,10 +143,12 @@ def is_alive(pid: int) -> bool:
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """A manifest, or None where there is none that this program could have written."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        done = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # not there, no JSON or no text
         return None
+    return done if isinstance(done, dict) and isinstance(done.get("facts"), dict) else None
 
 
 def _intact(done: Mapping[str, Any], outputs: Mapping[str, Path]) -> bool:

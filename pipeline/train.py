@@ -17,7 +17,7 @@ from pipeline.config import ModelConfig, RunConfig
 from pipeline.dataset import fold_members, open_examples, read_folds
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
-from pipeline.runlog import say
+from pipeline.runlog import say, warn
 from pipeline.stage import Report, sha256_file, versions, write_json
 from pipeline.training.checkpoint import CheckpointStore, DamagedError, load_checkpoint
 from pipeline.training.loop import Trainer, TrainingData
@@ -187,7 +187,9 @@ def _train(
 ) -> None:
     device = choose_device()
     precision = choose_precision(config.train.precision, device)
-    _load_initial(model, config.model)
+    checkpoint = store.load_newest()
+    if checkpoint is None:
+        _load_initial(model, config.model, meta)
     _set_gradient_checkpointing(model, config.train.gradient_checkpointing)
     trainer = Trainer(
         model.to(device),
@@ -201,7 +203,6 @@ def _train(
         meta=meta,
     )
     folder = store.folder.parent
-    checkpoint = store.load_newest()
     if checkpoint is not None:
         trainer.restore(checkpoint)
     drop_rows_after(folder / "metrics.jsonl", step=trainer.progress.step, epoch=trainer.progress.epoch)
@@ -238,17 +239,28 @@ def _describe(trainer: Trainer, meta: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _load_initial(model: RnaModel, config: ModelConfig) -> None:
-    """Start from another run's weights, if the configuration names them."""
+def _load_initial(model: RnaModel, config: ModelConfig, meta: dict[str, Any]) -> None:
+    """Start from another run's weights, if the configuration names them; warns where those have seen the held-out fold.
+
+    Weights of another fold, or of another split of the same competition, were trained on what this run validates on.
+    """
     if not config.init:
         return
     try:
-        model.load_state_dict(load_checkpoint(Path(config.init)).weights)
+        initial = load_checkpoint(Path(config.init))
+        model.load_state_dict(initial.weights)
     except (DamagedError, RuntimeError) as err:
         raise ConfigError(
             f"model.init = {config.init!r}: {' '.join(str(err).split())[:300]}; expected a checkpoint folder "
             "(…/checkpoints/step-…) of a network with the same arguments and heads. Next: correct the path."
         ) from err
+    source = {key: initial.meta.get(key) for key in ("competition", "fold", "data")}
+    same_fold = source["fold"] == meta["fold"] and (source["data"] or {}).get("folds") == meta["data"]["folds"]
+    if source["competition"] == meta["competition"] and not same_fold:
+        warn(
+            f"model.init = {config.init!r} was trained with fold {source['fold']} of {initial.meta.get('split')!r} "
+            f"held out, so it has seen sequences of fold {meta['fold']}: scores of this run are not out of fold"
+        )
 
 
 def _set_gradient_checkpointing(model: RnaModel, every: int) -> None:

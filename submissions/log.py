@@ -13,7 +13,8 @@ from pipeline.stage import fsync
 TITLE = """# Log of evaluated runs
 
 One line per result, written by `make evaluate`: scores are out of fold by the organisers' metric, floors are fitted on
-the other folds of the same split. `data`, `config` and `commit` are the first digits of what the result came from.
+the other folds of the same split. The epoch that predicts was chosen by its score on that same fold, which flatters a
+score a little. `data`, `config` and `commit` are the first digits of what the result came from.
 
 """
 

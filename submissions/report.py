@@ -73,7 +73,9 @@ def _write(subject: Subject, path: Path) -> dict[str, Any]:
         page.element("nav", *links),
         *(page.section(anchor, title, content) for anchor, (title, content) in sections.items()),
         page.element(
-            "footer", "All scores are out of fold: of sequences that the predicting checkpoint did not see in training."
+            "footer",
+            "All scores are out of fold: of sequences that the predicting checkpoint did not see in training. Its "
+            "epoch was chosen by the score on that same fold, which flatters the scores a little.",
         ),
     )
     title = f"{subject.name} · {subject.competition.title}"

@@ -8,16 +8,14 @@ from pathlib import Path
 import pytest
 import typer
 
-from pipeline.cli import app, main, run_name
+from pipeline.cli import app, run_name, run_verb
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = sorted(typer.main.get_command(app).commands)
 
 
 def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    return stop.value.code
+    return run_verb(arguments)
 
 
 @pytest.mark.parametrize("verb", VERBS)

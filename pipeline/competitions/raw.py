@@ -112,7 +112,8 @@ def require_columns(names: Sequence[str], needed: Sequence[str], *, where: str) 
     """
     missing = [name for name in needed if name not in names]
     if missing:
-        found = ", ".join(names[:8]) + (f" … ({len(names)} columns)" if len(names) > 8 else "")
+        found = ", ".join(name[:40] if name.isprintable() else ascii(name[:40]) for name in names[:8])
+        found += f" … ({len(names)} columns)" if len(names) > 8 else ""
         raise DataError(
             f"{where}: column {', '.join(map(repr, missing[:5]))} is missing; found {found}. "
             "Next: check that this is the competition's file, and download it again."

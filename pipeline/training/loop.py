@@ -275,7 +275,7 @@ class Trainer:
                 self.scaler.scale(part).backward()
                 loss += part.detach()
             return float(loss)
-        except RuntimeError:  # out of memory, mostly: the state is saved as it was before the step
+        except (MemoryError, RuntimeError):  # out of memory, mostly: the state is saved as it was before the step
             self._set_random_state(self._random_before)
             raise
 

@@ -7,6 +7,7 @@ import numpy as np
 from models.interface import RnaOutputs
 from pipeline.batch import RnaBatch
 from pipeline.competitions.base import Competition
+from pipeline.errors import DivergedError
 from pipeline.training.losses import DistanceCrossEntropy
 
 
@@ -14,7 +15,11 @@ class Meter(Protocol):
     """Adds up batches of a validation epoch."""
 
     def add(self, outputs: RnaOutputs, batch: RnaBatch) -> None:
-        """Count one batch."""
+        """Count one batch.
+
+        Raises:
+            DivergedError: a predicted value is not finite.
+        """
 
     def result(self) -> dict[str, float]:
         """``metric`` (lower is better) and, if there are several targets, one value for each."""
@@ -34,6 +39,11 @@ class ErrorMeter:
         assert batch.target_BLC is not None
         mask_BL = batch.inputs.mask_BL
         predicted_TC = outputs.values_BLC[mask_BL].float().cpu().numpy()
+        if not np.isfinite(predicted_TC).all():
+            raise DivergedError(
+                f"validation: a prediction for {', '.join(batch.ids[:4])}{' …' if len(batch.ids) > 4 else ''} is not "
+                "finite. Next: train again with train.precision = 'fp32' or a lower train.lr."
+            )
         sums_C, counts_C = self._error_sums(predicted_TC, batch.target_BLC[mask_BL].cpu().numpy())
         self._sums_C += sums_C
         self._counts_C += counts_C

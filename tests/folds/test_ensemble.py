@@ -316,6 +316,13 @@ def test_one_source_keeps_its_five_best():
     assert chosen["name"].to_list() == ["a2", "a5", "a4", "a3", "a6"]
 
 
+def test_more_candidates_than_a_byte_counts_are_no_trouble():
+    """Was: InvalidOperationError from 255 candidates on, such as 11 runs of 5 folds."""
+    chosen = choose_candidates({f"run{k:02d}": candidates(f"run{k:02d}_", [0.5] * 5) for k in range(60)})
+    assert chosen["name"].to_list() == [f"run{k:02d}_1" for k in range(5)]
+    assert chosen["candidate"].dtype == pl.UInt8
+
+
 def test_equal_confidence_goes_by_the_order_of_sources_and_candidates():
     chosen = choose_candidates({"b": candidates("b", [0.5] * 3), "a": candidates("a", [0.5] * 3)})
     assert chosen["name"].to_list() == ["b1", "a1", "b2", "a2", "b3"]

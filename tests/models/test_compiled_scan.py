@@ -86,3 +86,23 @@ def test_without_the_compiled_scan_everything_works_and_the_reason_is_said(envir
     assert reason in said
     assert total == pytest.approx(run_with()[1], rel=1e-5)
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_compiler
+@pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)], ids=["no sequence", "no position"])
+def test_empty_input_gives_empty_output_and_zero_gradients(batch, length):
+    """Was: a division by zero that ended the process, in the backward pass of an empty batch."""
+    args = [x.detach().requires_grad_() for x in arguments(length, inner=20, batch=batch)]
+    y = selective_scan(*args)
+    assert y.shape == (batch, length, 20)
+    assert all(not grad.any() for grad in torch.autograd.grad(y.sum(), args))
+
+
+@needs_compiler
+@pytest.mark.parametrize("place", range(1, 6), ids=NAMES[1:])
+def test_shapes_and_layouts_that_do_not_fit_are_refused_and_not_read(place):
+    """Was: reads beyond the end of a tensor."""
+    args = [x.detach() for x in arguments(9, inner=16)]
+    for wrong in (args[place][..., :-1].contiguous(), args[place].repeat_interleave(2, -1)[..., ::2]):
+        with pytest.raises(RuntimeError, match="selective_scan: "):
+            torch.ops.rna_scan.forward(*args[:place], wrong, *args[place + 1 :], False)

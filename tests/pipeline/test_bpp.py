@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import metadata
 
 import numpy as np
 import polars as pl
@@ -283,3 +284,15 @@ def wait_for_group_to_end(group):
 def test_workers_import_neither_polars_nor_torch():
     check = "import sys, pipeline.bpp; sys.exit(bool({'polars', 'torch', 'pandas'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check], env=os.environ | {"PYTHONPATH": sys.path[0]}).returncode == 0
+
+
+def test_viennarna_without_python_metadata_is_usable(monkeypatch):
+    """Was: PackageNotFoundError out of the doctor, where conda or apt installed the bindings."""
+    pytest.importorskip("RNA")
+    expected = bpp.available()
+
+    def unknown(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(bpp.metadata, "version", unknown)
+    assert bpp.available() == expected

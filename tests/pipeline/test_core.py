@@ -124,6 +124,21 @@ def test_stage_that_forgets_an_output_publishes_none(copy: Copy):
     assert copy.files() == set()
 
 
+def test_stage_sweeps_folders_and_scratch_of_killed_processes_and_keeps_those_of_living_ones(copy: Copy):
+    """Was: IsADirectoryError at every further call, once a submit was killed while its scratch folder was there."""
+    copy.outputs["join"].parent.mkdir()
+    names = {
+        kind: [f".join.txt.part-{pid}", f".join.txt.part-{pid}.scratch"]
+        for kind, pid in {"dead": 2**22 + 1, "mine": os.getpid(), "living": os.getppid()}.items()
+    }
+    for part, scratch in names.values():
+        (copy.outputs["join"].parent / part).write_text("half")
+        (copy.outputs["join"].parent / scratch).mkdir()
+        (copy.outputs["join"].parent / scratch / "0.values").write_text("half")
+    copy.run(version=1)
+    assert {name for name in copy.files() if ".part-" in name} == set(names["living"])
+
+
 def test_stage_says_which_input_is_missing(copy: Copy):
     copy.b.unlink()
     with pytest.raises(DataError, match=r"copy: b file .*b.txt is missing. Next: "):

@@ -1,5 +1,6 @@
 """Arrays hold exactly what the tables hold, and never what other tables held."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import dataset
 from pipeline.dataset import build_arrays, dense_bpp, fold_members, open_examples, read_folds
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
@@ -85,6 +87,34 @@ def test_a_changed_table_gets_arrays_of_its_own_and_the_old_ones_go(paths):
     after = build_arrays(TINY, paths=paths, table="train").outputs["arrays"]
     assert before != after
     assert [path for path in paths.arrays_dir.iterdir() if path.name.startswith("train")] == [after]
+
+
+def test_a_process_that_is_slower_leaves_the_arrays_of_a_faster_one_alone(paths, monkeypatch):
+    """Was: the second of two folds started at once removed the arrays that the first had just put in place."""
+    tiny.write_values(paths)
+    write, faster = dataset._write_table, []
+
+    def overtaken(*args, **kwargs):
+        facts = write(*args, **kwargs)
+        if not faster:
+            faster.append(None)
+            faster[0] = build_arrays(TINY, paths=paths, table="train").outputs["meta"].stat().st_ino
+        return facts
+
+    monkeypatch.setattr(dataset, "_write_table", overtaken)
+    report = build_arrays(TINY, paths=paths, table="train")
+    assert report.outputs["meta"].stat().st_ino == faster[0]
+    assert [path.name for path in paths.arrays_dir.iterdir()] == [report.outputs["arrays"].name]
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next(paths):
+    """Was: half-written arrays of killed processes stayed for good."""
+    tiny.write_values(paths)
+    for pid in (2**22 + 1, os.getppid()):
+        (paths.arrays_dir / f".part-train-0123456789abcdef-{pid}").mkdir(parents=True)
+    build_arrays(TINY, paths=paths, table="train")
+    left = [path.name for path in paths.arrays_dir.glob(".part-*")]
+    assert left == [f".part-train-0123456789abcdef-{os.getppid()}"]
 
 
 def test_arrays_are_enough_where_the_clean_table_is_not(paths):

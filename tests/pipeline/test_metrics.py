@@ -9,6 +9,7 @@ import torch
 
 from models.interface import RnaInputs, RnaOutputs
 from pipeline.batch import RnaBatch
+from pipeline.errors import DivergedError
 from pipeline.training.metrics import make_meter
 from tests.pipeline import tiny
 
@@ -48,6 +49,14 @@ def test_predictions_under_the_padding_do_not_count(truth):
     meter = make_meter(tiny.TINY)
     meter.add(RnaOutputs(predicted), batch)
     assert np.isfinite(meter.result()["metric"])
+
+
+def test_a_prediction_that_is_not_finite_is_a_divergence_and_names_its_batch(truth):
+    """Was: DataError (exit code 3) with the advice to predict again, in the middle of a training."""
+    predicted = torch.zeros_like(truth)
+    predicted[3, 2, 1] = math.inf
+    with pytest.raises(DivergedError, match=r"validation: a prediction for .* is not finite. Next: .*fp32"):
+        make_meter(tiny.TINY).add(RnaOutputs(predicted), batch_of(truth))
 
 
 def test_the_structure_metric_is_the_loss_over_all_pairs():

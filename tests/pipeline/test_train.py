@@ -4,6 +4,7 @@ import fcntl
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +197,29 @@ def test_a_run_begins_with_the_weights_of_another(paths):
     assert second.facts["metric"] == pytest.approx(first.facts["metric"], abs=1e-6)
 
 
+def test_initial_weights_are_needed_for_the_beginning_only(paths):
+    """Was: ConfigError when the checkpoint that a run began with was removed before the run was resumed."""
+    first = fit(paths)
+    config = tiny.config(epochs=1)
+    config = replace(config, model=replace(config.model, init=str(first.outputs["checkpoint"])))
+    with pytest.raises(StoppedError):
+        fit(paths, config, run=f"more.{tiny.SPLIT}", max_steps=2)
+    shutil.rmtree(first.outputs["checkpoint"])
+    assert fit(paths, config, run=f"more.{tiny.SPLIT}").status == "built"
+
+
+def test_initial_weights_that_have_seen_the_held_out_fold_are_said(paths, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(train, "warn", said.append)
+    config = tiny.config(epochs=1)
+    config = replace(config, model=replace(config.model, init=str(fit(paths).outputs["checkpoint"])))
+    fit(paths, config, run=f"same.{tiny.SPLIT}", fold=0)
+    assert said == []
+    fit(paths, config, run=f"other.{tiny.SPLIT}", fold=1)
+    assert len(said) == 1
+    assert "it has seen sequences of fold 1: scores of this run are not out of fold" in said[0]
+
+
 # --- refusals ---
 
 
@@ -350,13 +374,16 @@ def test_outside_the_main_thread_signals_are_left_alone():
     assert reasons == ["the time budget is spent"]
 
 
-def test_out_of_memory_saves_and_says_what_to_do(paths, inject):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError()], ids=type
+)
+def test_out_of_memory_saves_and_says_what_to_do(error, paths, inject):
     count = itertools.count(1)
 
     def exhaust(x_BLD: Tensor) -> Tensor:
         torch.rand(3)  # random numbers that the failed step used up
         if next(count) == 6:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise error
         return x_BLD
 
     def draw(x_BLD: Tensor) -> Tensor:

@@ -47,7 +47,9 @@ inline Vec exp_neg(Vec x) {
   x = x < low ? low : x;
   const Vec magic = splat(12582912.f); // 1.5 * 2^23: adding it rounds to an integer
   Vec n = (x * 1.44269504f + magic);
-  const IVec bits = (reinterpret_cast<IVec&>(n) << 23) + (127 << 23);
+  IVec bits;
+  std::memcpy(&bits, &n, sizeof(bits));
+  bits = (bits << 23) + (127 << 23);
   n = n - magic;
   Vec r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
@@ -58,7 +60,9 @@ inline Vec exp_neg(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  return p * reinterpret_cast<const Vec&>(bits);
+  Vec power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return p * power;
 }
 
 struct Shape {
@@ -176,15 +180,25 @@ void with_state(int64_t N, Run run) {
   }
 }
 
-void check(const at::Tensor& u, const at::Tensor& A) {
-  TORCH_CHECK(u.dim() == 3 && A.dim() == 2 && A.size(0) == u.size(2), "selective_scan: shapes do not fit");
-  TORCH_CHECK(A.size(1) <= 256, "selective_scan: state size ", A.size(1), " is above 256");
+// The loops trust shapes and layout: what does not fit would be read beyond its end. Types are checked on access.
+void check(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A, const at::Tensor& Bm,
+           const at::Tensor& C, const at::Tensor& D) {
+  TORCH_CHECK(u.dim() == 3 && A.dim() == 2, "selective_scan: u is ", u.sizes(), " and A ", A.sizes());
+  const int64_t E = u.size(2), N = A.size(1);
+  const bool fits = A.size(0) == E && delta.sizes() == u.sizes() && Bm.sizes() == C.sizes() && Bm.dim() == 3 &&
+                    Bm.size(0) == u.size(0) && Bm.size(1) == u.size(1) && Bm.size(2) == N && D.dim() == 1 &&
+                    D.size(0) == E;
+  TORCH_CHECK(fits, "selective_scan: shapes do not fit: u ", u.sizes(), ", delta ", delta.sizes(), ", A ", A.sizes(),
+              ", B ", Bm.sizes(), ", C ", C.sizes(), ", D ", D.sizes());
+  TORCH_CHECK(N <= 256, "selective_scan: state size ", N, " is above 256");
+  for (const at::Tensor* x : {&u, &delta, &A, &Bm, &C, &D})
+    TORCH_CHECK(x->is_contiguous() && x->device().is_cpu(), "selective_scan: a tensor is not contiguous on the CPU");
 }
 
 std::tuple<at::Tensor, at::Tensor> scan_forward(const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A,
                                                 const at::Tensor& Bm, const at::Tensor& C, const at::Tensor& D,
                                                 bool reverse) {
-  check(u, A);
+  check(u, delta, A, Bm, C, D);
   const Shape s = shape_of(u, A);
   at::Tensor y = at::empty(u.sizes(), u.options());
   at::Tensor starts = at::empty({s.B, s.chunks, s.blocks, s.N, kLanes}, u.options());
@@ -205,12 +219,15 @@ std::tuple<at::Tensor, at::Tensor> scan_forward(const at::Tensor& u, const at::T
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> scan_backward(
     const at::Tensor& dy, const at::Tensor& u, const at::Tensor& delta, const at::Tensor& A, const at::Tensor& Bm,
     const at::Tensor& C, const at::Tensor& D, const at::Tensor& starts, bool reverse) {
-  check(u, A);
+  check(u, delta, A, Bm, C, D);
   const Shape s = shape_of(u, A);
+  TORCH_CHECK(dy.sizes() == u.sizes() && dy.is_contiguous(), "selective_scan: the gradient is ", dy.sizes());
+  TORCH_CHECK(starts.numel() == s.B * s.chunks * s.padded * s.N && starts.is_contiguous(),
+              "selective_scan: the states are ", starts.sizes());
   at::Tensor du = at::empty(u.sizes(), u.options()), ddelta = at::empty(u.sizes(), u.options());
   // An item is one sequence and a share of the channel blocks; shares keep every thread busy when the batch is small.
   const int64_t threads = at::get_num_threads();
-  const int64_t shares = std::min(s.blocks, std::max<int64_t>(1, (2 * threads + s.B - 1) / s.B));
+  const int64_t shares = std::min(s.blocks, (2 * threads + s.B - 1) / std::max<int64_t>(1, s.B));
   at::Tensor dB = at::zeros({shares, s.B, s.L, s.N}, u.options()), dC = at::zeros({shares, s.B, s.L, s.N}, u.options());
   at::Tensor dA = at::empty({s.B, s.blocks, s.N, kLanes}, u.options()), dD = at::empty({s.B, s.padded}, u.options());
   const std::vector<float> lanes_A = lanes_of(A.const_data_ptr<float>(), s);
