@@ -53,7 +53,7 @@ def run(
     *,
     folder: Path,
     mutants: int = 100_000,
-    scales: Sequence[int] = (),
+    scales: Sequence[int] = (400_000,),
     record: Path = RECORD,
     seed: int = 2026,
 ) -> Table:

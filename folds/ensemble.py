@@ -84,8 +84,10 @@ def run(
 
 
 def _check_names(name: str, runs: Sequence[str]) -> None:
-    if not re.fullmatch(r"[\w.+-]+", name):
-        raise ConfigError(f"NAME={name!r}: expected letters, digits and . _ + - only, as it names files.")
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise ConfigError(
+            f"NAME={name!r}: expected a letter or digit, then letters, digits and . _ + - only, as it names files."
+        )
     if not runs:
         raise ConfigError("ensemble: no runs given. Next: make train FOLD=0 MODEL=…, and the other folds.")
     twice = sorted({each for each in runs if list(runs).count(each) > 1})

@@ -136,7 +136,9 @@ def train(
     all_folds: Annotated[bool, typer.Option("--all-folds", help="Train every fold of the split in turn.")] = False,
     tag: Tag = "",
     set_: Sets = None,
-    max_steps: Annotated[int | None, typer.Option("--max-steps", help="Stop, resumable, after so many steps.")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option("--max-steps", help="Stop, resumable, after so many steps.", min=1)
+    ] = None,
     time_budget: Annotated[
         str, typer.Option("--time-budget", help="Stop, resumable, after this time: 45m, 8h, 90s.")
     ] = "",
@@ -148,7 +150,7 @@ def train(
 
     config, run = _config(model, split=split, tag=tag, overrides=set_ or ())
     competition, paths = _competition(comp), _paths(comp, artifacts)
-    seconds, indices = _seconds(time_budget), range(_fold_count(split)) if all_folds else (fold,)
+    seconds, indices = _seconds(time_budget), range(_fold_count(split)) if all_folds else (_fold(fold, split),)
     if config.model.kwargs.get("use_bpp"):
         from pipeline import bpp as bpp_stage
 
@@ -184,7 +186,7 @@ def predict(
 
     del set_  # the checkpoint's own settings hold
     run = run_name(model, split=split, tag=tag)
-    show(stage.run(competition=_competition(comp), paths=_paths(comp, artifacts), run=run, fold=fold))
+    show(stage.run(competition=_competition(comp), paths=_paths(comp, artifacts), run=run, fold=_fold(fold, split)))
 
 
 @app.command()
@@ -282,9 +284,14 @@ def _paths(comp: str, artifacts: Path) -> Paths:
 def run_name(model: str, *, split: str, tag: str = "") -> str:
     """Folder name of a run: config, variant and split.
 
+    Raises:
+        ConfigError: the variant's name is not fit for a folder.
+
     >>> run_name("hyena", split="sim80_k5", tag="wide")
     'hyena+wide.sim80_k5'
     """
+    if tag and not re.fullmatch(r"[\w.-]+", tag):
+        raise ConfigError(f"TAG={tag!r}: expected letters, digits and . _ - only, as it names a folder.")
     return f"{Path(model).stem}{'+' + tag if tag else ''}.{split}"
 
 
@@ -294,7 +301,7 @@ def finished_runs(paths: Paths, split: str) -> list[str]:
     Raises:
         DataError: there is none.
     """
-    runs = sorted(path.name for path in (paths.home / "runs").glob(f"*.{split}"))
+    runs = sorted(path.name for path in (paths.home / "runs").glob(f"*.{split}") if any(path.glob("fold*/checkpoints")))
     complete = [
         run
         for run in runs
@@ -306,7 +313,7 @@ def finished_runs(paths: Paths, split: str) -> list[str]:
             f"{paths.home / 'runs'}: no run of {split} has predictions of all its folds (seen: {seen}). "
             "Next: make train-all, or make train FOLD=<k> for the folds that are missing."
         )
-    for run in set(runs) - set(complete):
+    for run in sorted(set(runs) - set(complete)):
         say(f"{run}: left out, its folds are not complete")
     return complete
 
@@ -320,10 +327,18 @@ def _config(model: str, *, split: str, tag: str, overrides: Sequence[str]) -> tu
 
 
 def _fold_count(split: str) -> int:
-    found = re.fullmatch(r"\w+_k(\d+)", split)
+    found = re.fullmatch(r"\w+_k([1-9]\d*)", split)
     if not found:
         raise ConfigError(f"SPLIT={split!r}: expected <kind>_k<folds>, such as sim80_k5.")
     return int(found.group(1))
+
+
+def _fold(fold: int, split: str) -> int:
+    """A fold's number, if the split's name allows for it."""
+    count = _fold_count(split)
+    if fold >= count:
+        raise ConfigError(f"FOLD={fold}: the folds of {split} are 0 to {count - 1}. Next: choose one of them.")
+    return fold
 
 
 def _seconds(text: str) -> float | None:
@@ -353,8 +368,8 @@ def _near(path: Path) -> Path:
 def main() -> NoReturn:
     """Run the verb of the command line, and end the process with its exit code.
 
-    The process ends before Python's own shutdown: in that, a thread of Arrow that still has to let go of a Python object
-    aborts it (SIGABRT instead of the exit code, after a file that was refused).
+    The process ends before Python's own shutdown: there, a thread of Arrow that still has to let go of a Python object
+    aborts it, with SIGABRT instead of the exit code, after a file that was refused.
     """
     code = 1  # of an exception that nobody expected
 

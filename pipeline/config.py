@@ -8,6 +8,7 @@ parsed as TOML, so ``false`` is a bool. The model's own arguments are checked ag
 import difflib
 import hashlib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -18,6 +19,28 @@ from pathlib import Path
 from pipeline.errors import ConfigError
 
 CONFIG_DIR = Path(__file__).resolve().parent / "configs"
+
+
+#: Smallest and largest sensible value of a number; numbers that are not here may be any finite one.
+_LIMITS: dict[str, tuple[float, float]] = {
+    "max_length": (1, math.inf),
+    "flip": (0, 1),
+    "length_bucket": (0, math.inf),
+    "seed": (0, 2**63 - 1),
+    "epochs": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "micro_batch": (0, math.inf),
+    "lr": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "warmup": (0, 1),
+    "clip_norm": (0, math.inf),
+    "ema_decay": (0, 0.999999),
+    "gradient_checkpointing": (0, math.inf),
+    "save_every": (0, math.inf),
+    "patience": (0, math.inf),
+    "max_skips": (0, math.inf),
+    "max_rollbacks": (0, math.inf),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +150,10 @@ def _apply_override(tree: dict, item: str) -> None:
     if not sep:
         raise ConfigError(f"--set {item!r}: expected section.key=value.")
     try:
-        value = tomllib.loads(f"v = {raw}")["v"]
-    except tomllib.TOMLDecodeError as err:
+        (value,) = tomllib.loads(f"v = {raw}").values()
+    except ValueError as err:  # no TOML, or more than one value
         raise ConfigError(f"--set {item!r}: {raw!r} is no TOML value; quote strings.") from err
-    *parents, leaf = dotted.split(".")
+    *parents, leaf = dotted.strip().split(".")
     node = tree
     for name in parents:
         node = node.setdefault(name, {})
@@ -144,8 +167,8 @@ def _build(cls: type, tree: dict, *, where: str) -> typing.Any:
     for key in tree:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-            raise ConfigError(f"{where}: unknown key {key!r}; {hint}.")
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}."
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in tree.items():
@@ -156,6 +179,7 @@ def _build(cls: type, tree: dict, *, where: str) -> typing.Any:
             values[key] = _build(typing.cast(type, kind), value, where=spot)
         else:
             values[key] = _check(value, kind, where=spot)
+            _check_limits(key, values[key], where=spot)
     try:
         return cls(**values)
     except TypeError as err:
@@ -173,6 +197,17 @@ def _check(value: object, kind: typing.Any, *, where: str) -> object:
     else:
         ok = type(value) is (origin or kind)
     if not ok:
-        expected = " or ".join(map(repr, typing.get_args(kind))) if origin is typing.Literal else kind
+        names = map(repr, typing.get_args(kind)) if origin is typing.Literal else [getattr(kind, "__name__", str(kind))]
+        expected = " or ".join(names)
         raise ConfigError(f"{where}: got {value!r} ({type(value).__name__}); expected {expected}.")
     return value
+
+
+def _check_limits(key: str, value: object, *, where: str) -> None:
+    if not isinstance(value, int | float):
+        return
+    low, high = _LIMITS.get(key, (-math.inf, math.inf))
+    if not (low <= value <= high and math.isfinite(value)):
+        least = f" of at least {low:g}" if math.isfinite(low) else ""
+        most = f" and at most {high:g}" if math.isfinite(high) else ""
+        raise ConfigError(f"{where}: got {value}; expected a finite number{least}{most}.")

@@ -6,6 +6,23 @@ from pathlib import Path
 #: Folder of this checkout; configs, locks and the submissions log are found from here.
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+#: Folder of a competition's artefacts -> the make target that fills it.
+_TARGETS = {"clean": "data", "bpp": "bpp", "folds": "folds", "runs": "train", "ensembles": "ensemble"}
+
+
+def how_to_make(path: Path) -> str:
+    """The command that writes an artefact, for the end of a message.
+
+    >>> how_to_make(Path("artifacts/rna3d/clean/train.parquet"))
+    'make data COMP=rna3d'
+    >>> how_to_make(Path("elsewhere.parquet"))
+    'run the stage that writes it (make help)'
+    """
+    for folder in path.parents:
+        if folder.name in _TARGETS and folder.parent.name:
+            return f"make {_TARGETS[folder.name]} COMP={folder.parent.name}"
+    return "run the stage that writes it (make help)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Paths:

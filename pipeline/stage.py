@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import DataError, StorageError
-from pipeline.paths import REPOSITORY
+from pipeline.paths import REPOSITORY, how_to_make
 
 _VERSIONED = ("numpy", "polars", "pyarrow", "torch", "numba", "ViennaRNA")
 
@@ -63,11 +63,13 @@ def run_stage(
     manifest = manifest or next(iter(outputs.values())).parent / f"{name}.manifest.json"
     for label, path in inputs.items():
         if not path.is_file():
-            raise DataError(f"{name}: {label} file {path} is missing. Next: run the stage that writes it (make help).")
+            raise DataError(f"{name}: {label} file {path} is missing. Next: {how_to_make(path)}.")
     try:  # an archive may stand under several labels
         digests = {path: sha256_file(path) for path in set(inputs.values())}
     except OSError as err:
-        raise DataError(f"{name}: {err.filename}: cannot be read: {err.strerror}. Next: check its permissions.") from err
+        raise DataError(
+            f"{name}: {err.filename}: cannot be read: {err.strerror}. Next: check its permissions."
+        ) from err
     wanted = {
         "stage": name,
         "params": json.loads(json.dumps(dict(params), allow_nan=False)),
@@ -156,18 +158,6 @@ def _intact(done: Mapping[str, Any], outputs: Mapping[str, Path]) -> bool:
     return set(recorded) == set(outputs) and all(
         path.is_file() and sha256_file(path) == recorded[label] for label, path in outputs.items()
     )
-
-
-def read_facts(manifest: Path, *, hint: str) -> dict[str, Any]:
-    """Facts that a stage left in its manifest.
-
-    Raises:
-        DataError: there is no readable manifest; `hint` says which command writes it.
-    """
-    done = _read_manifest(manifest)
-    if done is None:
-        raise DataError(f"{manifest}: missing or unreadable. Next: {hint}.")
-    return done["facts"]
 
 
 def sha256_file(path: Path) -> str:

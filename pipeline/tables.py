@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import DataError
+from pipeline.paths import how_to_make
 
 #: Rows of a batch and of a row group that is written from one: about 3 MiB of float32 a target at 177 nt.
 BATCH_ROWS = 2048
@@ -25,7 +26,7 @@ def open_parquet(path: Path, columns: Sequence[str] = ()) -> pq.ParquetFile:
         DataError: missing, not parquet, or without one of the columns.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file. Next: run the stage that writes it (make help).")
+        raise DataError(f"{path}: no such file. Next: {how_to_make(path)}.")
     try:
         # Without pre_buffer=False, pyarrow 26 holds all that it has read of the file until the last batch.
         opened = pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False)

@@ -100,6 +100,11 @@ def build_model(config: ModelConfig, competition: Competition) -> RnaModel:
     is_structure = competition.task == "structure"
     heads = {"num_channels": 0 if is_structure else len(competition.targets)}
     heads["num_distance_bins"] = NUM_DISTANCE_BINS if is_structure else 0
+    for key, value in config.kwargs.items():
+        if key in heads:
+            raise ConfigError(f"[model] kwargs: {key} follows from the competition; expected it left out.")
+        if type(value) is int and value < 0:  # 0 means "none" for several of them
+            raise ConfigError(f"[model] kwargs: {key}: got {value}; expected a whole number of at least 0.")
     try:
         return create_model(config.name, **heads, **config.kwargs)
     except (TypeError, ValueError) as err:

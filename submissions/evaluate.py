@@ -25,7 +25,7 @@ from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.runlog import warn
-from pipeline.stage import Report, run_stage
+from pipeline.stage import Report, commit, run_stage
 from pipeline.tables import open_parquet
 from submissions import log
 from submissions.value_scores import evaluate_values
@@ -237,7 +237,7 @@ def _log(paths: Paths, subject: _Subject, report: Report, *, note: str) -> None:
         floors=floors,
         data=manifest["inputs"]["train"][:10],
         config=_config_digest(paths, subject),
-        commit=log.commit(),
+        commit=commit() or "-",
         note=note,
     )
     log.append(paths.log, entry)

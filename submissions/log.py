@@ -2,11 +2,9 @@
 
 import datetime
 import os
-import subprocess
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from pipeline.paths import REPOSITORY
 from pipeline.stage import fsync
 
 #: What a new log starts with; lines of the table follow.
@@ -79,16 +77,6 @@ def header() -> str:
 def today() -> str:
     """Date in UTC, as the log writes it."""
     return datetime.datetime.now(datetime.UTC).date().isoformat()
-
-
-def commit() -> str:
-    """Short commit of this checkout, ``-dirty`` if files differ from it; ``-`` where there is no git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return "-"
-    return done.stdout.strip()
 
 
 def _row(cells: tuple[str, ...]) -> str:

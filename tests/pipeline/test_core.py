@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from pipeline.config import ModelConfig, RunConfig, TrainConfig, config_from_dic
 from pipeline.errors import ConfigError, DataError, PipelineError, StorageError
 from pipeline.paths import REPOSITORY, Paths
 from pipeline.schema import ALPHABET, PROBES, decode, encode, normalise_sequence, split_id
-from pipeline.stage import Report, read_facts, run_stage, write_json
+from pipeline.stage import Report, run_stage, write_json
 
 # --- stages ----------------------------------------------------------------------------------------------------------
 
@@ -165,12 +166,8 @@ def test_manifest_holds_hashes_parameters_and_versions(copy: Copy):
     assert record["outputs"]["join"] == stage.sha256_file(copy.outputs["join"])
     assert record["params"] == {"version": 3}
     assert record["versions"]["numpy"] == np.__version__
-    assert read_facts(copy.a.parent / "out" / "copy.manifest.json", hint="make copy") == {"letters": 6}
-
-
-def test_facts_of_a_stage_that_never_ran_name_the_command(tmp_path: Path):
-    with pytest.raises(DataError, match=r"missing or unreadable. Next: make data"):
-        read_facts(tmp_path / "x.json", hint="make data")
+    assert record["facts"] == {"letters": 6}
+    assert re.fullmatch(r"([0-9a-f]{7,40}(\+dirty)?)?", record["commit"])
 
 
 def test_json_file_is_replaced_whole_or_not_at_all(tmp_path: Path):
@@ -374,11 +371,46 @@ def test_overrides_are_toml_values(toml: Path):
         (["train.lr"], "expected section.key=value"),
         (["train.precision=fp32"], "is no TOML value; quote strings"),
         (["train.lr.x=1"], "'lr' is a value, not a section"),
+        (["train.epochs=1\ntrain.lr=3"], "is no TOML value"),
+        (["train.epochs=three"], "is no TOML value"),
+        (["train.epochs=3.5"], "expected int"),
     ],
 )
 def test_config_mistakes_are_named(items: list[str], sentence: str, toml: Path):
     with pytest.raises(ConfigError, match=sentence):
         load_config(str(toml), items)
+
+
+@pytest.mark.parametrize(
+    ("item", "sentence"),
+    [
+        ("train.epochs=0", "train: epochs: got 0; expected a finite number of at least 1"),
+        ("train.batch_size=0", "of at least 1"),
+        ("train.micro_batch=-1", "of at least 0"),
+        ("train.lr=-1", "of at least 0"),
+        ("train.lr=nan", "lr: got nan; expected a finite number"),
+        ("train.lr=inf", "lr: got inf; expected a finite number"),
+        ("train.warmup=2.0", "of at least 0 and at most 1"),
+        ("train.ema_decay=1.0", "at most 0.999999"),
+        ("train.seed=-1", "of at least 0"),
+        ("data.max_length=0", "data: max_length: got 0"),
+        ("data.flip=2.0", "at most 1"),
+        ("data.min_signal_to_noise=inf", "expected a finite number"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_starts(item: str, sentence: str, toml: Path):
+    """SET="train.batch_size=0" said "ZeroDivisionError: integer division or modulo by zero", with a traceback."""
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(str(toml), [item])
+
+
+def test_shipped_configs_are_within_the_limits():
+    for name in config.list_configs():
+        load_config(name)
+
+
+def test_section_of_an_override_may_stand_among_blanks(toml: Path):
+    assert load_config(str(toml), [" train.epochs = 2"]).train.epochs == 2
 
 
 def test_config_without_a_model_is_refused():
