@@ -109,17 +109,21 @@ def _find_folds(paths: Paths, runs: Sequence[str], *, split: str, allow_partial:
     folds = [fold for fold in every if all((each, fold) not in lacking for each in runs)]
     if lacking and not (allow_partial and folds):
         each, fold = min(lacking)
-        model = each.split(".")[0].split("+")[0]
-        verb = "predict" if (paths.fold_dir(each, fold) / "checkpoints").is_dir() else "train"
         more = f" ({len(lacking)} folds are missing over all runs)" if len(lacking) > 1 else ""
         raise ConfigError(
-            f"run {each!r} has no predictions of fold {fold} of split {split}{more}. "
-            f"Next: make {verb} FOLD={fold} MODEL={model}."
+            f"run {each!r} has no predictions of fold {fold} of split {split}{more}. Next: {_how_to_train(each, fold)}."
         )
     skipped = [fold for fold in every if fold not in folds]
     if skipped:
         warn(f"ensemble: folds {skipped} are not predicted by all runs and are left out; scores cover folds {folds}")
     return folds, skipped
+
+
+def _how_to_train(run: str, fold: int) -> str:
+    """The command that trains a fold to its end, wherever it stands, and predicts."""
+    variant, _, split = run.rpartition(".")
+    model, _, tag = variant.partition("+")
+    return f"make train FOLD={fold} MODEL={model} SPLIT={split}{f' TAG={tag}' if tag else ''}"
 
 
 def describe(facts: Mapping[str, Any]) -> Table:

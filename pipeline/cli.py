@@ -230,6 +230,8 @@ def check(
     """Check a submission file: columns, every id in order, finite values in range."""
     from submissions import check as stage
 
+    if file == Path():
+        raise ConfigError("check: no file given; expected a submission. Next: make check FILE=my.csv.")
     show(stage.run(_paths(comp, artifacts), competition=_competition(comp), file=file, sample=sample))
 
 
@@ -371,6 +373,8 @@ def main() -> NoReturn:
     The process ends before Python's own shutdown: there, a thread of Arrow that still has to let go of a Python object
     aborts it, with SIGABRT instead of the exit code, after a file that was refused.
     """
+    # torch's threads wait by spinning, which beside another busy process made training 2 to 10 times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     code = 1  # of an exception that nobody expected
 
     def leave() -> None:

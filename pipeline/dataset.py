@@ -108,7 +108,8 @@ def open_examples(competition: Competition, *, paths: Paths, table: Table, bpp: 
         ConfigError: base-pair probabilities are asked for and were not computed.
     """
     folder = build_arrays(competition, paths=paths, table=table).outputs["arrays"]
-    arrays = {path.stem: np.asarray(np.load(path, mmap_mode="r")) for path in folder.glob("*.npy")}
+    names = ("tokens", "offsets", "ids", *(("targets", "weights", "scored") if table == "train" else ()))
+    arrays = _open_arrays(folder, names)
     examples = ExampleSet(
         key=folder.name,
         tokens_T=arrays["tokens"],
@@ -184,6 +185,21 @@ def build_arrays(competition: Competition, *, paths: Paths, table: Table) -> Rep
         return _write_table(clean, folder, targets=targets, signal_to_noise=competition.signal_to_noise)
 
     return _build_set(paths.arrays_dir, table, source=clean, params=params, write=write)
+
+
+def _open_arrays(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Name -> memory map.
+
+    Raises:
+        DataError: a file is missing, cut short or no array.
+    """
+    try:
+        return {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names}
+    except (OSError, ValueError, EOFError) as err:
+        raise DataError(
+            f"{folder}: an array is damaged ({' '.join(str(err).split())[:120]}). "
+            "Next: remove this folder; it is built again from its table."
+        ) from err
 
 
 def create_mapped(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
@@ -311,9 +327,7 @@ def _flat_values(batch: Any, name: str, lengths: np.ndarray, *, where: Path) -> 
 def _open_bpp(tokens_T: np.ndarray, offsets: np.ndarray, *, paths: Paths) -> BppArrays:
     """Base-pair probabilities for every sequence of a table."""
     folder = _build_bpp(paths).outputs["arrays"]
-    digests_M, starts, ij_K2, p_K = (
-        np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("digests", "offsets", "ij", "p")
-    )
+    digests_M, starts, ij_K2, p_K = _open_arrays(folder, ("digests", "offsets", "ij", "p")).values()
     pairs = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
     wanted_N = np.fromiter((_digest(tokens_T[i:j].tobytes()) for i, j in pairs), np.uint64, len(offsets) - 1)
     order = np.argsort(digests_M)

@@ -160,6 +160,27 @@ def _intact(done: Mapping[str, Any], outputs: Mapping[str, Path]) -> bool:
     )
 
 
+def read_result(path: Path, *, hint: str, manifest: Path | None = None) -> dict[str, Any]:
+    """A JSON file that a stage wrote.
+
+    Args:
+        path: the file.
+        hint: which command writes it.
+        manifest: of the stage; where it is there, the file must still be what it was then.
+
+    Raises:
+        DataError: the file is missing, unreadable, or was changed or damaged since.
+    """
+    try:
+        told = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError) as err:  # not there, no JSON or no text
+        raise DataError(f"{path}: missing or unreadable. Next: {hint}.") from err
+    done = _read_manifest(manifest) if manifest else None
+    if not isinstance(told, dict) or (done and sha256_file(path) not in done.get("outputs", {}).values()):
+        raise DataError(f"{path}: not what its stage wrote: damaged or edited since. Next: {hint}.")
+    return told
+
+
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as handle:

@@ -161,9 +161,10 @@ def require_same(wanted: dict[str, Any], begun: dict[str, Any], *, where: Path) 
         if now.get(key, missing) != before.get(key, missing)
     ]
     if changed:
+        repair = "make data folds, if a table was damaged; else " if any(key.startswith("data.") for key in differing) else ""
         raise ConfigError(
             f"{where}: this run was begun with other settings or data: {'; '.join(changed)}. "
-            "Next: TAG=<name> for a new run beside it, or --restart to begin this one anew."
+            f"Next: {repair}TAG=<name> for a new run beside it, or --restart to begin this one anew."
         )
 
 

@@ -23,7 +23,7 @@ import pyarrow.csv as pacsv
 from pipeline.competitions.base import Competition
 from pipeline.errors import DataError
 from pipeline.paths import Paths
-from pipeline.runlog import Bar
+from pipeline.runlog import Bar, warn
 from pipeline.stage import Report
 from pipeline.tables import open_parquet
 from submissions.layout import (
@@ -114,8 +114,10 @@ def sniff(file: Path) -> FileFormat:
     """Format of a file by its first bytes, as a download or a temporary file may have any name.
 
     Raises:
-        DataError: missing, empty, or a web page.
+        DataError: missing, empty, a folder, an archive or a web page.
     """
+    if file.is_dir():
+        raise DataError(f"{file}: a folder; expected a submission. Next: make check FILE=my.csv.")
     if not file.is_file():
         raise DataError(f"{file}: no such file. Next: make submit.")
     with file.open("rb") as handle:
@@ -126,6 +128,8 @@ def sniff(file: Path) -> FileFormat:
         return "parquet"
     if start.startswith(b"\x1f\x8b"):
         return "csv.gz"
+    if start.startswith(b"PK\x03\x04"):
+        raise DataError(f"{file}: a zip archive; expected CSV, CSV.GZ or parquet. Next: unpack it.")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise DataError(f"{file}: a web page, not a submission (a login page?). Next: download the file again.")
     return "csv"
@@ -152,12 +156,14 @@ def read_blocks(file: Path, columns: list[str], *, fmt: FileFormat) -> Iterator[
 
 def _csv_blocks(handle: BinaryIO, file: Path, columns: list[str]) -> Iterator[pa.Table]:
     header = handle.readline(1 << 16).removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
-    _check_columns(next(csv.reader([header]), []), columns, file=file)
+    _check_columns(_cells(header), columns, file=file)
     rows, rest = 0, b""
     while True:
         data = handle.read(_BLOCK_BYTES)
         text = rest + data
         cut = text.rfind(b"\n") + 1 if data else len(text)
+        if rest and not data:
+            warn(f"{file}: the last line has no end: if the file was cut there, the last number is not whole")
         if cut:
             block = _parse(text[:cut], columns, file=file, rows=rows)
             rows += block.num_rows
@@ -180,13 +186,22 @@ def _parse(text: bytes, columns: list[str], *, file: Path, rows: int) -> pa.Tabl
         raise _unparsable(text, columns, file=file, rows=rows, err=err) from err
 
 
+def _cells(line: str) -> list[str]:
+    """Cells of a line; a line that no CSV has is one cell."""
+    try:
+        return next(csv.reader([line.rstrip("\r\n")]), [])
+    except csv.Error:
+        return [line]
+
+
 def _arrow_type(name: str) -> pa.DataType:
     return pa.string() if name in _TEXT else pa.int64() if name in _WHOLE else pa.float64()
 
 
 def _unparsable(text: bytes, columns: list[str], *, file: Path, rows: int, err: Exception) -> DataError:
     """Find the row that the fast parser refused, slowly."""
-    for row, cells in enumerate(csv.reader(io.StringIO(text.decode("utf-8", "replace"), newline="")), start=rows + 1):
+    for row, line in enumerate(io.StringIO(text.decode("utf-8", "replace"), newline="\n"), start=rows + 1):
+        cells = _cells(line)
         if len(cells) != len(columns):
             got = f"{len(cells)} cells ({','.join(cells)[:60]!r}); expected {len(columns)}: the file may be cut"
             return _wrong(file, row, got)
@@ -194,15 +209,17 @@ def _unparsable(text: bytes, columns: list[str], *, file: Path, rows: int, err: 
             if cell and not _reads_as(cell, name):
                 kind = "a whole number" if name in _WHOLE else "a number"
                 return _wrong(file, row, f"{name} is {cell[:40]!r}; expected {kind}")
-    return DataError(f"{file}: from data row {rows + 1:,}: {err}. Next: make submit again.")
+    return DataError(f"{file}: from data row {rows + 1:,}: {' '.join(str(err).split())}. Next: make submit again.")
 
 
 def _reads_as(cell: str, name: str) -> bool:
+    if name in _TEXT:
+        return True
     try:
-        _ = cell if name in _TEXT else int(cell) if name in _WHOLE else float(cell)
+        number = int(cell) if name in _WHOLE else float(cell)
     except ValueError:
         return False
-    return True
+    return "_" not in cell and (name not in _WHOLE or -(2**63) <= number < 2**63)
 
 
 def _parquet_blocks(file: Path, columns: list[str]) -> Iterator[pa.Table]:

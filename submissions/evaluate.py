@@ -25,7 +25,7 @@ from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.runlog import warn
-from pipeline.stage import Report, commit, run_stage
+from pipeline.stage import Report, commit, read_result, run_stage
 from pipeline.tables import open_parquet
 from submissions import log
 from submissions.value_scores import evaluate_values
@@ -116,10 +116,8 @@ class _Subject:
 
 def _read_ensemble(paths: Paths, name: str, split: str) -> _Subject:
     home = paths.ensemble_dir(name)
-    try:
-        facts = json.loads((home / "weights.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as err:
-        raise DataError(f"{home / 'weights.json'}: missing or unreadable. Next: make ensemble NAME={name}.") from err
+    hint = f"make ensemble NAME={name}"
+    facts = read_result(home / "weights.json", manifest=home / "ensemble.manifest.json", hint=hint)
     if facts["split"] != split:
         raise ConfigError(f"ensemble {name!r} was made with split {facts['split']}; got SPLIT={split}.")
     runs = {f"run {each}": [paths.oof(each, fold) for fold in facts["folds"]] for each in facts["runs"]}

@@ -316,7 +316,8 @@ def _settings_section(subject: Subject) -> Markup:
     parts = []
     if subject.scores["kind"] == "ensemble" and subject.competition.task == "values":
         parts.append(_weights(subject))
-    configs = {key: json.loads(path.read_text())["config"] for key, path in subject.fold_files("config.json").items()}
+    files = subject.fold_files("config.json").items()
+    configs = {key: read_result(path, hint="make train").get("config", {}) for key, path in files}
     for run in subject.runs:
         of_run = {fold: config for (each, fold), config in configs.items() if each == run}
         if not of_run:
@@ -333,7 +334,8 @@ def _weights(subject: Subject) -> Markup:
     path = subject.home / "weights.json"
     if not path.is_file():
         return subject.without("No weights of the ensemble (weights.json).")
-    told, targets = json.loads(path.read_text()), subject.competition.targets
+    told = read_result(path, manifest=subject.home / "ensemble.manifest.json", hint="make ensemble")
+    targets = subject.competition.targets
     rows = [[run, *(page.number(told["weights"][target][run], 3) for target in targets)] for run in subject.runs]
     words = f"Weights of the runs; chosen by the out-of-fold score: {told['chosen']}."
     return page.join(
@@ -352,7 +354,7 @@ def _settings(config: Mapping[str, Any]) -> Markup:
 
 
 def _provenance_section(subject: Subject) -> Markup:
-    manifests = {label: json.loads(path.read_text()) for label, path in subject.manifests().items()}
+    manifests = {label: read_result(path, hint="run its stage again") for label, path in subject.manifests().items()}
     lost = {"data", "folds"} - {done["stage"] for done in manifests.values()}
     notes = []
     if subject.competition.task == "values" and not subject.paths.bpp.is_file():

@@ -1,14 +1,13 @@
 """What a report is about: its scores, and where the pieces behind them lie."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.competitions.base import Competition
-from pipeline.errors import DataError
 from pipeline.paths import Paths
+from pipeline.stage import read_result
 from submissions import page
 from submissions.page import Markup
 
@@ -17,13 +16,9 @@ def read_scores(home: Path) -> dict[str, Any]:
     """Scores that `evaluate` left in a folder.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or not those that it left.
     """
-    path = home / "scores.json"
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as err:
-        raise DataError(f"{path}: missing or unreadable; expected the scores. Next: make evaluate.") from err
+    return read_result(home / "scores.json", manifest=home / "evaluate.manifest.json", hint="make evaluate")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+# before torch is imported: tiny networks gain nothing from a second thread, and spinning ones stall a busy machine
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -147,7 +147,7 @@ def settle_status(folder: Path) -> None:
     path = folder / "status.json"
     try:
         status = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):  # not there, no JSON or no text
         status = {}
     if status.get("state") != "done":
         write_json(path, status | {"state": "done", "exit_code": 0, "updated": round(time.time(), 1)})
