@@ -44,6 +44,7 @@ Sets = Annotated[
 ]
 Name = Annotated[str, typer.Option("--name", help="Name of the ensemble.")]
 
+_INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended, and typer too
 _COMP, _ARTIFACTS, _SPLIT, _NAME = "ribonanza", Path("artifacts"), "sim80_k5", "all"
 
 
@@ -410,14 +411,18 @@ def run_verb(arguments: Sequence[str] | None = None) -> int:
             f"{where}{err.strerror}. Next: check the path, its permissions and the disk.", StorageError.exit_code
         )
     except typer.Exit as err:
-        return err.exit_code
-    except typer.Abort:
-        return _fail("interrupted; nothing is half-written. Next: the same command again.", 130)
+        return _interrupted() if err.exit_code == _INTERRUPTED else err.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        return _interrupted()
     except Exception as err:
         if not hasattr(err, "format_message"):  # not one of the command line's own
             raise
         sentence = err.format_message()  # empty where no verb was given: the help is printed then
         return _fail(sentence, ConfigError.exit_code) if sentence else ConfigError.exit_code
+
+
+def _interrupted() -> int:
+    return _fail("interrupted; nothing is half-written. Next: the same command again.", _INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> int:

@@ -103,8 +103,9 @@ def build_model(config: ModelConfig, competition: Competition) -> RnaModel:
     for key, value in config.kwargs.items():
         if key in heads:
             raise ConfigError(f"[model] kwargs: {key} follows from the competition; expected it left out.")
-        if type(value) is int and value < 0:  # 0 means "none" for several of them
-            raise ConfigError(f"[model] kwargs: {key}: got {value}; expected a whole number of at least 0.")
+        least = 1 if key == "width" else 0  # 0 means "none" for several of the others
+        if type(value) is int and value < least:
+            raise ConfigError(f"[model] kwargs: {key}: got {value}; expected a whole number of at least {least}.")
     try:
         return create_model(config.name, **heads, **config.kwargs)
     except (TypeError, ValueError) as err:
@@ -155,15 +156,12 @@ def require_same(wanted: dict[str, Any], begun: dict[str, Any], *, where: Path) 
     """
     now, before = dict(_leaves(wanted)), dict(_leaves({key: begun.get(key) for key in wanted}))
     missing = "(absent)"
-    changed = [
-        f"{key} {before.get(key, missing)} -> {now.get(key, missing)}"
-        for key in sorted(now.keys() | before.keys())
-        if now.get(key, missing) != before.get(key, missing)
-    ]
-    if changed:
-        repair = "make data folds, if a table was damaged; else " if any(key.startswith("data.") for key in differing) else ""
+    differing = [key for key in sorted(now.keys() | before.keys()) if now.get(key, missing) != before.get(key, missing)]
+    if differing:
+        changed = "; ".join(f"{key} {before.get(key, missing)} -> {now.get(key, missing)}" for key in differing)
+        repair = "make data folds if a table was damaged, " if any(key.startswith("data.") for key in differing) else ""
         raise ConfigError(
-            f"{where}: this run was begun with other settings or data: {'; '.join(changed)}. "
+            f"{where}: this run was begun with other settings or data: {changed}. "
             f"Next: {repair}TAG=<name> for a new run beside it, or --restart to begin this one anew."
         )
 

@@ -248,7 +248,7 @@ def _config_digest(paths: Paths, subject: _Subject) -> str:
         for fold in subject.folds:
             path = paths.fold_dir(each, fold) / "config.json"
             if path.is_file():
-                found.append(json.dumps(json.loads(path.read_text()).get("config"), sort_keys=True))
+                found.append(json.dumps(read_result(path, hint="make train").get("config"), sort_keys=True))
     if not found:
         return "-"
     distinct = sorted(set(found))

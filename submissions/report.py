@@ -15,7 +15,7 @@ from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.runlog import read_metrics
-from pipeline.stage import Report, run_stage
+from pipeline.stage import Report, read_result, run_stage
 from submissions import figures, page
 from submissions.page import Markup
 from submissions.structure_report import structure_sections

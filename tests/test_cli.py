@@ -9,6 +9,7 @@ import pytest
 import typer
 
 from pipeline.cli import app, run_name, run_verb
+from pipeline.synthetic import write_ribonanza
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = sorted(typer.main.get_command(app).commands)
@@ -38,11 +39,17 @@ def test_every_verb_explains_itself_and_each_of_its_options(verb, capsys):
         (["data", "--raw", "", "--comp", "ribonanza"], 2, "RAW=<folder>"),
         (["data", "--raw", "nowhere", "--comp", "ribonanzo"], 2, "Did you mean 'ribonanza'"),
         (["data", "--raw", "nowhere"], 3, "nowhere"),
-        (["folds"], 3, "train.parquet"),
+        (["folds"], 3, "train.parquet is missing. Next: make data COMP=ribonanza."),
         (["ensemble"], 3, "make train"),
         (["submit"], 3, "make"),
         (["evaluate"], 3, "make"),
         (["check", "absent.csv"], 3, "make"),
+        (["check", ""], 2, "make check FILE="),
+        (["train", "--model", "smoke_hyena", "--fold", "7"], 2, "FOLD=7: the folds of sim80_k5 are 0 to 4"),
+        (["train", "--model", "smoke_hyena", "--split", "sim80k5"], 2, "SPLIT='sim80k5'"),
+        (["train", "--model", "smoke_hyena", "--tag", "a/b"], 2, "TAG='a/b'"),
+        (["predict", "--model", "smoke_hyena", "--fold", "5"], 2, "FOLD=5"),
+        (["train", "--max-steps", "0"], 2, "--max-steps"),
         (["no-such-verb"], 2, "no-such-verb"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -77,3 +84,43 @@ def test_make_refuses_settings_without_a_name():
 def test_help_starts_without_torch():
     code = "import sys; import pipeline.cli; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_no_verb_prints_the_help_and_no_empty_sentence(capsys):
+    """`rna` alone ended with the line "error:  (exit code 2)"."""
+    assert run_verb([]) == 2
+    printed = capsys.readouterr()
+    assert "Commands" in printed.out
+    assert "error" not in printed.err
+
+
+def test_error_of_the_system_is_a_sentence(tmp_path, capsys):
+    """An artifacts folder below a file gave a traceback that ended in "NotADirectoryError: [Errno 20]"."""
+    write_ribonanza(tmp_path / "raw", sequences=12, test=3)
+    (tmp_path / "file").touch()
+    assert run_verb(["data", "--raw", str(tmp_path / "raw"), "--artifacts", str(tmp_path / "file" / "below")]) == 5
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "Not a directory" in said
+
+
+def test_program_ends_with_the_exit_code_after_a_csv_that_was_refused(tmp_path):
+    """A broken last line of test_sequences.csv: "terminate called without an active exception", exit code 134."""
+    write_ribonanza(tmp_path / "raw", sequences=12, test=3)
+    path = tmp_path / "raw" / "test_sequences.csv"
+    path.write_bytes(path.read_bytes()[:-1])
+    command = [sys.executable, "-m", "pipeline", "data", "--raw", str(tmp_path / "raw")]
+    for _ in range(3):
+        done = subprocess.run(
+            [*command, "--artifacts", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 3
+        assert done.stderr.startswith("error: test_sequences.csv: the last line has no end")
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_run_that_never_began_is_not_counted(tmp_path, capsys):
+    """A mistyped `make train` left a folder, and `make ensemble` said that its folds are not complete."""
+    (tmp_path / "ribonanza" / "runs" / "mistyped.sim80_k5" / "fold0").mkdir(parents=True)
+    assert run_verb(["ensemble", "--artifacts", str(tmp_path)]) == 3
+    assert "no run at all" in capsys.readouterr().err

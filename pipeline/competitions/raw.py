@@ -239,7 +239,15 @@ def _csv_header(path: Path, stem: str) -> list[str]:
         line = head.splitlines()[0].decode("utf-8-sig")
     except UnicodeDecodeError as err:
         raise DataError(f"{path.name}: the first line is no UTF-8 text: {err}. Next: download it again.") from err
-    return next(csv.reader([line]), [])
+    return _cells(line)
+
+
+def _cells(line: str) -> list[str]:
+    """Cells of a line; a line that no CSV has is one cell."""
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:
+        return [line]
 
 
 def _csv_batches(
@@ -276,7 +284,7 @@ def _explain(
     names = _csv_header(path, stem)
     with open_csv_bytes(path, stem) as source:
         for row, line, is_last in _data_lines(source, skip=good_rows):
-            cells = next(csv.reader([line]), [])
+            cells = _cells(line)
             if len(cells) != len(names):
                 what = "the last one: the file was cut short" if is_last else "a broken line"
                 raise DataError(

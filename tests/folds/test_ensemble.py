@@ -202,11 +202,15 @@ def test_sequences_without_prediction_are_counted_and_named(paths):
 
 def test_missing_fold_names_the_command_that_makes_it(paths):
     paths.oof("other+wide.sim80_k3", 2).unlink()
-    with pytest.raises(ConfigError, match=r"no predictions of fold 2 .* make train FOLD=2 MODEL=other\."):
+    with pytest.raises(ConfigError, match=r"fold 2 .* make train FOLD=2 MODEL=other SPLIT=sim80_k3 TAG=wide\."):
         join(paths)
-    (paths.fold_dir("other+wide.sim80_k3", 2) / "checkpoints").mkdir()
-    with pytest.raises(ConfigError, match=r"make predict FOLD=2 MODEL=other\."):
-        join(paths)
+
+
+@pytest.mark.parametrize("name", ["..", ".hidden", "a/b", "-x", ""])
+def test_names_that_are_no_folder_of_their_own_are_refused(paths, name):
+    """NAME=.. wrote its tables beside the other ensembles, where no other verb found them."""
+    with pytest.raises(ConfigError, match="NAME="):
+        ensemble.run(paths, competition=RIBONANZA, name=name, runs=["good.sim80_k3"], split="sim80_k3")
 
 
 def test_partial_ensemble_says_which_folds_it_covers(paths):

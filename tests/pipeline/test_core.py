@@ -77,8 +77,18 @@ def test_stage_ignores_an_input_that_was_only_touched(copy: Copy):
         lambda copy: copy.outputs["size"].unlink(),
         lambda copy: (copy.a.parent / "out" / "copy.manifest.json").unlink(),
         lambda copy: (copy.a.parent / "out" / "copy.manifest.json").write_text('{"stage": "co'),
+        lambda copy: (copy.a.parent / "out" / "copy.manifest.json").write_text("[1]"),
+        lambda copy: (copy.a.parent / "out" / "copy.manifest.json").write_bytes(b"\xff\xfe"),
     ],
-    ids=["input of the same size", "damaged output", "missing output", "no manifest", "torn manifest"],
+    ids=[
+        "input of the same size",
+        "damaged output",
+        "missing output",
+        "no manifest",
+        "torn manifest",
+        "manifest of another kind",
+        "manifest that is no text",  # ended in "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff"
+    ],
 )
 def test_stage_builds_again_after_a_change(change: Callable[[Copy], object], copy: Copy):
     copy.run(version=1)
@@ -94,6 +104,45 @@ def test_stage_builds_again_for_another_parameter_output_or_by_force(copy: Copy)
     assert copy.run(version=2, force=True).status == "built"
     copy.outputs = {"size": copy.outputs["join"], "join": copy.outputs["size"]}
     assert copy.run(version=2).status == "built"
+
+
+def test_missing_input_names_the_command_that_writes_it(tmp_path: Path):
+    """It said "Next: run the stage that writes it (make help)", whatever was missing."""
+    paths = Paths(comp="rna3d", root=tmp_path)
+    with pytest.raises(DataError, match=r"train.parquet is missing\. Next: make data COMP=rna3d\."):
+        run_stage(
+            "x", inputs={"train": paths.clean("train")}, outputs={"y": tmp_path / "y"}, params={}, build=lambda _: {}
+        )
+
+
+def test_input_that_cannot_be_read_is_a_sentence(copy: Copy, monkeypatch: pytest.MonkeyPatch):
+    """A raw file without read permission gave a traceback that ended in "PermissionError: [Errno 13]"."""
+
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(stage, "sha256_file", refuse)
+    with pytest.raises(DataError, match=r"copy: .*txt: cannot be read: Permission denied\. Next: "):
+        copy.run()
+
+
+def test_result_of_a_stage_is_refused_once_it_was_changed(tmp_path: Path):
+    """A flipped byte in scores.json ended `make report` in a traceback: KeyError: 'position'."""
+    path, manifest = tmp_path / "x.json", tmp_path / "x.manifest.json"
+    run_stage(
+        "x",
+        inputs={},
+        outputs={"told": path},
+        params={},
+        build=lambda parts: {"size": parts["told"].write_text('{"position": 1}')},
+    )
+    assert stage.read_result(path, hint="make x", manifest=manifest) == {"position": 1}
+    path.write_text('{"qosition": 1}')
+    with pytest.raises(DataError, match=r"x.json: not what its stage wrote.* Next: make x\."):
+        stage.read_result(path, hint="make x", manifest=manifest)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"x.json: missing or unreadable\. Next: make x\."):
+        stage.read_result(path, hint="make x")
 
 
 def test_stage_reads_a_file_under_two_labels(copy: Copy):

@@ -89,6 +89,17 @@ def test_a_changed_table_gets_arrays_of_its_own_and_the_old_ones_go(paths):
     assert [path for path in paths.arrays_dir.iterdir() if path.name.startswith("train")] == [after]
 
 
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"x"), lambda path: path.unlink()])
+@pytest.mark.parametrize("name", ["tokens", "targets"])
+def test_a_damaged_array_is_named_with_what_to_do(paths, name, damage):
+    """A cut targets.npy: "ValueError: This file contains pickled (object) data", a missing one: "KeyError"."""
+    tiny.write_values(paths, count=8)
+    folder = paths.arrays_dir / open_examples(TINY, paths=paths, table="train").key
+    damage(folder / f"{name}.npy")
+    with pytest.raises(DataError, match=r"an array is damaged .* Next: remove this folder"):
+        open_examples(TINY, paths=paths, table="train")
+
+
 def test_a_process_that_is_slower_leaves_the_arrays_of_a_faster_one_alone(paths, monkeypatch):
     """Was: the second of two folds started at once removed the arrays that the first had just put in place."""
     tiny.write_values(paths)

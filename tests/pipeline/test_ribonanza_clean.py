@@ -364,6 +364,8 @@ BAD_TRAIN = {
     "empty": ("", "the file is empty"),
     "blank": ("\n\n", "the file is empty"),
     "header only": (wide_csv([]), "a header and no row"),
+    "one endless line": ("a" * 200_000, "column 'sequence_id', .* is missing; found a{40}"),  # was a traceback
+    "bytes of zero": ("\0" * 5000, r"is missing; found '\\x00"),  # were printed as they are, all of them
 }
 
 

@@ -234,7 +234,7 @@ def test_a_changed_fold_table_is_refused(paths):
     table = paths.fold_table(tiny.SPLIT)
     ids = [f"s{k:04d}" for k in range(64)]
     tiny.write_table(table, {"sequence_id": ids, "fold": np.array([k % 4 for k in range(64)], dtype=np.uint8)})
-    with pytest.raises(ConfigError, match=r"data\.folds \w+ -> \w+"):
+    with pytest.raises(ConfigError, match=r"data\.folds \w+ -> \w+\. Next: make data folds if a table was damaged"):
         fit(paths)
 
 
@@ -257,6 +257,10 @@ def test_a_restart_sets_the_earlier_run_aside(paths):
     ("changes", "message"),
     [
         ({"model": {"widht": 3}}, r"\[model\] .*no argument 'widht'. Did you mean 'width'"),
+        # were a traceback of torch when it was built, one in the first step, and the words of a TypeError
+        ({"model": {"width": -3}}, r"\[model\] kwargs: width: got -3; expected a whole number of at least 1"),
+        ({"model": {"width": 0}}, r"\[model\] kwargs: width: got 0; expected a whole number of at least 1"),
+        ({"model": {"num_channels": 3}}, r"num_channels follows from the competition"),
         ({"model": {"use_bpp": True}}, "make bpp"),
         ({"data": {"min_signal_to_noise": 1e9}}, "leaves no training sequence"),
     ],

@@ -292,3 +292,45 @@ def test_the_competitions_own_sample_is_accepted(shared_data, tmp_path):
     sample = folder / "sample_submission.csv.gz"
     facts = run(make_paths(tmp_path), sample, sample=sample).facts
     assert facts["rows"] == 336_815
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ("2,1_0,0.5", r"row 3 \(line 4\): reactivity_DMS_MaP is '1_0'; expected a number"),
+        ("99999999999999999999,0.5,0.5", r"row 3 \(line 4\): id is '9{20}'; expected a whole number"),
+        ('2,"0.1\n",0.5', r"row 3 \(line 4\): 2 cells"),
+    ],
+)
+def test_cells_that_only_python_reads_are_named_by_row(paths, tmp_path, row, sentence):
+    """1_0 and an id beyond 64 bits gave "from data row 1: In CSV column #0: Row #50: CSV conversion error"."""
+    lines = good_lines(paths)
+    with pytest.raises(DataError, match=sentence):
+        run(paths, write_lines(tmp_path / "a.csv", [*lines[:3], row, *lines[4:]]))
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"\r\x00a\rb" * 50, "other columns"),
+        (b"a" * 65536, "other columns"),
+        (b"PK\x03\x04" + b"x" * 50, "a zip archive; expected CSV, CSV.GZ or parquet"),
+    ],
+)
+def test_file_that_is_no_table_is_refused_in_a_sentence(paths, tmp_path, content, sentence):
+    """Random bytes ended in a traceback: _csv.Error: new-line character seen in unquoted field."""
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(DataError, match=sentence):
+        run(paths, tmp_path / "a.csv")
+
+
+def test_folder_is_called_a_folder(paths, tmp_path):
+    with pytest.raises(DataError, match="a folder; expected a submission"):
+        run(paths, tmp_path)
+
+
+def test_last_line_without_an_end_gets_a_warning(paths, tmp_path, capsys):
+    """A file that was cut within its last number was accepted without a word."""
+    (tmp_path / "a.csv").write_text("\n".join(good_lines(paths))[:-2])
+    run(paths, tmp_path / "a.csv")
+    assert "the last number is not whole" in capsys.readouterr().err

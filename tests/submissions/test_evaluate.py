@@ -216,9 +216,18 @@ def test_senseless_subjects_are_refused(paths, subject, kind, message):
 
 
 def test_ensemble_of_another_split_is_refused(paths):
-    edit_json = paths.ensemble_dir("all") / "weights.json"
-    edit_json.write_text(json.dumps(json.loads(edit_json.read_text()) | {"split": "random_k5"}))
-    with pytest.raises(ConfigError, match="made with split random_k5; got SPLIT=sim80_k3"):
+    with pytest.raises(ConfigError, match="made with split sim80_k3; got SPLIT=random_k5"):
+        evaluate.run(paths, competition=RIBONANZA, name="all", split="random_k5")
+
+
+def test_weights_that_were_edited_are_refused(paths):
+    """An edited weights.json was believed: a missing key ended in a traceback (KeyError: 'split')."""
+    edited = paths.ensemble_dir("all") / "weights.json"
+    edited.write_text("{}")
+    with pytest.raises(DataError, match=r"weights.json: not what its stage wrote.* Next: make ensemble NAME=all\."):
+        score(paths)
+    edited.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"weights.json: missing or unreadable"):
         score(paths)
 
 
