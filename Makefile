@@ -7,11 +7,12 @@ COMP  ?= ribonanza#        competition: ribonanza, rna3d
 RAW   ?=#                  folder with the competition's files
 MODEL ?= ribonanza_mamba#  a config in pipeline/configs, or a path to a TOML file
 SPLIT ?= sim80_k5#         <kind><identity %>_k<folds>: sim80_k5, length_k5, random_k5
-FOLD  ?= 0
+FOLD  ?= 0#                fold to hold out, from 0
 NAME  ?= all#              name of an ensemble
 RUNS  ?=#                  runs to ensemble; empty = every finished run of SPLIT
 SET   ?=#                  overrides: SET="train.lr=1e-3 train.epochs=5" TAG=fast
 TAG   ?=#                  names a variant of MODEL
+FILE ?=#                  submission that make check reads
 ARTIFACTS ?= artifacts#    where the stages write
 EXTRAS ?= dev#             extras of pyproject.toml to install
 PYTHON ?= python3#         the interpreter that builds .venv
@@ -39,8 +40,8 @@ $(error SET changes what a run is, so name the variant: add TAG=some-name)
 endif
 
 RNA := $(PY) -m pipeline
-AT := --comp $(COMP) --artifacts $(ARTIFACTS)
-RUN := --model $(MODEL) --split $(SPLIT) $(if $(TAG),--tag $(TAG)) $(foreach item,$(SET),--set '$(item)')
+AT := --comp $(COMP) --artifacts "$(ARTIFACTS)"
+RUN := --model "$(MODEL)" --split $(SPLIT) $(if $(TAG),--tag $(TAG)) $(foreach item,$(SET),--set '$(item)')
 ENVIRONMENT := $(if $(filter .venv/bin/python,$(PY)),.venv/.ready)
 
 .PHONY: help setup doctor demo test lint data bpp folds audit train train-all predict ensemble submit check \
@@ -63,7 +64,7 @@ setup: $(ENVIRONMENT) ## create .venv with pinned packages
 doctor: $(ENVIRONMENT) ## say what this machine has and what will be used
 	@exec $(RNA) doctor
 demo: $(ENVIRONMENT) ## the whole chain on a small synthetic data set, on the CPU
-	@exec $(RNA) demo --artifacts $(ARTIFACTS)/demo
+	@exec $(RNA) demo --artifacts "$(ARTIFACTS)/demo"
 test: $(ENVIRONMENT) ## lint, types and all tests that need no GPU
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 	@exec $(PY) -m pytest -q -m "not gpu"
@@ -78,8 +79,8 @@ folds: $(ENVIRONMENT) ## clean tables -> fold of every sequence, verified by its
 	@exec $(RNA) folds $(AT) --split $(SPLIT) $(if $(RELOCK),--relock)
 audit: $(ENVIRONMENT) ## measure how much of a split leaks (SPLITS="sim80_k5 random_k5")
 	@exec $(RNA) audit $(AT) $(foreach split,$(or $(SPLITS),$(SPLIT)),--split $(split))
-train: $(ENVIRONMENT) ## train one fold of MODEL and predict; starting again resumes
-	@exec $(RNA) train $(AT) $(RUN) --fold $(FOLD)
+train: $(ENVIRONMENT) ## train one fold of MODEL and predict; starting again resumes (RESTART=1 sets the old run aside)
+	@exec $(RNA) train $(AT) $(RUN) --fold $(FOLD) $(if $(RESTART),--restart)
 train-all: $(ENVIRONMENT) ## train every fold of SPLIT, one after the other
 	@exec $(RNA) train $(AT) $(RUN) --all-folds
 predict: $(ENVIRONMENT) ## out-of-fold and test predictions of one trained fold
@@ -97,9 +98,10 @@ report: $(ENVIRONMENT) ## one self-contained HTML page for the ensemble
 
 bench: bench-data bench-folds ## all benchmarks
 bench-data: $(ENVIRONMENT) ## the data stage beside pandas, polars, pyarrow and duckdb
-	@exec $(RNA) bench-data --artifacts $(ARTIFACTS)
+	@exec $(RNA) bench-data --artifacts "$(ARTIFACTS)"
 bench-folds: $(ENVIRONMENT) ## our clustering beside MMseqs2 and cd-hit
-	@exec $(RNA) bench-folds --artifacts $(ARTIFACTS)
+	@exec $(RNA) bench-folds --artifacts "$(ARTIFACTS)"
 
-clean: ## remove the artefacts (not the environment, not submissions/csv)
+clean: ## remove the artefacts, trained runs too (not the environment, not submissions/csv)
+	@test ! -e "$(ARTIFACTS)/Makefile" || { echo "ARTIFACTS=$(ARTIFACTS) holds more than artefacts; nothing removed."; exit 2; }
 	rm -rf "$(ARTIFACTS)"

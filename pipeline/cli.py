@@ -44,7 +44,7 @@ Sets = Annotated[
 ]
 Name = Annotated[str, typer.Option("--name", help="Name of the ensemble.")]
 
-_INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended, and typer too
+_INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended, and what typer makes of it
 _COMP, _ARTIFACTS, _SPLIT, _NAME = "ribonanza", Path("artifacts"), "sim80_k5", "all"
 
 
@@ -65,7 +65,7 @@ def demo(
     artifacts: Annotated[Path, typer.Option("--artifacts", help="Folder for everything the demo makes.")] = Path(
         "artifacts/demo"
     ),
-    seed: Annotated[int, typer.Option("--seed", help="Of the synthetic data.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the synthetic data.", min=0)] = 0,
 ) -> None:
     """Run the whole chain, reactivity and structure, on a small synthetic data set (CPU, under three minutes)."""
     from pipeline.demo import run
@@ -84,7 +84,7 @@ def data(
 
     if not raw:
         raise ConfigError("data: RAW is empty; expected the folder with the competition's files. Next: RAW=<folder>.")
-    report = preprocess.run(_competition(comp), Path(raw), _paths(comp, artifacts))
+    report = preprocess.run(_competition(comp), Path(raw).expanduser(), _paths(comp, artifacts))
     show(report, preprocess.describe(report.facts))
 
 
@@ -233,7 +233,8 @@ def check(
 
     if file == Path():
         raise ConfigError("check: no file given; expected a submission. Next: make check FILE=my.csv.")
-    show(stage.run(_paths(comp, artifacts), competition=_competition(comp), file=file, sample=sample))
+    report = stage.run(_paths(comp, artifacts), competition=_competition(comp), file=file, sample=sample)
+    show(report, f"accepted: {report.facts['rows']:,} rows, every id in its place, every value finite and in range")
 
 
 @app.command()
@@ -396,7 +397,8 @@ def run_verb(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     try:
-        return app(args=arguments, standalone_mode=False) or 0
+        code = app(args=arguments, standalone_mode=False) or 0
+        return _interrupted() if code == _INTERRUPTED else code
     except PipelineError as err:
         return _fail(str(err), err.exit_code)
     except MemoryError as err:
@@ -410,8 +412,6 @@ def run_verb(arguments: Sequence[str] | None = None) -> int:
         return _fail(
             f"{where}{err.strerror}. Next: check the path, its permissions and the disk.", StorageError.exit_code
         )
-    except typer.Exit as err:
-        return _interrupted() if err.exit_code == _INTERRUPTED else err.exit_code
     except (typer.Abort, KeyboardInterrupt):
         return _interrupted()
     except Exception as err:

@@ -15,12 +15,15 @@ def how_to_make(path: Path) -> str:
 
     >>> how_to_make(Path("artifacts/rna3d/clean/train.parquet"))
     'make data COMP=rna3d'
+    >>> how_to_make(Path("artifacts/rna3d/folds/sim80_k5.parquet"))
+    'make folds COMP=rna3d SPLIT=sim80_k5'
     >>> how_to_make(Path("elsewhere.parquet"))
     'run the stage that writes it (make help)'
     """
     for folder in path.parents:
         if folder.name in _TARGETS and folder.parent.name:
-            return f"make {_TARGETS[folder.name]} COMP={folder.parent.name}"
+            split = f" SPLIT={path.stem}" if folder.name == "folds" else ""
+            return f"make {_TARGETS[folder.name]} COMP={folder.parent.name}{split}"
     return "run the stage that writes it (make help)"
 
 

@@ -157,7 +157,7 @@ def _require_trained_on(meta: dict[str, Any], examples: ExampleSet, fold_table: 
     if meta["data"]["examples"] != examples.key or meta["data"]["folds"] != sha256_file(fold_table):
         raise DataError(
             f"{fold_table}: clean or fold table changed since {meta['run']} fold {meta['fold']} was trained; held-out "
-            "sequences may have been trained on. Next: train again, with a new TAG or --restart."
+            "sequences may have been trained on. Next: train again, with a new TAG or --restart (make: RESTART=1)."
         )
 
 

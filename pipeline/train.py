@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from models.interface import RnaModel
+from models.layers import compiled_scan
+from models.layers.mamba import MambaDirection
 from models.registry import create_model
 from pipeline.competitions.base import Competition
 from pipeline.config import ModelConfig, RunConfig
@@ -162,7 +164,7 @@ def require_same(wanted: dict[str, Any], begun: dict[str, Any], *, where: Path) 
         repair = "make data folds if a table was damaged, " if any(key.startswith("data.") for key in differing) else ""
         raise ConfigError(
             f"{where}: this run was begun with other settings or data: {changed}. "
-            f"Next: {repair}TAG=<name> for a new run beside it, or --restart to begin this one anew."
+            f"Next: {repair}TAG=<name> for a new run beside it, or --restart (make: RESTART=1) to begin this one anew."
         )
 
 
@@ -216,6 +218,8 @@ def _train(
     first = trainer.progress.step
     say(f"{label}: {facts['train']:,} sequences train, {facts['valid']:,} validate; {facts['parameters']:,} parameters")
     say(f"{label}: {device}, {trainer.precision.name} ({trainer.precision.reason})")
+    if facts["selective_scan"]:
+        say(f"{label}: selective scan {facts['selective_scan']}")
     say(f"{label}: goes on at step {first} of {trainer.steps}" if checkpoint else f"{label}: {trainer.steps} steps")
     metric = facts["metric_name"]
     with Telemetry(folder, label=label, steps=trainer.steps, first_step=first, metric=metric) as telemetry:
@@ -235,12 +239,23 @@ def _describe(trainer: Trainer, meta: dict[str, Any]) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "",
         "precision": trainer.precision.name,
         "precision_reason": trainer.precision.reason,
+        "selective_scan": _scan_choice(trainer.model, trainer.device),
         "threads": torch.get_num_threads(),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "train": len(trainer.data.train),
         "valid": len(trainer.data.valid),
         "versions": versions(),
     }
+
+
+def _scan_choice(model: RnaModel, device: torch.device) -> str:
+    """How Mamba's scan will be computed, and why; "" for networks without one."""
+    if not any(isinstance(module, MambaDirection) for module in model.modules()):
+        return ""
+    if device.type != "cpu":
+        return f"in plain PyTorch on {device.type}"
+    compiled, reason = compiled_scan.load()
+    return reason if compiled else f"in plain PyTorch: {reason}"
 
 
 def _load_initial(model: RnaModel, config: ModelConfig, meta: dict[str, Any]) -> None:

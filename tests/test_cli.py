@@ -50,6 +50,7 @@ def test_every_verb_explains_itself_and_each_of_its_options(verb, capsys):
         (["train", "--model", "smoke_hyena", "--tag", "a/b"], 2, "TAG='a/b'"),
         (["predict", "--model", "smoke_hyena", "--fold", "5"], 2, "FOLD=5"),
         (["train", "--max-steps", "0"], 2, "--max-steps"),
+        (["demo", "--seed", "-1"], 2, "--seed"),
         (["no-such-verb"], 2, "no-such-verb"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -79,6 +80,22 @@ def test_make_refuses_settings_without_a_name():
     done = subprocess.run(["make", "train", "SET=train.lr=1"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "TAG=some-name" in done.stderr
+
+
+def test_make_takes_folders_with_blanks(tmp_path):
+    """ARTIFACTS="my folder" ended with "Got unexpected extra argument (folder)"."""
+    write_ribonanza(tmp_path / "raw data", sequences=12, test=3)
+    where = [f"PY={sys.executable}", f"RAW={tmp_path / 'raw data'}", f"ARTIFACTS={tmp_path / 'to come'}"]
+    subprocess.run(["make", "data", *where], cwd=ROOT, check=True, capture_output=True)
+    assert (tmp_path / "to come" / "ribonanza" / "clean" / "train.parquet").is_file()
+
+
+def test_make_clean_spares_a_folder_that_is_more_than_artefacts(tmp_path):
+    """`make clean ARTIFACTS=.` removed the checkout."""
+    (tmp_path / "Makefile").touch()
+    command = ["make", "clean", f"ARTIFACTS={tmp_path}"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 2
+    assert (tmp_path / "Makefile").is_file()
 
 
 def test_help_starts_without_torch():
@@ -124,3 +141,14 @@ def test_run_that_never_began_is_not_counted(tmp_path, capsys):
     (tmp_path / "ribonanza" / "runs" / "mistyped.sim80_k5" / "fold0").mkdir(parents=True)
     assert run_verb(["ensemble", "--artifacts", str(tmp_path)]) == 3
     assert "no run at all" in capsys.readouterr().err
+
+
+def test_interrupted_stage_says_so(tmp_path, capsys, monkeypatch):
+    """Ctrl-C in `make ensemble` ended without a word."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("folds.assign.run", interrupt)
+    assert run_verb(["folds", "--artifacts", str(tmp_path)]) == 130
+    assert "interrupted; nothing is half-written" in capsys.readouterr().err

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline import train
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, load_config
 from pipeline.errors import ConfigError, DataError, DivergedError, StoppedError, StorageError
 from pipeline.paths import Paths
 from pipeline.runlog import read_metrics
@@ -618,3 +618,14 @@ def test_weights_that_explode_never_reach_average_or_checkpoint(paths):
         fit(paths, tiny.config(lr=1e37, weight_decay=0.0, schedule="constant", max_rollbacks=1))
     last = store_of(paths).load_newest()
     assert all(torch.isfinite(tensor).all() for tensor in last.training.values())
+
+
+def test_the_log_says_how_the_scan_is_computed_and_why(monkeypatch):
+    mamba = train.build_model(load_config("smoke_ribonanza_mamba").model, tiny.TINY)
+    monkeypatch.setattr(train.compiled_scan, "load", lambda: (False, "no compiler"))
+    assert train._scan_choice(mamba, torch.device("cpu")) == "in plain PyTorch: no compiler"
+    monkeypatch.setattr(train.compiled_scan, "load", lambda: (True, "compiled for this CPU"))
+    assert train._scan_choice(mamba, torch.device("cpu")) == "compiled for this CPU"
+    assert train._scan_choice(mamba, torch.device("cuda")) == "in plain PyTorch on cuda"
+    transformer = train.build_model(load_config("smoke_transformer_sepconv").model, tiny.TINY)
+    assert train._scan_choice(transformer, torch.device("cpu")) == ""
