@@ -12,7 +12,8 @@ NAME  ?= all#              name of an ensemble
 RUNS  ?=#                  runs to ensemble; empty = every finished run of SPLIT
 SET   ?=#                  overrides: SET="train.lr=1e-3 train.epochs=5" TAG=fast
 TAG   ?=#                  names a variant of MODEL
-FILE ?=#                  submission that make check reads
+FILE  ?=#                  submission that make check reads
+FORMAT ?= csv#             of the submission: csv or parquet
 ARTIFACTS ?= artifacts#    where the stages write
 EXTRAS ?= dev#             extras of pyproject.toml to install
 PYTHON ?= python3#         the interpreter that builds .venv
@@ -88,7 +89,7 @@ predict: $(ENVIRONMENT) ## out-of-fold and test predictions of one trained fold
 ensemble: $(ENVIRONMENT) ## folds and models -> one prediction table, weights learned out of fold
 	@exec $(RNA) ensemble $(AT) --split $(SPLIT) --name $(NAME) $(foreach run,$(RUNS),--run $(run))
 submit: $(ENVIRONMENT) ## ensemble -> submission file, checked before it gets its name
-	@exec $(RNA) submit $(AT) --name $(NAME)
+	@exec $(RNA) submit $(AT) --name $(NAME) --format $(strip $(FORMAT))
 check: $(ENVIRONMENT) ## check any submission file: make check FILE=my.csv
 	@exec $(RNA) check $(AT) "$(FILE)"
 evaluate: $(ENVIRONMENT) ## score out-of-fold predictions beside the trivial floors
