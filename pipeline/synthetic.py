@@ -122,7 +122,7 @@ class _Construct:
     sequence: str
     pairs: Pairs
     group: str
-    library: str
+    dataset: str
     window_start: int | None = None
 
     @property
@@ -188,9 +188,9 @@ def _take(source: Iterator[_Construct], count: int, *, taken: set[str]) -> list[
     return list(chosen.values())
 
 
-def _construct(letters: str, pairs: Pairs, group: str, library: str, *, window_start: int | None = None) -> _Construct:
+def _construct(letters: str, pairs: Pairs, group: str, dataset: str, *, window_start: int | None = None) -> _Construct:
     sequence, pairs = _join([(FLANK_5, _FLANK_PAIRS), (letters, pairs), (FLANK_3, [])])
-    return _Construct(sequence, pairs, group, library, window_start)
+    return _Construct(sequence, pairs, group, dataset, window_start)
 
 
 def _single_designs(rng: np.random.Generator) -> Iterator[_Construct]:
@@ -240,7 +240,7 @@ def _profiles(library: Sequence[_Construct], rng: np.random.Generator) -> pl.Dat
             value_L, error_L = _measure(truth_L, signal_to_noise, rng)
             if column == absent:
                 continue
-            name = f"{construct.library}_{PROBES[column].removesuffix('_MaP')}"
+            name = f"{construct.dataset}_{PROBES[column].removesuffix('_MaP')}"
             passes = int(signal_to_noise > 1.0 and reads > 100)
             row = (construct.sequence_id, construct.sequence, PROBES[column], name, reads, signal_to_noise, passes)
             rows.append(row)

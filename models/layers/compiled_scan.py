@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 _SOURCE = Path(__file__).parent / "csrc" / "selective_scan.cpp"
 _FLAGS = ("-O3", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
@@ -32,31 +32,31 @@ def load() -> tuple[bool, str]:
     if os.environ.get("RNA_KERNELS") == "reference":
         return False, "RNA_KERNELS=reference asks for plain PyTorch"
     try:
-        library = _library()
-        torch.ops.load_library(str(library))
+        built = _built()
+        torch.ops.load_library(str(built))
     except (OSError, RuntimeError, ImportError) as err:
         return False, f"could not be compiled ({type(err).__name__}: {str(err).strip().splitlines()[0][:100]})"
     _register()
-    return True, f"compiled for this CPU, {library}"
+    return True, f"compiled for this CPU, {built}"
 
 
-def _library() -> Path:
-    """Path of the shared library, compiled if the cache has none for this source, torch and CPU."""
+def _built() -> Path:
+    """Path of the shared object, compiled if the cache has none for this source, torch and CPU."""
     flags = [*_FLAGS, "-march=native"] if platform.machine() in ("x86_64", "AMD64") else list(_FLAGS)
     key = hashlib.sha256("\0".join([_SOURCE.read_text(), torch.__version__, _cpu(), *flags]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("RNA_CACHE", Path.home() / ".cache" / "rna-competition-pipeline"))
-    library = cache / f"rna_scan-{key}.so"
-    if not library.exists():
+    built = cache / f"rna_scan-{key}.so"
+    if not built.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        _compile(library, flags)
-    return library
+        _compile(built, flags)
+    return built
 
 
-def _compile(library: Path, flags: list[str]) -> None:
+def _compile(built: Path, flags: list[str]) -> None:
     """Build in a private folder and rename: two processes may do so at once, and a killed one leaves no lock."""
     from torch.utils import cpp_extension
 
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder, _own_programs_found():
+    with tempfile.TemporaryDirectory(dir=built.parent, prefix=".build-") as folder, _own_programs_found():
         cpp_extension.load(
             name="rna_scan",
             sources=[str(_SOURCE)],
@@ -65,7 +65,7 @@ def _compile(library: Path, flags: list[str]) -> None:
             build_directory=folder,
             is_python_module=False,
         )
-        Path(folder, "rna_scan.so").replace(library)
+        Path(folder, "rna_scan.so").replace(built)
 
 
 @contextlib.contextmanager
@@ -91,12 +91,12 @@ def _cpu() -> str:
 def _register() -> None:
     """Tell autograd and compilers what the operators of the library do."""
 
-    @torch.library.register_fake("rna_scan::forward")
+    @library.register_fake("rna_scan::forward")
     def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
         chunks, blocks = -(-u.shape[1] // 32), -(-u.shape[2] // 16)
         return torch.empty_like(u), u.new_empty(u.shape[0], chunks, blocks, A.shape[1], 16)
 
-    @torch.library.register_fake("rna_scan::backward")
+    @library.register_fake("rna_scan::backward")
     def _(dy: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *_: Any) -> Any:
         return tuple(torch.empty_like(x) for x in (u, delta, A, B, C, D))
 
@@ -109,4 +109,4 @@ def _register() -> None:
         grads = torch.ops.rna_scan.backward(dy.contiguous(), *ctx.saved_tensors, ctx.reverse)
         return (*grads, None)
 
-    torch.library.register_autograd("rna_scan::forward", backward, setup_context=save)
+    library.register_autograd("rna_scan::forward", backward, setup_context=save)

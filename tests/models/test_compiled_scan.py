@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import library
 
 from models.layers import compiled_scan
 from models.layers.selective_scan import selective_scan, selective_scan_ref
@@ -57,7 +58,7 @@ def test_a_decay_that_underflows_is_zero_and_not_noise():
 
 @needs_compiler
 def test_the_operator_keeps_the_rules_of_compilers_and_autograd():
-    torch.library.opcheck(torch.ops.rna_scan.forward.default, (*arguments(35, inner=20), False))
+    library.opcheck(torch.ops.rna_scan.forward.default, (*arguments(35, inner=20), False))
 
 
 @needs_compiler
