@@ -5,8 +5,8 @@ All floors come from one histogram of the clipped truth over (fold, target, 5-me
 sums over longer ones, and what is left of all folds without one is the training data of that fold.
 
 The truth is counted in `STEPS` bins and a bin each for the two ends of its range, where clipping piles values up. A
-median is exact to the width of a bin (0.004 for [0, 1]); the error of a median enters the mean absolute error squared,
-and floors differ from those of exact medians by less than 1e-5 (measured on 15,000 sequences).
+median is exact to the width of a bin (0.004 for [0, 1]). On the 1,259,923 scored positions of 13,075 real sequences, in
+five clustered folds, the floors differ from those of exact medians by 3.8e-5 (constant) and 1.3e-5 (nucleotide).
 
 Letters: T positions, C targets, F folds, K 5-mers, U unpaired bins, S histogram bins.
 """
