@@ -9,7 +9,7 @@ prediction does not depend on its batch.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from models.encoder import RnaEncoder
 from models.layers.dropout import Dropout
-from models.layers.embedding import InputEmbedding
 from models.layers.masked import masked_mean, zero_pads
 from models.layers.precision import at_least_float32
 from models.layers.sepconv import conv1d
@@ -102,16 +101,13 @@ class Drsn(RnaEncoder):
     """Stack of shrinkage blocks with growing dilation.
 
     Args:
-        num_channels: values per nucleotide; 0 = no such head.
-        num_distance_bins: bins of the distance head; 0 = no such head.
         width: channels.
         depth: blocks, of two convolutions each.
         kernel: of the convolutions, in nt, odd.
         dilations: block i has dilation 2^(i mod dilations).
         shrink: a threshold for each channel, or one that all share.
         dropout: share dropped of each block's output.
-        use_bpp: read base-pair probabilities as input.
-        gru_head: put a bidirectional GRU before the values.
+        **common: what every network takes, see `RnaEncoder`.
     """
 
     name = "drsn"
@@ -119,29 +115,18 @@ class Drsn(RnaEncoder):
     def __init__(
         self,
         *,
-        num_channels: int = 2,
-        num_distance_bins: int = 0,
         width: int = 128,
         depth: int = 12,
         kernel: int = 5,
         dilations: int = 4,
         shrink: Shrink = "channel",
         dropout: float = 0.1,
-        use_bpp: bool = False,
-        gru_head: bool = False,
+        **common: Any,
     ) -> None:
         if dilations < 1:
             raise ValueError(f"drsn: got dilations {dilations}; expected at least 1.")
-        super().__init__(
-            embedding=InputEmbedding(width, use_bpp=use_bpp, stem_kernel=kernel),
-            blocks=[
-                ShrinkageBlock(width, kernel=kernel, dilation=2 ** (i % dilations), shrink=shrink, dropout=dropout)
-                for i in range(depth)
-            ],
-            pair_bias=None,
-            width=width,
-            num_channels=num_channels,
-            num_distance_bins=num_distance_bins,
-            use_bpp=use_bpp,
-            gru_head=gru_head,
+        super().__init__(width, kernel, **common)
+        self.blocks = nn.ModuleList(
+            ShrinkageBlock(width, kernel=kernel, dilation=2 ** (i % dilations), shrink=shrink, dropout=dropout)
+            for i in range(depth)
         )

@@ -3,54 +3,56 @@
 Letters: B batch, L length, D width, H head.
 """
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
-from models.heads import ValuesHead
+from models.heads import Heads
 from models.interface import RnaInputs, RnaModel, RnaOutputs
 from models.layers.attention import PairBias
 from models.layers.checkpointing import run_blocks
-from models.layers.distogram import DistanceHead
-from models.layers.embedding import InputEmbedding
+from models.layers.embedding import NUM_NUCLEOTIDES, InputEmbedding
 from models.layers.masked import clean_inputs
 
 
 class RnaEncoder(RnaModel):
     """Base of the registered networks, which differ in their blocks.
 
+    A subclass hands ``**common`` on to this constructor and then sets ``self.blocks``, each called as
+    ``block(x_BLD, mask_BL, bias_BHLL)``, and ``self.pair_bias`` if they need one. The arguments with a default are
+    part of every network's schema.
+
     Args:
-        embedding: `RnaInputs` to [B, L, D].
-        blocks: each called as ``block(x_BLD, mask_BL, bias_BHLL)``.
-        pair_bias: builds the bias that the blocks' attention shares; None = the blocks get None.
-        width: D.
+        width: D, of the hidden layers.
+        stem_kernel: of a separable convolution on the input, in nt, odd; 0 = none.
+        vocabulary: rows of the token table.
         num_channels: values per nucleotide; 0 = no such head.
-        num_distance_bins: 0 = no such head.
-        use_bpp: whether base-pair probabilities are read.
+        num_distance_bins: bins of the distance head; 0 = no such head.
+        use_bpp: read base-pair probabilities.
         gru_head: put a bidirectional GRU before the values.
     """
 
+    blocks: nn.ModuleList
+
     def __init__(
         self,
-        *,
-        embedding: InputEmbedding,
-        blocks: Sequence[nn.Module],
-        pair_bias: PairBias | None,
         width: int,
-        num_channels: int,
-        num_distance_bins: int,
-        use_bpp: bool,
+        stem_kernel: int,
+        vocabulary: int = NUM_NUCLEOTIDES,
+        /,
+        *,
+        num_channels: int = 2,
+        num_distance_bins: int = 0,
+        use_bpp: bool = False,
         gru_head: bool = False,
     ) -> None:
         super().__init__()
         self.uses_bpp = use_bpp
         self.checkpoint_every = 0
-        self.embedding = embedding
-        self.pair_bias = pair_bias
-        self.blocks = nn.ModuleList(blocks)
+        self.embedding = InputEmbedding(width, use_bpp=use_bpp, stem_kernel=stem_kernel, vocabulary=vocabulary)
+        self.pair_bias: PairBias | None = None
         self.norm = nn.LayerNorm(width)
-        self.values = ValuesHead(width, num_channels=num_channels, gru=gru_head) if num_channels else None
-        self.distances = DistanceHead(width, num_bins=num_distance_bins, use_bpp=use_bpp) if num_distance_bins else None
+        self.heads = Heads(
+            width, num_channels=num_channels, num_distance_bins=num_distance_bins, use_bpp=use_bpp, gru_head=gru_head
+        )
 
     def set_gradient_checkpointing(self, every: int) -> None:
         """Recompute activations in groups of `every` blocks in the backward pass; 0 keeps them all."""
@@ -69,11 +71,7 @@ class RnaEncoder(RnaModel):
             ValueError: the parts of the batch do not fit together, or bpp are needed and missing.
         """
         inputs = clean_inputs(inputs, needs_bpp=self.uses_bpp)
-        x_BLD = self._encode(inputs)
-        return RnaOutputs(
-            values_BLC=None if self.values is None else self.values(x_BLD, inputs.mask_BL),
-            distance_logits_BLLK=None if self.distances is None else self.distances(x_BLD, inputs.bpp_BLL),
-        )
+        return self.heads(self._encode(inputs), inputs)
 
     def _encode(self, inputs: RnaInputs) -> Tensor:
         x_BLD = self.embedding(inputs)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from models.interface import RnaInputs, RnaOutputs
+from models.layers.distogram import DistanceHead
 from models.layers.masked import zero_pads
 from models.layers.precision import at_least_float32
 
@@ -34,6 +36,22 @@ def distance_bins(num_bins: int) -> DistanceBins:
     step = (high - low) / (num_bins - 2)
     edges = [low + step * k for k in range(num_bins - 1)]
     return DistanceBins(edges, [edges[0] - step / 2, *(edge + step / 2 for edge in edges)])
+
+
+class Heads(nn.Module):
+    """All heads of a network; each argument is described in `RnaEncoder`."""
+
+    def __init__(self, width: int, *, num_channels: int, num_distance_bins: int, use_bpp: bool, gru_head: bool) -> None:
+        super().__init__()
+        self.values = ValuesHead(width, num_channels=num_channels, gru=gru_head) if num_channels else None
+        self.distances = DistanceHead(width, num_bins=num_distance_bins, use_bpp=use_bpp) if num_distance_bins else None
+
+    def forward(self, x_BLD: Tensor, inputs: RnaInputs) -> RnaOutputs:
+        """Predict from the last hidden layer."""
+        return RnaOutputs(
+            values_BLC=None if self.values is None else self.values(x_BLD, inputs.mask_BL),
+            distance_logits_BLLK=None if self.distances is None else self.distances(x_BLD, inputs.bpp_BLL),
+        )
 
 
 class ValuesHead(nn.Module):

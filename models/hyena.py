@@ -10,13 +10,14 @@ point instead of failing; nothing under the padding enters a convolution.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.encoder import RnaEncoder
 from models.layers.blocks import EncoderBlock, FeedForward
-from models.layers.embedding import NUM_NUCLEOTIDES, InputEmbedding
+from models.layers.embedding import NUM_NUCLEOTIDES
 from models.layers.long_conv import fft_conv
 from models.layers.masked import zero_pads
 from models.layers.sepconv import DepthwiseConv
@@ -27,6 +28,7 @@ _SHORT_KERNEL = 3
 _SINE_FREQUENCY = 10.0  # of the filter network's activations at initialisation
 _FILTER_FLOOR = 1e-2  # to which the window decays, over 0.3 (fast channels) to 1.5 (slow ones) of l_max
 _INIT_STD = 0.02
+_TWO_SIDED = ("use_bpp", "gru_head", "num_distance_bins")
 
 _HYENADNA = {
     "num_channels": 0,
@@ -141,8 +143,6 @@ class Hyena(RnaEncoder):
     """Blocks of a Hyena operator and a feed-forward network; HyenaDNA's sizes are `HYENADNA_PRESETS`.
 
     Args:
-        num_channels: values per nucleotide; 0 = no such head.
-        num_distance_bins: bins of the distance head; 0 = no such head.
         width: of the hidden layers.
         depth: blocks.
         order: long convolutions in a block, plus one.
@@ -156,8 +156,7 @@ class Hyena(RnaEncoder):
         ffn_expand: hidden over outer width of the feed-forward network; 0 = none.
         vocabulary: rows of the token table; HyenaDNA's has 16.
         dropout: share dropped of each branch's output.
-        use_bpp: read base-pair probabilities as input.
-        gru_head: put a bidirectional GRU before the values.
+        **common: what every network takes, see `RnaEncoder`.
     """
 
     name = "hyena"
@@ -165,8 +164,6 @@ class Hyena(RnaEncoder):
     def __init__(
         self,
         *,
-        num_channels: int = 2,
-        num_distance_bins: int = 0,
         width: int = 256,
         depth: int = 8,
         order: int = 2,
@@ -180,13 +177,12 @@ class Hyena(RnaEncoder):
         ffn_expand: int = 4,
         vocabulary: int = NUM_NUCLEOTIDES,
         dropout: float = 0.1,
-        use_bpp: bool = False,
-        gru_head: bool = False,
+        **common: Any,
     ) -> None:
-        if not bidirectional and (kernel or stem_kernel or use_bpp or gru_head or num_distance_bins):
+        two_sided = {"kernel": kernel, "stem_kernel": stem_kernel} | {key: common.get(key, 0) for key in _TWO_SIDED}
+        if not bidirectional and any(two_sided.values()):
             raise ValueError(
-                "hyena: bidirectional=False goes with kernel=0, stem_kernel=0, use_bpp=False, gru_head=False and no "
-                "distance head: each of them looks at both sides."
+                f"hyena: bidirectional=False goes without {', '.join(two_sided)}: each looks at both sides."
             )
 
         def block() -> nn.Module:
@@ -201,16 +197,8 @@ class Hyena(RnaEncoder):
             )
             return EncoderBlock(mixer, width=width, kernel=kernel, expand=ffn_expand, dropout=dropout, gelu="tanh")
 
-        super().__init__(
-            embedding=InputEmbedding(width, use_bpp=use_bpp, stem_kernel=stem_kernel, vocabulary=vocabulary),
-            blocks=[block() for _ in range(depth)],
-            pair_bias=None,
-            width=width,
-            num_channels=num_channels,
-            num_distance_bins=num_distance_bins,
-            use_bpp=use_bpp,
-            gru_head=gru_head,
-        )
+        super().__init__(width, stem_kernel, vocabulary, **common)
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
         self._reset_like_hyenadna()
 
     @torch.no_grad()

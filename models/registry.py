@@ -10,6 +10,8 @@ import typing
 from collections.abc import Mapping
 from typing import TypeVar
 
+from torch import nn
+
 from models.interface import RnaModel
 
 _MODELS: dict[str, type[RnaModel]] = {}
@@ -42,9 +44,22 @@ def list_models() -> list[str]:
 
 
 def model_arguments(cls: type[RnaModel]) -> Mapping[str, inspect.Parameter]:
-    """The constructor's arguments by name, annotations resolved."""
-    parameters = inspect.signature(cls.__init__, eval_str=True).parameters
-    return {name: param for name, param in parameters.items() if name != "self"}
+    """The constructor's arguments by name, annotations resolved.
+
+    Where a constructor hands ``**common`` on, the base class's arguments that have a default follow.
+    """
+    constructors = [vars(base)["__init__"] for base in inspect.getmro(cls) if "__init__" in vars(base)]
+    found: dict[str, inspect.Parameter] = {}
+    for depth, constructor in enumerate(constructors):
+        _self, *own = inspect.signature(constructor, eval_str=True).parameters.values()
+        common = next((param.name for param in own if param.kind is param.VAR_KEYWORD), None)
+        # what a base class takes by position, its subclasses give
+        schema = [param for param in own if depth == 0 or param.kind in (param.KEYWORD_ONLY, param.VAR_KEYWORD)]
+        found = {param.name: param for param in schema} | found
+        if common is None or constructors[depth + 1] is nn.Module.__init__:
+            break
+        del found[common]
+    return found
 
 
 def create_model(name: str, **kwargs: int | float | str | bool) -> RnaModel:

@@ -5,13 +5,13 @@ nothing; this one takes the plan (convolution, sequence mixer, feed-forward, bas
 """
 
 import itertools
+from typing import Any
 
 from torch import nn
 
 from models.encoder import RnaEncoder
 from models.layers.attention import Attention, PairBias
 from models.layers.blocks import EncoderBlock
-from models.layers.embedding import InputEmbedding
 from models.layers.mamba import BidirectionalMamba
 from models.registry import register_model
 
@@ -21,8 +21,6 @@ class RibonanzaMamba(RnaEncoder):
     """Blocks of a mixer, a separable convolution and a feed-forward network; the mixers follow a pattern.
 
     Args:
-        num_channels: values per nucleotide; 0 = no such head.
-        num_distance_bins: bins of the distance head; 0 = no such head.
         width: of the hidden layers; a multiple of `num_heads`.
         depth: blocks.
         pattern: mixer of each block, M = bidirectional Mamba, A = attention; repeated to `depth`.
@@ -33,8 +31,7 @@ class RibonanzaMamba(RnaEncoder):
         kernel: of the separable convolutions, in nt, odd.
         ffn_expand: hidden over outer width of the feed-forward network; 0 = none.
         dropout: share dropped of each branch's output.
-        use_bpp: read base-pair probabilities, as attention bias and as input.
-        gru_head: put a bidirectional GRU before the values.
+        **common: what every network takes, see `RnaEncoder`.
     """
 
     name = "ribonanza_mamba"
@@ -42,8 +39,6 @@ class RibonanzaMamba(RnaEncoder):
     def __init__(
         self,
         *,
-        num_channels: int = 2,
-        num_distance_bins: int = 0,
         width: int = 192,
         depth: int = 12,
         pattern: str = "MMA",
@@ -54,8 +49,7 @@ class RibonanzaMamba(RnaEncoder):
         kernel: int = 9,
         ffn_expand: int = 2,
         dropout: float = 0.1,
-        use_bpp: bool = False,
-        gru_head: bool = False,
+        **common: Any,
     ) -> None:
         if not pattern or set(pattern) - set("MA"):
             raise ValueError(f"pattern: got {pattern!r}; expected letters M (Mamba) and A (attention), as in 'MMA'.")
@@ -65,17 +59,10 @@ class RibonanzaMamba(RnaEncoder):
                 return Attention(width, num_heads=num_heads)
             return BidirectionalMamba(width, state=state, expand=expand, tie_directions=tie_directions)
 
+        super().__init__(width, kernel, **common)
         letters = list(itertools.islice(itertools.cycle(pattern), depth))
-        super().__init__(
-            embedding=InputEmbedding(width, use_bpp=use_bpp, stem_kernel=kernel),
-            blocks=[
-                EncoderBlock(mixer(letter), width=width, kernel=kernel, expand=ffn_expand, dropout=dropout)
-                for letter in letters
-            ],
-            pair_bias=PairBias(num_heads, use_bpp=use_bpp) if "A" in letters else None,
-            width=width,
-            num_channels=num_channels,
-            num_distance_bins=num_distance_bins,
-            use_bpp=use_bpp,
-            gru_head=gru_head,
+        self.pair_bias = PairBias(num_heads, use_bpp=self.uses_bpp) if "A" in letters else None
+        self.blocks = nn.ModuleList(
+            EncoderBlock(mixer(letter), width=width, kernel=kernel, expand=ffn_expand, dropout=dropout)
+            for letter in letters
         )

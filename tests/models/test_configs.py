@@ -46,7 +46,7 @@ def test_a_smoke_config_learns_something(name: str, heads: dict[str, int]):
         return torch.nn.functional.cross_entropy(logits_BLLK.permute(0, 3, 1, 2), near_LL.expand(4, -1, -1))
 
     first = loss().item()
-    for _ in range(30):
+    for _ in range(60):
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()

@@ -6,11 +6,12 @@ import pytest
 
 from models.interface import RnaModel
 from models.registry import create_model, list_models, register_model
+from tests.models.cases import SMALL
 
 
 @pytest.mark.parametrize("name", list_models())
 def test_a_registered_network_can_be_built_by_name(name: str):
-    model = create_model(name, width=16, depth=1, **({"num_heads": 2} if name != "hyena" and name != "drsn" else {}))
+    model = create_model(name, **SMALL[name])
     assert model.name == name
     assert not model.uses_bpp
 
