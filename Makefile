@@ -4,7 +4,8 @@
 # running a target twice is safe. make itself exits with 2 whatever a verb's exit code; the verb prints its own.
 
 COMP  ?= ribonanza#        competition: ribonanza, rna3d
-RAW   ?=#                  folder with the competition's files
+RAW   ?=#                  folder with the competition's files; empty = where download puts them
+FILES ?=#                  names on Kaggle that download fetches; empty = what data reads, all = everything
 MODEL ?= ribonanza_mamba#  a config in pipeline/configs, or a path to a TOML file
 SPLIT ?= sim80_k5#         <kind><identity %>_k<folds>: sim80_k5, length_k5, random_k5
 FOLD  ?= 0#                fold to hold out, from 0
@@ -12,6 +13,11 @@ NAME  ?= all#              name of an ensemble
 RUNS  ?=#                  runs to ensemble; empty = every finished run of SPLIT
 SET   ?=#                  overrides: SET="train.lr=1e-3 train.epochs=5" TAG=fast
 TAG   ?=#                  names a variant of MODEL
+OVER  ?=#                  what a sweep varies: OVER="train.lr=[1e-3,2e-3] train.batch_size=[32,64]"
+SEEDS ?= 3#                runs of each cell of a sweep
+TRIALS ?=#                 cells that Optuna proposes; empty = every combination
+BUDGET ?=#                 time for training and predictions, such as 8h; empty = as long as it takes
+TRACK ?=#                  who else listens: tensorboard, wandb (offline)
 FILE  ?=#                  submission that make check reads
 FORMAT ?= csv#             of the submission: csv or parquet
 ARTIFACTS ?= artifacts#    where the stages write
@@ -36,17 +42,21 @@ override PY := $(strip $(PY))
 override EXTRAS := $(strip $(EXTRAS))
 override RAW := $(strip $(RAW))
 
-ifneq ($(and $(strip $(SET)),$(if $(TAG),,untagged)),)
+ifneq ($(and $(strip $(SET)),$(if $(TAG)$(ALLOW_CHANGES),,untagged)),)
 $(error SET changes what a run is, so name the variant: add TAG=some-name)
 endif
 
 RNA := $(PY) -m pipeline
 AT := --comp $(COMP) --artifacts "$(ARTIFACTS)"
-RUN := --model "$(MODEL)" --split $(SPLIT) $(if $(TAG),--tag $(TAG)) $(foreach item,$(SET),--set '$(item)')
+NAMED := --model "$(MODEL)" --split $(SPLIT) $(if $(TAG),--tag $(TAG))
+RUN := $(NAMED) $(foreach item,$(SET),--set '$(item)')
+JOB := $(if $(ALL),--all-folds,--fold $(FOLD))
+TRAIN := $(if $(RESTART),--restart) $(if $(ALLOW_CHANGES),--allow-changes) $(if $(strip $(BUDGET)),--time-budget $(strip $(BUDGET))) \
+  $(foreach tracker,$(TRACK),--track $(tracker))
 ENVIRONMENT := $(if $(filter .venv/bin/python,$(PY)),.venv/.ready)
 
-.PHONY: help setup doctor demo test lint data bpp folds audit train train-all predict ensemble submit check \
-        evaluate report bench bench-data bench-folds clean
+.PHONY: help setup doctor demo test test-faults lint download data bpp folds audit train train-all train-bg status logs stop sweep \
+        replay predict ensemble submit submit-kaggle check evaluate report plan bench bench-data bench-folds bench-kernels bench-models clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -69,9 +79,13 @@ demo: $(ENVIRONMENT) ## the whole chain on a small synthetic data set, on the CP
 test: $(ENVIRONMENT) ## lint, types and all tests that need no GPU
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 	@exec $(PY) -m pytest -q -m "not gpu"
+test-faults: $(ENVIRONMENT) ## kill, damage and poison runs at random, and write the table of what happened
+	@OMP_NUM_THREADS=1 $(PY) -m tests.faults
 lint: $(ENVIRONMENT) ## format the code and fix what ruff can fix
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
+download: $(ENVIRONMENT) ## fetch the competition's files from Kaggle (EXTRAS=dev,kaggle installs the client)
+	@exec $(RNA) download $(AT) $(foreach file,$(FILES),--file '$(file)')
 data: $(ENVIRONMENT) ## raw files in RAW -> checked clean tables
 	@exec $(RNA) data $(AT) --raw "$(RAW)"
 bpp: $(ENVIRONMENT) ## base-pair probabilities of all sequences (ViennaRNA)
@@ -80,16 +94,34 @@ folds: $(ENVIRONMENT) ## clean tables -> fold of every sequence, verified by its
 	@exec $(RNA) folds $(AT) --split $(SPLIT) $(if $(RELOCK),--relock)
 audit: $(ENVIRONMENT) ## measure how much of a split leaks (SPLITS="sim80_k5 random_k5")
 	@exec $(RNA) audit $(AT) $(foreach split,$(or $(SPLITS),$(SPLIT)),--split $(split))
-train: $(ENVIRONMENT) ## train one fold of MODEL and predict; starting again resumes (RESTART=1 sets the old run aside)
-	@exec $(RNA) train $(AT) $(RUN) --fold $(FOLD) $(if $(RESTART),--restart)
+plan: $(ENVIRONMENT) ## memory that training MODEL takes, and what would fit (LENGTH=<longest sequence>)
+	@exec $(RNA) plan --comp $(COMP) --model "$(MODEL)" $(foreach item,$(SET),--set '$(item)') $(if $(LENGTH),--length $(LENGTH))
+train: $(ENVIRONMENT) ## train one fold of MODEL and predict; starting again resumes (RESTART=1: anew; ALLOW_CHANGES=1: e.g. with more epochs)
+	@exec $(RNA) train $(AT) $(RUN) --fold $(FOLD) $(TRAIN)
 train-all: $(ENVIRONMENT) ## train every fold of SPLIT, one after the other
-	@exec $(RNA) train $(AT) $(RUN) --all-folds
+	@exec $(RNA) train $(AT) $(RUN) --all-folds $(TRAIN)
+train-bg: $(ENVIRONMENT) ## train in the background, also with the terminal closed (ALL=1 for every fold)
+	@exec $(RNA) train $(AT) $(RUN) $(JOB) $(TRAIN) --background
+status: $(ENVIRONMENT) ## all runs: state, step, metric, tokens/s, time left, process
+	@exec $(RNA) status --artifacts "$(ARTIFACTS)" $(if $(JSON),--json)
+logs: $(ENVIRONMENT) ## the last lines of a background run (FOLLOW=1 goes on until it ends)
+	@exec $(RNA) logs $(AT) $(NAMED) $(JOB) $(if $(FOLLOW),--follow)
+stop: $(ENVIRONMENT) ## let a run save its state and end (ALL=1: the one that trains every fold)
+	@exec $(RNA) stop $(AT) $(NAMED) $(JOB)
+sweep: $(ENVIRONMENT) ## compare settings: make sweep NAME=lr OVER="train.lr=[1e-3,2e-3]" SEEDS=3 (again, or elsewhere: helps)
+	@exec $(RNA) sweep $(AT) --model "$(MODEL)" --split $(SPLIT) --fold $(FOLD) --name $(NAME) --seeds $(strip $(SEEDS)) \
+	  $(foreach axis,$(OVER),--over '$(axis)') $(if $(TRIALS),--trials $(strip $(TRIALS)))
+replay: $(ENVIRONMENT) ## run a batch that training left out again: where it breaks, what cures it (STEP=<step>)
+	@exec $(RNA) replay $(AT) $(NAMED) --fold $(FOLD) $(if $(STEP),--step $(strip $(STEP)))
 predict: $(ENVIRONMENT) ## out-of-fold and test predictions of one trained fold
 	@exec $(RNA) predict $(AT) $(RUN) --fold $(FOLD)
 ensemble: $(ENVIRONMENT) ## folds and models -> one prediction table, weights learned out of fold
 	@exec $(RNA) ensemble $(AT) --split $(SPLIT) --name $(NAME) $(foreach run,$(RUNS),--run $(run))
 submit: $(ENVIRONMENT) ## ensemble -> submission file, checked before it gets its name
-	@exec $(RNA) submit $(AT) --name $(NAME) --format $(strip $(FORMAT))
+	@$(RNA) submit $(AT) --name $(NAME) --format $(strip $(FORMAT))
+	@$(if $(KAGGLE),exec $(RNA) submit-kaggle $(AT) --name $(NAME),:)
+submit-kaggle: $(ENVIRONMENT) ## send the submission to Kaggle once, and wait for its score (KAGGLE=1 lets submit do it)
+	@exec $(RNA) submit-kaggle $(AT) --name $(NAME) $(if $(FILE),--file "$(FILE)") $(if $(KERNEL),--kernel $(KERNEL) --version $(VERSION))
 check: $(ENVIRONMENT) ## check any submission file: make check FILE=my.csv
 	@exec $(RNA) check $(AT) "$(FILE)"
 evaluate: $(ENVIRONMENT) ## score out-of-fold predictions beside the trivial floors
@@ -97,9 +129,18 @@ evaluate: $(ENVIRONMENT) ## score out-of-fold predictions beside the trivial flo
 report: $(ENVIRONMENT) ## one self-contained HTML page for the ensemble
 	@exec $(RNA) report $(AT) --name $(NAME)
 
-bench: bench-data bench-folds ## all benchmarks
+bench: bench-data bench-folds bench-kernels bench-models ## all benchmarks
 bench-data: $(ENVIRONMENT) ## the data stage beside pandas, polars, pyarrow and duckdb
 	@exec $(RNA) bench-data --artifacts "$(ARTIFACTS)"
+bench-kernels: $(ENVIRONMENT) .venv-bench/.ready ## Mamba's scan and Hyena's convolution beside other implementations
+	@exec $(RNA) bench-kernels
+bench-models: $(ENVIRONMENT) ## training and prediction of whole networks beside RibonanzaNet's architecture
+	@exec $(RNA) bench-models
+.venv-bench/.ready: .ci/bench-constraints.txt
+	@echo "setting up .venv-bench, the peers' own environment (once)"
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c $< torch mambapy transformers
+	touch $@
 bench-folds: $(ENVIRONMENT) ## our clustering beside MMseqs2 and cd-hit
 	@exec $(RNA) bench-folds --artifacts "$(ARTIFACTS)"
 

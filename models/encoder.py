@@ -1,33 +1,43 @@
 """What all networks here share: embedding, a stack of blocks, a last norm, heads.
 
-Letters: B batch, L length, D width, H head.
+Letters: B batch, L length, D width, P pair channel.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from models.heads import Heads
+from models.heads import Heads, Pool
 from models.interface import RnaInputs, RnaModel, RnaOutputs
-from models.layers.attention import PairBias
+from models.layers.attention import Attention, PairBias
+from models.layers.blocks import EncoderBlock
 from models.layers.checkpointing import run_blocks
 from models.layers.embedding import NUM_NUCLEOTIDES, InputEmbedding
 from models.layers.masked import clean_inputs
+from models.layers.pair import PairBlock, PairStart, PairUpdate
 
 
 class RnaEncoder(RnaModel):
     """Base of the registered networks, which differ in their blocks.
 
     A subclass hands ``**common`` on to this constructor and then sets ``self.blocks``, each called as
-    ``block(x_BLD, mask_BL, bias_BHLL)``, and ``self.pair_bias`` if they need one. The arguments with a default are
-    part of every network's schema.
+    ``block(x_BLD, mask_BL, bias)``, and ``self.pair_bias`` if they need one. Where it sets ``self.pair_start``, blocks
+    take and give ``(x_BLD, pair_BLLP)``. The arguments with a default are part of every network's schema.
 
     Args:
         width: D, of the hidden layers.
         stem_kernel: of a separable convolution on the input, in nt, odd; 0 = none.
         vocabulary: rows of the token table.
+        pair_width: of the pair features that the subclass hands to the heads; 0 = none.
         num_channels: values per nucleotide; 0 = no such head.
         num_distance_bins: bins of the distance head; 0 = no such head.
+        num_classes: logits of a whole sequence; 0 = no such head.
+        coordinates: predict C1' coordinates.
         use_bpp: read base-pair probabilities.
         gru_head: put a bidirectional GRU before the values.
+        pool: how a sequence becomes one vector for the classes: mean over its positions, mean weighted by a learned
+            query, or the last states of a bidirectional GRU.
     """
 
     blocks: nn.ModuleList
@@ -37,21 +47,34 @@ class RnaEncoder(RnaModel):
         width: int,
         stem_kernel: int,
         vocabulary: int = NUM_NUCLEOTIDES,
+        pair_width: int = 0,
         /,
         *,
         num_channels: int = 2,
         num_distance_bins: int = 0,
+        num_classes: int = 0,
+        coordinates: bool = False,
         use_bpp: bool = False,
         gru_head: bool = False,
+        pool: Pool = "mean",
     ) -> None:
         super().__init__()
         self.uses_bpp = use_bpp
         self.checkpoint_every = 0
         self.embedding = InputEmbedding(width, use_bpp=use_bpp, stem_kernel=stem_kernel, vocabulary=vocabulary)
         self.pair_bias: PairBias | None = None
+        self.pair_start: PairStart | None = None
         self.norm = nn.LayerNorm(width)
         self.heads = Heads(
-            width, num_channels=num_channels, num_distance_bins=num_distance_bins, use_bpp=use_bpp, gru_head=gru_head
+            width,
+            num_channels=num_channels,
+            num_distance_bins=num_distance_bins,
+            num_classes=num_classes,
+            coordinates=coordinates,
+            use_bpp=use_bpp,
+            gru_head=gru_head,
+            pool=pool,
+            pair_width=pair_width,
         )
 
     def set_gradient_checkpointing(self, every: int) -> None:
@@ -62,7 +85,7 @@ class RnaEncoder(RnaModel):
 
     def encode(self, inputs: RnaInputs) -> Tensor:
         """Last hidden layer, normalised: [B, L, D]; what stands under the padding means nothing."""
-        return self._encode(clean_inputs(inputs, needs_bpp=self.uses_bpp))
+        return self._encode(clean_inputs(inputs, needs_bpp=self.uses_bpp))[0]
 
     def forward(self, inputs: RnaInputs) -> RnaOutputs:
         """Predict; see `RnaInputs` and `RnaOutputs`.
@@ -71,10 +94,84 @@ class RnaEncoder(RnaModel):
             ValueError: the parts of the batch do not fit together, or bpp are needed and missing.
         """
         inputs = clean_inputs(inputs, needs_bpp=self.uses_bpp)
-        return self.heads(self._encode(inputs), inputs)
+        x_BLD, pair_BLLP = self._encode(inputs)
+        return self.heads(x_BLD, inputs, pair_BLLP)
 
-    def _encode(self, inputs: RnaInputs) -> Tensor:
-        x_BLD = self.embedding(inputs)
-        bias_BHLL = None if self.pair_bias is None else self.pair_bias(inputs.mask_BL, inputs.bpp_BLL)
-        x_BLD = run_blocks(list(self.blocks), x_BLD, inputs.mask_BL, bias_BHLL, every=self.checkpoint_every)
-        return self.norm(x_BLD)
+    def _encode(self, inputs: RnaInputs) -> tuple[Tensor, Tensor | None]:
+        """Last hidden layer, and pair features [B, L, L, P] for the heads if there are any."""
+        _, mask_BL, bpp_BLL = inputs
+        x_BLD, blocks, pair_BLLP = self.embedding(inputs), list(self.blocks), None
+        bias = None if self.pair_bias is None else self.pair_bias(mask_BL, bpp_BLL)
+        if self.pair_start is None:
+            x_BLD = run_blocks(blocks, x_BLD, mask_BL, bias, every=self.checkpoint_every)
+        else:
+            state = (x_BLD, self.pair_start(mask_BL, bpp_BLL))
+            x_BLD, pair_BLLP = run_blocks(blocks, state, mask_BL, bias, every=self.checkpoint_every)
+        return self.norm(x_BLD), pair_BLLP
+
+
+class BlockEncoder(RnaEncoder):
+    """Stack of `EncoderBlock`, some or all of whose mixers are attention, with a pair track or without.
+
+    Args:
+        width: D.
+        ffn_expand: hidden over outer width of the feed-forward networks; 0 = none.
+        mixers: one a block; None = attention.
+        num_heads: of the attention; divides `width`.
+        kernel: of the separable convolutions, in nt, odd.
+        multi_kernel: average kernels of `kernel`, `kernel` - 2 and `kernel` - 4 in the blocks.
+        glu: gate the separable convolutions of the blocks.
+        squeeze_excite: scale their channels by a gate on the whole sequence.
+        pair_width: channels of the pair track, even, see `models.layers.pair`; 0 = none.
+        pair_every: update it before every n-th attention.
+        triangle: with triangle multiplication.
+        dropout: share dropped of each branch's output.
+        **common: what every network takes, see `RnaEncoder`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        ffn_expand: int,
+        mixers: Sequence[nn.Module | None],
+        /,
+        *,
+        num_heads: int = 6,
+        kernel: int = 9,
+        multi_kernel: bool = False,
+        glu: bool = True,
+        squeeze_excite: bool = False,
+        pair_width: int = 0,
+        pair_every: int = 2,
+        triangle: bool = True,
+        dropout: float = 0.1,
+        **common: Any,
+    ) -> None:
+        attends = [mixer is None for mixer in mixers]
+        if pair_width and (pair_every < 1 or not any(attends)):
+            got = f"pair_every {pair_every}, {sum(attends)} blocks with attention"
+            raise ValueError(f"pair track: got {got}; expected 1 or more of each.")
+
+        def block(index: int) -> nn.Module:
+            block = EncoderBlock(
+                mixers[index] or Attention(width, num_heads=num_heads, pair_width=pair_width),
+                width=width,
+                kernel=kernel,
+                expand=ffn_expand,
+                dropout=dropout,
+                multi_kernel=multi_kernel,
+                glu=glu,
+                squeeze=squeeze_excite,
+            )
+            if not pair_width:
+                return block
+            updates = attends[index] and sum(attends[:index]) % pair_every == 0
+            update = PairUpdate(width, pair_width=pair_width, triangle=triangle, dropout=dropout) if updates else None
+            return PairBlock(block, update)
+
+        super().__init__(width, kernel, NUM_NUCLEOTIDES, pair_width, **common)
+        if pair_width:
+            self.pair_start = PairStart(pair_width, use_bpp=self.uses_bpp)
+        elif any(attends):
+            self.pair_bias = PairBias(num_heads, use_bpp=self.uses_bpp)
+        self.blocks = nn.ModuleList(block(index) for index in range(len(mixers)))

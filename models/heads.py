@@ -1,15 +1,21 @@
-"""From hidden layers to what a competition asks for. Letters: B batch, L length, D width, C channel, K bin."""
+"""From hidden layers to what a competition asks for.
 
-from typing import NamedTuple
+Letters: B batch, L length, D width, C channel or class, K bin, P pair.
+"""
+
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from models.interface import RnaInputs, RnaOutputs
+from models.layers.coordinates import CoordinateHead
 from models.layers.distogram import DistanceHead
-from models.layers.masked import zero_pads
+from models.layers.masked import masked_mean, zero_pads
 from models.layers.precision import at_least_float32
+
+Pool = Literal["mean", "attention", "gru"]
 
 DISTANCE_RANGE = (4.0, 60.0)  # Å; C1'–C1' is 5.4 between neighbours and 10.4 in a Watson–Crick pair
 
@@ -41,16 +47,37 @@ def distance_bins(num_bins: int) -> DistanceBins:
 class Heads(nn.Module):
     """All heads of a network; each argument is described in `RnaEncoder`."""
 
-    def __init__(self, width: int, *, num_channels: int, num_distance_bins: int, use_bpp: bool, gru_head: bool) -> None:
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_channels: int,
+        num_distance_bins: int,
+        num_classes: int,
+        coordinates: bool,
+        use_bpp: bool,
+        gru_head: bool,
+        pool: Pool,
+        pair_width: int,
+    ) -> None:
         super().__init__()
         self.values = ValuesHead(width, num_channels=num_channels, gru=gru_head) if num_channels else None
-        self.distances = DistanceHead(width, num_bins=num_distance_bins, use_bpp=use_bpp) if num_distance_bins else None
+        self.distances = (
+            DistanceHead(width, num_bins=num_distance_bins, use_bpp=use_bpp, track_width=pair_width)
+            if num_distance_bins
+            else None
+        )
+        self.classes = ClassHead(width, num_classes=num_classes, pool=pool) if num_classes else None
+        self.coordinates = CoordinateHead(width, use_bpp=use_bpp, track_width=pair_width) if coordinates else None
 
-    def forward(self, x_BLD: Tensor, inputs: RnaInputs) -> RnaOutputs:
-        """Predict from the last hidden layer."""
+    def forward(self, x_BLD: Tensor, inputs: RnaInputs, pair_BLLP: Tensor | None = None) -> RnaOutputs:
+        """Predict from the last hidden layer and, where the network has them, its pair features."""
+        _, mask_BL, bpp_BLL = inputs
         return RnaOutputs(
-            values_BLC=None if self.values is None else self.values(x_BLD, inputs.mask_BL),
-            distance_logits_BLLK=None if self.distances is None else self.distances(x_BLD, inputs.bpp_BLL),
+            values_BLC=None if self.values is None else self.values(x_BLD, mask_BL),
+            distance_logits_BLLK=None if self.distances is None else self.distances(x_BLD, bpp_BLL, pair_BLLP),
+            class_logits_BC=None if self.classes is None else self.classes(x_BLD, mask_BL),
+            c1_xyz_BL3=None if self.coordinates is None else self.coordinates(x_BLD, mask_BL, bpp_BLL, pair_BLLP),
         )
 
 
@@ -71,6 +98,36 @@ class ValuesHead(nn.Module):
             return zero_pads(self.linear(x_BLD), mask_BL)
 
 
+class ClassHead(nn.Module):
+    """One value per sequence and class, in float32, whatever the padding.
+
+    Args:
+        width: D.
+        num_classes: C.
+        pool: how the positions become one vector, see `RnaEncoder`.
+    """
+
+    def __init__(self, width: int, *, num_classes: int, pool: Pool) -> None:
+        super().__init__()
+        # of zeros: attention starts as the mean
+        self.query_D = nn.Parameter(torch.zeros(width)) if pool == "attention" else None
+        self.gru = PackedGru(width) if pool == "gru" else None
+        self.linear = nn.Linear(width, num_classes)
+
+    def forward(self, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """[B, L, D] to [B, C]."""
+        with torch.autocast(x_BLD.device.type, enabled=False):
+            return self.linear(self._pool(zero_pads(at_least_float32(x_BLD), mask_BL), mask_BL))
+
+    def _pool(self, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        if self.gru is not None:
+            return self.gru.last(x_BLD, mask_BL)
+        if self.query_D is None:
+            return masked_mean(x_BLD, mask_BL)
+        score_BL = torch.where(mask_BL, x_BLD @ self.query_D, torch.finfo(x_BLD.dtype).min)
+        return (score_BL.softmax(-1).unsqueeze(1) @ x_BLD).squeeze(1)
+
+
 class PackedGru(nn.Module):
     """Bidirectional GRU that never steps onto the padding, which has to stand on the right."""
 
@@ -81,7 +138,14 @@ class PackedGru(nn.Module):
         self.gru = nn.GRU(width, width // 2, batch_first=True, bidirectional=True)
 
     def forward(self, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-        """[B, L, D] to [B, L, D]."""
-        lengths_B = mask_BL.sum(1).cpu()
-        packed = pack_padded_sequence(x_BLD, lengths_B, batch_first=True, enforce_sorted=False)
-        return pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=x_BLD.shape[1])[0]
+        """States at every position: [B, L, D] to [B, L, D]."""
+        states = self.gru(_pack(x_BLD, mask_BL))[0]
+        return pad_packed_sequence(states, batch_first=True, total_length=x_BLD.shape[1])[0]
+
+    def last(self, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """States after the last step of either direction: [B, L, D] to [B, D]."""
+        return torch.cat(self.gru(_pack(x_BLD, mask_BL))[1].unbind(0), dim=-1)
+
+
+def _pack(x_BLD: Tensor, mask_BL: Tensor) -> PackedSequence:
+    return pack_padded_sequence(x_BLD, mask_BL.sum(1).cpu(), batch_first=True, enforce_sorted=False)

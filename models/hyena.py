@@ -28,7 +28,7 @@ _SHORT_KERNEL = 3
 _SINE_FREQUENCY = 10.0  # of the filter network's activations at initialisation
 _FILTER_FLOOR = 1e-2  # to which the window decays, over 0.3 (fast channels) to 1.5 (slow ones) of l_max
 _INIT_STD = 0.02
-_TWO_SIDED = ("use_bpp", "gru_head", "num_distance_bins")
+_TWO_SIDED = ("use_bpp", "gru_head", "num_distance_bins", "coordinates")
 
 _HYENADNA = {
     "num_channels": 0,

@@ -1,6 +1,6 @@
 """What every network takes and gives.
 
-Letters: B batch, L padded length (nt), C channel, K distance bin, D width.
+Letters: B batch, L padded length (nt), C channel or class, K distance bin, D width, 3 xyz.
 """
 
 from typing import ClassVar, NamedTuple
@@ -21,13 +21,15 @@ class RnaOutputs(NamedTuple):
 
     values_BLC: Tensor | None = None  # float32, one value per nucleotide and channel
     distance_logits_BLLK: Tensor | None = None  # float32, symmetric: bins of the C1'–C1' distance
+    class_logits_BC: Tensor | None = None  # float32, one value per sequence and class
+    c1_xyz_BL3: Tensor | None = None  # float32, Å, zero where padded; centred on the real positions, frame arbitrary
 
 
 class RnaModel(nn.Module):
     """Base of all networks.
 
     A constructor takes keyword arguments only, annotated and defaulted: its signature is the model's schema in a
-    TOML file. ``num_channels`` and ``num_distance_bins`` (0 = no such head) come from the task.
+    TOML file. ``num_channels``, ``num_distance_bins`` and ``num_classes`` (0 = no such head) come from the task.
     """
 
     name: ClassVar[str]

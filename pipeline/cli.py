@@ -5,9 +5,11 @@ Verbs import what they need when they run, so that `rna --help` and the stages w
 
 import atexit
 import contextlib
+import json
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from rich.text import Text
 
 from pipeline.errors import ConfigError, DataError, PipelineError, StorageError
 from pipeline.paths import Paths
-from pipeline.runlog import console, output, say
+from pipeline.runlog import Unbreakable, console, output, say, warn
 from pipeline.stage import Report
 
 app = typer.Typer(
@@ -42,7 +44,27 @@ Tag = Annotated[str, typer.Option("--tag", help="Names a variant of the model; n
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="Override, as TOML: train.lr=1e-3. May be given several times.")
 ]
+Rounds = Annotated[int, typer.Option("--rounds", help="Measurements of each cell, in turn; the median counts.", min=1)]
 Name = Annotated[str, typer.Option("--name", help="Name of the ensemble.")]
+
+
+def _ask_for_kernels(mode: str) -> str:
+    """Set the variable that `models.layers.kernels` reads: networks start late, and child processes inherit it."""
+    if mode not in ("auto", "reference"):
+        raise ConfigError(f"--kernels {mode!r} (or RNA_KERNELS): expected auto or reference. Next: choose one of them.")
+    os.environ["RNA_KERNELS"] = mode
+    return mode
+
+
+Kernels = Annotated[
+    str,
+    typer.Option(
+        "--kernels",
+        help="auto: the fastest that is usable; reference: plain PyTorch.",
+        envvar="RNA_KERNELS",
+        callback=_ask_for_kernels,
+    ),
+]
 
 _INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended, and what typer makes of it
 _COMP, _ARTIFACTS, _SPLIT, _NAME = "ribonanza", Path("artifacts"), "sim80_k5", "all"
@@ -74,17 +96,37 @@ def demo(
 
 
 @app.command()
+def download(
+    comp: Comp = _COMP,
+    artifacts: Artifacts = _ARTIFACTS,
+    file: Annotated[
+        list[str] | None, typer.Option("--file", help="A file's name on Kaggle, or all; default: what data reads.")
+    ] = None,
+) -> None:
+    """Fetch a competition's files from Kaggle; started again it resumes, and it checks what came."""
+    from pipeline import download as stage
+
+    report = stage.run(_competition(comp), _paths(comp, artifacts), files=file or ())
+    show(report, f"{len(report.facts['files'])} files, {report.facts['bytes']:,} bytes")
+
+
+@app.command()
 def data(
-    raw: Annotated[str, typer.Option("--raw", help="Folder with the competition's files, as Kaggle ships them.")],
+    raw: Annotated[
+        str, typer.Option("--raw", help="Folder with the competition's files; default: where download puts them.")
+    ] = "",
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
 ) -> None:
     """Read and check the raw files, and write clean tables with a validation report."""
     from pipeline import preprocess
 
-    if not raw:
-        raise ConfigError("data: RAW is empty; expected the folder with the competition's files. Next: RAW=<folder>.")
-    report = preprocess.run(_competition(comp), Path(raw).expanduser(), _paths(comp, artifacts))
+    competition, paths = _competition(comp), _paths(comp, artifacts)
+    if not raw and not paths.raw.is_dir():
+        raise ConfigError(
+            f"data: RAW is empty and {paths.raw} does not exist. Next: RAW=<folder> with the files, or make download."
+        )
+    report = preprocess.run(competition, Path(raw).expanduser() if raw else paths.raw, paths)
     show(report, preprocess.describe(report.facts))
 
 
@@ -129,6 +171,7 @@ def audit(
 
 @app.command()
 def train(
+    context: typer.Context,
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
     model: Model = "ribonanza_mamba",
@@ -141,35 +184,169 @@ def train(
         int | None, typer.Option("--max-steps", help="Stop, resumable, after so many steps.", min=1)
     ] = None,
     time_budget: Annotated[
-        str, typer.Option("--time-budget", help="Stop, resumable, after this time: 45m, 8h, 90s.")
+        str, typer.Option("--time-budget", help="Train, save and predict within this time: 45m, 8h, 90s; resumable.")
     ] = "",
     restart: Annotated[bool, typer.Option("--restart", help="Set an earlier run aside and begin anew.")] = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Resume with changed settings that do no harm, such as more epochs.")
+    ] = False,
+    background: Annotated[
+        bool, typer.Option("--background", help="Go on when the terminal closes; see rna status, logs, stop.")
+    ] = False,
+    track: Annotated[
+        list[str] | None, typer.Option("--track", help="Also tell tensorboard or wandb (offline); repeatable.")
+    ] = None,
+    kernels: Kernels = "auto",
 ) -> None:
     """Train one fold (or all) and predict; started again it resumes, or says that it is finished."""
-    from pipeline import predict as predict_stage
-    from pipeline import train as train_stage
+    from pipeline import jobs
+    from pipeline.training.stop import StopRequest
 
-    config, run = _config(model, split=split, tag=tag, overrides=set_ or ())
-    competition, paths = _competition(comp), _paths(comp, artifacts)
-    seconds, indices = _seconds(time_budget), range(_fold_count(split)) if all_folds else (_fold(fold, split),)
-    if config.model.kwargs.get("use_bpp"):
-        from pipeline import bpp as bpp_stage
+    config, run = _config(model, split=split, tag=tag, overrides=set_ or (), resumes=allow_changes)
+    competition, paths, seconds = _competition(comp), _paths(comp, artifacts), _seconds(time_budget)
+    indices = tuple(range(_fold_count(split))) if all_folds else (_fold(fold, split),)
+    if background:
+        folder = jobs.job_folder(paths, run, None if all_folds else fold)
+        raise typer.Exit(jobs.start(_same_words(context, without="background"), folder=folder))
+    with StopRequest(), jobs.at_work(paths.run_dir(run)) if all_folds else contextlib.nullcontext():
+        from pipeline import train_folds
+        from pipeline.training.trackers import find_trackers
 
-        show(bpp_stage.run(paths))
-    for index in indices:
-        report = train_stage.run(
+        train_folds.run(
             config,
             competition=competition,
             paths=paths,
             run=run,
             split=split,
-            fold=index,
+            folds=indices,
+            show=show,
+            budget=None if seconds is None else train_folds.Budget(seconds=seconds),
             max_steps=max_steps,
-            time_budget=seconds,
             restart=restart,
+            allow_changes=allow_changes,
+            trackers=find_trackers(track or ()),
         )
-        show(report)
-        show(predict_stage.run(competition=competition, paths=paths, run=run, fold=index))
+
+
+@app.command()
+def status(
+    artifacts: Artifacts = _ARTIFACTS,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list, for programs.")] = False,
+) -> None:
+    """Show every run of every competition: what it is doing, how far it is, its metric, its process."""
+    from pipeline import jobs
+
+    rows = jobs.survey(artifacts)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    elif rows:
+        output.print(jobs.status_table(rows))
+        for row in rows:
+            if row["state"] in ("failed", "diverged"):
+                say(f"{row['run']} fold{row['fold']}: {row['message']}")
+    else:
+        say(f"{artifacts}: no runs yet. Next: make train")
+
+
+@app.command()
+def logs(
+    comp: Comp = _COMP,
+    artifacts: Artifacts = _ARTIFACTS,
+    model: Model = "ribonanza_mamba",
+    split: Split = _SPLIT,
+    fold: Fold = 0,
+    all_folds: Annotated[bool, typer.Option("--all-folds", help="Of the job that trains all folds.")] = False,
+    tag: Tag = "",
+    lines: Annotated[int, typer.Option("--lines", "-n", help="How many of the last ones.", min=1)] = 20,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends (Ctrl-C leaves it be).")] = (
+        False
+    ),
+) -> None:
+    """Show the last lines of what a run in the background said."""
+    from pipeline import jobs
+
+    run = run_name(model, split=split, tag=tag)
+    log = jobs.find_log(_paths(comp, artifacts), run, None if all_folds else _fold(fold, split))
+    typer.echo(jobs.last_lines(log, count=lines))
+    with contextlib.suppress(KeyboardInterrupt):
+        for text in jobs.follow(log) if follow else ():
+            typer.echo(text, nl=False)
+
+
+@app.command()
+def stop(
+    comp: Comp = _COMP,
+    artifacts: Artifacts = _ARTIFACTS,
+    model: Model = "ribonanza_mamba",
+    split: Split = _SPLIT,
+    fold: Fold = 0,
+    all_folds: Annotated[bool, typer.Option("--all-folds", help="The job that trains all folds.")] = False,
+    tag: Tag = "",
+) -> None:
+    """Ask a run to save its state and end, and wait until it has."""
+    from pipeline import jobs
+
+    run = run_name(model, split=split, tag=tag)
+    folder = jobs.job_folder(_paths(comp, artifacts), run, None if all_folds else _fold(fold, split))
+    say(jobs.stop(folder))
+
+
+@app.command()
+def sweep(
+    over: Annotated[
+        list[str], typer.Option("--over", help="What varies, as TOML: train.lr=[1e-3, 2e-3]; for every combination.")
+    ],
+    name: Annotated[str, typer.Option("--name", help="Of the sweep.")] = "sweep",
+    comp: Comp = _COMP,
+    artifacts: Artifacts = _ARTIFACTS,
+    model: Model = "ribonanza_mamba",
+    split: Split = _SPLIT,
+    fold: Annotated[list[int] | None, typer.Option("--fold", help="Fold to hold out; repeatable.", min=0)] = None,
+    all_folds: Annotated[bool, typer.Option("--all-folds", help="Every fold of the split.")] = False,
+    seeds: Annotated[int, typer.Option("--seeds", help="Runs of every cell and fold.", min=1)] = 3,
+    trials: Annotated[int, typer.Option("--trials", help="Let Optuna propose so many cells.", min=0)] = 0,
+    set_: Sets = None,
+    time_budget: Annotated[str, typer.Option("--time-budget", help="Stop, resumable, after this time: 8h.")] = "",
+) -> None:
+    """Train settings x seeds x folds and rank them; start it on several machines that share the folder, or again."""
+    from pipeline import sweep as stage
+
+    run_name(model, split=split, tag=name)
+    budget, competition, paths = _seconds(time_budget), _competition(comp), _paths(comp, artifacts)
+    folds = range(_fold_count(split)) if all_folds else [_fold(k, split) for k in fold or [0]]
+    whole = stage.Sweep(
+        name=name,
+        model=model,
+        overrides=tuple(set_ or ()),
+        competition=competition,
+        paths=paths,
+        split=split,
+        seeds=seeds,
+        folds=tuple(folds),
+        deadline=None if budget is None else time.monotonic() + budget,
+    )
+    report = stage.run(whole, [stage.parse_axis(text) for text in over], trials=trials)
+    show(report, stage.describe(report.facts))
+
+
+@app.command()
+def replay(
+    comp: Comp = _COMP,
+    artifacts: Artifacts = _ARTIFACTS,
+    model: Model = "ribonanza_mamba",
+    split: Split = _SPLIT,
+    fold: Fold = 0,
+    tag: Tag = "",
+    step: Annotated[int | None, typer.Option("--step", help="Of the batch; default: the last one.", min=0)] = None,
+    precision: Annotated[str, typer.Option("--precision", help="fp16, bf16 or fp32 alone; default: all.")] = "",
+) -> None:
+    """Run a batch that training left out again: where it breaks, and in which precision it does not."""
+    from pipeline import replay as stage
+
+    run = run_name(model, split=split, tag=tag)
+    where: dict[str, Any] = {"run": run, "fold": _fold(fold, split), "step": step, "precision": precision or None}
+    found = stage.run(competition=_competition(comp), paths=_paths(comp, artifacts), **where)
+    output.print(stage.describe(found.facts))
 
 
 @app.command()
@@ -181,13 +358,17 @@ def predict(
     fold: Fold = 0,
     tag: Tag = "",
     set_: Sets = None,
+    kernels: Kernels = "auto",
 ) -> None:
     """Predict the held-out fold and the test set with a trained checkpoint, which carries its own configuration."""
-    from pipeline import predict as stage
+    from pipeline.training.stop import StopRequest
 
     del set_  # the checkpoint's own settings hold
     run = run_name(model, split=split, tag=tag)
-    show(stage.run(competition=_competition(comp), paths=_paths(comp, artifacts), run=run, fold=_fold(fold, split)))
+    with StopRequest():
+        from pipeline import predict as stage
+
+        show(stage.run(competition=_competition(comp), paths=_paths(comp, artifacts), run=run, fold=_fold(fold, split)))
 
 
 @app.command()
@@ -203,6 +384,7 @@ def ensemble(
 
     paths = _paths(comp, artifacts)
     runs = run or finished_runs(paths, split)
+    warn_of_unfinished(paths, runs)
     report = stage.run(paths, competition=_competition(comp), name=name, runs=runs, split=split)
     show(report, stage.describe(report.facts))
 
@@ -219,6 +401,32 @@ def submit(
 
     report = write.run(_paths(comp, artifacts), competition=_competition(comp), name=name, fmt=fmt)
     show(report, write.describe(report.facts))
+
+
+@app.command("submit-kaggle")
+def submit_kaggle(
+    comp: Comp = _COMP,
+    artifacts: Artifacts = _ARTIFACTS,
+    name: Name = _NAME,
+    file: Annotated[Path | None, typer.Option("--file", help="Another submission than the ensemble's CSV.")] = None,
+    kernel: Annotated[str, typer.Option("--kernel", help="Code competitions: owner/slug whose output to submit.")] = "",
+    version: Annotated[str, typer.Option("--version", help="Version of the kernel.")] = "",
+    wait: Annotated[str, typer.Option("--wait", help="For the score at most: 30m, 2h.")] = "1h",
+) -> None:
+    """Send a checked submission to Kaggle, once, and wait until it is listed and scored."""
+    from submissions import upload
+
+    if bool(kernel) != bool(version):
+        raise ConfigError("submit-kaggle: --kernel and --version go together. Next: give both, or none.")
+    report = upload.run(
+        _paths(comp, artifacts),
+        competition=_competition(comp),
+        name=name,
+        file=file,
+        kernel=upload.Kernel(name=kernel, version=version) if kernel else None,
+        wait=_seconds(wait, option="--wait") or 0.0,
+    )
+    show(report, upload.describe(report.facts))
 
 
 @app.command()
@@ -259,12 +467,49 @@ def report(comp: Comp = _COMP, artifacts: Artifacts = _ARTIFACTS, name: Name = _
     show(stage.run(_paths(comp, artifacts), competition=_competition(comp), name=name))
 
 
+@app.command()
+def plan(
+    comp: Comp = _COMP,
+    model: Model = "ribonanza_mamba",
+    set_: Sets = None,
+    length: Annotated[
+        int | None, typer.Option("--length", help="Of the longest sequence, nt; default: data.max_length.", min=1)
+    ] = None,
+) -> None:
+    """Say what memory a training step takes, counted without running it; refuse what cannot fit, and say what would."""
+    from pipeline import plan as planning
+    from pipeline.config import load_config
+    from pipeline.train import build_model
+
+    config, competition = load_config(model, set_ or ()), _competition(comp)
+    found = planning.make_plan(config, lambda: build_model(config.model, competition), length=length)
+    output.print(found.table())
+    found.require_fit()
+    output.print(found.line(), markup=False)
+
+
 @app.command("bench-data")
 def bench_data(artifacts: Artifacts = _ARTIFACTS) -> None:
     """Time the data stage on a 100,000-row CSV beside pandas, polars, pyarrow and duckdb."""
     from pipeline import bench_data as bench
 
     bench.run(folder=artifacts / "bench")
+
+
+@app.command("bench-kernels")
+def bench_kernels(rounds: Rounds = 3) -> None:
+    """Time Mamba's scan and Hyena's long convolution beside other implementations; memory and slopes too."""
+    from pipeline import bench_kernels as bench
+
+    bench.run(rounds=rounds)
+
+
+@app.command("bench-models")
+def bench_models(rounds: Rounds = 2) -> None:
+    """Time training and prediction of whole networks beside RibonanzaNet's architecture; memory too."""
+    from pipeline import bench_models as bench
+
+    bench.run(rounds=rounds)
 
 
 @app.command("bench-folds")
@@ -305,7 +550,8 @@ def finished_runs(paths: Paths, split: str) -> list[str]:
     Raises:
         DataError: there is none.
     """
-    runs = sorted(path.name for path in (paths.home / "runs").glob(f"*.{split}") if any(path.glob("fold*/checkpoints")))
+    begun = (path for path in (paths.home / "runs").glob(f"*.{split}") if any(path.glob("fold*/checkpoints")))
+    runs = sorted(path.name for path in begun if "+sweep-" not in path.name)
     complete = [
         run
         for run in runs
@@ -322,12 +568,41 @@ def finished_runs(paths: Paths, split: str) -> list[str]:
     return complete
 
 
-def _config(model: str, *, split: str, tag: str, overrides: Sequence[str]) -> tuple[Any, str]:
+def warn_of_unfinished(paths: Paths, runs: Sequence[str]) -> None:
+    """Say which runs of an ensemble were predicted before their training was finished."""
+    from pipeline.jobs import predicted_unfinished
+
+    for run in runs:
+        folders = sorted(paths.run_dir(run).glob("fold*"))
+        early = [folder.name for folder in folders if predicted_unfinished(folder)]
+        if early:
+            warn(
+                f"{run}: {', '.join(early)} predicted before the training was finished; these predictions are used. "
+                "Next: make train goes on with it, then make ensemble again."
+            )
+
+
+def _config(model: str, *, split: str, tag: str, overrides: Sequence[str], resumes: bool = False) -> tuple[Any, str]:
     from pipeline.config import load_config
 
-    if overrides and not tag:
+    if overrides and not tag and not resumes:
         raise ConfigError("--set changes what a run is. Next: name the variant with --tag (make: TAG=…).")
     return load_config(model, overrides), run_name(model, split=split, tag=tag)
+
+
+def _same_words(context: typer.Context, *, without: str) -> list[str]:
+    """The command line of the verb that is running, less one option."""
+    words = [str(context.info_name)]
+    for option in context.command.params:
+        value = context.params.get(str(option.name))
+        given = value if isinstance(value, list | tuple) else [value]
+        if option.name != without:
+            words += [
+                option.opts[0] if one is True else f"{option.opts[0]}={one}"
+                for one in given
+                if one is not None and one is not False and one != ""
+            ]
+    return words
 
 
 def _fold_count(split: str) -> int:
@@ -345,13 +620,13 @@ def _fold(fold: int, split: str) -> int:
     return fold
 
 
-def _seconds(text: str) -> float | None:
+def _seconds(text: str, *, option: str = "--time-budget") -> float | None:
     """Seconds of ``90s``, ``45m``, ``8h``; None for an empty text."""
     if not text:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
     if not found:
-        raise ConfigError(f"--time-budget {text!r}: expected a number with s, m or h, such as 8h.")
+        raise ConfigError(f"{option} {text!r}: expected a number with s, m or h, such as 8h.")
     return float(found.group(1)) * {"s": 1, "m": 60, "h": 3600}[found.group(2)]
 
 
@@ -380,11 +655,11 @@ def main() -> NoReturn:
     code = 1  # of an exception that nobody expected
 
     def leave() -> None:
-        with contextlib.suppress(OSError):  # whoever read the output may be gone
-            sys.stdout.flush()
-            sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
+    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     atexit.register(leave)  # the first to be registered is the last to run
     code = run_verb()
     raise SystemExit(code)
@@ -397,6 +672,7 @@ def run_verb(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     try:
+        _ask_for_kernels(os.environ.get("RNA_KERNELS") or "auto")
         code = app(args=arguments, standalone_mode=False) or 0
         return _interrupted() if code == _INTERRUPTED else code
     except PipelineError as err:

@@ -40,6 +40,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "patience": (0, math.inf),
     "max_skips": (0, math.inf),
     "max_rollbacks": (0, math.inf),
+    "spike_threshold": (0, math.inf),
 }
 
 
@@ -70,7 +71,8 @@ class TrainConfig:
     seed: int = 2026
     epochs: int = 30
     batch_size: int = 64  # sequences an optimiser step, over all devices
-    micro_batch: int = 0  # sequences a forward pass; 0 = batch_size, less = gradient accumulation
+    # sequences a forward pass: 0 = batch_size, less = gradient accumulation, "auto" = halved when memory runs out
+    micro_batch: int | typing.Literal["auto"] = 0
     lr: float = 2e-3
     weight_decay: float = 0.05
     schedule: typing.Literal["one_cycle", "cosine", "constant"] = "one_cycle"
@@ -82,8 +84,17 @@ class TrainConfig:
     save_every: int = 500  # steps between checkpoints; the end of an epoch always saves
     patience: int = 0  # epochs without improvement before stopping; 0 = never
     deterministic: bool = False
-    max_skips: int = 5  # batches in a row that may be skipped for non-finite values
+    max_skips: int = 5  # batches in a row that may be skipped for non-finite values or loss spikes
     max_rollbacks: int = 3
+    # a loss so many robust standard deviations above the last 128 is a spike and its batch is skipped; 0 = off, because
+    # batches of another length or library may be that different; a try begins with 10 or more
+    spike_threshold: float = 0.0
+
+    @property
+    def largest_micro_batch(self) -> int:
+        """Sequences of a forward pass as a run begins; "auto" only ever makes them fewer."""
+        given = self.batch_size if self.micro_batch == "auto" else self.micro_batch
+        return min(given or self.batch_size, self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,20 +198,24 @@ def _build(cls: type, tree: dict, *, where: str) -> typing.Any:
 
 
 def _check(value: object, kind: typing.Any, *, where: str) -> object:
+    if kind is float and type(value) is int:
+        return float(value)
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    if any(_is_of(value, one) for one in kinds):
+        return value
+    expected = " or ".join(map(_name, kinds))
+    raise ConfigError(f"{where}: got {value!r} ({type(value).__name__}); expected {expected}.")
+
+
+def _is_of(value: object, kind: typing.Any) -> bool:
     origin = typing.get_origin(kind)
-    if origin is typing.Literal:
-        ok = value in typing.get_args(kind)
-    elif origin in (typing.Union, types.UnionType):
-        ok = type(value) in typing.get_args(kind)
-    elif kind is float:
-        ok, value = type(value) in (int, float), float(value) if type(value) is int else value
-    else:
-        ok = type(value) is (origin or kind)
-    if not ok:
-        names = map(repr, typing.get_args(kind)) if origin is typing.Literal else [getattr(kind, "__name__", str(kind))]
-        expected = " or ".join(names)
-        raise ConfigError(f"{where}: got {value!r} ({type(value).__name__}); expected {expected}.")
-    return value
+    return value in typing.get_args(kind) if origin is typing.Literal else type(value) is (origin or kind)
+
+
+def _name(kind: typing.Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
+    return getattr(kind, "__name__", str(kind))
 
 
 def _check_limits(key: str, value: object, *, where: str) -> None:

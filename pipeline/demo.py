@@ -34,7 +34,7 @@ def run(folder: Path, *, seed: int = 0) -> None:
     has_bpp, reason = bpp.available()
     if not has_bpp:
         output.print(f"base-pair probabilities are left out: {reason}")
-    models = ("smoke_ribonanza_mamba", "smoke_transformer_sepconv")
+    models = ("tiny_ribonanza_mamba", "tiny_transformer_sepconv")
     scores = [
         _chain(folder, "ribonanza", models=models, use_bpp=has_bpp),
         _chain(folder, "rna3d", models=models[1:], use_bpp=has_bpp),

@@ -73,17 +73,15 @@ def _torch() -> Iterator[Finding]:
 
 
 def _fast_kernels() -> Iterator[Finding]:
-    from models.layers import compiled_scan
+    import torch
 
-    compiled, reason = compiled_scan.load()
-    state: State = "ok" if compiled else "absent"
-    yield Finding("selective scan", state, f"on the CPU {reason if compiled else f'in plain PyTorch: {reason}'}")
-    fallback = "on a GPU the scan runs in plain PyTorch"
-    for package, module in (("mamba-ssm", "mamba_ssm"), ("causal-conv1d", "causal_conv1d")):
-        found = _package(package, module, fallback)
-        if found.state == "ok":
-            found = Finding(package, "absent", f"{found.detail}, not used yet: {fallback}")
-        yield found
+    from models.layers import kernels
+
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for operator in ("selective_scan", "causal_conv1d"):
+            path, reason = kernels.choose(operator, torch.device(device))
+            state: State = "absent" if path == "reference" else "ok"
+            yield Finding(operator, state, f"on {device}: {path} ({reason})")
 
 
 def _package(package: str, module: str, otherwise: str) -> Finding:

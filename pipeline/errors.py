@@ -45,3 +45,7 @@ class StoppedError(PipelineError):
     """The run was asked to stop; it saved its state and goes on when started again."""
 
     exit_code = 75
+
+
+class BusyError(StoppedError):
+    """Another process is at work on the same run."""

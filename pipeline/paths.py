@@ -31,7 +31,7 @@ def how_to_make(path: Path) -> str:
 class Paths:
     """Files of one competition below one artifacts folder.
 
-    ``artifacts/<comp>/clean|bpp|arrays|folds|runs/<run>/fold<k>|ensembles/<name>``
+    ``artifacts/<comp>/raw|clean|bpp|arrays|folds|runs/<run>/fold<k>|ensembles/<name>``
     """
 
     comp: str
@@ -42,6 +42,10 @@ class Paths:
     @property
     def home(self) -> Path:
         return self.root / self.comp
+
+    @property
+    def raw(self) -> Path:
+        return self.home / "raw"  # what a download leaves
 
     def clean(self, table: str) -> Path:
         return self.home / "clean" / f"{table}.parquet"

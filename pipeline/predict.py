@@ -4,6 +4,7 @@ In float32 whatever the training ran in, so that neither batch size nor padding 
 Letters: B batch, L length (nt), T nucleotides in a row, C target, K distance bin.
 """
 
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ from pipeline.schema import decode
 from pipeline.stage import Report, run_stage, sha256_file
 from pipeline.train import build_model
 from pipeline.training.checkpoint import CheckpointStore, DamagedError, load_checkpoint, read_meta
-from pipeline.training.loop import is_out_of_memory
+from pipeline.training.failures import is_out_of_memory
 from pipeline.training.precision import choose_device
 from pipeline.training.stop import StopRequest
 
@@ -38,6 +39,7 @@ _VERSION = 1
 _ROWS = 8192  # of a row group of value predictions
 _STRUCTURE_ROWS = 320  # of a row group of structures: 64 sequences
 _CANDIDATES = 5
+_SAMPLES, _SAMPLE_S = 5, 10.0  # batches of a table that an estimate times, and seconds after which it takes no more
 #: Longest sequence for which distances between all pairs are predicted, nt; longer ones are built from pairing alone.
 MAX_PAIR_LENGTH = 1000
 
@@ -69,6 +71,8 @@ def run(
 ) -> Report:
     """Predict with the best checkpoint of a fold, which carries its own configuration.
 
+    Predictions by a training that is not finished are marked in their manifest (``params.unfinished``).
+
     Args:
         competition: the one that the run was trained on.
         paths: where clean tables, fold tables and runs are.
@@ -93,12 +97,14 @@ def run(
     if meta["competition"] != competition.name:
         raise ConfigError(f"{path}: trained on {meta['competition']}; expected {competition.name}. Next: COMP=….")
     newest = store.newest_meta()
-    if newest is not None and not newest["progress"]["finished"]:
+    unfinished = newest is not None and not newest["progress"]["finished"]
+    if unfinished:
         say(f"{run} fold{fold}: training is not finished; predicting with its checkpoint of step {meta['step']}")
     reports = {}
     with StopRequest() as stop:
         for table in which:
-            reports[table] = _run_table(table, competition, paths, path, meta, batch_tokens=batch_tokens, stop=stop)
+            options: dict[str, Any] = {"batch_tokens": batch_tokens, "stop": stop, "unfinished": unfinished}
+            reports[table] = _run_table(table, competition, paths, path, meta, **options)
     return Report(
         stage="predict",
         status="current" if all(report.status == "current" for report in reports.values()) else "built",
@@ -117,25 +123,24 @@ def _run_table(
     *,
     batch_tokens: int,
     stop: StopRequest,
+    unfinished: bool,
 ) -> Report:
     config = config_from_dict(meta["config"], where=f"{checkpoint}/meta.json")
-    uses_bpp = "bpp" in meta["data"] or (competition.task == "structure" and paths.bpp.is_file())
-    examples = open_examples(competition, paths=paths, table="train" if table == "oof" else "test", bpp=uses_bpp)
+    examples = _open(table, competition, paths, uses_bpp="bpp" in meta["data"])
     run, split, fold = meta["run"], meta["split"], meta["fold"]
     inputs = {"checkpoint": checkpoint / "meta.json", "arrays": paths.arrays_dir / examples.key / "meta.json"}
     if examples.bpp is not None:
         inputs["bpp"] = paths.arrays_dir / examples.bpp.key / "meta.json"
-    positions = np.arange(len(examples))
     if table == "oof":
         inputs["folds"] = paths.fold_table(split)
         _require_trained_on(meta, examples, inputs["folds"])
-        positions = np.flatnonzero(fold_members(read_folds(inputs["folds"], examples=examples), fold, where=split))
+    positions = _members(table, examples, paths, split=split, fold=fold)
     job = _Job(
         competition=competition,
         config=config,
         checkpoint=checkpoint,
         examples=examples,
-        positions=positions[np.argsort(examples.ids_N[positions])],
+        positions=positions,
         fold=fold if table == "oof" else None,
         batch_tokens=batch_tokens,
         stop=stop,
@@ -149,7 +154,77 @@ def _run_table(
 
     output = paths.oof(run, fold) if table == "oof" else paths.test(run, fold)
     params = {"version": _VERSION, "flipped": config.data.flip > 0}
+    if unfinished:  # so that they are told apart, and made again when the training is finished
+        params["unfinished"] = True
     return run_stage(f"predict-{table}", inputs=inputs, outputs={table: output}, params=params, build=build)
+
+
+def _open(table: Which, competition: Competition, paths: Paths, *, uses_bpp: bool) -> ExampleSet:
+    """Examples of a table, with base-pair probabilities where network or structures are made from them."""
+    bpp = uses_bpp or (competition.task == "structure" and paths.bpp.is_file())
+    return open_examples(competition, paths=paths, table="train" if table == "oof" else "test", bpp=bpp)
+
+
+def _members(table: Which, examples: ExampleSet, paths: Paths, *, split: str, fold: int) -> np.ndarray:
+    """Positions that a table predicts, in the order of their sequence_id."""
+    positions = np.arange(len(examples))
+    if table == "oof":
+        folds_N = read_folds(paths.fold_table(split), examples=examples)
+        positions = np.flatnonzero(fold_members(folds_N, fold, where=split))
+    return positions[np.argsort(examples.ids_N[positions])]
+
+
+def estimate(
+    config: RunConfig, *, competition: Competition, paths: Paths, split: str, fold: int, batch_tokens: int = 65_536
+) -> float:
+    """Time that both tables of a fold will take here, in seconds, before anything is trained.
+
+    A sample of the very batches, by length, goes through an untrained network: validation, whose time is known
+    sooner, runs in another precision and without what is done for structures.
+    """
+    model, device = build_model(config.model, competition).eval(), choose_device()
+    model.to(device)
+    seconds = 0.0
+    with StopRequest() as stop:
+        for table, number in (("oof", fold), ("test", None)):
+            examples = _open(table, competition, paths, uses_bpp=model.uses_bpp)  # type: ignore[arg-type]
+            positions = _members(table, examples, paths, split=split, fold=fold)  # type: ignore[arg-type]
+            job = _Job(
+                competition=competition,
+                config=config,
+                checkpoint=Path("(untrained)"),
+                examples=examples,
+                positions=positions,
+                fold=number,
+                batch_tokens=batch_tokens,
+                stop=stop,
+            )
+            seconds += _sampled_seconds(job, model, device)
+    return seconds
+
+
+def _sampled_seconds(job: _Job, model: RnaModel, device: torch.device) -> float:
+    lengths_N = job.examples.lengths[job.positions]
+    is_structure = job.competition.task == "structure"
+    parts = plan_by_tokens(lengths_N, max_tokens=1 if is_structure else job.batch_tokens)  # structures go one by one
+
+    def timed(part: np.ndarray) -> float:
+        started = time.monotonic()
+        if is_structure:
+            _structure_rows(job, model, device, int(job.positions[part[0]]))
+            return time.monotonic() - started
+        fits = _unless_out_of_memory(partial(_predict_values, job, model, device, job.positions[part])) is not None
+        if fits or len(part) == 1:
+            return time.monotonic() - started
+        return sum(timed(half) for half in np.array_split(part, 2))
+
+    timed(parts[-1][:1])  # the first pass also loads and compiles what every later one finds ready
+    sample, spent = np.unique(np.linspace(0, len(parts) - 1, _SAMPLES).astype(int)), list[float]()
+    for index in sample:  # longest first: cut short, the sample errs on the safe side
+        spent.append(timed(parts[index]))
+        if sum(spent) > _SAMPLE_S:
+            break
+    return sum(spent) / len(spent) * len(parts)
 
 
 def _require_trained_on(meta: dict[str, Any], examples: ExampleSet, fold_table: Path) -> None:
@@ -358,9 +433,9 @@ def _key_columns(job: _Job, positions: np.ndarray) -> list[pa.Array]:
 
 
 def _poll_stop(job: _Job) -> None:
-    reason = job.stop.reason()
-    if reason is not None:
-        raise StoppedError(f"predict: stopped ({reason}); nothing is half-written. Next: the same command again.")
+    """End for a signal whose own StoppedError, raised where the work then was, got lost in somebody's callback."""
+    if job.stop.signalled:
+        raise StoppedError("predict: stopped; nothing is half-written. Next: the same command again.")
 
 
 def _not_finite(job: _Job, position: int) -> DivergedError:

@@ -1,14 +1,15 @@
-"""What a run says while it works: progress on a terminal, plain lines elsewhere, and metrics as JSON lines."""
+"""What a run says while it works: progress on a terminal, plain lines elsewhere, metrics as JSON lines, its status."""
 
+import contextlib
 import json
 import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +18,9 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+from pipeline.stage import write_json
 
 #: Everything a person reads goes through this console; tests and workers may replace it.
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -39,9 +43,10 @@ class Bar:
         self.label, self.total, self.unit = label, total, unit
         self._done, self._note, self._said = 0, "", time.monotonic()
         self._live = console.is_terminal
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        tail = (TextColumn(unit), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-        self._progress = Progress(*columns, *tail, console=console, transient=True, disable=not self._live)
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
+        tail = (TextColumn(unit), TimeRemainingColumn(compact=True))
+        options: dict[str, Any] = {"transient": True, "disable": not self._live, "expand": True}
+        self._progress = _NotedProgress(*columns, *tail, console=console, **options)
         self._task = self._progress.add_task(label, total=total, note="")
 
     def __enter__(self) -> "Bar":
@@ -52,7 +57,7 @@ class Bar:
         self._progress.stop()
 
     def advance(self, count: int = 1, *, note: str = "") -> None:
-        """Count more work as done and, if given, show a short note behind the bar."""
+        """Count more work as done and, if given, show a short note with the bar."""
         self._done += count
         self._note = note or self._note
         self._progress.update(self._task, advance=count, note=self._note)
@@ -60,6 +65,16 @@ class Bar:
             self._said = time.monotonic()
             of_total = f"/{self.total}" if self.total is not None else ""
             console.print(f"{self.label}: {self._done}{of_total} {self.unit} {self._note}".rstrip(), markup=False)
+
+
+class _NotedProgress(Progress):
+    """A bar with its note in a line below, where 80 columns hold it whole."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["note"]:
+                yield Text(f"  {task.fields['note']}", overflow="ellipsis", no_wrap=True)
 
 
 def track(items: Iterable[_Item], label: str, *, total: int | None = None, unit: str = "") -> Iterator[_Item]:
@@ -82,20 +97,53 @@ def warn(message: str) -> None:
     console.print(f"warning: {message}", style="yellow" if console.is_terminal else None, markup=False)
 
 
+class Unbreakable:
+    """A text stream whose reader may go: what is said to a closed terminal or a full disk is lost, the run is not.
+
+    Writing to a terminal that was closed raises OSError (EIO), also in a process that was told to survive that.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class MetricsLog:
-    """Append-only JSON lines, one event each, flushed at once. Non-finite numbers become null beside a flag."""
+    """Append-only JSON lines, one event each, on their way at once. Non-finite numbers become null beside a flag.
+
+    What a full disk does not take is kept and written with a later row: a log line is no reason to end a run.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _cut_torn_tail(path)
-        self.path = path
-        self._handle = path.open("a")
+        self.path, self._waiting, self._warned = path, b"", False
+        self._handle = path.open("ab", buffering=0)
 
     def write(self, event: str, **values: Any) -> None:
         """Append ``{"event": …, "time": …, **values}``."""
         row = {"event": event, "time": round(time.time(), 3)} | _finite(values)
-        self._handle.write(json.dumps(row, allow_nan=False) + "\n")
-        self._handle.flush()
+        self._waiting += (json.dumps(row, allow_nan=False) + "\n").encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._handle.write(self._waiting) :]
+        except OSError as err:
+            if not self._warned:
+                warn(f"{self.path}: {err.strerror}; rows are kept and written when that is possible again")
+            self._warned = True
 
     def close(self) -> None:
         self._handle.close()
@@ -128,6 +176,33 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 break
             raise ValueError(f"{path}: line {number} is not JSON: {line[:60]!r}") from err
     return rows
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What a run last said of itself in its folder's status.json; empty where it said nothing that can be read."""
+    try:
+        status = json.loads((folder / "status.json").read_text())
+    except (OSError, ValueError):  # not there, no JSON or no text
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def write_status(folder: Path, status: Mapping[str, Any]) -> None:
+    """Replace a run's status.json; every one says when it was written."""
+    write_json(folder / "status.json", {**status, "updated": round(time.time(), 1)})
+
+
+def duration(seconds: float) -> str:
+    """A time span for people.
+
+    >>> duration(27_660), duration(185), duration(9.4)
+    ('7 h 41 min', '3 min 5 s', '9 s')
+    """
+    whole = max(0, round(seconds))
+    minutes, rest = divmod(whole, 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

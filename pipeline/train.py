@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from models.interface import RnaModel
-from models.layers import compiled_scan
-from models.layers.mamba import MambaDirection
-from models.registry import create_model
+from models.layers import kernels
+from models.registry import create_model, model_arguments
+from pipeline import plan
 from pipeline.competitions.base import Competition
 from pipeline.config import ModelConfig, RunConfig
 from pipeline.dataset import fold_members, open_examples, read_folds
@@ -25,12 +25,18 @@ from pipeline.training.checkpoint import CheckpointStore, DamagedError, load_che
 from pipeline.training.loop import Trainer, TrainingData
 from pipeline.training.losses import profile_weights
 from pipeline.training.metrics import metric_name
+from pipeline.training.optim import learning_rate
 from pipeline.training.precision import choose_device, choose_precision, deterministic_algorithms
+from pipeline.training.resume import Change, environment, require_same, warn_of_other_environment
+from pipeline.training.state import Progress
 from pipeline.training.stop import StopRequest, run_lock
 from pipeline.training.telemetry import Telemetry, drop_rows_after, settle_status
+from pipeline.training.trackers import OpenTracker
 
 #: Bins of the C1'–C1' distance, for the structure task: 1.9 Å wide between 4 and 60 Å.
 NUM_DISTANCE_BINS = 32
+_HEADS = ("num_channels", "num_distance_bins")  # arguments of a network that follow from the competition
+_STAYS = (".lock", ".job", "run.log")  # in a fold's folder when its run is set aside: what belongs to the process
 
 
 def run(
@@ -44,6 +50,8 @@ def run(
     max_steps: int | None = None,
     time_budget: float | None = None,
     restart: bool = False,
+    allow_changes: bool = False,
+    trackers: Mapping[str, OpenTracker] | None = None,
 ) -> Report:
     """Train one fold to its end, from wherever it stands.
 
@@ -57,6 +65,8 @@ def run(
         max_steps: stop, resumable, after so many steps.
         time_budget: stop, resumable, after so many seconds.
         restart: set an earlier run of this name and fold aside and begin anew.
+        allow_changes: go on with a run that was begun although settings changed that do it no harm.
+        trackers: who else is told of loss and metric, by name (`pipeline.training.trackers.find_trackers`).
 
     Returns:
         ``built``, or ``current`` if it was finished before; facts: best metric, its step, epochs, steps.
@@ -77,17 +87,20 @@ def run(
         model = build_model(config.model, competition)
         data, digests = load_data(config, model, competition=competition, paths=paths, split=split, fold=fold)
         meta = {"run": run, "competition": competition.name, "split": split, "fold": fold}
-        meta |= {"data": digests, "config": asdict(config)}
+        meta |= {"data": digests, "config": resolved_config(config, model)}
         store = CheckpointStore(folder / "checkpoints")
         store.sweep()
-        begun = store.newest_meta()
+        begun, changes = store.newest_meta(), list[Change]()
+        if begun is None and allow_changes:
+            raise ConfigError(f"{folder}: no run was begun here that could be changed. Next: without --allow-changes.")
         if begun is not None:
-            require_same(meta, begun, where=folder)
-            if begun["progress"]["finished"]:
+            changes = require_same(meta, begun, where=folder, allow_changes=allow_changes)
+            if begun["progress"]["finished"] and Progress.from_dict(begun["progress"]).is_over(config.train):
                 settle_status(folder)
                 return _report(store, begun, status="current", seconds=0.0)
         with deterministic_algorithms(config.train.deterministic):
-            _train(model, config, competition, data, store, stop, meta, max_steps=max_steps)
+            how: dict[str, Any] = {"max_steps": max_steps, "changes": changes, "trackers": trackers}
+            _train(model, config, competition, data, store, stop, meta, **how)
         done = store.newest_meta()
         assert done is not None
         return _report(store, done, status="built", seconds=time.monotonic() - started)
@@ -100,8 +113,8 @@ def build_model(config: ModelConfig, competition: Competition) -> RnaModel:
         ConfigError: the model or one of its arguments is unknown or makes no sense.
     """
     is_structure = competition.task == "structure"
-    heads = {"num_channels": 0 if is_structure else len(competition.targets)}
-    heads["num_distance_bins"] = NUM_DISTANCE_BINS if is_structure else 0
+    channels, bins = (0, NUM_DISTANCE_BINS) if is_structure else (len(competition.targets), 0)
+    heads = dict(zip(_HEADS, (channels, bins), strict=True))
     for key, value in config.kwargs.items():
         if key in heads:
             raise ConfigError(f"[model] kwargs: {key} follows from the competition; expected it left out.")
@@ -112,6 +125,16 @@ def build_model(config: ModelConfig, competition: Competition) -> RnaModel:
         return create_model(config.name, **heads, **config.kwargs)
     except (TypeError, ValueError) as err:
         raise ConfigError(f"[model] {err}") from err
+
+
+def resolved_config(config: RunConfig, model: RnaModel) -> dict[str, Any]:
+    """The settings as a checkpoint keeps them: with the defaults of the network's constructor written out.
+
+    A default that changes in the code later neither changes a run that goes on nor how its checkpoints predict.
+    """
+    arguments = {name: parameter.default for name, parameter in model_arguments(type(model)).items()}
+    chosen = {name: value for name, value in arguments.items() if name not in _HEADS} | config.model.kwargs
+    return asdict(replace(config, model=replace(config.model, kwargs=chosen)))
 
 
 def load_data(
@@ -150,28 +173,10 @@ def load_data(
     return TrainingData(examples=replace(examples, weights_NC=weights_NC), train=train, valid=valid), digests
 
 
-def require_same(wanted: dict[str, Any], begun: dict[str, Any], *, where: Path) -> None:
-    """Refuse to go on with a run under other settings or with other data.
-
-    Raises:
-        ConfigError: with every difference.
-    """
-    now, before = dict(_leaves(wanted)), dict(_leaves({key: begun.get(key) for key in wanted}))
-    missing = "(absent)"
-    differing = [key for key in sorted(now.keys() | before.keys()) if now.get(key, missing) != before.get(key, missing)]
-    if differing:
-        changed = "; ".join(f"{key} {before.get(key, missing)} -> {now.get(key, missing)}" for key in differing)
-        repair = "make data folds if a table was damaged, " if any(key.startswith("data.") for key in differing) else ""
-        raise ConfigError(
-            f"{where}: this run was begun with other settings or data: {changed}. "
-            f"Next: {repair}TAG=<name> for a new run beside it, or --restart (make: RESTART=1) to begin this one anew."
-        )
-
-
 def set_aside(folder: Path) -> None:
     """Move all that a run wrote to ``set-aside-<n>/`` in its own folder, so that it can begin anew."""
     earlier = sorted(folder.glob("set-aside-*"))
-    found = [path for path in sorted(folder.iterdir()) if path.name != ".lock" and path not in earlier]
+    found = [path for path in sorted(folder.iterdir()) if path.name not in _STAYS and path not in earlier]
     if found:
         target = folder / f"set-aside-{len(earlier) + 1}"
         target.mkdir()
@@ -190,13 +195,18 @@ def _train(
     meta: dict[str, Any],
     *,
     max_steps: int | None,
+    changes: list[Change],
+    trackers: Mapping[str, OpenTracker] | None,
 ) -> None:
     device = choose_device()
     precision = choose_precision(config.train.precision, device)
-    checkpoint = store.load_newest()
+    checkpoint, here = store.load_newest(), environment(device)
     if checkpoint is None:
         _load_initial(model, config.model, meta)
+    meta = meta | {"environment": checkpoint.meta.get("environment", here) if checkpoint else here}
     _set_gradient_checkpointing(model, config.train.gradient_checkpointing)
+    longest = int(data.examples.lengths[data.train].max())
+    needs = plan.check(config, lambda: build_model(config.model, competition), length=longest, device=device)
     trainer = Trainer(
         model.to(device),
         config=config,
@@ -217,15 +227,36 @@ def _train(
     label = f"{meta['run']} fold{meta['fold']}"
     first = trainer.progress.step
     say(f"{label}: {facts['train']:,} sequences train, {facts['valid']:,} validate; {facts['parameters']:,} parameters")
-    say(f"{label}: {device}, {trainer.precision.name} ({trainer.precision.reason})")
-    if facts["selective_scan"]:
-        say(f"{label}: selective scan {facts['selective_scan']}")
+    say(f"{label}: {device}, {trainer.state.precision.name} ({trainer.state.precision.reason})")
+    say(f"{label}: {needs}")
+    if facts["kernels"]:
+        say(f"{label}: {facts['kernels']}")
     say(f"{label}: goes on at step {first} of {trainer.steps}" if checkpoint else f"{label}: {trainer.steps} steps")
+    warn_of_other_environment(meta["environment"], here, label=label)
+    _tell_changes(trainer, changes, label=label)
     metric = facts["metric_name"]
-    with Telemetry(folder, label=label, steps=trainer.steps, first_step=first, metric=metric) as telemetry:
+    stop.defer()
+    listeners: dict[str, Any] = {"trackers": trackers, "meta": meta}
+    with Telemetry(folder, label=label, steps=trainer.steps, first_step=first, metric=metric, **listeners) as telemetry:
         telemetry.log.write("start", **facts)
+        for change in changes:
+            telemetry.log.write("changed", step=first, **change._asdict())
         trainer.fit(telemetry, max_steps=max_steps)
         telemetry.log.write("done", step=trainer.progress.step, **_outcome(asdict(trainer.progress)))
+
+
+def _tell_changes(trainer: Trainer, changes: list[Change], *, label: str) -> None:
+    """Say every change that a run goes on with, and where more epochs move the learning rate."""
+    for change in changes:
+        say(f"{label}: {change.key} {change.before} -> {change.now}: {change.remark}")
+        if change.key == "config.train.epochs":
+            settings, updates = trainer.config.train, trainer.progress.updates
+            shape: dict[str, Any] = {"lr": settings.lr, "warmup": settings.warmup, "schedule": settings.schedule}
+            before, now = (
+                learning_rate(updates, total=trainer.steps_per_epoch * epochs, **shape)
+                for epochs in (change.before, change.now)
+            )
+            say(f"{label}: the next update's learning rate {before:.2e} -> {now:.2e}")
 
 
 def _describe(trainer: Trainer, meta: dict[str, Any]) -> dict[str, Any]:
@@ -237,25 +268,15 @@ def _describe(trainer: Trainer, meta: dict[str, Any]) -> dict[str, Any]:
         "metric_name": metric_name(trainer.competition),
         "device": str(trainer.device),
         "device_name": torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "",
-        "precision": trainer.precision.name,
-        "precision_reason": trainer.precision.reason,
-        "selective_scan": _scan_choice(trainer.model, trainer.device),
+        "precision": trainer.state.precision.name,
+        "precision_reason": trainer.state.precision.reason,
+        "kernels": kernels.describe(trainer.state.model, trainer.device),
         "threads": torch.get_num_threads(),
-        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in trainer.state.model.parameters()),
         "train": len(trainer.data.train),
         "valid": len(trainer.data.valid),
         "versions": versions(),
     }
-
-
-def _scan_choice(model: RnaModel, device: torch.device) -> str:
-    """How Mamba's scan will be computed, and why; "" for networks without one."""
-    if not any(isinstance(module, MambaDirection) for module in model.modules()):
-        return ""
-    if device.type != "cpu":
-        return f"in plain PyTorch on {device.type}"
-    compiled, reason = compiled_scan.load()
-    return reason if compiled else f"in plain PyTorch: {reason}"
 
 
 def _load_initial(model: RnaModel, config: ModelConfig, meta: dict[str, Any]) -> None:
@@ -303,11 +324,3 @@ def _report(store: CheckpointStore, meta: dict[str, Any], *, status: Any, second
     outputs = {"checkpoint": store.best_folder(), "metrics": store.folder.parent / "metrics.jsonl"}
     facts = {"steps": meta["step"], **_outcome(meta["progress"])}
     return Report(stage="train", status=status, outputs=outputs, facts=facts, seconds=seconds)
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, tree

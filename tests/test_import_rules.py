@@ -14,6 +14,7 @@ CORE = {
     "pipeline.compiled",
     "pipeline.competitions",
     "pipeline.errors",
+    "pipeline.kaggle_cli",
     "pipeline.paths",
     "pipeline.runlog",
     "pipeline.schema",

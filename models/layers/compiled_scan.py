@@ -1,8 +1,8 @@
 """The selective scan compiled for this machine's CPU, built once from C++ and cached.
 
-The source is ``csrc/selective_scan.cpp``; PyTorch's extension loader compiles it (about ten seconds, once a machine
-and torch version) into ``$RNA_CACHE`` or ``~/.cache/rna-competition-pipeline``. Where that cannot be done, `load`
-says why and the scan in plain PyTorch is used.
+The source is ``csrc/selective_scan.cpp``; PyTorch's extension loader compiles it (10 to 20 seconds, once a machine
+and torch version) into ``$RNA_CACHE`` or ``~/.cache/rna-competition-pipeline``. Where that cannot be done, `load` says
+why, and `models.layers.kernels` goes on to plain PyTorch.
 """
 
 import contextlib
@@ -25,12 +25,7 @@ _FLAGS = ("-O3", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psab
 
 @functools.cache
 def load() -> tuple[bool, str]:
-    """Whether ``torch.ops.rna_scan`` is there, and why or why not; builds it at the first call.
-
-    ``RNA_KERNELS=reference`` in the environment refuses the compiled scan.
-    """
-    if os.environ.get("RNA_KERNELS") == "reference":
-        return False, "RNA_KERNELS=reference asks for plain PyTorch"
+    """Whether ``torch.ops.rna_scan`` is there, and why or why not; builds it at the first call."""
     try:
         built = _built()
         torch.ops.load_library(str(built))
@@ -100,13 +95,19 @@ def _register() -> None:
     def _(dy: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *_: Any) -> Any:
         return tuple(torch.empty_like(x) for x in (u, delta, A, B, C, D))
 
+    register_gradient("rna_scan")
+
+
+def register_gradient(namespace: str) -> None:
+    """Make ``<namespace>::backward`` the gradient of ``<namespace>::forward``, whose second output is for it alone."""
+
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *tensors, ctx.reverse = inputs
         ctx.save_for_backward(*tensors, output[1])
         ctx.mark_non_differentiable(output[1])
 
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
-        grads = torch.ops.rna_scan.backward(dy.contiguous(), *ctx.saved_tensors, ctx.reverse)
-        return (*grads, None)
+        operators = getattr(torch.ops, namespace)
+        return *operators.backward(dy.contiguous(), *ctx.saved_tensors, ctx.reverse), None
 
-    library.register_autograd("rna_scan::forward", backward, setup_context=save)
+    library.register_autograd(f"{namespace}::forward", backward, setup_context=save)

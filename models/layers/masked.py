@@ -38,12 +38,12 @@ def clean_inputs(inputs: RnaInputs, *, needs_bpp: bool) -> RnaInputs:
 
 
 def zero_pads(x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-    """Zero wherever the mask is False, whatever stood there."""
+    """Zero wherever the mask is False, whatever stood there; [B, L, L, D] with a mask [B, L, L] too."""
     # torch.where, not masked_fill: a broadcast masked_fill runs on one thread, 40 times slower here; a product
     # would let an infinity under the padding become NaN
     return torch.where(mask_BL.unsqueeze(-1), x_BLD, 0)
 
 
 def masked_mean(x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-    """Mean over the real positions of each row: [B, D]."""
-    return zero_pads(x_BLD, mask_BL).sum(1) / mask_BL.sum(1, keepdim=True)
+    """Mean over the real positions, or pairs of them, of each row: [B, D]."""
+    return zero_pads(x_BLD, mask_BL).flatten(1, -2).sum(1) / mask_BL.flatten(1).sum(1, keepdim=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.layers import compiled_scan
+from models.layers import compiled_scan, kernels
 from models.layers.precision import at_least_float32
 
 _LOG2_E = 1 / math.log(2)
@@ -34,10 +34,10 @@ def selective_scan(
     *,
     reverse: bool = False,
 ) -> Tensor:
-    """Scan along the sequence, or against it.
+    """Scan along the sequence, or against it; `models.layers.kernels` chooses with what.
 
-    Nothing of size [B, L, E, N] is kept: the backward pass starts from the states at every 16th position and computes
-    the others again.
+    Nothing of size [B, L, E, N] is kept: the backward pass starts from the states at every 16th or 32nd position and
+    computes the others again.
 
     Args:
         u_BLE: [B, L, E] input.
@@ -51,13 +51,13 @@ def selective_scan(
     Returns:
         [B, L, E], float32 or float64.
     """
+    args = (u_BLE, delta_BLE, A_EN, B_BLN, C_BLN, D_E)
     with torch.autocast(u_BLE.device.type, enabled=False):
-        u_BLE, delta_BLE, A_EN, B_BLN, C_BLN, D_E = map(at_least_float32, (u_BLE, delta_BLE, A_EN, B_BLN, C_BLN, D_E))
-        if u_BLE.device.type == "cpu" and u_BLE.dtype == torch.float32 and compiled_scan.load()[0]:
-            operands = (x.contiguous() for x in (u_BLE, delta_BLE, A_EN, B_BLN, C_BLN, D_E))
-            return torch.ops.rna_scan.forward(*operands, reverse)[0]
-        y_BLE = _Scan.apply(delta_BLE, A_EN, delta_BLE * u_BLE, B_BLN, C_BLN, reverse)
-        return y_BLE + D_E * u_BLE
+        exact = any(x.dtype == torch.float64 for x in args)  # which plain PyTorch alone keeps
+        path = "reference" if exact else kernels.path("selective_scan", u_BLE.device)
+        if path == "reference":
+            return _in_plain_pytorch(*args, reverse=reverse)
+        return OPERATOR.kernels[path].run(*args, reverse=reverse)
 
 
 def selective_scan_ref(
@@ -81,6 +81,11 @@ def selective_scan_ref(
         h_BEN = decay_BEN * h_BEN + (delta_BE * u_BE).unsqueeze(-1) * B_BN.unsqueeze(1)
         outputs.append((h_BEN * C_BN.unsqueeze(1)).sum(-1) + D_E * u_BE)
     return torch.stack(outputs[::-1] if reverse else outputs, dim=1)
+
+
+def _in_plain_pytorch(*args: Tensor, reverse: bool) -> Tensor:
+    u_BLE, delta_BLE, A_EN, B_BLN, C_BLN, D_E = map(at_least_float32, args)
+    return _Scan.apply(delta_BLE, A_EN, delta_BLE * u_BLE, B_BLN, C_BLN, reverse) + D_E * u_BLE
 
 
 class _Scan(torch.autograd.Function):
@@ -165,3 +170,61 @@ def _recompute(chunk: list[tuple[Tensor, ...]], A_NE: Tensor, start_BNE: Tensor)
         decays.append((delta_BE.unsqueeze(1) * A_NE).exp2_())
         states.append((decays[-1] * states[-1]).addcmul_(B_BN.unsqueeze(2), x_BE.unsqueeze(1)))
     return decays, states
+
+
+def _load_compiled() -> str:
+    usable, reason = compiled_scan.load()
+    if not usable:
+        raise RuntimeError(reason)
+    return reason
+
+
+def _run_compiled(*args: Tensor, reverse: bool) -> Tensor:
+    return torch.ops.rna_scan.forward(*(x.float().contiguous() for x in args), reverse)[0]
+
+
+def _load_triton() -> str:
+    from models.layers import triton_scan
+
+    return f"own kernels, triton {triton_scan.triton.__version__}"
+
+
+def _run_triton(*args: Tensor, reverse: bool) -> Tensor:
+    return torch.ops.rna_scan_triton.forward(*(x.contiguous() for x in args), reverse)[0]
+
+
+def _load_mamba_ssm() -> str:
+    from mamba_ssm import __version__
+    from mamba_ssm.ops import selective_scan_interface  # noqa: F401
+
+    return f"mamba-ssm {__version__}"
+
+
+def _run_mamba_ssm(*args: Tensor, reverse: bool) -> Tensor:
+    """Theirs wants [B, E, L] and knows one direction."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    u_BLE, delta_BLE, A_EN, B_BLN, C_BLN, D_E = (x.float() for x in args)
+    columns = ((x.flip(1) if reverse else x).transpose(1, 2).contiguous() for x in (u_BLE, delta_BLE, B_BLN, C_BLN))
+    u_BEL, delta_BEL, B_BNL, C_BNL = columns
+    y_BLE = selective_scan_fn(u_BEL, delta_BEL, A_EN.contiguous(), B_BNL, C_BNL, D_E.contiguous()).transpose(1, 2)
+    return y_BLE.flip(1) if reverse else y_BLE.contiguous()
+
+
+def _example() -> dict[str, Tensor]:
+    """70 positions: more than one chunk of every kernel, and none a whole number of them."""
+    rng = torch.Generator().manual_seed(0)
+    sizes = {"u": (2, 70, 40), "delta": (2, 70, 40), "A": (40, 16), "B": (2, 70, 16), "C": (2, 70, 16), "D": (40,)}
+    values = {name: torch.randn(*size, generator=rng) for name, size in sizes.items()}
+    return values | {"delta": values["delta"].exp() / 5, "A": -values["A"].exp()}
+
+
+OPERATOR = kernels.Operator(
+    kernels={
+        "mamba-ssm": kernels.Kernel("cuda", _load_mamba_ssm, _run_mamba_ssm, repeatable=False),
+        "triton": kernels.Kernel("cuda", _load_triton, _run_triton),
+        "compiled": kernels.Kernel("cpu", _load_compiled, _run_compiled),
+    },
+    reference=selective_scan_ref,
+    example=_example,
+)

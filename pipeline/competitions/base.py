@@ -27,6 +27,7 @@ class Competition:
     name: str  #: COMP=… and the folder below artifacts/
     title: str  #: as Kaggle calls it
     slug: str  #: in Kaggle's addresses
+    files: tuple[str, ...]  #: names on Kaggle of what the data stage reads
     task: Literal["values", "structure"]  #: values per nucleotide, or C1' coordinates
     targets: tuple[str, ...]  #: list columns of the clean train table, in the submission's column order
     target_range: tuple[float, float] | None  #: truth is clipped to it in loss and metric, predictions on the way out

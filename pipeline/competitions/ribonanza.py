@@ -449,6 +449,7 @@ RIBONANZA = Competition(
     name="ribonanza",
     title="Stanford Ribonanza RNA Folding",
     slug="stanford-ribonanza-rna-folding",
+    files=("train_data.csv", "test_sequences.csv", "sample_submission.csv"),
     task="values",
     targets=TARGETS,
     target_range=(0.0, 1.0),

@@ -1,4 +1,4 @@
-"""NaN and inf: seen before they reach a weight, told apart, traced to the module where they start, and recovered from.
+"""NaN, inf and loss spikes: seen before they reach a weight, told apart, traced to the module where they start.
 
 Every optimiser step asks the guard twice: before the update with loss and gradient norm, after it with the weights'
 norm. What it sees and what it answers:
@@ -10,25 +10,33 @@ norm. What it sees and what it answers:
 | nonfinite_grad      | the backward pass broke, the loss is fine          | skip; too many in a row: roll back    |
 | nonfinite_loss      | the forward pass broke                             | skip; too many in a row: roll back    |
 | nonfinite_weights   | the update itself broke; the state is lost         | roll back                             |
+| loss_spike          | finite, but far above all recent losses (if asked) | skip; too many in a row: roll back    |
 
-Rolling back means: everything from the last good checkpoint, one precision rung down, the bad batches left out.
+Rolling back means: everything from the last good checkpoint, one precision rung down, the bad batches left out
+(`pipeline.training.recovery`).
 """
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from statistics import median
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-Seen = Literal["finite", "scaler_overflow", "nonfinite_grad", "nonfinite_loss", "nonfinite_weights"]
+Seen = Literal["finite", "scaler_overflow", "nonfinite_grad", "nonfinite_loss", "nonfinite_weights", "loss_spike"]
 Answer = Literal["go", "skip", "roll_back"]
 
 #: Below this loss scale an overflow is the network's, not the scale's.
 _LOWEST_SCALE = 1.0
+_HIGHEST_SCALE = 2.0**16
 _MODULES_SHOWN = 5
+_RECENT = 128  # finite losses that a spike is measured against
+_ENOUGH = 32  # of them before anything is called a spike
+_MAD_TO_SIGMA = 1.4826  # of a normal distribution
+_LEAST_SPREAD = 1e-3  # of the median: losses that hardly vary do not make a spike of their next ripple
 
 
 @dataclass(kw_only=True)
@@ -47,7 +55,14 @@ def classify(loss: float, grad_norm: float, *, scale: float | None = None) -> Se
         return "nonfinite_loss"
     if math.isfinite(grad_norm):
         return "finite"
-    return "scaler_overflow" if scale is not None and scale > _LOWEST_SCALE else "nonfinite_grad"
+    too_high = scale is not None and not scale <= _LOWEST_SCALE  # one that is itself NaN or inf is too high
+    return "scaler_overflow" if too_high else "nonfinite_grad"
+
+
+def lower_scale(scale: float) -> float:
+    """The loss scale after an overflow: half of it, or where it is itself out of range the one that runs begin with."""
+    half = scale / 2
+    return half if half <= _HIGHEST_SCALE else _HIGHEST_SCALE
 
 
 def decide(seen: Seen, counts: GuardCounts, *, max_skips: int) -> Answer:
@@ -65,13 +80,45 @@ def decide(seen: Seen, counts: GuardCounts, *, max_skips: int) -> Answer:
     return "skip"
 
 
+def is_spike(loss: float, recent: list[float], *, threshold: float) -> bool:
+    """Whether a loss lies more than `threshold` robust standard deviations above the recent ones.
+
+    Args:
+        loss: of one step; one that is not finite is no spike but a NaN, see `classify`.
+        recent: finite losses before it.
+        threshold: in median absolute deviations, scaled to those of a normal distribution; 0 = nothing is a spike.
+    """
+    if not threshold or len(recent) < _ENOUGH or not math.isfinite(loss):
+        return False
+    middle = median(recent)
+    spread = _MAD_TO_SIGMA * median([abs(value - middle) for value in recent])
+    return loss > middle + threshold * max(spread, _LEAST_SPREAD * abs(middle))
+
+
+def remember(loss: float, recent: list[float]) -> None:
+    """Take a loss into the recent ones, if it is finite: one NaN would blind the statistics for all that follow."""
+    if math.isfinite(loss):
+        recent.append(loss)
+        del recent[:-_RECENT]
+
+
+class Activation(NamedTuple):
+    """What left a module."""
+
+    module: str  # dotted name
+    largest: float  # magnitude; NaN or inf as it is
+    rms: float
+    nonfinite: int  # values
+    dtype: str
+
+
 @dataclass(kw_only=True)
 class Origin:
     """Where the first value that is not finite came from."""
 
     phase: Literal["forward", "backward", "weights", "unknown"]
     module: str = ""  # dotted name of the module (or parameter) that made it out of finite ones
-    activations: list[tuple[str, float]] = field(default_factory=list)  # largest magnitudes of the last modules
+    activations: list[Activation] = field(default_factory=list)  # of every module, up to the first bad one
 
     def describe(self) -> str:
         """One clause for a sentence."""
@@ -79,7 +126,8 @@ class Origin:
 
     def as_row(self) -> dict[str, Any]:
         """Values for a JSON line."""
-        shown = [[name, value if math.isfinite(value) else str(value)] for name, value in self.activations]
+        last = self.activations[-_MODULES_SHOWN:]
+        shown = [[one.module, one.largest if math.isfinite(one.largest) else str(one.largest)] for one in last]
         return {"phase": self.phase, "module": self.module, "activations": shown}
 
 
@@ -89,7 +137,8 @@ def find_origin(model: nn.Module, replay: Callable[[], object]) -> Origin:
     Args:
         model: the network, in the state in which it failed.
         replay: runs forward and backward on the same batch with the same random numbers. It costs about as much as
-            a step and leaves no trace but gradients.
+            a step and leaves no trace but gradients. torch's anomaly mode is off meanwhile: it would break the
+            backward pass off before the hooks have seen the value.
     """
     bad = nonfinite_parameters(model)
     if bad:
@@ -102,11 +151,12 @@ def find_origin(model: nn.Module, replay: Callable[[], object]) -> Origin:
         handles.append(module.register_forward_pre_hook(observer.before(name), with_kwargs=True))
         handles.append(module.register_forward_hook(observer.after(name or type(model).__name__)))
     try:
-        replay()
+        with torch.autograd.set_detect_anomaly(False):
+            replay()
     finally:
         for handle in handles:
             handle.remove()
-    activations = observer.activations[-_MODULES_SHOWN:]
+    activations = observer.activations
     if observer.bad_forward:
         return Origin(phase="forward", module=observer.bad_forward, activations=activations)
     gradients = ((name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None)
@@ -118,7 +168,7 @@ class _Observer:
     """Watches what goes through modules, forward by module hooks and backward by hooks on their tensors."""
 
     def __init__(self) -> None:
-        self.activations: list[tuple[str, float]] = []
+        self.activations: list[Activation] = []
         self.bad_forward = ""
         self._bad_outputs: set[str] = set()  # modules whose output already has a bad gradient
         self._first_bad: Tensor | None = None
@@ -153,15 +203,30 @@ class _Observer:
         def hook(_module: nn.Module, _inputs: object, output: object) -> None:
             tensors = [tensor for tensor in _tensors(output) if tensor.is_floating_point() and tensor.numel()]
             if tensors and not self.bad_forward:
-                largest = max(float(tensor.detach().abs().max()) for tensor in tensors)
-                self.activations.append((name, largest))
-                if not math.isfinite(largest):
+                activation = _describe(name, tensors)
+                self.activations.append(activation)
+                if activation.nonfinite:
                     self.bad_forward = name
             for tensor in tensors:
                 if tensor.requires_grad:
                     tensor.register_hook(on_gradient)
 
         return hook
+
+
+def _describe(name: str, tensors: list[Tensor]) -> Activation:
+    """Statistics without a copy of a tensor: a pair map in a second precision could be what memory lacks."""
+    values = [tensor.detach() for tensor in tensors]
+    largest = [float(torch.linalg.vector_norm(value, ord=math.inf)) for value in values]
+    norms = [float(torch.linalg.vector_norm(value, dtype=torch.float32)) for value in values]
+    bad = [value for value, most in zip(values, largest, strict=True) if not math.isfinite(most)]
+    return Activation(
+        module=name,
+        largest=max(largest, key=lambda most: (math.isnan(most), most)),
+        rms=math.hypot(*norms) / math.sqrt(sum(value.numel() for value in values)),
+        nonfinite=sum(int((~torch.isfinite(value)).sum()) for value in bad),
+        dtype="/".join(sorted({str(value.dtype).removeprefix("torch.") for value in values})),
+    )
 
 
 def nonfinite_parameters(model: nn.Module) -> list[str]:

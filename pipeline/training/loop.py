@@ -8,31 +8,32 @@ interrupted run ends with the same bits as one that was left alone.
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from models.interface import RnaModel
-from pipeline import runlog
 from pipeline.augment import central_crop, epoch_augmentation
-from pipeline.batch import RnaBatch, make_batch, plan_by_tokens, plan_epoch, split_batch
+from pipeline.batch import make_batch, plan_by_tokens, plan_epoch, split_batch
 from pipeline.competitions.base import Competition
 from pipeline.config import RunConfig
 from pipeline.dataset import ExampleSet, RnaExample
-from pipeline.errors import DivergedError, StoppedError, StorageError
+from pipeline.errors import StoppedError, StorageError
 from pipeline.training.checkpoint import Checkpoint, CheckpointStore
-from pipeline.training.guard import Answer, GuardCounts, Origin, Seen, classify, decide, find_origin
+from pipeline.training.failures import is_device_lost, is_out_of_memory
+from pipeline.training.guard import Seen, classify, decide, is_spike, remember
 from pipeline.training.losses import training_loss
 from pipeline.training.metrics import make_meter
-from pipeline.training.optim import Ema, clip_gradients, gradients, learning_rate, make_optimizer, total_norm
-from pipeline.training.precision import Precision, next_precision
+from pipeline.training.optim import clip_gradients, gradients, learning_rate, total_norm
+from pipeline.training.precision import Precision
+from pipeline.training.recovery import Recovery
+from pipeline.training.state import Progress, TrainingState
+from pipeline.training.step import Taken, forward_backward
 from pipeline.training.stop import StopRequest
 from pipeline.training.telemetry import Telemetry
 
-_IDS_SHOWN = 16
 _VALID_PAIRS = 2**20  # of nucleotides in a validation batch of structures: about 0.4 GiB of pair features
 
 
@@ -43,30 +44,6 @@ class TrainingData:
     examples: ExampleSet  # its weights_NC are those of the loss
     train: np.ndarray  # positions
     valid: np.ndarray
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """How far a run is: all the counters that a checkpoint carries."""
-
-    step: int = 0  # batches taken from the plan, skipped ones included
-    updates: int = 0  # of the weights: what the learning rate is a function of
-    epoch: int = 0
-    batch: int = 0  # next one of the epoch
-    loss_sum: float = 0.0  # of the epoch
-    loss_weight: float = 0.0
-    best_metric: float | None = None
-    best_step: int | None = None
-    stale_epochs: int = 0  # since the best one
-    finished: bool = False
-    precision: Literal["", "bf16", "fp32"] = ""  # the rung that a rollback ordered; "" = as configured
-    left_out: list[list[int]] = field(default_factory=list)  # [epoch, batch] that gave a NaN or inf
-    guard: GuardCounts = field(default_factory=GuardCounts)
-
-    @classmethod
-    def from_dict(cls, tree: dict[str, Any]) -> "Progress":
-        """The inverse of ``dataclasses.asdict``."""
-        return cls(**{**tree, "guard": GuardCounts(**tree["guard"])})
 
 
 class Trainer:
@@ -97,20 +74,28 @@ class Trainer:
         stop: StopRequest,
         meta: dict[str, Any],
     ) -> None:
-        self.model, self.config, self.competition, self.data = model, config, competition, data
+        self.config, self.competition, self.data = config, competition, data
         self.device, self.store, self.stop, self.meta = device, store, stop, meta
-        self.progress = Progress()
+        self.state = TrainingState(model, settings=config.train, device=device, precision=precision)
         self.loss = training_loss(competition)
-        self.optimizer = make_optimizer(model, lr=config.train.lr, weight_decay=config.train.weight_decay)
-        self.ema = Ema(model, decay=config.train.ema_decay) if config.train.ema_decay else None
-        self.precision, self.scaler = precision, precision.scaler(device)
         self.steps_per_epoch = -(-len(data.train) // config.train.batch_size)
         self.steps = self.steps_per_epoch * config.train.epochs
         self._lengths_N = np.minimum(data.examples.lengths, config.data.max_length)
         self._last_step: int | None = None
         self._saved_at: tuple[int, int] | None = None
         self._updating = False
-        self._random_before = self._random_state()
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run is; a rollback puts another one in its place."""
+        return self.state.progress
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences of a forward pass, at most."""
+        settings = self.config.train
+        halved = self.progress.micro_batch if settings.micro_batch == "auto" else 0
+        return halved or settings.largest_micro_batch
 
     def fit(self, telemetry: Telemetry, *, max_steps: int | None = None) -> None:
         """Train to the end of the run.
@@ -122,9 +107,11 @@ class Trainer:
         Raises:
             StoppedError: asked to stop; the state is saved.
             DivergedError: non-finite values that no fallback cured.
-            StorageError: memory or disk ran out; the last good state is saved.
+            StorageError: memory or disk ran out, and the last good state is saved; or the device failed.
         """
         self.telemetry, self.log = telemetry, telemetry.log
+        state, settings = self.state, self.config.train
+        self.recovery = Recovery(state, settings=settings, store=self.store, meta=self.meta, log=telemetry.log)
         self._last_step = None if max_steps is None else self.progress.step + max_steps
         try:
             if self._saved_at is None:
@@ -133,9 +120,11 @@ class Trainer:
                 self._train_epoch()
                 self._end_epoch()
         except (MemoryError, RuntimeError) as err:
-            if not is_out_of_memory(err):
-                raise
-            raise self._out_of_memory() from err
+            if is_out_of_memory(err):
+                raise self._out_of_memory() from err
+            if is_device_lost(err):
+                raise self._device_lost(err) from err
+            raise
 
     # --- one epoch ---
 
@@ -146,11 +135,12 @@ class Trainer:
             self._poll_stop()
             self._step()
             progress.step, progress.batch = progress.step + 1, progress.batch + 1
-            if progress is not self.progress:  # rolled back, perhaps into an earlier epoch
-                progress = self.progress
-                self._start_epoch()
-            elif save_every and progress.step % save_every == 0 and progress.batch < self.steps_per_epoch:
+            is_due = save_every and progress.step % save_every == 0 and progress.batch < self.steps_per_epoch
+            if is_due and progress is self.progress:
                 self.save()
+            if progress is not self.progress:  # rolled back, perhaps into an earlier epoch
+                progress, self._saved_at = self.progress, None
+                self._start_epoch()
 
     def _start_epoch(self) -> None:
         """Batches and augmentation of the present epoch, from seed and epoch alone."""
@@ -171,11 +161,11 @@ class Trainer:
         )
         self._seconds = {"data_seconds": 0.0, "compute_seconds": 0.0}
         self._epoch_started = time.monotonic()
-        self.model.train()
+        self.state.model.train()
 
     def _end_epoch(self) -> None:
         """Evaluate, remember the best, decide whether to go on, save."""
-        progress, settings = self.progress, self.config.train
+        progress = self.progress
         train_seconds = time.monotonic() - self._epoch_started
         values = self.evaluate()
         metric = values.pop("metric")
@@ -196,16 +186,25 @@ class Trainer:
             **{name: round(value, 3) for name, value in self._seconds.items()},
         )
         progress.epoch, progress.batch, progress.loss_sum, progress.loss_weight = progress.epoch + 1, 0, 0.0, 0.0
-        out_of_patience = 0 < settings.patience < progress.stale_epochs
-        progress.finished = progress.epoch >= settings.epochs or out_of_patience
+        progress.finished = progress.is_over(self.config.train)
         self.save()
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Metric of the averaged weights on the validation examples: ``{"metric": …, <target>: …}``.
 
         Whole sequences, but only the middle ``max_length`` of a structure: its pair map grows with the square.
         """
+        while True:
+            size = self.micro_batch
+            try:
+                return self._evaluate(micro_batch=size)
+            except (MemoryError, RuntimeError) as err:
+                if not self._may_halve(err, size=size):
+                    raise
+            self.recovery.halve_micro_batch(size)
+
+    @torch.no_grad()
+    def _evaluate(self, *, micro_batch: int) -> dict[str, float]:
         examples, valid, longest = self.data.examples, self.data.valid, self.config.data.max_length
         is_structure = self.competition.task == "structure"
 
@@ -213,14 +212,13 @@ class Trainer:
             return central_crop(example, max_length=longest)
 
         lengths = (self._lengths_N if is_structure else examples.lengths)[valid]
-        network = (self.ema.module if self.ema else self.model).eval()
-        micro_batch = self.config.train.micro_batch or self.config.train.batch_size
+        network = self.state.predictor.eval()
         meter = make_meter(self.competition)
         max_pairs = _VALID_PAIRS if is_structure else None
         for part in plan_by_tokens(lengths, max_tokens=micro_batch * longest, max_pairs=max_pairs):
             self._poll_stop()
             batch = make_batch(examples, valid[part], change=middle if is_structure else None).to(self.device)
-            with self.precision.autocast(self.device):
+            with self.state.precision.autocast(self.device):
                 outputs = network(batch.inputs)
             meter.add(outputs, batch)
         return meter.result()
@@ -229,23 +227,24 @@ class Trainer:
 
     def _step(self) -> None:
         """Take the next batch: update the weights with it, or leave it out if the guard says so."""
-        progress, started = self.progress, time.perf_counter()
+        state, progress, started = self.state, self.progress, time.perf_counter()
         place = [progress.epoch, progress.batch]
         if place in progress.left_out:
             return
-        taken = self._take(place)
+        taken, random = self._take(place), state.random()
         prepared = time.perf_counter()
-        self._random_before = self._random_state()
-        loss = self._accumulate(taken)
-        self.scaler.unscale_(self.optimizer)
-        norm = total_norm(gradients(self.model))
-        seen = classify(loss, norm, scale=self.scaler.get_scale() if self.precision.scaled else None)
-        lr = self._learning_rate()
+        taken, loss, intact = self._forward_backward(taken, random)
+        state.scaler.unscale_(state.optimizer)
+        norm = total_norm(gradients(state.model)) if intact else math.nan
+        lr = self.learning_rate()
+        seen = self._judge(loss, norm)
         if seen == "finite":
             seen = self._update(norm=norm, lr=lr)
         answer = decide(seen, progress.guard, max_skips=self.config.train.max_skips)
         if answer != "go":
-            self._leave_out(taken, seen, answer, loss=loss, norm=norm)
+            found: dict[str, Any] = {"loss": loss, "norm": norm, "random": random}
+            self.recovery.leave_out(taken, seen, answer, **found, replay=lambda: self._accumulate(taken))
+            self._updating = False
             return
         progress.loss_sum += loss * taken.weight
         progress.loss_weight += taken.weight
@@ -254,168 +253,96 @@ class Trainer:
         place_told = {"step": progress.step + 1, "epoch": progress.epoch}
         self.telemetry.step(**place_told, loss=loss, weight=taken.weight, norm=norm, lr=lr, tokens=taken.tokens)
 
-    def _take(self, place: list[int]) -> "_Taken":
+    def _take(self, place: list[int]) -> Taken:
         """Read, augment and pad the examples of one batch."""
         indices = self.data.train[self._plan[place[1]]]
-        parts = split_batch(indices, micro_batch=self.config.train.micro_batch)
+        parts = split_batch(indices, micro_batch=self.micro_batch)
         batches = [make_batch(self.data.examples, part, change=self._augment) for part in parts]
         weight = sum(self.loss.weight(batch) for batch in batches)
-        return _Taken(place, batches, weight, int(self._lengths_N[indices].sum()))
+        return Taken(place, batches, weight, int(self._lengths_N[indices].sum()))
 
-    def _accumulate(self, taken: "_Taken") -> float:
-        """Forward and backward of all micro-batches; the loss of the whole batch."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=self.device)
-        try:
-            for batch in taken.batches:
-                on_device = batch.to(self.device)
-                with self.precision.autocast(self.device):
-                    outputs = self.model(on_device.inputs)
-                part = self.loss.total(outputs, on_device) / (taken.weight or 1.0)
-                self.scaler.scale(part).backward()
-                loss += part.detach()
-            return float(loss)
-        except (MemoryError, RuntimeError):  # out of memory, mostly: the state is saved as it was before the step
-            self._set_random_state(self._random_before)
-            raise
+    def _accumulate(self, taken: Taken) -> tuple[float, bool]:
+        """Forward and backward of all micro-batches: the loss of the whole batch, see `forward_backward`."""
+        state = self.state
+        how = {"precision": state.precision, "scaler": state.scaler, "device": self.device}
+        return forward_backward(state.model, self.loss, taken.batches, weight=taken.weight, **how)  # type: ignore[arg-type]
+
+    def _forward_backward(self, taken: Taken, random: dict[str, torch.Tensor]) -> tuple[Taken, float, bool]:
+        """`_accumulate`, in smaller micro-batches where memory runs out and ``micro_batch = "auto"`` allows it."""
+        while True:
+            size = max(len(batch.ids) for batch in taken.batches)
+            try:
+                return taken, *self._accumulate(taken)
+            except (MemoryError, RuntimeError) as err:
+                if is_out_of_memory(err):
+                    self.state.set_random(random)  # saved, or tried again, as before the step
+                if not self._may_halve(err, size=size):
+                    raise
+            # here, outside `except`, nothing holds the tensors of the failed pass any more
+            self.recovery.halve_micro_batch(size)
+            taken = self._take(taken.place)
+
+    def _may_halve(self, err: BaseException, *, size: int) -> bool:
+        return is_out_of_memory(err) and self.config.train.micro_batch == "auto" and size > 1
+
+    def _judge(self, loss: float, norm: float) -> Seen:
+        """What loss and gradients say before the update."""
+        state, threshold = self.state, self.config.train.spike_threshold
+        seen = classify(loss, norm, scale=state.scaler.get_scale() if state.precision.scaled else None)
+        if threshold:
+            recent = state.progress.recent_losses
+            if seen == "finite" and is_spike(loss, recent, threshold=threshold):
+                seen = "loss_spike"
+            remember(loss, recent)
+        return seen
 
     def _update(self, *, norm: float, lr: float) -> Seen:
         """Clip, step, average. The average takes in finite weights only."""
+        state = self.state
         self._updating = True
-        clip_gradients(self.model, norm=norm, clip_norm=self.config.train.clip_norm)
-        for group in self.optimizer.param_groups:
+        clip_gradients(state.model, norm=norm, clip_norm=self.config.train.clip_norm)
+        for group in state.optimizer.param_groups:
             group["lr"] = lr
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if not math.isfinite(total_norm([parameter.detach() for parameter in self.model.parameters()])):
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        if not math.isfinite(total_norm([parameter.detach() for parameter in state.model.parameters()])):
             return "nonfinite_weights"
-        if self.ema:
-            self.ema.update(self.model, updates=self.progress.updates)
-        self.progress.updates += 1
+        if state.ema:
+            state.ema.update(state.model, updates=state.progress.updates)
+        state.progress.updates += 1
         self._updating = False
         return "finite"
 
-    def _learning_rate(self) -> float:
+    def learning_rate(self) -> float:
+        """Of the next update."""
         settings = self.config.train
         shape = {"lr": settings.lr, "warmup": settings.warmup, "schedule": settings.schedule}
         return learning_rate(self.progress.updates, total=self.steps, **shape)  # type: ignore[arg-type]
 
-    # --- what the guard orders ---
-
-    def _leave_out(self, taken: "_Taken", seen: Seen, answer: Answer, *, loss: float, norm: float) -> None:
-        """Log a batch that gave a NaN or inf, trace it, and skip it or roll back."""
-        progress, counts = self.progress, self.progress.guard
-        step, (epoch, batch) = progress.step + 1, taken.place
-        row: dict[str, Any] = {"seen": seen, "answer": answer, "step": step, "epoch": epoch, "batch": batch}
-        row |= {"loss": loss, "grad_norm": norm, "precision": self.precision.name}
-        if seen == "scaler_overflow":
-            self.scaler.update(self.scaler.get_scale() / 2)
-            self.log.write("guard", **row, scale=self.scaler.get_scale(), overflows=counts.overflows)
-            return
-        origin = self._trace(taken)
-        if self.precision.scaled and seen != "nonfinite_weights":
-            self.scaler.update(self.scaler.get_scale())  # not the scale's fault
-        progress.left_out.append(taken.place)
-        ids = [name for part in taken.batches for name in part.ids]
-        row |= {"ids": ids[:_IDS_SHOWN], "sequences": len(ids), "skips_in_a_row": counts.skips_in_a_row}
-        self.log.write("guard", **row, **origin.as_row(), **_input_statistics(taken.batches))
-        what = f"step {step}: {seen.replace('_', ' ')} ({self.precision.name}), {origin.describe()}; "
-        what += f"batch {', '.join(ids[:4])}{' …' if len(ids) > 4 else ''}"
-        if answer == "roll_back":
-            self._roll_back(what)
-        else:
-            runlog.warn(f"{what}; the batch is skipped ({counts.skips_in_a_row} in a row)")
-
-    def _trace(self, taken: "_Taken") -> Origin:
-        """Replay the step with the same random numbers and find the first module that produced the value."""
-        after = self._random_state()
-
-        def replay() -> None:
-            self._set_random_state(self._random_before)
-            self._accumulate(taken)
-
-        try:
-            return find_origin(self.model, replay)
-        finally:
-            self._set_random_state(after)
-            self.optimizer.zero_grad(set_to_none=True)
-
-    def _roll_back(self, what: str) -> None:
-        """Everything from the last good checkpoint, one precision rung down, without the bad batches.
-
-        Raises:
-            DivergedError: that was done ``max_rollbacks`` times already.
-        """
-        counts, left_out = self.progress.guard, self.progress.left_out
-        if counts.rollbacks >= self.config.train.max_rollbacks:
-            raise DivergedError(
-                f"{what}; {counts.skips} batches skipped and {counts.rollbacks} rollbacks did not cure it. "
-                "Next: look at the guard rows of metrics.jsonl; then a lower train.lr, or train.precision = 'fp32'."
-            )
-        checkpoint = self.store.load_newest()
-        assert checkpoint is not None, "the first step is only taken when a checkpoint exists"
-        lower = next_precision(self.precision, self.device)
-        self.restore(checkpoint)
-        self._set_precision(lower)
-        self.progress.precision = lower.name  # type: ignore[assignment]
-        self.progress.left_out = left_out
-        self.progress.guard = GuardCounts(**{**asdict(counts), "rollbacks": counts.rollbacks + 1, "skips_in_a_row": 0})
-        self._updating = False
-        self.log.write("rollback", to_step=self.progress.step, precision=lower.name, rollbacks=counts.rollbacks + 1)
-        runlog.warn(f"{what}; back to step {self.progress.step}, {lower.name}, without {len(left_out)} batches")
-
     # --- state ---
 
     def save(self) -> None:
-        """Commit a checkpoint of the present state."""
-        progress = self.progress
-        started = time.monotonic()
-        weights = (self.ema.module if self.ema else self.model).state_dict()
-        counters = asdict(progress)
+        """Commit a checkpoint of the present state; a state that is not finite is rolled back instead."""
+        progress, started = self.progress, time.monotonic()
+        bad = self.state.nonfinite()
+        if bad:
+            self.recovery.roll_back(f"step {progress.step}: {bad[0]} is not finite and is not saved")
+            return
+        weights, training, rest = self.state.tensors()
+        meta = {"best_step": progress.best_step, "progress": asdict(progress), "precision": self.state.precision.name}
         path = self.store.save(
-            progress.step,
-            weights=weights,
-            training=self.model.state_dict() if self.ema else None,
-            state={
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "random": self._random_state(),
-                "progress": counters,
-            },
-            meta={**self.meta, "best_step": progress.best_step, "progress": counters, "precision": self.precision.name},
+            progress.step, weights=weights, training=training, state=rest, meta={**self.meta, **meta}
         )
         self._saved_at = (progress.step, progress.epoch)
         seconds = round(time.monotonic() - started, 3)
         self.log.write("checkpoint", step=progress.step, path=path.name, seconds=seconds)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to a checkpoint's state: weights, optimiser, scaler, random numbers, counters."""
-        self.model.load_state_dict(checkpoint.training)
-        if self.ema:
-            self.ema.module.load_state_dict(checkpoint.weights)
-        self.optimizer.load_state_dict(checkpoint.state["optimizer"])
-        self.progress = Progress.from_dict(checkpoint.state["progress"])
-        if self.progress.precision:
-            self._set_precision(Precision(self.progress.precision, "a rollback ordered it"))
-        if self.precision.scaled and checkpoint.state["scaler"]:
-            self.scaler.load_state_dict(checkpoint.state["scaler"])
-        self._set_random_state(checkpoint.state["random"])
-        self._saved_at = (self.progress.step, self.progress.epoch)
-
-    def _set_precision(self, precision: Precision) -> None:
-        self.precision, self.scaler = precision, precision.scaler(self.device)
-
-    def _random_state(self) -> dict[str, torch.Tensor]:
-        """Generators that dropout draws from: the CPU's and the device's."""
-        state = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
-
-    def _set_random_state(self, state: dict[str, torch.Tensor]) -> None:
-        torch.set_rng_state(state["cpu"])
-        if self.device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self.device)
+        """Go on from a checkpoint. A finished run goes on too, if it was given more epochs or patience since."""
+        self.state.restore(checkpoint)
+        progress = self.progress
+        progress.finished = progress.finished and progress.is_over(self.config.train)
+        self._saved_at = (progress.step, progress.epoch)
 
     def _poll_stop(self) -> None:
         progress = self.progress
@@ -435,33 +362,23 @@ class Trainer:
         """Save what is good and say what can be done."""
         if not self._updating and self._saved_at != (self.progress.step, self.progress.epoch):
             self.save()
-        micro_batch = self.config.train.micro_batch or self.config.train.batch_size
+        size = self.micro_batch
+        smaller = "a smaller network, train.gradient_checkpointing, or a smaller data.max_length"
+        if size > 1 and self.config.train.micro_batch != "auto":
+            smaller = (
+                f"SET='train.micro_batch={size // 2}' ALLOW_CHANGES=1 makes the same optimiser steps in less memory"
+            )
         return StorageError(
-            f"{self.device} is out of memory at step {self.progress.step + 1} with micro-batches of {micro_batch} "
-            f"sequences; the state is saved. Next: SET='train.micro_batch={max(1, micro_batch // 2)}' makes the same "
-            "optimiser steps in less memory; it needs a TAG of its own."
+            f"{self.device} is out of memory at step {self.progress.step + 1} with micro-batches of {size} sequences; "
+            f"the state is saved. Next: {smaller}."
         )
 
-
-class _Taken(NamedTuple):
-    """One batch, on its way through a step."""
-
-    place: list[int]  # [epoch, batch of the epoch]
-    batches: list[RnaBatch]  # micro-batches
-    weight: float  # of all of them in the loss
-    tokens: int
-
-
-def is_out_of_memory(err: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the CPU (a plain RuntimeError) or a GPU."""
-    if isinstance(err, MemoryError | torch.OutOfMemoryError):
-        return True
-    return "out of memory" in str(err).lower() or "can't allocate memory" in str(err)
-
-
-def _input_statistics(batches: Sequence[RnaBatch]) -> dict[str, float]:
-    """What is worth knowing of the data of a bad batch."""
-    lengths = [int(batch.inputs.mask_BL.sum(dim=1).max()) for batch in batches]
-    targets = [batch.target_BLC[~torch.isnan(batch.target_BLC)] for batch in batches if batch.target_BLC is not None]
-    largest = max((float(target.abs().max()) for target in targets if target.numel()), default=0.0)
-    return {"longest": max(lengths), "largest_target": largest}
+    def _device_lost(self, err: BaseException) -> StorageError:
+        """Say it, and touch the device no more: saving from a context that is dead fails, or hangs."""
+        saved = next(iter(self.store.steps()), 0)
+        return StorageError(
+            f"{self.store.folder.parent}: the device {self.device} failed at step {self.progress.step + 1} "
+            f"({str(err).strip().splitlines()[0]}); nothing more can be read from it, the checkpoint of step {saved} "
+            "is intact. Next: the same command goes on from there; if it fails at the same step again, "
+            "CUDA_LAUNCH_BLOCKING=1 names the operation, otherwise look for Xid lines in dmesg."
+        )

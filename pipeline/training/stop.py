@@ -9,29 +9,41 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import ClassVar
 
-from pipeline.errors import StoppedError
+from pipeline.errors import BusyError, StoppedError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_LOCK_PATIENCE_S = 0.5  # a look at a lock (`lock_holder`) holds it for microseconds
 
 
 class StopRequest:
-    """A flag that a signal or the clock sets and that every loop polls.
+    """A request that a signal or the clock makes and that every loop polls.
 
-    The first signal lets the step end and the state be saved; the second one acts as if nobody listened. A hang-up
-    that was ignored when the run began (nohup) stays ignored.
+    Until somebody polls for the first time - while packages are imported, arrays built, tables hashed - a signal ends
+    the work where it is with StoppedError. From then on it lets the step end and the state be saved. A second signal
+    acts as if nobody listened. Requests nest: a signal is everybody's who is inside. A hang-up that was ignored when
+    the run began (nohup) stays ignored.
+
+    Args:
+        time_budget: seconds until the clock asks; None = never.
 
     >>> with StopRequest(time_budget=3600) as stop:
     ...     assert stop.reason() is None
     """
 
+    _open: ClassVar[list["StopRequest"]] = []  # outermost first; signals are the process's, and so is this list
+
     def __init__(self, *, time_budget: float | None = None) -> None:
         self._deadline = None if time_budget is None else time.monotonic() + time_budget
         self._received: signal.Signals | None = None
+        self._polled = False
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
+            self._received = self._open[-1]._received if self._open else None
+            self._open.append(self)
             for number in _SIGNALS:
                 if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._on_signal)
@@ -40,15 +52,32 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if self._before:
+            self._open.remove(self)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self._received is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self._received = signal.Signals(number)
+        for request in self._open:
+            request._received = signal.Signals(number)
+        if not self._polled:
+            raise StoppedError(
+                f"stopped ({signal.Signals(number).name}); nothing is half-written. Next: the same command again."
+            )
+
+    @property
+    def signalled(self) -> bool:
+        """Whether a signal came; asking this is not polling."""
+        return self._received is not None
+
+    def defer(self) -> None:
+        """From here on a signal waits until somebody polls."""
+        self._polled = True
 
     def reason(self) -> str | None:
         """Why the run has to stop now, or None."""
+        self.defer()
         if self._received is not None:
             return self._received.name
         if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -57,23 +86,77 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path, *, name: str = ".lock") -> Iterator[None]:
     """Hold a folder for one process; the lock dies with its process.
 
+    Args:
+        folder: is made if it is not there.
+        name: of the lock's file; a folder can have several locks.
+
     Raises:
-        StoppedError: another process holds it; the message names its pid.
+        BusyError: another process holds it; the message names its pid.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            raise StoppedError(
-                f"{folder}: process {handle.read().strip() or '(unknown)'} is already at work here. "
-                "Next: wait for it or stop it; then run again."
-            ) from None
+    with (folder / name).open("a+") as handle:
+        if not _lock(handle.fileno()):
+            raise already_at_work(folder, lock_holder(folder, name=name))
         handle.truncate(0)
         handle.write(f"{os.getpid()}\n")
         handle.flush()
         yield
+
+
+def lock_holder(folder: Path, *, name: str = ".lock") -> int | None:
+    """Process that holds a folder's lock now; None if nobody does, 0 if it cannot be said who.
+
+    The number in the file is believed of a process that has the file open: one that was killed leaves its number
+    behind, and the next holder takes a moment to write its own.
+    """
+    path = folder / name
+    try:
+        with path.open() as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                told = handle.read().strip()
+                return int(told) if told.isdigit() and _has_open(int(told), path) else 0
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    return None
+
+
+def _has_open(pid: int, path: Path) -> bool:
+    """Whether a process has a file open; where the system does not tell (no /proc, another user's), it is believed."""
+    if not Path("/proc/self/fd").is_dir():
+        return True
+    try:
+        descriptors = list(Path(f"/proc/{pid}/fd").iterdir())
+    except PermissionError:
+        return True
+    except FileNotFoundError:
+        return False
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if os.path.samefile(descriptor, path):
+                return True
+    return False
+
+
+def already_at_work(folder: Path, pid: int | None) -> BusyError:
+    """The refusal of a second run in a folder."""
+    return BusyError(
+        f"{folder}: process {pid or '(unknown)'} is already at work here. Next: wait for it or stop it "
+        "(make stop); then run again."
+    )
+
+
+def _lock(descriptor: int) -> bool:
+    give_up = time.monotonic() + _LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= give_up:
+                return False
+            time.sleep(0.02)

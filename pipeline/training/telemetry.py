@@ -1,9 +1,11 @@
 """What a training run tells while it works: bar, metrics.jsonl and status.json."""
 
+import contextlib
 import json
 import math
 import os
 import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -12,11 +14,13 @@ from typing import Any
 import torch
 
 from pipeline import runlog
-from pipeline.errors import DataError
-from pipeline.stage import write_json
+from pipeline.errors import DataError, StoppedError
+from pipeline.training.trackers import OpenTracker, Tracker
 
 _ROWS = 2000  # "step" rows of a whole run in metrics.jsonl, at most
-_STATUS_INTERVAL_S = 2.0
+_STATUS_INTERVAL_S = 5.0
+_STATES = {75: "stopped", 4: "diverged"}  # by exit code
+_KEPT = ("metric", "best_metric")  # of the status that an earlier process left
 
 
 @dataclass(kw_only=True)
@@ -33,23 +37,43 @@ class _Interval:
 class Telemetry:
     """The voice of one training process; open while it trains.
 
+    It is there to be looked at: where a status or a tracker cannot be written, training goes on with a warning.
+
     Args:
         folder: of the fold; metrics.jsonl and status.json lie there.
         label: of the progress bar.
         steps: of the whole run.
         first_step: where this process begins.
         metric: what to call the validation metric.
+        trackers: who else listens, by name.
+        meta: of the run, for the trackers.
     """
 
-    def __init__(self, folder: Path, *, label: str, steps: int, first_step: int, metric: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        label: str,
+        steps: int,
+        first_step: int,
+        metric: str,
+        trackers: Mapping[str, OpenTracker] | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
         self.log = runlog.MetricsLog(folder / "metrics.jsonl")
-        self._status_path, self._metric_name = folder / "status.json", metric
+        self._folder, self._metric_name, self._warned = folder, metric, False
+        self._openers, self._meta, self._trackers = trackers or {}, meta or {}, dict[str, Tracker]()
         self._steps, self._first_step, self._row_every = steps, first_step, max(1, steps // _ROWS)
         self._bar, self._shown = runlog.Bar(label, total=steps, unit="steps"), 0
         self._started, self._said, self._interval = time.monotonic(), -_STATUS_INTERVAL_S, _Interval()
-        self._state: dict[str, Any] = {"step": first_step, "steps": steps, "pid": os.getpid()}
+        before = runlog.read_status(folder)
+        self._state: dict[str, Any] = {key: before[key] for key in _KEPT if key in before}
+        self._state |= {"step": first_step, "steps": steps, "pid": os.getpid()}
 
     def __enter__(self) -> "Telemetry":
+        for name, open_tracker in self._openers.items():
+            with self._guarded(name):
+                self._trackers[name] = open_tracker(self._folder, self._meta, self._first_step)
         self._bar.__enter__()
         self._show(self._first_step)
         self.set_state("running")
@@ -57,18 +81,22 @@ class Telemetry:
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, _: TracebackType | None) -> None:
         self._bar.__exit__()
+        self._tell_trackers(lambda tracker: tracker.close())
         self.log.close()
         if err is None:
             self.set_state("done", exit_code=0)
         else:
-            code = getattr(err, "exit_code", 1)
-            states = {75: "stopped", 4: "diverged"}
-            self.set_state(states.get(code, "failed"), exit_code=code, message=str(err))
+            self.set_state(**outcome(err))
 
     def set_state(self, state: str, **facts: Any) -> None:
         """Write status.json now."""
         self._state |= {"state": state, "memory_mib": round(runlog.peak_memory_mib()), **gpu_memory(), **facts}
-        write_json(self._status_path, self._state | {"updated": round(time.time(), 1)})
+        try:
+            runlog.write_status(self._folder, self._state)
+        except OSError as err:
+            if not self._warned:
+                runlog.warn(f"{self._folder}: status.json cannot be written: {err.strerror}; training goes on")
+            self._warned = True
         self._said = time.monotonic()
 
     def step(self, *, step: int, epoch: int, loss: float, weight: float, norm: float, lr: float, tokens: int) -> None:
@@ -81,6 +109,9 @@ class Telemetry:
         if step % self._row_every == 0:
             self._write_row(step=step, epoch=epoch, lr=lr)
         self._show(step, note=self._note())
+        if time.monotonic() - self._said >= _STATUS_INTERVAL_S:
+            self._state |= {"step": step, "epoch": epoch}
+            self.set_state("running")
 
     def epoch(self, *, step: int, epoch: int, train_loss: float, metric: float, best: bool, **facts: Any) -> None:
         """Tell of a finished epoch; `facts` are the other values of the validation, and times."""
@@ -91,6 +122,8 @@ class Telemetry:
         if best:
             self._state |= {"best_metric": metric}
         self.set_state("running")
+        values = {"train_loss": train_loss, "metric": metric, **facts.get("valid", {})}
+        self._track({f"epoch/{name}": value for name, value in values.items()}, step=step)
 
     def _show(self, step: int, *, note: str = "") -> None:
         """Move the bar to a step; over steps that a rollback repeats it stands still."""
@@ -106,16 +139,38 @@ class Telemetry:
         self._interval = _Interval(started=now)
         eta = (now - self._started) / max(step - self._first_step, 1) * (self._steps - step)
         self._state |= row | {"eta_s": round(eta, 1)}
-        if now - self._said >= _STATUS_INTERVAL_S:
-            self.set_state("running")
+        shown = {"loss": mean, "lr": lr, "tokens_per_s": rate, "grad_norm": interval.grad_norm}
+        self._track({f"train/{name}": value for name, value in shown.items()}, step=step)
+
+    def _track(self, values: Mapping[str, float], *, step: int) -> None:
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._tell_trackers(lambda tracker: tracker.log(finite, step=step))
+
+    def _tell_trackers(self, tell: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            with self._guarded(name):
+                tell(tracker)
+
+    @contextlib.contextmanager
+    def _guarded(self, name: str) -> Iterator[None]:
+        """What a tracker does; one that cannot is warned of and left out from then on."""
+        try:
+            yield
+        except StoppedError:  # a signal's
+            raise
+        except Exception as err:  # somebody else's program may raise anything, and training is worth more
+            self._trackers.pop(name, None)
+            runlog.warn(f"--track {name}: {type(err).__name__}: {err}; it is left out, training goes on")
 
     def _note(self) -> str:
         state = self._state
         if "loss" not in state:
             return ""
         metric = f"{self._metric_name} {state['metric']:.4f} " if state.get("metric") is not None else ""
-        eta = "" if runlog.console.is_terminal else f" {state['eta_s']:.0f} s left"
-        return f"loss {state['loss']:.4f} {metric}lr {state['lr']:.1e} {state['tokens_per_s']:,.0f} nt/s{eta}"
+        memory = state.get("gpu_memory_mib", state["memory_mib"]) / 1024
+        eta = "" if runlog.console.is_terminal else f", {runlog.duration(state['eta_s'])} left"
+        rate = f"lr {state['lr']:.1e} {state['tokens_per_s']:,.0f} nt/s"
+        return f"loss {state['loss']:.4f} {metric}{rate} {memory:.1f} GiB{eta}"
 
 
 def drop_rows_after(path: Path, *, step: int, epoch: int) -> None:
@@ -142,15 +197,17 @@ def drop_rows_after(path: Path, *, step: int, epoch: int) -> None:
     part.replace(path)
 
 
+def outcome(err: BaseException) -> dict[str, Any]:
+    """State, exit code and message of a run that an error ended."""
+    code = getattr(err, "exit_code", 1)
+    return {"state": _STATES.get(code, "failed"), "exit_code": code, "message": str(err)}
+
+
 def settle_status(folder: Path) -> None:
     """Correct the status of a finished run that was killed before it could say so."""
-    path = folder / "status.json"
-    try:
-        status = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):  # not there, no JSON or no text
-        status = {}
+    status = runlog.read_status(folder)
     if status.get("state") != "done":
-        write_json(path, status | {"state": "done", "exit_code": 0, "updated": round(time.time(), 1)})
+        runlog.write_status(folder, status | {"state": "done", "exit_code": 0})
 
 
 def gpu_memory() -> dict[str, int]:

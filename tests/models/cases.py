@@ -5,6 +5,10 @@ from torch import Tensor, nn
 
 from models.interface import RnaInputs, RnaModel
 from models.registry import create_model
+from pipeline.config import list_configs, load_config
+
+#: coordinates are tens of Å: what counts as 1 in a comparison
+ANGSTROM = 10.0
 
 Kwargs = dict[str, int | float | str | bool]
 
@@ -21,27 +25,68 @@ COMMON: dict[str, Kwargs] = {
     "bpp": {"use_bpp": True},
     "gru": {"gru_head": True},
     "distances": {"num_channels": 0, "num_distance_bins": 5},
-    "bpp+both-heads": {"use_bpp": True, "num_distance_bins": 5},
+    "classes": {"num_channels": 0, "num_classes": 3},
+    "all-heads": {
+        "use_bpp": True,
+        "num_distance_bins": 5,
+        "num_classes": 3,
+        "pool": "attention",
+        "coordinates": True,
+    },
 }
 #: what single networks have to offer besides
 SPECIAL: dict[str, dict[str, Kwargs]] = {
-    "drsn": {"shared": {"shrink": "shared"}},
+    "drsn": {
+        "shared": {"shrink": "shared"},
+        "pairs": {"pair_depth": 2, "pair_width": 8, "num_distance_bins": 5, "coordinates": True},
+    },
     "hyena": {
         "order-3": {"order": 3},
         "causal": {"bidirectional": False, "kernel": 0, "stem_kernel": 0},
         "no-ffn": {"ffn_expand": 0},
     },
-    "ribonanza_mamba": {"tied": {"tie_directions": True, "pattern": "M"}, "attention-only": {"pattern": "A"}},
-    "transformer_sepconv": {"no-ffn": {"ffn_expand": 0}},
+    "ribonanza_mamba": {
+        "tied": {"tie_directions": True, "pattern": "M"},
+        "attention-only": {"pattern": "A"},
+        "mamba-2": {"mamba_version": 2, "head_width": 8},
+        "pair": {"pair_width": 4, "pattern": "AM"},
+    },
+    "transformer_sepconv": {
+        "no-ffn": {"ffn_expand": 0},
+        "convolutions": {"multi_kernel": True, "glu": False, "squeeze_excite": True},
+        "pair+bpp": {"pair_width": 6, "pair_every": 1, "use_bpp": True},
+        "pair+heads": {"pair_width": 4, "triangle": False, "num_distance_bins": 5, "coordinates": True},
+        "classes-gru": {"num_channels": 0, "num_classes": 3, "pool": "gru"},
+        "coordinates": {"num_channels": 0, "coordinates": True},
+    },
 }
+
+
+def shrunk(kwargs: Kwargs) -> Kwargs:
+    """A shipped configuration's arguments cut to test size: width 16, 3 blocks, 2 heads; the rest as it is."""
+    small: Kwargs = {"width": 16, "depth": 3, "num_heads": 2}
+    return kwargs | {key: value for key, value in small.items() if key in kwargs}
+
+
+def preset_cases() -> dict[str, tuple[str, Kwargs]]:
+    """All shipped configurations, shrunk; those that differ in nothing but size are one case, named after the first."""
+    found: dict[str, tuple[str, Kwargs]] = {}
+    for config in sorted(list_configs(), key=len):
+        model = load_config(config).model
+        case = (model.name, shrunk(model.kwargs))
+        if case not in found.values():
+            found[f"{config}.toml"] = case
+    return found
+
+
 CASES = {
     f"{name}/{variant}": (name, SMALL[name] | kwargs)
     for name in SMALL
     for variant, kwargs in (COMMON | SPECIAL[name]).items()
-}
+} | preset_cases()
 
 
-def build(case: str, *, seed: int = 0, **kwargs: int | float | str | bool) -> RnaModel:
+def build(case: str, *, seed: int = 0, device: str = "cpu", **kwargs: int | float | str | bool) -> RnaModel:
     """The network of a case, its parameters moved off their initial values: zero biases would hide leaks."""
     name, case_kwargs = CASES[case]
     torch.manual_seed(seed)
@@ -49,10 +94,10 @@ def build(case: str, *, seed: int = 0, **kwargs: int | float | str | bool) -> Rn
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return model.to(device)
 
 
-def batch(lengths: list[int], *, pad: int = 0, seed: int = 1) -> RnaInputs:
+def batch(lengths: list[int], *, pad: int = 0, seed: int = 1, device: str = "cpu") -> RnaInputs:
     """Random sequences with base-pair probabilities; nonsense stands under the padding."""
     rng = torch.Generator().manual_seed(seed)
     longest = max(lengths) + pad
@@ -61,11 +106,9 @@ def batch(lengths: list[int], *, pad: int = 0, seed: int = 1) -> RnaInputs:
     bpp_BLL = torch.rand((*mask_BL.shape, longest), generator=rng) ** 8 / longest
     bpp_BLL = (bpp_BLL + bpp_BLL.transpose(1, 2)) * (1 - torch.eye(longest))
     real_BLL = mask_BL.unsqueeze(1) & mask_BL.unsqueeze(2)
-    return RnaInputs(
-        torch.where(mask_BL, tokens_BL, torch.randint(-9, 99, mask_BL.shape, generator=rng)),
-        mask_BL,
-        torch.where(real_BLL, bpp_BLL, torch.nan),
-    )
+    tokens_BL = torch.where(mask_BL, tokens_BL, torch.randint(-9, 99, mask_BL.shape, generator=rng))
+    bpp_BLL = torch.where(real_BLL, bpp_BLL, torch.nan)
+    return RnaInputs(tokens_BL.to(device), mask_BL.to(device), bpp_BLL.to(device))
 
 
 def alone(inputs: RnaInputs, row: int) -> RnaInputs:
@@ -84,15 +127,26 @@ def outputs(model: RnaModel, inputs: RnaInputs) -> dict[str, Tensor]:
     return {name: x for name, x in model(inputs)._asdict().items() if x is not None}
 
 
+def real(name: str, x: Tensor, row: int, length: int) -> Tensor:
+    """What of an output belongs to one sequence of the batch and not to its padding."""
+    if name == "class_logits_BC":
+        return x[row]
+    return x[row, :length, :length] if name == "distance_logits_BLLK" else x[row, :length]
+
+
 def loss(model: RnaModel, inputs: RnaInputs) -> Tensor:
     """A number that depends on every real output, unevenly."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=inputs.mask_BL.device)
     predicted = model(inputs)
     if predicted.values_BLC is not None:
         total = total + (predicted.values_BLC[inputs.mask_BL].float() ** 2).mean()
     if predicted.distance_logits_BLLK is not None:
         real_BLL = inputs.mask_BL.unsqueeze(1) & inputs.mask_BL.unsqueeze(2)
         total = total - torch.log_softmax(predicted.distance_logits_BLLK[real_BLL], -1)[:, 0].mean()
+    if predicted.class_logits_BC is not None:
+        total = total - torch.log_softmax(predicted.class_logits_BC, -1)[:, 0].mean()
+    if predicted.c1_xyz_BL3 is not None:
+        total = total + (predicted.c1_xyz_BL3[inputs.mask_BL] / ANGSTROM).square().mean()
     return total
 
 

@@ -1,49 +1,91 @@
-"""Every shipped configuration loads and builds its network."""
+"""Every shipped configuration loads, builds the network it says it does, and keeps the contracts at its full size."""
+
+import re
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from models.interface import RnaInputs
+from models.interface import RnaInputs, RnaModel
 from models.registry import create_model, list_models
-from pipeline.config import list_configs, load_config
+from pipeline.config import find_config, list_configs, load_config
+from tests.models.cases import alone, batch, outputs, real
 
 CONFIGS = list_configs()
+SIZES = {"tiny_": (0.01, 0.1), "small_": (0.1, 0.5), "": (9, 12.5), "large_": (30, 100)}  # million parameters
 
 
-def build(name: str, **heads: int):
+def build(name: str, **heads: int) -> RnaModel:
     config = load_config(name)
     return create_model(config.model.name, **heads, **config.model.kwargs)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_shipped_config_builds_its_network(name: str):
+def million_parameters(model: nn.Module) -> float:
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def test_every_network_comes_in_four_sizes():
+    assert sorted(CONFIGS) == sorted(f"{size}{name}" for size in SIZES for name in list_models())
+
+
+@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("size", SIZES)
+def test_a_shipped_config_builds_its_network_in_its_size(size: str, name: str):
     with torch.device("meta"):
-        model = build(name, num_channels=2)
-    assert model.name in list_models()
-    assert name.removeprefix("small_").removeprefix("smoke_") == model.name
+        model = build(f"{size}{name}")
+    assert model.name == name
+    least, most = SIZES[size]
+    assert least < million_parameters(model) < most
 
 
-def test_each_family_comes_in_three_sizes():
-    families = ("ribonanza_mamba", "transformer_sepconv", "hyena")
-    assert {f"{size}{family}" for size in ("", "small_", "smoke_") for family in families} <= set(CONFIGS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_first_line_tells_the_parameters(name: str):
+    line = find_config(name).read_text().splitlines()[0]
+    found = re.fullmatch(r"# [^:]+: (\d+\.(\d+)) million parameters; [^.]+\.", line)
+    assert found is not None, line
+    assert len(line) <= 120
+    with torch.device("meta"):
+        parameters = million_parameters(build(name))
+    assert f"{parameters:.{len(found[2])}f}" == found[1]
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("smoke_")])
+@pytest.mark.parametrize("name", list_models())
+def test_a_base_network_at_full_size_does_not_see_the_padding(name: str):
+    torch.manual_seed(0)
+    model, inputs = build(name, num_distance_bins=5).eval(), batch([60, 41], pad=20)
+    with torch.inference_mode():
+        together, by_itself = outputs(model, inputs), outputs(model, alone(inputs, 1))
+    for key, expected in by_itself.items():
+        torch.testing.assert_close(real(key, together[key], 1, 41), expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_a_base_network_at_full_size_gives_every_parameter_a_gradient(name: str):
+    torch.manual_seed(0)
+    model, inputs = build(name), batch([40])
+    outputs(model, inputs)["values_BLC"].square().mean().backward()
+    dead = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not dead
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("tiny_")])
 @pytest.mark.parametrize(
     "heads", [{"num_channels": 2}, {"num_channels": 0, "num_distance_bins": 8}], ids=["values", "structure"]
 )
-def test_a_smoke_config_learns_something(name: str, heads: dict[str, int]):
+def test_a_tiny_config_learns_something(name: str, heads: dict[str, int]):
     torch.manual_seed(0)
     model = build(name, **heads)
     tokens_BL, mask_BL = torch.randint(0, 4, (4, 24)), torch.ones(4, 24, dtype=torch.bool)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
 
     def loss() -> torch.Tensor:
-        values_BLC, logits_BLLK = model(RnaInputs(tokens_BL, mask_BL, torch.zeros(4, 24, 24)))
-        if logits_BLLK is None:
-            return (values_BLC - tokens_BL.unsqueeze(-1) / 3).abs().mean()
+        predicted = model(RnaInputs(tokens_BL, mask_BL, torch.zeros(4, 24, 24)))
+        if predicted.values_BLC is not None:
+            return (predicted.values_BLC - tokens_BL.unsqueeze(-1) / 3).abs().mean()
         near_LL = (torch.arange(24)[:, None] - torch.arange(24)).abs().clamp(max=7)
-        return torch.nn.functional.cross_entropy(logits_BLLK.permute(0, 3, 1, 2), near_LL.expand(4, -1, -1))
+        assert predicted.distance_logits_BLLK is not None
+        return F.cross_entropy(predicted.distance_logits_BLLK.permute(0, 3, 1, 2), near_LL.expand(4, -1, -1))
 
     first = loss().item()
     for _ in range(60):

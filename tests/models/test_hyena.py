@@ -89,7 +89,9 @@ def test_the_operator_of_order_two_is_gate_convolution_gate(bidirectional: bool)
     torch.testing.assert_close(layer(x_BLD, mask_BL), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kwargs", [{"kernel": 9}, {"stem_kernel": 9}, {"use_bpp": True}, {"gru_head": True}])
+@pytest.mark.parametrize(
+    "kwargs", [{"kernel": 9}, {"stem_kernel": 9}, {"use_bpp": True}, {"gru_head": True}, {"coordinates": True}]
+)
 def test_causal_refuses_what_looks_at_both_sides(kwargs: dict):
     causal = {"bidirectional": False, "kernel": 0, "stem_kernel": 0, "width": 8, "depth": 1}
     create_model("hyena", **causal)

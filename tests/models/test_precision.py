@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.drsn import Shrinkage
-from models.heads import ValuesHead
+from models.heads import ClassHead, ValuesHead
 from models.hyena import HyenaFilter
 from models.layers.attention import PairBias, RelativePosition
+from models.layers.coordinates import CoordinateHead
 from models.layers.distogram import DistanceHead
 from models.layers.mamba import MambaDirection
+from models.layers.shrinkage import Shrinkage
 
 MASK_BL = torch.ones(2, 9, dtype=torch.bool)
 
@@ -27,6 +28,8 @@ ISLANDS: dict[str, Callable[[Tensor], Tensor]] = {
     "values": lambda x: ValuesHead(8, num_channels=2)(x, MASK_BL),
     "values after a GRU": lambda x: ValuesHead(8, num_channels=2, gru=True)(x, MASK_BL),
     "distances": lambda x: DistanceHead(8, num_bins=5, use_bpp=False)(x, None),
+    "classes": lambda x: ClassHead(8, num_classes=3, pool="attention")(x, MASK_BL),
+    "coordinates": lambda x: CoordinateHead(8, use_bpp=False)(x, MASK_BL, None),
     "shrinkage": lambda x: Shrinkage(8, shrink="channel")(x, MASK_BL),
 }
 

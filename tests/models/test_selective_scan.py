@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.layers import compiled_scan
+from models.layers import kernels
 from models.layers.selective_scan import selective_scan, selective_scan_ref
 
 NAMES = ("u", "delta", "A", "B", "C", "D")
@@ -12,14 +12,13 @@ NAMES = ("u", "delta", "A", "B", "C", "D")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
-@pytest.fixture(autouse=True, params=["plain", "compiled"])
+@pytest.fixture(autouse=True, params=["reference", "compiled"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which code float32 goes through on the CPU; float64 is always the plain path."""
-    usable, reason = compiled_scan.load()
-    if request.param == "plain":
-        monkeypatch.setattr(compiled_scan, "load", lambda: (False, "the plain path is tested"))
-    elif not usable:
-        pytest.skip(reason)
+    if request.param == "reference":
+        monkeypatch.setenv("RNA_KERNELS", "reference")
+    elif (choice := kernels.choose("selective_scan", torch.device("cpu"))).path != "compiled":
+        pytest.skip(choice.reason)
     return request.param
 
 

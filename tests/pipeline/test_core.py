@@ -281,6 +281,7 @@ def test_probes_stand_in_the_order_of_the_submission():
 def test_every_kind_of_failure_has_its_own_exit_code():
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, PipelineError)]
     codes = {kind.__name__: kind.exit_code for kind in kinds}
+    assert codes.pop("BusyError") == errors.StoppedError.exit_code
     assert codes.pop("PipelineError") == 1
     assert codes == {
         "ConfigError": 2,
@@ -415,6 +416,8 @@ def test_overrides_are_toml_values(toml: Path):
         (["train.epochs=3.5"], r"train: epochs: got 3.5 \(float\); expected"),
         (["train.epochs=true"], r"epochs: got True \(bool\)"),
         (['train.lr="0.1"'], r"lr: got '0.1' \(str\)"),
+        (['train.micro_batch="all"'], "got 'all' .* expected int or 'auto'"),
+        (["train.micro_batch=2.5"], r"got 2.5 \(float\); expected int or 'auto'"),
         (['train.precision="fp8"'], "got 'fp8' .* expected 'auto' or 'bf16' or 'fp16' or 'fp32'"),
         (["train=3"], "train: got 3; expected a section"),
         (["train.lr"], "expected section.key=value"),
@@ -436,6 +439,7 @@ def test_config_mistakes_are_named(items: list[str], sentence: str, toml: Path):
         ("train.epochs=0", "train: epochs: got 0; expected a finite number of at least 1"),
         ("train.batch_size=0", "of at least 1"),
         ("train.micro_batch=-1", "of at least 0"),
+        ("train.spike_threshold=-1", "of at least 0"),
         ("train.lr=-1", "of at least 0"),
         ("train.lr=nan", "lr: got nan; expected a finite number"),
         ("train.lr=inf", "lr: got inf; expected a finite number"),
@@ -451,6 +455,11 @@ def test_numbers_out_of_range_are_refused_before_anything_starts(item: str, sent
     """SET="train.batch_size=0" said "ZeroDivisionError: integer division or modulo by zero", with a traceback."""
     with pytest.raises(ConfigError, match=sentence):
         load_config(str(toml), [item])
+
+
+def test_a_setting_may_be_a_number_or_a_word(toml: Path):
+    assert load_config(str(toml), ["train.micro_batch=4"]).train.micro_batch == 4
+    assert load_config(str(toml), ['train.micro_batch="auto"']).train.micro_batch == "auto"
 
 
 def test_shipped_configs_are_within_the_limits():

@@ -66,7 +66,7 @@ def test_the_first_bad_forward_is_named_with_what_came_before():
     model = network(Log())
     origin = find_origin(model, lambda: model(torch.full((2, 3), -1e3)))
     assert (origin.phase, origin.module) == ("forward", "1.1")
-    assert [name for name, _ in origin.activations] == ["0", "1.0", "1.1"]
+    assert [one.module for one in origin.activations] == ["0", "1.0", "1.1"]
     assert origin.describe() == "first in the forward of 1.1"
 
 
@@ -138,3 +138,16 @@ def test_observation_leaves_no_hooks():
     model = network(nn.Identity())
     find_origin(model, lambda: model(torch.ones(2, 3)))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_activations_are_described_in_their_own_precision(dtype):
+    model = nn.Identity()
+    x = torch.tensor([3.0, -4.0, 0.0, 0.0], dtype=dtype)
+    (one,) = find_origin(model, lambda: model(x)).activations
+    assert (one.module, one.largest, one.rms, one.nonfinite) == ("Identity", 4.0, 2.5, 0)
+    assert one.dtype == str(dtype).removeprefix("torch.")
+    x[1], x[2] = -math.inf, math.nan
+    (one,) = find_origin(model, lambda: model(x)).activations
+    assert math.isnan(one.largest)
+    assert one.nonfinite == 2

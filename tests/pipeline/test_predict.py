@@ -14,7 +14,7 @@ from pipeline.dataset import open_examples
 from pipeline.errors import ConfigError, DataError, DivergedError, StorageError
 from pipeline.paths import Paths
 from pipeline.training.checkpoint import CheckpointStore
-from pipeline.training.loop import is_out_of_memory
+from pipeline.training.failures import is_out_of_memory
 from tests.pipeline import tiny
 
 

@@ -71,18 +71,6 @@ def store_of(paths: Paths, run: str = tiny.RUN) -> CheckpointStore:
     return CheckpointStore(paths.fold_dir(run, 0) / "checkpoints")
 
 
-def final_bytes(paths: Paths, run: str = tiny.RUN) -> dict[str, bytes]:
-    """All weights, moments and counters of the last checkpoint."""
-    last = store_of(paths, run).load_newest()
-    assert last.meta["progress"]["finished"]
-    tensors = {f"w.{name}": tensor for name, tensor in last.weights.items()}
-    tensors |= {f"t.{name}": tensor for name, tensor in last.training.items()} | {"random": last.state["random"]["cpu"]}
-    for index, moments in last.state["optimizer"]["state"].items():
-        tensors |= {f"o.{index}.{name}": tensor for name, tensor in moments.items()}
-    found = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-    return found | {"progress": repr(last.state["progress"]).encode(), "scaler": repr(last.state["scaler"]).encode()}
-
-
 def rows_of(paths: Paths, event: str, run: str = tiny.RUN) -> list[dict[str, Any]]:
     rows = read_metrics(paths.fold_dir(run, 0) / "metrics.jsonl")
     return [row for row in rows if row["event"] == event]
@@ -304,7 +292,7 @@ def test_a_run_stopped_after_every_step_ends_with_the_same_bits(paths, changes):
     config = tiny.config(**changes)
     fit(paths, config, run=f"whole.{tiny.SPLIT}")
     assert fit_to_the_end(paths, config, max_steps=1) == 13
-    assert final_bytes(paths) == final_bytes(paths, f"whole.{tiny.SPLIT}")
+    assert tiny.final_bytes(paths) == tiny.final_bytes(paths, f"whole.{tiny.SPLIT}")
     assert [row["step"] for row in rows_of(paths, "step")] == list(range(1, 13))
     assert [row["step"] for row in rows_of(paths, "epoch")] == [4, 8, 12]
 
@@ -332,7 +320,7 @@ def test_a_signal_in_a_step_stops_after_it(paths, inject, number):
     inject(None)
     fit(paths, run=f"whole.{tiny.SPLIT}")
     fit(paths)
-    assert final_bytes(paths) == final_bytes(paths, f"whole.{tiny.SPLIT}")
+    assert tiny.final_bytes(paths) == tiny.final_bytes(paths, f"whole.{tiny.SPLIT}")
 
 
 def test_a_signal_in_the_validation_stops_and_the_epoch_is_validated_later(paths):
@@ -348,7 +336,7 @@ def test_a_signal_in_the_validation_stops_and_the_epoch_is_validated_later(paths
         fit(paths, config, competition=replace(tiny.TINY, error_sums=send))
     assert rows_of(paths, "epoch") == []
     fit(paths, config)
-    assert final_bytes(paths) == final_bytes(paths, f"whole2.{tiny.SPLIT}")
+    assert tiny.final_bytes(paths) == tiny.final_bytes(paths, f"whole2.{tiny.SPLIT}")
 
 
 def test_handlers_are_put_back_and_an_ignored_hang_up_stays_ignored():
@@ -401,7 +389,7 @@ def test_out_of_memory_saves_and_says_what_to_do(error, paths, inject):
     inject(draw)
     fit(paths)
     fit(paths, run=f"whole.{tiny.SPLIT}")
-    assert final_bytes(paths) == final_bytes(paths, f"whole.{tiny.SPLIT}")
+    assert tiny.final_bytes(paths) == tiny.final_bytes(paths, f"whole.{tiny.SPLIT}")
 
 
 def test_a_torn_last_line_and_rows_beyond_the_checkpoint_are_dropped(paths):
@@ -422,7 +410,7 @@ def test_a_damaged_newest_checkpoint_costs_steps_not_the_result(paths):
     data[-1] ^= 1
     (newest / "training.safetensors").write_bytes(data)
     fit(paths)
-    assert final_bytes(paths) == final_bytes(paths, f"whole.{tiny.SPLIT}")
+    assert tiny.final_bytes(paths) == tiny.final_bytes(paths, f"whole.{tiny.SPLIT}")
 
 
 def test_damage_to_every_checkpoint_is_not_met_by_a_silent_restart(paths):
@@ -501,7 +489,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(paths):
     assert set(seen["signals"]) == {signal.SIGKILL}
     assert seen["second"] == signal.SIGTERM, "a second signal ends the process at once"
     assert not seen["polars"], "training must run where polars is not installed"
-    assert final_bytes(paths, "killed.sim80_k2") == final_bytes(paths, "whole.sim80_k2")
+    assert tiny.final_bytes(paths, "killed.sim80_k2") == tiny.final_bytes(paths, "whole.sim80_k2")
     folder = paths.fold_dir("killed.sim80_k2", 0)
     assert not list(folder.rglob(".part-*"))
     with (folder / ".lock").open() as handle:
@@ -561,7 +549,7 @@ def test_a_resumed_run_skips_what_the_uninterrupted_one_skipped(paths, inject):
     whole = fit(paths, config, run=f"whole.{tiny.SPLIT}")
     assert 0 < whole.facts["guard"]["skips"] < 24
     fit_to_the_end(paths, config, max_steps=7)
-    assert final_bytes(paths) == final_bytes(paths, f"whole.{tiny.SPLIT}")
+    assert tiny.final_bytes(paths) == tiny.final_bytes(paths, f"whole.{tiny.SPLIT}")
 
 
 def test_an_overflow_that_only_fp16_has_ends_in_fp32(paths, inject):
@@ -614,18 +602,17 @@ def test_what_no_fallback_cures_stops_with_a_reason(paths, inject):
 
 
 def test_weights_that_explode_never_reach_average_or_checkpoint(paths):
-    with pytest.raises(DivergedError, match="nonfinite weights"):
+    with pytest.raises(DivergedError, match=r"nonfinite weights .*made by the update out of finite gradients"):
         fit(paths, tiny.config(lr=1e37, weight_decay=0.0, schedule="constant", max_rollbacks=1))
     last = store_of(paths).load_newest()
     assert all(torch.isfinite(tensor).all() for tensor in last.training.values())
 
 
-def test_the_log_says_how_the_scan_is_computed_and_why(monkeypatch):
-    mamba = train.build_model(load_config("smoke_ribonanza_mamba").model, tiny.TINY)
-    monkeypatch.setattr(train.compiled_scan, "load", lambda: (False, "no compiler"))
-    assert train._scan_choice(mamba, torch.device("cpu")) == "in plain PyTorch: no compiler"
-    monkeypatch.setattr(train.compiled_scan, "load", lambda: (True, "compiled for this CPU"))
-    assert train._scan_choice(mamba, torch.device("cpu")) == "compiled for this CPU"
-    assert train._scan_choice(mamba, torch.device("cuda")) == "in plain PyTorch on cuda"
-    transformer = train.build_model(load_config("smoke_transformer_sepconv").model, tiny.TINY)
-    assert train._scan_choice(transformer, torch.device("cpu")) == ""
+def test_the_log_says_what_the_networks_operators_run_on_and_why(paths, monkeypatch):
+    monkeypatch.setenv("RNA_KERNELS", "reference")
+    fit(paths, replace(tiny.config(epochs=1), model=load_config("tiny_ribonanza_mamba").model))
+    (start,) = rows_of(paths, "start")
+    assert start["kernels"] == (
+        "causal_conv1d: reference (RNA_KERNELS=reference asks for plain PyTorch); "
+        "selective_scan: reference (RNA_KERNELS=reference asks for plain PyTorch)"
+    )

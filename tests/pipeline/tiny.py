@@ -17,6 +17,7 @@ from models.interface import RnaInputs, RnaModel, RnaOutputs
 from pipeline.competitions.base import Competition
 from pipeline.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from pipeline.paths import Paths
+from pipeline.training.checkpoint import CheckpointStore
 
 TARGETS = ("reactivity_DMS_MaP", "reactivity_2A3_MaP")
 NOISE = ("signal_to_noise_DMS_MaP", "signal_to_noise_2A3_MaP")
@@ -43,6 +44,7 @@ def _competition(**changes: Any) -> Competition:
         "name": "tiny",
         "title": "Tiny",
         "slug": "tiny",
+        "files": ("train.csv",),
         "task": "values",
         "targets": TARGETS,
         "target_range": (0.0, 1.0),
@@ -133,6 +135,19 @@ def config(*, model: dict[str, Any] | None = None, data: dict[str, Any] | None =
         data=DataConfig(**{"max_length": 40, "length_bucket": 2, **(data or {})}),
         train=TrainConfig(**{**settings, **train}),
     )
+
+
+def final_bytes(paths: Paths, run: str = RUN) -> dict[str, bytes]:
+    """All weights, moments and counters of the last checkpoint."""
+    last = CheckpointStore(paths.fold_dir(run, 0) / "checkpoints").load_newest()
+    assert last is not None
+    assert last.meta["progress"]["finished"]
+    tensors = {f"w.{name}": tensor for name, tensor in last.weights.items()}
+    tensors |= {f"t.{name}": tensor for name, tensor in last.training.items()} | {"random": last.state["random"]["cpu"]}
+    for index, moments in last.state["optimizer"]["state"].items():
+        tensors |= {f"o.{index}.{name}": tensor for name, tensor in moments.items()}
+    found = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+    return found | {"progress": repr(last.state["progress"]).encode(), "scaler": repr(last.state["scaler"]).encode()}
 
 
 def sequences(count: int, *, seed: int = 1, shortest: int = 20, longest: int = 40) -> list[str]:

@@ -1,0 +1,162 @@
+"""Which code computes an operator on a device, and why: the one home of that decision.
+
+An operator (the selective scan, the causal convolution) lists its kernels, fastest first. The first that is usable is
+taken, and usable is what has just given, on that very device, the definition's outputs and gradients: an installed
+package may lack the kernel, or hold it for another GPU. Otherwise, and where ``RNA_KERNELS=reference`` asks for it,
+the operator runs in plain PyTorch. Weights do not depend on the choice.
+"""
+
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+MODES = ("auto", "reference")
+_HOMES = {"selective_scan": "models.layers.selective_scan", "causal_conv1d": "models.layers.causal_conv"}
+_TOLERANCE = 1e-4  # largest difference to the definition, over its largest number
+_LOG = logging.getLogger("models.kernels")
+
+
+class Kernel(NamedTuple):
+    """One way to compute an operator.
+
+    Attributes:
+        device: type of device it is for.
+        load: make it ready, and say what it is; raises where it cannot be had.
+        run: the operator's own arguments to its output, differentiable.
+        repeatable: the same input gives the same bits; a kernel without (sums by atomics) is not used under
+            `torch.use_deterministic_algorithms`.
+    """
+
+    device: str
+    load: Callable[[], str]
+    run: Callable[..., Tensor]
+    repeatable: bool = True
+
+
+class Operator(NamedTuple):
+    """What is known of an operator; its module holds one as ``OPERATOR``.
+
+    Attributes:
+        kernels: by the name of the path, fastest first.
+        reference: the definition, in float64.
+        example: names and small float32 values of its tensors, in order.
+    """
+
+    kernels: Mapping[str, Kernel]
+    reference: Callable[..., Tensor]
+    example: Callable[[], dict[str, Tensor]]
+
+
+class Choice(NamedTuple):
+    """The path that is taken, "reference" being plain PyTorch, and why."""
+
+    path: str
+    reason: str
+
+
+def mode() -> str:
+    """What ``RNA_KERNELS`` asks for: "auto", if nothing, or "reference".
+
+    Raises:
+        ValueError: it asks for something else.
+    """
+    asked = os.environ.get("RNA_KERNELS") or "auto"
+    if asked not in MODES:
+        raise ValueError(f"RNA_KERNELS={asked!r}: expected auto or reference. Next: unset it, or choose one of them.")
+    return asked
+
+
+def force_reference(on: bool = True) -> None:
+    """Run everything in plain PyTorch from now on, in this process and those it starts; or, with False, no longer."""
+    os.environ["RNA_KERNELS"] = "reference" if on else "auto"
+
+
+def choose(operator: str, device: torch.device) -> Choice:
+    """The path of an operator on a device; found out once, and logged then.
+
+    Args:
+        operator: "selective_scan" or "causal_conv1d".
+        device: where its tensors are.
+    """
+    return _choose(operator, torch.device(device), mode(), torch.are_deterministic_algorithms_enabled())
+
+
+@torch.compiler.assume_constant_result
+def path(operator: str, device: torch.device) -> str:
+    """The name alone, which a compiled graph takes as a constant."""
+    return choose(operator, device).path
+
+
+def describe(model: nn.Module, device: torch.device) -> str:
+    """What each of a network's operators runs on, and why; "" for a network without any.
+
+    A module says what it uses in its attribute ``operators``.
+    """
+    used = {name for module in model.modules() for name in getattr(module, "operators", ())}
+    return "; ".join(f"{name}: {choice.path} ({choice.reason})" for name in sorted(used)
+                     for choice in [choose(name, device)])  # fmt: skip
+
+
+@functools.cache
+def _choose(operator: str, device: torch.device, asked: str, deterministic: bool) -> Choice:
+    if asked == "reference":
+        choice = Choice("reference", "RNA_KERNELS=reference asks for plain PyTorch")
+    else:
+        choice = _first_usable(_home(operator), device, deterministic=deterministic)
+    _LOG.info("%s on %s: %s (%s)", operator, device, choice.path, choice.reason)
+    return choice
+
+
+def _home(operator: str) -> Operator:
+    return importlib.import_module(_HOMES[operator]).OPERATOR
+
+
+def _first_usable(operator: Operator, device: torch.device, *, deterministic: bool) -> Choice:
+    refused = []
+    for name, kernel in operator.kernels.items():
+        if kernel.device != device.type:
+            continue
+        try:
+            if deterministic and not kernel.repeatable:
+                raise RuntimeError("its sums differ from run to run, and deterministic algorithms are asked for")
+            about = kernel.load()
+            _check(kernel, operator, device)
+        except Exception as err:  # third-party kernels raise anything: ImportError, RuntimeError, TypeError …
+            refused.append(f"{name}: {' '.join(str(err).split())[:150] or type(err).__name__}")
+        else:
+            return Choice(name, "; ".join([about, *(f"not {reason}" for reason in refused)]))
+    return Choice("reference", "plain PyTorch; " + ("; ".join(refused) or f"there is no kernel for {device.type}"))
+
+
+def _check(kernel: Kernel, operator: Operator, device: torch.device) -> None:
+    """Run forward and backward, in both directions, and compare with the definition.
+
+    Raises:
+        RuntimeError: the output or a gradient is another.
+    """
+    # the first call may stand inside gradient checkpointing, which must not count what is saved here as its own
+    unseen = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with unseen, torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        values = operator.example()
+        for reverse in (False, True):
+            found = _output_and_gradients(kernel.run, values, device=device, reverse=reverse)
+            expected = _output_and_gradients(operator.reference, values, device=torch.device("cpu"), reverse=reverse)
+            for name, one, other in zip(("output", *values), found, expected, strict=True):
+                error = float((one.double().cpu() - other).abs().max() / other.abs().max())
+                if not error <= _TOLERANCE:  # true for NaN
+                    raise RuntimeError(f"differs from the definition by {error:.1e} in {name} (reverse={reverse})")
+
+
+def _output_and_gradients(
+    run: Callable[..., Tensor], values: dict[str, Tensor], *, device: torch.device, reverse: bool
+) -> list[Tensor]:
+    args = [value.detach().to(device).requires_grad_() for value in values.values()]
+    output = run(*args, reverse=reverse)
+    weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=device).view_as(output)
+    return [output.detach(), *torch.autograd.grad(output, args, weight)]

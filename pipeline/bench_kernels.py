@@ -1,0 +1,319 @@
+"""Mamba's scan and Hyena's long convolution beside what a user would run instead: time, peak memory, slopes.
+
+Every measurement is a process of its own, in turn with the others; peers from packages run in an environment of their
+own (`.ci/bench-constraints.txt`). ``python -m pipeline.bench_kernels`` needs this repository and torch alone.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline import measure
+from pipeline.measure import Bar
+
+_BATCH, _INNER, _STATE = 8, 512, 16
+_HEAD = 64  # channels that share a decay in the SSD
+_CONV_WIDTH = 32  # 256 channels, as in Hyena's tables, take 11 GiB at a million positions
+_CONV_CAUSAL_BATCH = 1
+_LONG_TOKENS = 2**16  # of a CUDA batch: longer sequences come in smaller ones
+_OURS, _ATTENTION = "ours", "torch SDPA, bf16"
+_PYTHONS = {"peers": measure.PEER_PYTHON}
+_QUADRATIC_MIB = 40_000  # that a peer with a state for each position may need before it is left out
+
+Size = Literal["full", "tiny"]
+Cell = dict[str, Any]
+
+#: contestants of the scan: name -> (what makes it, the kernels it is allowed, the interpreter)
+_SCANS = {
+    _OURS: ("ours", "auto", ""),
+    "ours, plain PyTorch": ("ours", "reference", ""),
+    "ours, SSD (another model)": ("ssd", "auto", ""),
+    "unbind loop": ("unbind_loop", "auto", ""),
+    "associative scan": ("associative", "auto", ""),
+    "mamba.py pscan": ("mamba_py", "auto", "peers"),
+    "transformers, slow path": ("transformers", "auto", "peers"),
+}
+#: pure PyTorch, and not of this project: what the bars compare with
+_PURE_PYTORCH = ("unbind loop", "associative scan", "mamba.py pscan", "transformers, slow path")
+_CUDA_SCANS = {
+    _OURS: ("ours", "auto", ""),
+    "ours, triton": ("triton", "auto", ""),
+    "mamba-ssm": ("mamba-ssm", "auto", ""),
+    "ours, plain PyTorch": ("ours", "reference", ""),
+    "associative scan": ("associative", "auto", ""),
+}
+
+
+def run(*, size: Size = "full", rounds: int = 3, record: Path | None = None) -> list[dict[str, Any]]:
+    """Measure, print a table and the bars, and write both as JSON.
+
+    Args:
+        size: "tiny" shows in a few seconds that everything works.
+        rounds: how often each cell is measured, in turn; the median counts.
+        record: JSON file; None = ``tests/benchmarks/kernels-<class>.json``.
+
+    Returns:
+        One dict a comparison: what, shape, threads, ours and peer (ms), peer_name, ratio (peer / ours), peak_mib,
+        peer_peak_mib.
+    """
+    cells = _cuda_cells(size) if torch.cuda.is_available() else _cpu_cells(size)
+    results = measure.interleave(cells, module="pipeline.bench_kernels", rounds=rounds, pythons=_PYTHONS)
+    found = [(cell, result) for cell, result in zip(cells, results, strict=True) if result is not None]
+    rows = _compare(found)
+    bars = [*_scan_bars(rows), *_conv_bars(rows), *_slope_bars(found)]
+    measure.print_table(rows)
+    measure.print_bars(bars)
+    measure.record(record or measure.RECORDS / f"kernels-{measure.machine_class()}.json", rows=rows, bars=bars)
+    return rows
+
+
+def _cpu_cells(size: Size) -> list[Cell]:
+    lengths, threads = ((128, 512, 2048), (1, 2)) if size == "full" else ((16,), (1,))
+    peers = measure.PEER_PYTHON.exists()
+    if not peers:
+        print(
+            "bench-kernels: .venv-bench is missing; its peers are left out. Next: make bench-kernels", file=sys.stderr
+        )
+    names = [name for name, (_, _, python) in _SCANS.items() if peers or not python]
+    names = names if size == "full" else [_OURS, "unbind loop"]
+    cells = [_scan_cell(name, length, count) for count in threads for length in lengths for name in names]
+    positions = (256, 1024, 4096, 2**14, 2**16, 2**18, 2**19, 2**20) if size == "full" else (64,)
+    return cells + [_cell("conv", name, length, 2) for length in positions for name in (_OURS, "torch rfft")]
+
+
+def _cuda_cells(size: Size) -> list[Cell]:
+    lengths = (177, 512, 2048, 8192, 32768, 65536) if size == "full" else (64, 128)
+    names = [name for name in _CUDA_SCANS if name != "mamba-ssm" or _has_mamba_ssm()]
+    quick = {_OURS, "ours, triton", "mamba-ssm"}
+    cells = [
+        _scan_cell(name, n, 0) for n in lengths for name in names if name in quick or _states_mib(n) < _QUADRATIC_MIB
+    ]
+    cells = [cell for cell in cells if cell["who"] != "ours, plain PyTorch" or cell["length"] <= 2048]
+    positions = (256, 4096, 2**16, 2**19, 2**20) if size == "full" else (64, 128)
+    cells += [_cell("conv", name, length, 0) for length in positions for name in (_OURS, "torch rfft")]
+    return cells + [_cell("attention", _ATTENTION, length, 0) for length in lengths]
+
+
+def _has_mamba_ssm() -> bool:
+    try:
+        import mamba_ssm.ops.selective_scan_interface  # noqa: F401
+    except Exception:  # a compiled extra raises anything
+        return False
+    return True
+
+
+def _states_mib(length: int) -> float:
+    """Of the tensors of all states that an associative scan keeps: two in each doubling."""
+    return 8 * math.log2(length) * _batch(length) * length * _INNER * _STATE / 2**20
+
+
+def _scan_cell(name: str, length: int, threads: int) -> Cell:
+    _, kernels, python = (_CUDA_SCANS if threads == 0 else _SCANS)[name]
+    return _cell("scan", name, length, threads) | {"kernels": kernels, "python": python}
+
+
+def _cell(what: str, who: str, length: int, threads: int) -> Cell:
+    return {"what": what, "who": who, "length": length, "threads": threads}
+
+
+# --- one measurement, in its own process ---
+
+
+def measure_cell(cell: Cell) -> dict[str, float]:
+    """Milliseconds and extra peak MiB of forward alone, and of forward and backward."""
+    if cell["threads"]:
+        torch.set_num_threads(cell["threads"])
+    prepare = {"scan": _prepare_scan, "conv": _prepare_conv, "attention": _prepare_attention}[cell["what"]]
+    with measure.device():
+        short, operands = prepare(cell["who"], 8), prepare(cell["who"], cell["length"])
+        _both(*short)  # compiles, loads and chooses
+        return _times(*operands)
+
+
+def _times(call: Callable[..., Tensor], operands: Sequence[Tensor]) -> dict[str, float]:
+    def forward() -> None:
+        with torch.inference_mode():
+            call(*operands)
+
+    before = measure.held_mib()
+    found = {"forward_ms": 1000 * measure.seconds(forward), "forward_mib": measure.peak_mib() - before}
+    found["both_ms"] = 1000 * measure.seconds(lambda: _both(call, operands))
+    found["both_mib"] = measure.peak_mib() - before
+    return found
+
+
+def _both(call: Callable[..., Tensor], operands: Sequence[Tensor]) -> None:
+    output = call(*operands)
+    torch.autograd.grad(output, operands, torch.ones_like(output))
+
+
+def _batch(length: int) -> int:
+    return max(1, min(_BATCH, _LONG_TOKENS // length)) if torch.cuda.is_available() else _BATCH
+
+
+def _prepare_scan(who: str, length: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    torch.manual_seed(0)
+    batch = _batch(length)
+    operands = [
+        torch.randn(batch, length, _INNER),
+        F.softplus(torch.randn(batch, length, _INNER) - 3),
+        -torch.arange(1.0, _STATE + 1).repeat(_INNER, 1),
+        torch.randn(batch, length, _STATE),
+        torch.randn(batch, length, _STATE),
+        torch.ones(_INNER),
+    ]
+    return _scan({**_SCANS, **_CUDA_SCANS}[who][0]), [operand.requires_grad_() for operand in operands]
+
+
+def _scan(made_by: str) -> Callable[..., Tensor]:
+    from models.layers import selective_scan
+
+    own = {"ours": selective_scan.selective_scan, "ssd": _ssd}
+    if made_by in own:
+        return own[made_by]
+    kernels = selective_scan.OPERATOR.kernels
+    if made_by in kernels:
+        kernels[made_by].load()
+        return lambda *operands: kernels[made_by].run(*operands, reverse=False)
+    return getattr(measure.load_peer("scans"), made_by)
+
+
+def _ssd(u_BLE: Tensor, delta_BLE: Tensor, A_EN: Tensor, B_BLN: Tensor, C_BLN: Tensor, D_E: Tensor) -> Tensor:
+    """Mamba-2's operator on the same sizes: what is each channel's own there is the head's here."""
+    from models.layers.ssd import ssd
+
+    delta_BLH, x_BLHP = delta_BLE.unflatten(-1, (-1, _HEAD)).mean(-1), u_BLE.unflatten(-1, (-1, _HEAD))
+    A_H, D_H = A_EN.unflatten(0, (-1, _HEAD)).mean((1, 2)), D_E.unflatten(0, (-1, _HEAD)).mean(-1)
+    return ssd(x_BLHP, delta_BLH, A_H, B_BLN, C_BLN, D_H).flatten(-2)
+
+
+def _prepare_conv(who: str, length: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    from models.layers.long_conv import fft_conv
+
+    torch.manual_seed(0)
+    u_BLD = torch.randn(_CONV_CAUSAL_BATCH, length, _CONV_WIDTH)
+    operands = [u_BLD, torch.randn(_CONV_WIDTH, length) / length**0.5, torch.randn(_CONV_WIDTH)]
+
+    def ours(u_BLD: Tensor, after_DL: Tensor, skip_D: Tensor) -> Tensor:
+        return fft_conv(u_BLD, after_DL, None, skip_D)
+
+    return ours if who == _OURS else rfft_conv, [operand.requires_grad_() for operand in operands]
+
+
+def rfft_conv(u_BLD: Tensor, after_DL: Tensor, skip_D: Tensor) -> Tensor:
+    """Causal long convolution through torch's real transform of twice the length, as Hyena's authors write it."""
+    length = u_BLD.shape[1]
+    spectrum = torch.fft.rfft(u_BLD.transpose(1, 2), n=2 * length) * torch.fft.rfft(after_DL, n=2 * length)
+    return torch.fft.irfft(spectrum, n=2 * length)[..., :length].transpose(1, 2) + skip_D * u_BLD
+
+
+def _prepare_attention(who: str, length: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    del who  # for the slope only
+    shape = (_batch(length), _INNER // 64, length, 64)
+    operands = [torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    return F.scaled_dot_product_attention, operands
+
+
+# --- what follows from the measurements ---
+
+
+def _compare(found: Sequence[tuple[Cell, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Every peer beside ours of the same shape; attention, measured for its slope, beside nothing."""
+    ours = {_place(cell): result for cell, result in found if cell["who"] == _OURS}
+    rows = []
+    for cell, result in found:
+        mine = ours.get(_place(cell))
+        if cell["who"] == _OURS:
+            continue
+        for key, suffix in (("forward", "forward"), ("both", "forward + backward")):
+            rows.append(
+                {
+                    "what": f"{cell['what']}, {suffix}",
+                    "shape": _shape(cell),
+                    "threads": cell["threads"],
+                    "ours": mine and round(mine[f"{key}_ms"], 3),
+                    "peer": round(result[f"{key}_ms"], 3),
+                    "peer_name": cell["who"],
+                    "ratio": mine and round(result[f"{key}_ms"] / mine[f"{key}_ms"], 3),
+                    "peak_mib": mine and round(mine[f"{key}_mib"], 1),
+                    "peer_peak_mib": round(result[f"{key}_mib"], 1),
+                }
+            )
+    return rows
+
+
+def _place(cell: Cell) -> tuple[Any, ...]:
+    return cell["what"], cell["length"], cell["threads"]
+
+
+def _shape(cell: Cell) -> str:
+    length = cell["length"]
+    if cell["what"] == "conv":
+        return f"B{_CONV_CAUSAL_BATCH} L{length} D{_CONV_WIDTH}"
+    return f"B{_batch(length)} L{length} E{_INNER}" + (f" N{_STATE}" if cell["what"] == "scan" else "")
+
+
+def _scan_bars(rows: Sequence[dict[str, Any]]) -> list[Bar]:
+    bars = []
+    scans = [row for row in rows if row["what"] == "scan, forward + backward"]
+    for threads in sorted({row["threads"] for row in scans}):
+        for shape in dict.fromkeys(row["shape"] for row in scans):
+            here = [row for row in scans if row["shape"] == shape and row["threads"] == threads]
+            where = f"{shape}, {threads} thread{'s' * (threads != 1)}" if threads else shape
+            bars += _cuda_scan_bars(here, where) if threads == 0 else _cpu_scan_bars(here, where)
+    return bars
+
+
+def _cpu_scan_bars(rows: Sequence[dict[str, Any]], where: str) -> list[Bar]:
+    pure = [row for row in rows if row["peer_name"] in _PURE_PYTORCH]
+    if not pure:
+        return []
+    fastest = min(pure, key=lambda row: row["peer"])
+    wanted = 10.0 if int(where.split()[1][1:]) >= 512 else 1.0
+    bars = [Bar(f"scan at {where}, times as fast as {fastest['peer_name']}", fastest["ratio"], wanted)]
+    if wanted > 1:
+        share = fastest["peak_mib"] / max(fastest["peer_peak_mib"], 1)
+        bars.append(Bar(f"scan at {where}, share of that peer's memory", share, 0.2, at_most=True))
+    return bars
+
+
+def _cuda_scan_bars(rows: Sequence[dict[str, Any]], where: str) -> list[Bar]:
+    peaks = {row["peer_name"]: row["peer"] for row in rows}
+    if not {"ours, triton", "mamba-ssm"} <= peaks.keys():
+        return []
+    wanted = 0.8 if " L177 " in where else 1 / 1.5
+    return [Bar(f"own scan at {where}, speed over mamba-ssm's", peaks["mamba-ssm"] / peaks["ours, triton"], wanted)]
+
+
+def _conv_bars(rows: Sequence[dict[str, Any]]) -> list[Bar]:
+    convs = [row for row in rows if row["what"].startswith("conv") and row["peer_name"] == "torch rfft"]
+    return [Bar(f"{row['what']} at {row['shape']}, times as fast as torch rfft", row["ratio"], 1.0) for row in convs]
+
+
+def _slope_bars(found: Sequence[tuple[Cell, dict[str, Any]]]) -> list[Bar]:
+    """Exponent of time in length between the two longest: of the convolution and, on a GPU, of the scan."""
+    bars = []
+    for what in ("conv", "scan") if torch.cuda.is_available() else ("conv",):
+        times = {c["length"]: r["both_ms"] / _batch_of(c) for c, r in found if (c["what"], c["who"]) == (what, _OURS)}
+        if len(times) > 1:
+            *_, short, long = sorted(times)
+            slope = math.log(times[long] / times[short]) / math.log(long / short)
+            bars.append(Bar(f"slope of our {what}'s time from L {short:,} to {long:,}", slope, 1.15, at_most=True))
+    return bars
+
+
+def _batch_of(cell: Cell) -> int:
+    return _CONV_CAUSAL_BATCH if cell["what"] == "conv" else _batch(cell["length"])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        measure.answer(measure_cell)
+    else:
+        run()

@@ -1,0 +1,321 @@
+"""Training as a job: started in the background, looked at, followed and stopped.
+
+A job is one `rna train`: its folder is the fold's, or the run's where it trains all folds. While it works it holds
+``.job`` there, a lock that dies with its process, and training holds ``.lock`` in the fold's folder. Nothing else
+says that a process is alive: a number in a file may be another program's by now.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.errors import DataError, StoppedError
+from pipeline.paths import Paths
+from pipeline.runlog import duration, read_status, say
+from pipeline.training.stop import already_at_work, lock_holder, run_lock
+
+_JOB = ".job"
+_LOG = "run.log"
+_POLL_S = 0.1
+_BEGIN_S = 20.0  # after it took the lock, a job that still reads its tables is left to itself
+_STOP_S = 40.0
+_TAIL_BYTES = 65_536  # of a log, in which its last lines are looked for
+_COLORS = {"running": "green", "done": "green", "stopped": "yellow", "lost": "red", "failed": "red", "diverged": "red"}
+
+
+def job_folder(paths: Paths, run: str, fold: int | None) -> Path:
+    """Where the job of a fold (None = of all folds in turn) keeps its lock and its log."""
+    return paths.run_dir(run) if fold is None else paths.fold_dir(run, fold)
+
+
+@contextlib.contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """Hold a job's folder, from before its first file is read until its last one is written.
+
+    Raises:
+        StoppedError: another process holds it.
+    """
+    with run_lock(folder, name=_JOB):
+        yield
+
+
+def worker(folder: Path) -> int | None:
+    """Process at work in a job's folder; None if there is none, 0 if it cannot be said which."""
+    holders = (lock_holder(folder, name=_JOB), lock_holder(folder))
+    return next((pid for pid in holders if pid is not None), None)
+
+
+def predicted_unfinished(folder: Path) -> bool:
+    """Whether a fold's predictions were made before its training was finished."""
+    manifests = [folder / f"predict-{table}.manifest.json" for table in ("oof", "test")]
+    found = [json.loads(path.read_text()) for path in manifests if path.is_file()]
+    return any(done["params"].get("unfinished", False) for done in found)
+
+
+# --- start ---
+
+
+def start(arguments: Sequence[str], *, folder: Path) -> int:
+    """Start `rna` in a session of its own, and wait until it trains or has failed.
+
+    It outlives the terminal: it ignores hang-ups, reads nothing and writes to ``run.log`` in its folder.
+
+    Args:
+        arguments: of the program: verb and options.
+        folder: of the job.
+
+    Returns:
+        0 if it is at work or was finished before, else its exit code, after its own last words.
+
+    Raises:
+        StoppedError: a process is at work in the folder already.
+    """
+    pid = worker(folder)
+    if pid is not None:
+        raise already_at_work(folder, pid)
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / _LOG
+    with log.open("a") as handle:
+        handle.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} rna {' '.join(arguments)}\n")
+        handle.flush()
+        begin = handle.tell()
+        with _hang_up_ignored():
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=handle,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+    code = _wait_for_begin(process, folder)
+    if code is not None:
+        with log.open() as handle:
+            handle.seek(begin)
+            say(handle.read().rstrip())
+        return code
+    process.returncode = 0  # it lives on: not to be warned of when this object goes
+    say(f"training in the background as process {process.pid}; it goes on when this terminal closes")
+    say(f"  its log   {log}")
+    say("  follow    make logs FOLLOW=1    all runs    make status    stop    make stop    (same MODEL, FOLD, TAG)")
+    return 0
+
+
+def _wait_for_begin(process: subprocess.Popen, folder: Path) -> int | None:
+    """Exit code of a job that ended, or None once it trains or has been at it for a while."""
+    give_up = float("inf")
+    while (code := process.poll()) is None:
+        if time.monotonic() >= give_up or _trains(process.pid, folder):
+            return None
+        if give_up == float("inf") and worker(folder) == process.pid:
+            give_up = time.monotonic() + _BEGIN_S
+        time.sleep(_POLL_S)
+    return code
+
+
+def _trains(pid: int, folder: Path) -> bool:
+    """Whether a process has said of a fold that it is running."""
+    found = (read_status(each) for each in (folder, *folder.glob("fold*")))
+    return any(status.get("pid") == pid and status.get("state") == "running" for status in found)
+
+
+@contextlib.contextmanager
+def _hang_up_ignored() -> Iterator[None]:
+    """A process started meanwhile ignores SIGHUP for its whole life, as under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# --- stop ---
+
+
+def stop(folder: Path, *, patience: float = _STOP_S) -> str:
+    """Ask a job to stop, and wait until it has let go of its folder.
+
+    Args:
+        folder: of the job.
+        patience: seconds.
+
+    Returns:
+        What became of it, a sentence.
+
+    Raises:
+        StoppedError: it is still at work after that time.
+    """
+    pid = worker(folder)
+    if pid is None:
+        status = read_status(folder)
+        state = _state(folder, status)[0] if status else "never begun"
+        above = worker(folder.parent)
+        hint = f" Next: make stop ALL=1 stops process {above}, which trains all folds." if above is not None else ""
+        return f"{folder}: nothing is running here ({state}).{hint}"
+    if pid:
+        _terminate(pid, folder)
+    give_up = time.monotonic() + patience
+    while worker(folder) is not None:
+        if time.monotonic() >= give_up:
+            raise StoppedError(
+                f"{folder}: process {pid or '(unknown)'} was asked to stop and is still at work after {patience:.0f} "
+                f"s. Next: wait for its step to end; kill -9 {pid} loses what came after the last checkpoint."
+            )
+        time.sleep(_POLL_S)
+    return _last_words(folder, pid)
+
+
+def _last_words(folder: Path, pid: int) -> str:
+    """What a job that ended left behind."""
+    statuses = [read_status(each) for each in (folder, *sorted(folder.glob("fold*")))]
+    ours = max((one for one in statuses if one.get("pid") == pid), key=lambda one: one["updated"], default={})
+    code = ours.get("exit_code")
+    told = f"exit code {code}, step {ours['step']} of {ours['steps']}" if code is not None else "before its first step"
+    return f"{folder}: process {pid} has stopped ({told}). Next: the same make train or train-bg goes on from there."
+
+
+def _terminate(pid: int, folder: Path) -> None:
+    """Send SIGTERM to the process that holds a folder, never to a later one of the same number."""
+    with contextlib.suppress(ProcessLookupError):
+        if not hasattr(os, "pidfd_open"):  # not Linux
+            os.kill(pid, signal.SIGTERM)
+            return
+        descriptor = os.pidfd_open(pid)
+        try:
+            if worker(folder) == pid:  # so the descriptor is that process's
+                signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+        finally:
+            os.close(descriptor)
+
+
+# --- logs ---
+
+
+def find_log(paths: Paths, run: str, fold: int | None) -> Path:
+    """The log that was begun last of those that tell of a fold: its own, or that of all folds in turn.
+
+    Raises:
+        DataError: there is none.
+    """
+    folders = {job_folder(paths, run, fold), job_folder(paths, run, None)}
+    logs = [folder / _LOG for folder in folders if (folder / _LOG).is_file()]
+    if not logs:
+        raise DataError(
+            f"{job_folder(paths, run, fold)}: no {_LOG}: nothing was started here in the background. "
+            "Next: make train-bg, or make status for all runs."
+        )
+    return max(logs, key=lambda path: path.stat().st_mtime)
+
+
+def last_lines(log: Path, *, count: int) -> str:
+    """The end of a log, at most so many lines."""
+    with log.open("rb") as handle:
+        size = handle.seek(0, os.SEEK_END)
+        handle.seek(max(0, size - _TAIL_BYTES))
+        return "\n".join(handle.read().decode(errors="replace").splitlines()[-count:])
+
+
+def follow(log: Path) -> Iterator[str]:
+    """What is written to a log from now on, until its job has ended."""
+    with log.open(errors="replace") as handle:
+        handle.seek(0, os.SEEK_END)
+        while True:
+            ended = worker(log.parent) is None  # asked before the last read, so that no last word is lost
+            text = handle.read()
+            if text:
+                yield text
+            if ended:
+                return
+            time.sleep(_POLL_S)
+
+
+# --- status ---
+
+
+def survey(artifacts: Path) -> list[dict[str, Any]]:
+    """One row for every fold of every run of every competition below a folder, sorted by where it is.
+
+    Returns:
+        Rows with competition, run, fold, state, steps, percent, metric, best_metric, loss, tokens_per_s, eta_s,
+        memory_mib, pid (of a living process, else null) and age_s (since it last gave a sign of life).
+    """
+    return [_row(folder, artifacts) for folder in sorted(artifacts.glob("**/runs/*/fold*")) if _is_fold(folder)]
+
+
+def _is_fold(folder: Path) -> bool:
+    return folder.is_dir() and (bool(read_status(folder)) or worker(folder) is not None)
+
+
+def _row(folder: Path, artifacts: Path) -> dict[str, Any]:
+    status = read_status(folder)
+    state, pid = _state(folder, status)
+    step, steps = status.get("step", 0), status.get("steps")
+    copied = ("metric", "best_metric", "loss", "tokens_per_s", "exit_code", "message")
+    return {
+        "competition": str(folder.parents[2].relative_to(artifacts)),
+        "run": folder.parent.name,
+        "fold": int(folder.name.removeprefix("fold")),
+        "state": state,
+        "phase": _phase(status, pid) if state == "running" else None,
+        "step": step,
+        "steps": steps,
+        "percent": round(100 * step / steps, 1) if steps else None,
+        **{key: status.get(key) for key in copied},
+        "eta_s": status.get("eta_s") if state == "running" else None,
+        "memory_mib": status.get("gpu_memory_mib", status.get("memory_mib")),
+        "pid": pid,
+        "age_s": round(max(0.0, time.time() - status["updated"])) if "updated" in status else None,  # clocks jump
+    }
+
+
+def _state(folder: Path, status: dict[str, Any]) -> tuple[str, int | None]:
+    """What a fold's job is doing, and its process if it lives: the lock is believed, not the file."""
+    pid = worker(folder)
+    if pid is not None:
+        return "running", pid
+    state = str(status.get("state", "lost"))
+    return ("lost" if state == "running" else state), None
+
+
+def _phase(status: dict[str, Any], pid: int | None) -> str:
+    return str(status.get("phase", "training")) if status.get("pid") == pid else "preparing"
+
+
+def status_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The survey for people."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
+    for name in ("competition", "run", "fold", "state"):
+        table.add_column(name, overflow="fold")
+    for name in ("step", "%", "metric", "best", "loss", "nt/s", "left", "memory", "pid", "last sign"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        phase = "" if row["phase"] in (None, "training") else f": {row['phase']}"
+        state = Text(row["state"] + phase, style=_COLORS.get(row["state"], ""))
+        table.add_row(row["competition"], row["run"], str(row["fold"]), state, *_numbers(row))
+    return table
+
+
+def _numbers(row: dict[str, Any]) -> list[str]:
+    def shown(key: str, template: str) -> str:
+        return "" if row[key] is None else template.format(row[key])
+
+    return [
+        "" if row["steps"] is None else f"{row['step']}/{row['steps']}",
+        shown("percent", "{:.0f}"),
+        *(shown(key, "{:.4f}") for key in ("metric", "best_metric", "loss")),
+        shown("tokens_per_s", "{:,.0f}"),
+        "" if row["eta_s"] is None else duration(row["eta_s"]),
+        "" if row["memory_mib"] is None else f"{row['memory_mib'] / 1024:.1f} GiB",
+        shown("pid", "{}"),
+        "" if row["age_s"] is None else duration(row["age_s"]),
+    ]

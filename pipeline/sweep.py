@@ -1,0 +1,325 @@
+"""Many runs of one configuration: settings x seeds x folds, on as many processes and machines as share the folder.
+
+A job is an ordinary run, so it resumes, and its lock keeps two workers off the same one: starting the same sweep again,
+here or on another machine, takes the jobs that nobody does. The global batch is the configuration's unless it is swept.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import statistics
+import time
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from pipeline import train
+from pipeline.competitions.base import Competition
+from pipeline.config import load_config
+from pipeline.errors import BusyError, ConfigError, DivergedError
+from pipeline.paths import Paths
+from pipeline.runlog import say
+from pipeline.stage import Report, write_json
+
+_CONFIDENCE = 0.95
+TAG = "sweep-"  # a run of a sweep is <config>+sweep-<name>-<cell>-s<seed>.<split>; ensembles leave it out
+
+Settings = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One setting and what it may be: some values, or a range that only a study can search."""
+
+    key: str
+    values: list[Any] = field(default_factory=list)
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training run of a sweep."""
+
+    cell: Settings
+    seed: int
+    fold: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What all jobs of a sweep have in common."""
+
+    name: str
+    model: str  # a configuration's name or path
+    overrides: tuple[str, ...]
+    competition: Competition
+    paths: Paths
+    split: str
+    seeds: int
+    folds: tuple[int, ...]
+    deadline: float | None = None  # on the monotonic clock
+
+    @property
+    def folder(self) -> Path:
+        return self.paths.home / "sweeps" / self.name
+
+    def jobs(self, cell: Settings) -> list[Job]:
+        """Every seed and fold of a cell; seeds count up from the configuration's."""
+        first = load_config(self.model, self.overrides).train.seed
+        return [Job(cell=cell, seed=first + k, fold=fold) for k in range(self.seeds) for fold in self.folds]
+
+    def run_name(self, job: Job) -> str:
+        """Folder of a job's run; the same settings always give the same one."""
+        text = json.dumps([self.overrides, job.cell])
+        cell = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return f"{Path(self.model).stem}+{TAG}{self.name}-{cell}-s{job.seed}.{self.split}"
+
+    def metric(self, job: Job) -> float | None:
+        """Best validation metric of a job, trained now if need be; None where training diverged.
+
+        Raises:
+            BusyError: another process is at it.
+            StoppedError: asked to stop, or the time budget is spent.
+        """
+        settings = [f"{key}={_toml(value)}" for key, value in job.cell]
+        config = load_config(self.model, [*self.overrides, *settings, f"train.seed={job.seed}"])
+        budget = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        try:
+            report = train.run(
+                config,
+                competition=self.competition,
+                paths=self.paths,
+                run=self.run_name(job),
+                split=self.split,
+                fold=job.fold,
+                time_budget=budget,
+            )
+        except DivergedError as err:
+            say(str(err))
+            return None
+        return report.facts["metric"]
+
+
+def parse_axis(text: str) -> Axis:
+    """One ``section.key=[value, …]`` or ``section.key={low = …, high = …, log = true}``, as TOML.
+
+    Raises:
+        ConfigError: neither.
+
+    >>> parse_axis("train.lr=[1e-3, 2e-3]").values
+    [0.001, 0.002]
+    """
+    key, _, raw = text.partition("=")
+    try:
+        (value,) = tomllib.loads(f"v = {raw}").values()
+    except ValueError:
+        value = None
+    if isinstance(value, list) and value:
+        return Axis(key=key.strip(), values=value)
+    if isinstance(value, dict) and {"low", "high"} <= value.keys() <= {"low", "high", "log"}:
+        return Axis(key=key.strip(), **value)
+    raise ConfigError(
+        f"--over {text!r}: expected section.key=[value, ...] or section.key={{low=..., high=..., log=true}}, as TOML."
+    )
+
+
+def grid(axes: Sequence[Axis]) -> list[Settings]:
+    """Every combination of the axes' values.
+
+    Raises:
+        ConfigError: an axis is a range, which has no values to go through, or is given twice.
+    """
+    keys = [axis.key for axis in axes]
+    if len(set(keys)) < len(keys):
+        raise ConfigError(f"--over: a setting is given twice: {', '.join(sorted(keys))}.")
+    for axis in axes:
+        if not axis.values:
+            raise ConfigError(f"--over {axis.key}: a range needs a study. Next: --trials <number>, or list values.")
+    return [tuple(zip(keys, values, strict=True)) for values in itertools.product(*(axis.values for axis in axes))]
+
+
+def run(sweep: Sweep, axes: Sequence[Axis], *, trials: int = 0) -> Report:
+    """Do the jobs that are left, then write and return the table.
+
+    Args:
+        sweep: what the jobs have in common.
+        axes: the settings that vary.
+        trials: 0 goes through the grid; otherwise so many cells that Optuna proposes, all workers together.
+
+    Returns:
+        ``built``; output: results.json; facts: ``cells`` as `summarise` gives them, ``busy``: jobs others are at.
+
+    Raises:
+        ConfigError: axes or settings make no sense, or Optuna is needed and missing.
+        StoppedError: asked to stop; what is done is kept.
+    """
+    started = time.monotonic()
+    cells = grid(axes) if not trials else []
+    for cell in cells:  # a typo is answered before the first job
+        load_config(sweep.model, [*sweep.overrides, *(f"{key}={_toml(value)}" for key, value in cell)])
+    results: dict[Job, float | None] = {}
+    search = _study(sweep, axes, trials, results) if trials else _walk(sweep, cells, results)
+    busy = 0
+    for seen_busy in search:
+        busy = seen_busy
+        path = _write(sweep, results)
+    facts = {"cells": summarise(results), "busy": busy}
+    seconds = time.monotonic() - started
+    return Report(stage="sweep", status="built", outputs={"results": path}, facts=facts, seconds=seconds)
+
+
+def _walk(sweep: Sweep, cells: Sequence[Settings], results: dict[Job, float | None]) -> Iterator[int]:
+    """Do the grid's jobs, seed by seed, so that a table over few seeds is complete early; yields how many are busy."""
+    jobs = [job for cell in cells for job in sweep.jobs(cell)]
+    jobs.sort(key=lambda job: (job.seed, job.fold))
+    busy = 0
+    for count, job in enumerate(jobs, start=1):
+        try:
+            results[job] = sweep.metric(job)
+        except BusyError as err:
+            say(f"{err} It is left to that process.")
+            busy += 1
+        say(f"sweep {sweep.name}: {count} of {len(jobs)} jobs seen, {busy} at work elsewhere")
+        yield busy
+
+
+def _study(sweep: Sweep, axes: Sequence[Axis], trials: int, results: dict[Job, float | None]) -> Iterator[int]:
+    """Let Optuna propose cells until `trials` are done by all workers together; yields 0 after each."""
+    try:
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError as err:
+        raise ConfigError(
+            "--trials needs Optuna, which is not installed. Next: pip install optuna, or list values."
+        ) from err
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    storage = JournalStorage(JournalFileBackend(str(sweep.folder / "study.log")))  # a file, fit for network folders
+    study = optuna.create_study(study_name=sweep.name, storage=storage, load_if_exists=True)
+    complete = optuna.trial.TrialState.COMPLETE
+    _requeue(study, optuna.trial.TrialState)
+    while len(study.get_trials(deepcopy=False, states=(complete,))) < trials:
+        trial = study.ask()
+        cell = tuple((axis.key, _suggest(trial, axis)) for axis in axes)
+        trial.set_user_attr("cell", [list(item) for item in cell])
+        metrics = {job: sweep.metric(job) for job in sweep.jobs(cell)}
+        results |= metrics
+        finite = [value for value in metrics.values() if value is not None]
+        study.tell(trial, statistics.fmean(finite) if len(finite) == len(metrics) else math.inf)
+        yield 0
+    for done in study.get_trials(deepcopy=False, states=(complete,)):  # also what other workers did
+        cell = tuple((key, value) for key, value in done.user_attrs["cell"])
+        results |= {job: sweep.metric(job) for job in sweep.jobs(cell)}
+    yield 0
+
+
+def _requeue(study: Any, states: Any) -> None:
+    """Propose again what a killed worker left behind; its finished jobs are found finished."""
+    for trial in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
+        study.tell(trial.number, state=states.FAIL)
+        study.enqueue_trial(trial.params)
+
+
+def _suggest(trial: Any, axis: Axis) -> Any:
+    if axis.values:
+        return trial.suggest_categorical(axis.key, axis.values)
+    if isinstance(axis.low, int) and isinstance(axis.high, int):
+        return trial.suggest_int(axis.key, axis.low, axis.high, log=axis.log)
+    return trial.suggest_float(axis.key, axis.low, axis.high, log=axis.log)
+
+
+def summarise(results: Mapping[Job, float | None]) -> list[dict[str, Any]]:
+    """Mean, spread and rank of every cell, best first; lower metrics are better.
+
+    A cell is ranked below another only if their 95 % intervals of the mean do not overlap; those that cannot be told
+    apart share a rank, and a cell with fewer than two results, or with one that diverged, has none.
+
+    Returns:
+        One dict a cell: ``cell``, ``n``, ``diverged``, ``mean``, ``sd``, ``low``, ``high``, ``rank``, and ``p``: of a
+        paired t-test against the first over the seeds and folds that both have.
+    """
+    rows = [_summarise_cell(cell, results) for cell in dict.fromkeys(job.cell for job in results)]
+    rows.sort(key=lambda row: (row["diverged"] > 0, math.inf if row["mean"] is None else row["mean"]))
+    leader: dict[str, Any] | None = None
+    for place, row in enumerate(rows, start=1):
+        row["p"] = _paired_p(rows[0]["cell"], row["cell"], results) if place > 1 else None
+        if row["low"] is None or row["diverged"]:
+            row["rank"] = None
+            continue
+        if leader is None or row["low"] > leader["high"]:
+            leader, row["rank"] = row, place
+        else:
+            row["rank"] = leader["rank"]
+    return rows
+
+
+def _summarise_cell(cell: Settings, results: Mapping[Job, float | None]) -> dict[str, Any]:
+    everything = [value for job, value in results.items() if job.cell == cell]
+    values = [value for value in everything if value is not None]
+    row: dict[str, Any] = {"cell": cell, "n": len(values), "diverged": len(everything) - len(values)}
+    row |= {"mean": statistics.fmean(values) if values else None, "sd": None, "low": None, "high": None}
+    if len(values) > 1:
+        from scipy import stats
+
+        row["sd"] = statistics.stdev(values)
+        half = float(stats.t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1)) * row["sd"] / math.sqrt(len(values))
+        row |= {"low": row["mean"] - half, "high": row["mean"] + half}
+    return row
+
+
+def _paired_p(first: Settings, other: Settings, results: Mapping[Job, float | None]) -> float | None:
+    def of(cell: Settings) -> dict[tuple[int, int], float]:
+        return {(job.seed, job.fold): v for job, v in results.items() if job.cell == cell and v is not None}
+
+    ours, theirs = of(first), of(other)
+    shared = sorted(ours.keys() & theirs.keys())
+    differences = [theirs[key] - ours[key] for key in shared]
+    if len(shared) < 2 or (spread := statistics.stdev(differences)) == 0:
+        return None
+    from scipy import stats
+
+    t = statistics.fmean(differences) / (spread / math.sqrt(len(shared)))
+    return float(2 * stats.t.sf(abs(t), len(shared) - 1))
+
+
+def describe(facts: Mapping[str, Any]) -> list[Any]:
+    """What `run` found, for a person."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("rank", "settings", "n", "mean", "sd", "95 % interval", "p against the first"):
+        table.add_column(column, justify="left" if column == "settings" else "right")
+    for row in facts["cells"]:
+        interval = "-" if row["low"] is None else f"{row['low']:.5f} … {row['high']:.5f}"
+        lost = f" ({row['diverged']} diverged)" if row["diverged"] else ""
+        numbers = ["-" if row[key] is None else f"{row[key]:.5f}" for key in ("mean", "sd")]
+        p = "" if row["p"] is None else f"{row['p']:.3f}"
+        rank = "-" if row["rank"] is None else str(row["rank"])
+        table.add_row(rank, _label(row["cell"]), f"{row['n']}{lost}", *numbers, interval, p)
+    notes = ["cells whose intervals overlap share a rank; - = one result is no interval, or a run diverged"]
+    if facts["busy"]:
+        notes.append(f"{facts['busy']} jobs are at work elsewhere; run the sweep again for the whole table")
+    return [table, *notes]
+
+
+def _write(sweep: Sweep, results: Mapping[Job, float | None]) -> Path:
+    path = sweep.folder / "results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    jobs = [{"cell": job.cell, "seed": job.seed, "fold": job.fold, "metric": value} for job, value in results.items()]
+    write_json(path, {"model": sweep.model, "split": sweep.split, "cells": summarise(results), "jobs": jobs})
+    return path
+
+
+def _label(cell: Iterable[tuple[str, Any]]) -> str:
+    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in cell)
+
+
+def _toml(value: Any) -> str:
+    """A value as an override's right-hand side: JSON is TOML for what a setting can be."""
+    return json.dumps(value)

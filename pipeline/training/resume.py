@@ -1,0 +1,101 @@
+"""Whether a run may go on as it is now: the same settings and data, or changes that were asked for and do no harm."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from pipeline.errors import ConfigError
+from pipeline.runlog import warn
+
+#: Settings that a run may go on with after a change, and what the change does.
+_HARMLESS = {
+    "config.train.epochs": "the learning rate follows the schedule of the longer run from here on",
+    "config.train.patience": "decides when the run ends, not what it learns",
+    "config.train.save_every": "changes no result",
+    "config.train.max_skips": "matters where a batch is bad",
+    "config.train.max_rollbacks": "matters where a batch is bad",
+    "config.train.spike_threshold": "matters where a loss is a spike",
+    "config.train.micro_batch": "the same optimiser steps up to rounding and dropout's random numbers",
+    "config.train.gradient_checkpointing": "the same gradients in other memory",
+}
+
+
+class Change(NamedTuple):
+    """One setting that is another one now."""
+
+    key: str
+    before: Any
+    now: Any
+    remark: str
+
+
+def require_same(
+    wanted: dict[str, Any], begun: dict[str, Any], *, where: Path, allow_changes: bool = False
+) -> list[Change]:
+    """Refuse to go on with a run under other settings or with other data.
+
+    Args:
+        wanted: meta data of the run as it would be begun now.
+        begun: meta data of its newest checkpoint.
+        where: folder of the run, for the message.
+        allow_changes: let changes through that do no harm.
+
+    Returns:
+        The changes that were let through.
+
+    Raises:
+        ConfigError: with every difference.
+    """
+    now, before = dict(_leaves(wanted)), dict(_leaves({key: begun.get(key) for key in wanted}))
+    missing = "(absent)"
+    keys = [key for key in sorted(now.keys() | before.keys()) if now.get(key, missing) != before.get(key, missing)]
+    changes = [Change(key, before.get(key, missing), now.get(key, missing), _HARMLESS.get(key, "")) for key in keys]
+    harmful = [change.key for change in changes if not _is_harmless(change)]
+    if not harmful and (allow_changes or not changes):
+        return changes
+    changed = "; ".join(f"{change.key} {change.before} -> {change.now}" for change in changes)
+    repair = "make data folds if a table was damaged, " if any(key.startswith("data.") for key in harmful) else ""
+    if not harmful:
+        repair = "--allow-changes (make: ALLOW_CHANGES=1) to go on with the change, "
+    elif allow_changes:
+        repair += f"leave {', '.join(harmful)} as it was, since it would make the run another one, or "
+    raise ConfigError(
+        f"{where}: this run was begun with other settings or data: {changed}. "
+        f"Next: {repair}TAG=<name> for a new run beside it, or --restart (make: RESTART=1) to begin this one anew."
+    )
+
+
+def _is_harmless(change: Change) -> bool:
+    if change.key == "config.train.epochs":
+        return change.now > change.before
+    return change.key in _HARMLESS
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What else the last bits of a run depend on, beside settings, data and code."""
+    is_cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
+        "threads": None if is_cuda else torch.get_num_threads(),
+        "torch": torch.__version__.split("+")[0],
+    }
+
+
+def warn_of_other_environment(begun: dict[str, Any], now: dict[str, Any], *, label: str) -> None:
+    """Say it if a run goes on where the bits of the one that was begun cannot be met again."""
+    other = [f"{key} {begun[key]} -> {now[key]}" for key in now if key in begun and begun[key] != now[key]]
+    if other:
+        warn(
+            f"{label}: goes on with {', '.join(other)}: as good a run, but sums round otherwise and it will not end "
+            "with the same bits"
+        )
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree

@@ -1,0 +1,119 @@
+"""What a run is at one moment: network, average, optimiser, loss scaler, random numbers and counters, kept together."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from models.interface import RnaModel
+from pipeline.config import TrainConfig
+from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.guard import GuardCounts, nonfinite_parameters
+from pipeline.training.optim import Ema, make_optimizer
+from pipeline.training.precision import Precision
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run is: all the counters that a checkpoint carries."""
+
+    step: int = 0  # batches taken from the plan, skipped ones included
+    updates: int = 0  # of the weights: what the learning rate is a function of
+    epoch: int = 0
+    batch: int = 0  # next one of the epoch
+    loss_sum: float = 0.0  # of the epoch
+    loss_weight: float = 0.0
+    best_metric: float | None = None
+    best_step: int | None = None
+    stale_epochs: int = 0  # since the best one
+    finished: bool = False
+    precision: Literal["", "bf16", "fp32"] = ""  # the rung that a rollback ordered; "" = as configured
+    micro_batch: int = 0  # what micro_batch = "auto" came down to when memory ran out; 0 = it has not
+    left_out: list[list[int]] = field(default_factory=list)  # [epoch, batch] that the guard ordered out
+    recent_losses: list[float] = field(default_factory=list)  # finite ones, what a spike is measured against
+    guard: GuardCounts = field(default_factory=GuardCounts)
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> "Progress":
+        """The inverse of ``dataclasses.asdict``."""
+        return cls(**{**tree, "guard": GuardCounts(**tree["guard"])})
+
+    def is_over(self, settings: TrainConfig) -> bool:
+        """Whether the epochs or the patience are used up."""
+        return self.epoch >= settings.epochs or 0 < settings.patience < self.stale_epochs
+
+
+class TrainingState:
+    """All that an update changes, and nothing else.
+
+    Args:
+        model: new or with initial weights, on `device`.
+        settings: of the run.
+        device: where to compute.
+        precision: the rung to start on.
+    """
+
+    def __init__(self, model: RnaModel, *, settings: TrainConfig, device: torch.device, precision: Precision) -> None:
+        self.model, self.device = model, device
+        self.optimizer = make_optimizer(model, lr=settings.lr, weight_decay=settings.weight_decay)
+        self.ema = Ema(model, decay=settings.ema_decay) if settings.ema_decay else None
+        self.progress = Progress()
+        self.set_precision(precision)
+
+    @property
+    def predictor(self) -> torch.nn.Module:
+        """The network that predicts: the averaged one, if averaging is on."""
+        return self.ema.module if self.ema else self.model
+
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict[str, Any]]:
+        """For `CheckpointStore.save`: weights that predict, weights that train on if they are others, and the rest."""
+        rest = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": self.random(),
+            "progress": asdict(self.progress),
+        }
+        return self.predictor.state_dict(), self.model.state_dict() if self.ema else None, rest
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to a checkpoint's state: weights, optimiser, scaler, random numbers, counters."""
+        self.model.load_state_dict(checkpoint.training)
+        if self.ema:
+            self.ema.module.load_state_dict(checkpoint.weights)
+        self.optimizer.load_state_dict(checkpoint.state["optimizer"])
+        self.progress = Progress.from_dict(checkpoint.state["progress"])
+        if self.progress.precision:
+            self.set_precision(Precision(self.progress.precision, "a rollback ordered it"))
+        if self.precision.scaled and checkpoint.state["scaler"]:
+            self.scaler.load_state_dict(checkpoint.state["scaler"])
+        self.set_random(checkpoint.state["random"])
+
+    def nonfinite(self) -> list[str]:
+        """Names of weights, averages and moments that hold a NaN or inf."""
+        bad = nonfinite_parameters(self.model) + (nonfinite_parameters(self.ema.module) if self.ema else [])
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            bad += [f"{name} {index}" for name, tensor in moments.items() if not bool(torch.isfinite(tensor).all())]
+        return bad
+
+    def set_precision(self, precision: Precision) -> None:
+        """Compute in another precision from here on, with a fresh loss scaler if it needs one."""
+        self.precision, self.scaler = precision, precision.scaler(self.device)
+
+    def random(self) -> dict[str, Tensor]:
+        """Generators that dropout draws from: the CPU's and the device's."""
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def set_random(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `random`."""
+        set_random(state, self.device)
+
+
+def set_random(state: dict[str, Tensor], device: torch.device) -> None:
+    """Set the generators that dropout draws from to what `TrainingState.random` gave."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,90 @@
+"""The benchmark of the kernels: its peers compute the same function, and its record has the promised form."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.layers.long_conv import fft_conv_ref
+from models.layers.selective_scan import selective_scan_ref
+from pipeline import bench_kernels, measure
+from pipeline.errors import PipelineError
+from pipeline.measure import Bar
+from pipeline.paths import REPOSITORY
+
+KEYS = {"what", "shape", "threads", "ours", "peer", "peer_name", "ratio", "peak_mib", "peer_peak_mib"}
+
+
+@pytest.mark.parametrize(
+    ("peer", "package"),
+    [("unbind_loop", ""), ("associative", ""), ("mamba_py", "mambapy"), ("transformers", "transformers")],
+)
+def test_peers_compute_the_scan(peer: str, package: str):
+    if package:
+        pytest.importorskip(package)
+    torch.manual_seed(1)
+    B, L, E, N = 2, 13, 6, 4
+    operands = [
+        torch.randn(B, L, E),
+        torch.rand(B, L, E),
+        -torch.rand(E, N),
+        torch.randn(B, L, N),
+        torch.randn(B, L, N),
+        torch.randn(E),
+    ]
+    found = getattr(measure.load_peer("scans"), peer)(*operands)
+    torch.testing.assert_close(found, selective_scan_ref(*operands).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_transforms_peer_computes_the_convolution():
+    torch.manual_seed(1)
+    operands = torch.randn(2, 21, 5), torch.randn(5, 21), torch.randn(5)
+    expected = fft_conv_ref(operands[0], operands[1], None, operands[2]).float()
+    torch.testing.assert_close(bench_kernels.rfft_conv(*operands), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tiny_run_writes_rows_bars_and_a_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = bench_kernels.run(size="tiny", rounds=1, record=tmp_path / "kernels.json")
+    written = json.loads((tmp_path / "kernels.json").read_text())
+    assert written["rows"] == rows
+    assert {"date", "machine", "versions", "bars"} <= written.keys()
+    assert all(row.keys() == KEYS and row["ours"] > 0 and row["peer"] > 0 for row in rows)
+    assert {row["peer_name"] for row in rows} == {"unbind loop", "torch rfft"}
+    assert all(bar.keys() == {"what", "found", "wanted", "at_most", "met"} for bar in written["bars"])
+    assert "times as fast as unbind loop" in capsys.readouterr().out
+
+
+def test_a_benchmark_needs_nothing_but_torch():
+    """GPU machines have this repository and torch; numpy comes with the latter."""
+    absent = (
+        "import sys; sys.modules.update(dict.fromkeys(('polars', 'pyarrow', 'pydantic', 'rich', 'numba', 'typer')))"
+    )
+    cells = [
+        ("bench_kernels", {"what": "scan", "who": "unbind loop", "length": 8, "threads": 1}),
+        ("bench_models", {"model": "tiny_hyena", "batch": 1, "length": 8, "threads": 1, "precision": "fp32"}),
+    ]
+    cells[1][1]["checkpointing"] = 0
+    calls = "; ".join(f"from pipeline import {name}; {name}.measure_cell({cell})" for name, cell in cells)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{absent}; {calls}"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_machine_class_tells_no_name():
+    kind, *parts = measure.machine_class().split("-")
+    assert kind in ("cpu", "cuda")
+    assert parts
+
+
+@pytest.mark.parametrize(("bar", "met"), [(Bar("", 2, 1), True), (Bar("", 2, 1, True), False), (Bar("", 1, 1), True)])
+def test_bars_are_met_from_their_own_side(bar: Bar, met: bool):
+    assert bar.met == met
+
+
+def test_a_failed_measurement_says_what_failed():
+    with pytest.raises(PipelineError, match=r"bench_kernels: .*'no such'.*KeyError"):
+        measure.spawn("pipeline.bench_kernels", {"what": "scan", "who": "no such", "length": 8, "threads": 1})

@@ -1,0 +1,331 @@
+"""Runs in the background: they outlive their terminal, are found by their lock, and stop when they are asked to."""
+
+import json
+import os
+import pty
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import jobs
+from pipeline.cli import finished_runs, run_verb
+from pipeline.errors import DataError, StoppedError
+from pipeline.paths import Paths
+from pipeline.runlog import read_status, write_status
+from pipeline.training.checkpoint import CheckpointStore
+from pipeline.training.stop import lock_holder, run_lock
+from tests.pipeline import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = """
+[model]
+name = "transformer_sepconv"
+kwargs = {width = 8, depth = 1, num_heads = 1}
+[train]
+epochs = 100000
+batch_size = 16
+save_every = 5
+"""
+
+
+def wait_until(true: Callable[[], Any], *, seconds: float = 60.0) -> float:
+    """Seconds that it took."""
+    started = time.monotonic()
+    while not true():
+        assert time.monotonic() - started < seconds, "waited in vain"
+        time.sleep(0.05)
+    return time.monotonic() - started
+
+
+class Endless:
+    """A run that trains until it is asked to stop, on tiny tables."""
+
+    def __init__(self, folder: Path) -> None:
+        self.artifacts = folder / "art"
+        self.paths = Paths(comp="ribonanza", root=self.artifacts)
+        tiny.write_values(self.paths)
+        (folder / "endless.toml").write_text(CONFIG)
+        self.model = str(folder / "endless.toml")
+        self.folder = self.paths.fold_dir(f"endless.{tiny.SPLIT}", 0)
+        self.options = [f"--artifacts={self.artifacts}", f"--model={self.model}", f"--split={tiny.SPLIT}"]
+
+    def make(self, target: str) -> list[str]:
+        where = [f"PY={sys.executable}", f"ARTIFACTS={self.artifacts}"]
+        return ["make", "-C", str(ROOT), target, *where, f"MODEL={self.model}", f"SPLIT={tiny.SPLIT}"]
+
+    def trains(self) -> bool:
+        return read_status(self.folder).get("step", 0) > 0 and jobs.worker(self.folder) is not None
+
+    def row(self) -> dict[str, Any]:
+        (row,) = jobs.survey(self.artifacts)
+        return row
+
+
+@pytest.fixture
+def endless(tmp_path, monkeypatch) -> Iterator[Endless]:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = Endless(tmp_path)
+    yield run
+    pid = jobs.worker(run.folder)
+    if pid:
+        os.kill(pid, signal.SIGKILL)
+
+
+def in_a_terminal(command: list[str], *, until: Callable[[], Any]) -> str:
+    """Run a command from a shell in a terminal of its own, close that when `until` says so; what was on it."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        shell = ["bash", "-c", f"{shlex.join(command)}; true"]  # "; true": the shell stays in between
+        os.execvpe("bash", shell, {**os.environ, "TERM": "xterm", "COLUMNS": "80"})
+    shown = []
+
+    def read() -> None:
+        try:
+            while data := os.read(terminal, 65536):
+                shown.append(data)
+        except OSError:  # closed
+            pass
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        wait_until(until)
+    finally:
+        os.close(terminal)
+        os.waitpid(pid, 0)
+    return b"".join(shown).decode(errors="replace")
+
+
+@pytest.mark.slow
+def test_a_background_run_outlives_its_terminal_and_a_kill_and_stops_when_asked(endless, capsys):
+    said = in_a_terminal(endless.make("train-bg"), until=endless.trains)
+    pid = jobs.worker(endless.folder)
+    assert f"training in the background as process {pid}" in said
+    os.kill(pid, signal.SIGHUP)
+    row = endless.row()
+    assert (row["state"], row["phase"], row["pid"], row["competition"]) == ("running", "training", pid, "ribonanza")
+    assert row["age_s"] < 30
+    assert os.getsid(pid) == pid, "a session of its own"
+
+    for verb in (["train"], ["train", "--background"]):  # here, and in the background
+        assert run_verb([*verb, *endless.options]) == 75
+        assert f"process {pid} is already at work here" in capsys.readouterr().err
+
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: jobs.worker(endless.folder) is None)
+    assert (endless.row()["state"], endless.row()["pid"]) == ("lost", None)
+    assert str(pid) in (endless.folder / ".job").read_text(), "a number that nobody believes any more"
+
+    assert run_verb(["train", "--background", *endless.options]) == 0
+    log = jobs.find_log(endless.paths, endless.folder.parent.name, 0)
+    followed: list[str] = []
+    follower = threading.Thread(target=lambda: followed.extend(jobs.follow(log)))
+    follower.start()
+    wait_until(endless.trains)
+    capsys.readouterr()
+    assert run_verb(["stop", *endless.options]) == 0
+    assert re.search(r"has stopped \(exit code 75, step \d+ of 200000\)", capsys.readouterr().err)
+    follower.join(timeout=5)
+    assert not follower.is_alive(), "following ends with the run"
+    assert "(SIGTERM); the state is saved" in "".join(followed)
+    assert endless.row()["state"] == "stopped"
+    assert run_verb(["stop", *endless.options]) == 0
+    assert "nothing is running here (stopped)" in capsys.readouterr().err
+    text = log.read_text()
+    assert len(re.findall(r"^=== \d{4}-\d\d-\d\d .* rna train ", text, re.MULTILINE)) == 2
+    assert "goes on at step" in text
+
+
+def saved(run: Endless, trainer: int) -> bool:
+    status = read_status(run.folder)
+    newest = CheckpointStore(run.folder / "checkpoints").newest_meta()
+    return (status["state"], status["exit_code"], status["pid"]) == ("stopped", 75, trainer) and (
+        newest is not None and newest["step"] == status["step"]
+    )
+
+
+@pytest.mark.slow
+def test_killing_make_stops_the_trainer_with_its_state_saved(endless):
+    with subprocess.Popen(endless.make("train"), stderr=subprocess.PIPE, text=True) as make:
+        wait_until(endless.trains)
+        trainer = jobs.worker(endless.folder)
+        make.terminate()
+        assert wait_until(lambda: jobs.worker(endless.folder) is None, seconds=30) < 30
+        assert "the state is saved" in make.stderr.read()
+    assert saved(endless, trainer)
+
+
+@pytest.mark.slow
+def test_a_terminal_shows_a_bar_with_everything_and_closing_it_saves_and_ends_the_run(endless):
+    def has_validated() -> bool:
+        return read_status(endless.folder).get("metric") is not None and read_status(endless.folder)["step"] > 20
+
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", in_a_terminal(endless.make("train"), until=has_validated))
+    trainer = read_status(endless.folder)["pid"]
+    bars = re.findall(r"endless\.sim80_k2 fold0 \S+ +\d+/200000 steps (?:\d+:)*\d+:\d\d", shown)
+    notes = re.findall(r"loss \d\.\d{4} MAE \d\.\d{4} lr \d\.\de-\d\d [\d,]+ nt/s \d+\.\d GiB", shown)
+    assert bars, shown[-500:]
+    assert notes, shown[-500:]
+    assert max(len(line.rstrip()) for line in re.split(r"[\r\n]+", shown) if "loss" in line) <= 80
+    wait_until(lambda: jobs.worker(endless.folder) is None, seconds=30)
+    assert saved(endless, trainer)
+
+
+@pytest.mark.slow
+def test_a_start_that_fails_is_answered_at_once_with_its_sentence_and_exit_code(endless, capfd):
+    endless.paths.fold_table(tiny.SPLIT).unlink()
+    assert run_verb(["train", "--background", *endless.options]) == 3
+    said = capfd.readouterr().err
+    assert "Next: make folds" in said
+    assert "in the background" not in said
+    assert endless.row()["state"] == "failed"
+    assert run_verb(["train", "--background", "--model=nowhere"]) == 2
+    assert "MODEL='nowhere' is not known" in capfd.readouterr().err
+
+
+# --- locks ---
+
+
+def test_a_number_is_believed_only_together_with_its_lock(tmp_path):
+    assert lock_holder(tmp_path) is None
+    (tmp_path / ".lock").write_text(f"{os.getpid()}\n")
+    assert lock_holder(tmp_path) is None, "a living process that holds nothing"
+    with run_lock(tmp_path):
+        assert lock_holder(tmp_path) == os.getpid()
+        (tmp_path / ".lock").write_text("1\n")  # left by one that was killed; its number is another program's now
+        assert lock_holder(tmp_path) == 0
+    assert lock_holder(tmp_path / "absent") is None
+
+
+def test_no_signal_is_sent_to_a_process_that_does_not_hold_the_folder(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
+        (tmp_path / ".job").write_text(f"{stranger.pid}\n")
+        assert "nothing is running here (never begun)" in jobs.stop(tmp_path)
+        with run_lock(tmp_path, name=".job"):
+            (tmp_path / ".job").write_text(f"{stranger.pid}\n")
+            with pytest.raises(StoppedError, match=r"process \(unknown\) was asked to stop and is still at work"):
+                jobs.stop(tmp_path, patience=0.3)
+            jobs._terminate(stranger.pid, tmp_path)
+        assert stranger.poll() is None
+        stranger.communicate(b"\n")
+        assert stranger.returncode == 0
+
+
+def test_looking_at_a_lock_does_not_keep_a_run_from_taking_it(tmp_path):
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            lock_holder(tmp_path)
+
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(50):
+            with run_lock(tmp_path):
+                pass
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
+# --- what is shown ---
+
+
+@pytest.fixture
+def surveyed(tmp_path) -> Path:
+    """Two competitions, four folds; one at work in this process."""
+    folder = tmp_path / "ribonanza" / "runs" / "a.sim80_k2"
+    base = {"step": 30, "steps": 120, "loss": 0.5, "tokens_per_s": 1234.5, "memory_mib": 2048, "eta_s": 185.0, "pid": 1}
+    write_status(folder / "fold0", {**base, "state": "running", "pid": os.getpid(), "metric": 0.25, "best_metric": 0.2})
+    write_status(folder / "fold1", {**base, "state": "running"})
+    write_status(folder / "fold1" / "set-aside-1", {**base, "state": "done"})
+    write_status(tmp_path / "demo" / "rna3d" / "runs" / "b.sim80_k2" / "fold0", {"state": "failed", "message": "why"})
+    (folder / "fold2").mkdir()
+    return tmp_path
+
+
+def test_the_survey_tells_of_every_fold_what_its_lock_says(surveyed, capsys):
+    with jobs.at_work(surveyed / "ribonanza" / "runs" / "a.sim80_k2" / "fold0"):
+        rows = jobs.survey(surveyed)
+        assert run_verb(["status", "--json", f"--artifacts={surveyed}"]) == 0
+    assert json.loads(capsys.readouterr().out) == rows
+    found = [(row["competition"], row["run"], row["fold"], row["state"], row["pid"]) for row in rows]
+    assert found == [
+        ("demo/rna3d", "b.sim80_k2", 0, "failed", None),
+        ("ribonanza", "a.sim80_k2", 0, "running", os.getpid()),
+        ("ribonanza", "a.sim80_k2", 1, "lost", None),
+    ]
+    assert (rows[1]["percent"], rows[1]["eta_s"], rows[2]["eta_s"]) == (25.0, 185.0, None)
+
+
+def test_the_table_has_it_all_for_people(surveyed, capfd):
+    with jobs.at_work(surveyed / "ribonanza" / "runs" / "a.sim80_k2" / "fold0"):
+        assert run_verb(["status", f"--artifacts={surveyed}"]) == 0
+    said, told = capfd.readouterr()
+    for word in ("running", "30/120", "25", "0.2500", "0.2000", "0.5000", "1,234", "3 min 5 s", "2.0 GiB", "lost"):
+        assert word in said
+    assert str(os.getpid()) in said
+    assert "b.sim80_k2 fold0: why" in told
+
+
+def test_a_clock_that_was_set_back_gives_no_negative_age(surveyed):
+    folder = surveyed / "ribonanza" / "runs" / "a.sim80_k2" / "fold1"
+    status = json.loads((folder / "status.json").read_text())
+    (folder / "status.json").write_text(json.dumps(status | {"updated": time.time() + 86_400}))
+    assert jobs.survey(surveyed)[2]["age_s"] == 0
+
+
+def test_damaged_status_files_are_shown_as_lost(tmp_path):
+    folder = tmp_path / "tiny" / "runs" / "a.sim80_k2" / "fold0"
+    write_status(folder, {"state": "done"})
+    for text in ("", "[1]", "{"):
+        (folder / "status.json").write_text(text)
+        assert jobs.survey(tmp_path) == []
+        with run_lock(folder):
+            assert jobs.survey(tmp_path)[0]["state"] == "running"
+
+
+def test_the_last_lines_come_from_the_newest_log_that_tells_of_the_fold(tmp_path):
+    paths = Paths(comp="tiny", root=tmp_path)
+    with pytest.raises(DataError, match="nothing was started here in the background"):
+        jobs.find_log(paths, "a", 0)
+    for number, folder in enumerate((paths.fold_dir("a", 0), paths.run_dir("a"))):
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "run.log"
+        log.write_text("".join(f"line {k} of {number}\n" for k in range(50_000)))
+        os.utime(log, (number, number))
+    assert jobs.find_log(paths, "a", 0) == paths.run_dir("a") / "run.log"
+    assert jobs.last_lines(log, count=2) == "line 49998 of 1\nline 49999 of 1"
+
+
+def test_stop_of_a_fold_names_the_job_that_trains_all(tmp_path):
+    with jobs.at_work(tmp_path / "a.sim80_k2"):
+        assert f"make stop ALL=1 stops process {os.getpid()}" in jobs.stop(tmp_path / "a.sim80_k2" / "fold0")
+
+
+def test_unfinished_predictions_are_used_and_named(tmp_path, capsys):
+    """An ensemble took predictions of a training that was stopped by its clock for those of a finished one."""
+    from pipeline.cli import warn_of_unfinished
+
+    paths = Paths(comp="tiny", root=tmp_path)
+    for fold in range(2):
+        folder = paths.fold_dir("a.sim80_k2", fold)
+        (folder / "checkpoints").mkdir(parents=True)
+        for table in ("oof", "test"):
+            (folder / f"{table}.parquet").touch()
+            params = {"version": 1, **({"unfinished": True} if fold else {})}
+            (folder / f"predict-{table}.manifest.json").write_text(json.dumps({"params": params}))
+    assert finished_runs(paths, "sim80_k2") == ["a.sim80_k2"]
+    warn_of_unfinished(paths, ["a.sim80_k2"])
+    assert "a.sim80_k2: fold1 predicted before the training was finished" in capsys.readouterr().err

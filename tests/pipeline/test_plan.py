@@ -1,0 +1,185 @@
+"""The memory plan against what a step really takes, and its suggestions against itself."""
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.registry import create_model
+from pipeline import plan
+from pipeline.config import RunConfig, config_from_dict, load_config
+from pipeline.errors import StorageError
+from pipeline.paths import REPOSITORY
+from pipeline.plan import Step, available_bytes, estimate, make_plan
+from pipeline.training.precision import Precision
+
+CPU = torch.device("cpu")
+FP32 = Precision("fp32", "")
+FAMILIES = ("drsn", "hyena", "ribonanza_mamba", "transformer_sepconv")
+
+#: prints the MiB that a first training step adds to a process that has taken a small one
+_REAL = """
+import sys, torch
+from models.interface import RnaInputs
+from models.registry import create_model
+from pipeline.config import load_config
+from pipeline.measure import held_mib, peak_mib
+name, batch, length, every = sys.argv[1], *map(int, sys.argv[2:])
+torch.set_num_threads(1)
+config = load_config(name).model
+model = create_model(config.name, **config.kwargs)
+def step(*shape):
+    bpp = torch.zeros(*shape, shape[1]) if model.uses_bpp else None
+    inputs = RnaInputs(torch.zeros(shape, dtype=torch.long), torch.ones(shape, dtype=torch.bool), bpp)
+    model(inputs).values_BLC.sum().backward()
+step(1, 16)
+model.set_gradient_checkpointing(every)
+model.zero_grad()
+before = held_mib()
+step(batch, length)
+print(peak_mib() - before)
+"""
+
+
+def build(name: str, **changes: int | bool):
+    config = load_config(name).model
+    return partial(create_model, config.name, **{**config.kwargs, **changes})
+
+
+def need(name: str, *, batch: int = 2, length: int = 48, every: int = 0, accumulates: bool = False, **changes):
+    step = Step(micro_batch=batch, length=length, gradient_checkpointing=every, accumulates=accumulates)
+    return estimate(build(name, **changes), step, precision=FP32, device=CPU, averaged=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.parametrize(("family", "every"), [*((family, 0) for family in FAMILIES), ("transformer_sepconv", 1)])
+def test_estimate_is_within_a_quarter_of_the_real_peak(family: str, every: int):
+    arguments = [f"small_{family}", "32", "177", str(every)]
+    done = subprocess.run(
+        [sys.executable, "-c", _REAL, *arguments], capture_output=True, text=True, check=False, cwd=REPOSITORY
+    )
+    assert done.returncode == 0, done.stderr
+    found = need(f"small_{family}", batch=32, length=177, every=every)
+    planned = found.gradients + found.activations + found.heap
+    assert planned / 2**20 == pytest.approx(float(done.stdout), rel=0.25)
+
+
+def test_live_bytes_are_those_of_distinct_storages():
+    with plan._LiveBytes(most=None) as live:
+        kept = torch.zeros(1000)
+        freed = torch.zeros(500) + 1  # two storages, one of them gone at once
+        view = kept[10:]
+        assert live.now == 4 * 1500
+        del freed
+        assert live.now == 4 * 1000
+        del kept
+        assert live.now == 4 * 1000  # the view holds it
+        del view
+    assert (live.now, live.peak) == (0, 4 * 2000)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_moments_and_averages_are_counted_exactly(family: str):
+    found = need(f"tiny_{family}")
+    model = build(f"tiny_{family}")()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    assert found.parameters == parameters
+    assert (found.gradients, found.optimizer) == (4 * parameters, 8 * parameters)
+    assert found.weights == found.average == 4 * parameters + buffers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_grow_with_batch_and_length_and_shrink_with_recomputation(family: str):
+    name = f"small_{family}"
+    plain = need(name, batch=8).activations
+    assert need(name, batch=16).activations > 1.6 * plain
+    assert need(name, batch=8, length=96).activations > 1.6 * plain
+    assert need(name, batch=8, every=1).activations < 0.8 * plain
+
+
+def test_a_network_that_cannot_run_on_fake_tensors_is_extrapolated():
+    """A packed recurrent head needs the lengths themselves."""
+    linear, recurrent = (need("small_hyena", batch=8, length=300, gru_head=gru).activations for gru in (False, True))
+    assert recurrent == pytest.approx(linear, rel=0.15)
+
+
+def test_planning_leaves_the_random_numbers_alone():
+    before = torch.get_rng_state()
+    need("tiny_hyena", gru_head=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def small_run(**train: int) -> RunConfig:
+    tree = {"model": {"name": "hyena"}, "data": {"max_length": 128}, "train": {"batch_size": 32, **train}}
+    return config_from_dict(tree, where="test")
+
+
+@pytest.mark.parametrize("share", [0.7, 0.5, 0.3])
+def test_a_refusal_names_settings_that_fit(share: float):
+    config, network = small_run(), build("small_hyena")
+    total = make_plan(config, network, device=CPU, available=2**50).need.total
+    refused = make_plan(config, network, device=CPU, available=int(share * total))
+    assert not refused.fits
+    assert refused.fitting is not None
+    step, _ = refused.fitting
+    settings = {"micro_batch": step.micro_batch, "gradient_checkpointing": step.gradient_checkpointing}
+    again = make_plan(small_run(**settings), network, length=step.length, device=CPU, available=refused.available)
+    assert again.fits
+    with pytest.raises(StorageError, match=rf"needs about .* free on cpu.*Next: set .*{step.micro_batch}"):
+        refused.require_fit()
+
+
+def test_what_no_setting_can_help_is_refused_with_that_sentence():
+    refused = make_plan(small_run(), build("small_hyena"), device=CPU, available=2**20)
+    with pytest.raises(StorageError, match=r"nothing smaller fits\. Next: a smaller network"):
+        refused.require_fit()
+
+
+def test_a_plan_is_for_the_longest_sequence_that_training_sees():
+    network = build("tiny_hyena")
+    lengths = [make_plan(small_run(), network, length=n, device=CPU).step.length for n in (50, 128, 4000)]
+    assert lengths == [50, 128, 128]
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 5\ninactive_file 200"}, [500]),
+        ({"memory.max": "max", "memory.current": "700", "memory.stat": "inactive_file 200"}, []),
+        (
+            {
+                "memory/memory.limit_in_bytes": "1000",
+                "memory/memory.usage_in_bytes": "900",
+                "memory/memory.stat": "total_inactive_file 0",
+            },
+            [100],
+        ),
+        ({}, []),
+    ],
+)
+def test_a_container_limits_what_is_available(tmp_path: Path, files: dict[str, str], left: list[int]):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert list(plan._container_bytes(tmp_path)) == left
+
+
+def test_memory_is_available():
+    assert available_bytes(CPU) > 2**28
+
+
+@pytest.mark.gpu
+def test_estimate_is_the_allocators_peak_on_a_gpu():
+    device, network = torch.device("cuda"), build("small_hyena")
+    step = Step(micro_batch=32, length=177, gradient_checkpointing=0, accumulates=False)
+    found = estimate(network, step, precision=FP32, device=device, averaged=False)
+    model = network().to(device).train()
+    torch.cuda.reset_peak_memory_stats()
+    with device:
+        model(plan._inputs(step, with_bpp=model.uses_bpp)).values_BLC.sum().backward()
+    planned = found.weights + found.gradients + found.activations
+    assert planned == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)

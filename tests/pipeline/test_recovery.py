@@ -1,0 +1,365 @@
+"""What the guard orders is done: spikes, anomaly mode, smaller micro-batches, saved batches, a device that is gone."""
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from models.registry import register_model
+from pipeline import runlog, train
+from pipeline.config import RunConfig
+from pipeline.errors import DivergedError, StoppedError, StorageError
+from pipeline.paths import Paths
+from pipeline.runlog import read_metrics
+from pipeline.training.bad_batch import BadBatch, find_bad_batches, load_bad_batch
+from pipeline.training.checkpoint import CheckpointStore
+from pipeline.training.failures import is_anomaly, is_device_lost, is_out_of_memory
+from pipeline.training.guard import classify, is_spike, lower_scale, remember
+from pipeline.training.loop import Trainer
+from tests.faults import nan
+from tests.faults.network import PartsModel
+from tests.pipeline import tiny
+
+WHOLE = f"whole.{tiny.SPLIT}"
+
+
+@pytest.fixture
+def paths(tmp_path: Path, monkeypatch) -> Paths:
+    tiny.register(monkeypatch)
+    register_model(PartsModel)
+    paths = Paths(comp="tiny", root=tmp_path / "artifacts")
+    tiny.write_values(paths)
+    return paths
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(runlog, "warn", lines.append)
+    return lines
+
+
+@pytest.fixture
+def inject(monkeypatch) -> Callable[[Callable[[Tensor], Tensor]], None]:
+    """Call a function in every training forward pass of the tiny network."""
+    return lambda fault: monkeypatch.setattr(tiny.Fault, "inject", staticmethod(fault))
+
+
+def fit(paths: Paths, config: RunConfig | None = None, *, run: str = tiny.RUN, **options: Any) -> Any:
+    options = {"competition": tiny.TINY, "split": tiny.SPLIT, "fold": 0, **options}
+    return train.run(config or tiny.config(), paths=paths, run=run, **options)
+
+
+def rows_of(paths: Paths, event: str, run: str = tiny.RUN) -> list[dict[str, Any]]:
+    return [row for row in read_metrics(paths.fold_dir(run, 0) / "metrics.jsonl") if row["event"] == event]
+
+
+def weights_of(paths: Paths, run: str = tiny.RUN) -> dict[str, Tensor]:
+    last = CheckpointStore(paths.fold_dir(run, 0) / "checkpoints").load_newest()
+    assert last is not None
+    return {**last.weights, **{f"training.{name}": tensor for name, tensor in last.training.items()}}
+
+
+# --- fp16 that overflows, with and without torch's anomaly mode ---
+
+
+@pytest.fixture(params=[False, True], ids=["", "anomaly mode"])
+def anomaly_mode(request):
+    with torch.autograd.set_detect_anomaly(request.param):
+        yield request.param
+
+
+@pytest.mark.filterwarnings("ignore:Error detected in")
+def test_a_network_that_overflows_under_fp16_is_trained_to_its_end(paths, anomaly_mode):
+    """NaN from fp16 in attention and in an outer product, dropout on: anomaly mode only said so and stopped."""
+    config = nan.config(precision="fp16", max_skips=2, model={"gain": 300.0, "dropout": 0.2})
+    report = fit(paths, config)
+    assert report.facts["guard"]["rollbacks"] == 1
+    assert [row["answer"] for row in rows_of(paths, "guard")] == ["skip", "skip", "roll_back"]
+    assert {row["module"] for row in rows_of(paths, "guard")} == {"points.attention_logits"}
+    assert {row["phase"] for row in rows_of(paths, "guard")} == {"forward"}
+    assert rows_of(paths, "rollback")[0]["precision"] == "fp32"
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights_of(paths).values())
+    assert len(rows_of(paths, "done")) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Error detected in")
+@pytest.mark.parametrize(("precision", "seen"), [("fp16", "scaler_overflow"), ("bf16", "nonfinite_grad")])
+def test_a_backward_pass_that_breaks_is_met_the_same_with_anomaly_mode(paths, inject, anomaly_mode, precision, seen):
+    """Was: RuntimeError: Function 'BrokenBackward' returned nan values in its 0th output."""
+    count = itertools.count(1)
+
+    def broken(x_BLD: Tensor) -> Tensor:
+        return Broken.apply(x_BLD) if next(count) == 3 else x_BLD
+
+    inject(broken)
+    report = fit(paths, tiny.config(precision=precision))
+    assert [row["seen"] for row in rows_of(paths, "guard")] == [seen]
+    assert report.facts["updates"] == 11
+
+
+class Broken(torch.autograd.Function):
+    """Identity with a gradient of NaN."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> Tensor:
+        return grad * math.nan
+
+
+def test_a_loss_scale_that_is_itself_out_of_range_is_set_back():
+    """Was: an infinite scale was halved to the end of the run, no update made and no alarm raised."""
+    assert [lower_scale(scale) for scale in (65536.0, 4.0, math.inf, math.nan, 1e38)] == [32768, 2, 65536, 65536, 65536]
+    assert classify(0.3, math.nan, scale=math.nan) == classify(0.3, math.inf, scale=math.inf) == "scaler_overflow"
+    assert classify(0.3, math.nan, scale=1.0) == "nonfinite_grad"
+
+
+# --- loss spikes ---
+
+
+def test_a_spike_is_far_above_the_median_in_units_of_the_usual_spread(rng):
+    recent = list(rng.normal(1.0, 0.1, 100))
+    assert not is_spike(1.4, recent, threshold=10)
+    assert is_spike(2.5, recent, threshold=10)
+    assert not is_spike(0.0, recent, threshold=10), "a loss may fall"
+    assert not is_spike(2.5, recent, threshold=0), "0 is off"
+    assert not is_spike(2.5, recent[:20], threshold=10), "too few to judge by"
+    assert not is_spike(1.0005, [1.0] * 100, threshold=0.5), "the ripple of a flat curve is none"
+
+
+def test_nothing_that_is_not_finite_enters_the_statistics():
+    """A NaN in the window would make median and spread NaN, and no loss a spike any more."""
+    recent: list[float] = []
+    for loss in [1.0, math.nan, math.inf, 1.1] * 200:
+        remember(loss, recent)
+    assert set(recent) == {1.0, 1.1}
+    assert len(recent) == 128
+    assert is_spike(5.0, recent, threshold=10)
+
+
+def spike_config(**changes: Any) -> RunConfig:
+    """48 steps at a constant rate, so that the window of losses is full enough in time."""
+    return tiny.config(**{"epochs": 12, "spike_threshold": 10.0, "max_skips": 2, "lr": 1e-3, **changes})
+
+
+def at_calls(fault: Callable[[Tensor], Tensor], calls: set[int]) -> Callable[[Tensor], Tensor]:
+    count = itertools.count(1)
+    return lambda x_BLD: fault(x_BLD) if next(count) in calls else x_BLD
+
+
+def test_a_spike_is_skipped_and_ordinary_losses_never_are(paths, inject):
+    inject(at_calls(lambda x_BLD: x_BLD * 1e4, {40}))
+    report = fit(paths, spike_config())
+    assert report.facts["guard"]["skips"] == 1
+    (row,) = rows_of(paths, "guard")
+    assert (row["seen"], row["answer"], row["step"]) == ("loss_spike", "skip", 40)
+    assert row["loss"] > 10
+
+
+def test_a_run_of_spikes_rolls_back_like_a_run_of_nans(paths, inject, said):
+    inject(at_calls(lambda x_BLD: x_BLD * 1e4, {40, 41, 42}))
+    report = fit(paths, spike_config(precision="bf16"))
+    assert report.facts["guard"] == {"overflows": 0, "skips": 2, "skips_in_a_row": 0, "rollbacks": 1}
+    assert [row["answer"] for row in rows_of(paths, "guard")] == ["skip", "skip", "roll_back"]
+    assert rows_of(paths, "rollback")[0]["precision"] == "fp32"
+    assert "loss spike (bf16), loss" in said[0]
+
+
+def test_spikes_are_judged_the_same_after_a_resume(paths, inject):
+    def bad_for_some(x_BLD: Tensor) -> Tensor:
+        return x_BLD * (1e4 if x_BLD.shape[1] == 37 else 1.0)
+
+    inject(bad_for_some)
+    config = spike_config(batch_size=2, epochs=3, max_skips=9, data={"length_bucket": 0})
+    whole = fit(paths, config, run=WHOLE)
+    assert whole.facts["guard"]["skips"] > 0
+    finished = False
+    while not finished:
+        try:
+            fit(paths, config, max_steps=11)
+            finished = True
+        except StoppedError:
+            pass
+    assert tiny.final_bytes(paths) == tiny.final_bytes(paths, WHOLE)
+
+
+def test_the_detector_is_off_by_default_and_keeps_no_losses(paths, inject):
+    inject(at_calls(lambda x_BLD: x_BLD * 1e4, {40}))
+    assert fit(paths, spike_config(spike_threshold=0.0)).facts["guard"]["skips"] == 0
+    meta = CheckpointStore(paths.fold_dir(tiny.RUN, 0) / "checkpoints").newest_meta()
+    assert meta["progress"]["recent_losses"] == []
+
+
+# --- memory ---
+
+
+def exhausted_above(size: int, error: BaseException) -> Callable[[Tensor], Tensor]:
+    """Memory for so many sequences at a time, from the third pass on."""
+    count = itertools.count(1)
+
+    def fault(x_BLD: Tensor) -> Tensor:
+        if x_BLD.shape[0] > size and next(count) > 2:
+            raise error
+        return x_BLD
+
+    return fault
+
+
+OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError()]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_micro_batches_are_halved_until_they_fit_and_the_steps_stay_the_same(paths, inject, said, error):
+    config = {"model": {"dropout": 0.0}, "batch_size": 8}
+    fit(paths, tiny.config(**config), run=WHOLE)
+    inject(exhausted_above(2, error))
+    report = fit(paths, tiny.config(**config, micro_batch="auto"))
+    assert report.facts["updates"] == 12
+    assert [(row["step"], row["before"], row["now"]) for row in rows_of(paths, "micro_batch")] == [(3, 8, 4), (3, 4, 2)]
+    assert (
+        "out of memory with 8 sequences at a time; goes on with micro-batches of 4, the optimiser's batches" in said[0]
+    )
+    losses = {run: [row["loss"] for row in rows_of(paths, "step", run)] for run in (tiny.RUN, WHOLE)}
+    np.testing.assert_allclose(losses[tiny.RUN], losses[WHOLE], atol=1e-5)
+    for name, tensor in weights_of(paths, WHOLE).items():
+        torch.testing.assert_close(weights_of(paths)[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+def test_a_resumed_run_remembers_how_small_its_micro_batches_have_to_be(paths, inject):
+    inject(exhausted_above(4, MemoryError()))
+    with pytest.raises(StoppedError):
+        fit(paths, tiny.config(micro_batch="auto"), max_steps=5)
+    inject(exhausted_above(4, AssertionError("too large a batch was tried again")))
+    fit(paths, tiny.config(micro_batch="auto"))
+    assert len(rows_of(paths, "micro_batch")) == 1
+
+
+def test_what_does_not_fit_alone_is_said_and_the_state_saved(paths, inject):
+    inject(exhausted_above(0, MemoryError()))
+    with pytest.raises(
+        StorageError, match=r"with micro-batches of 1 sequences; the state is saved\. Next: a smaller net"
+    ):
+        fit(paths, tiny.config(micro_batch="auto"))
+    assert [row["now"] for row in rows_of(paths, "micro_batch")] == [4, 2, 1]
+
+
+def test_validation_that_does_not_fit_is_halved_too(paths, monkeypatch):
+    evaluate, sizes = Trainer._evaluate, []
+
+    def small(trainer: Trainer, *, micro_batch: int) -> dict[str, float]:
+        sizes.append(micro_batch)
+        if micro_batch > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return evaluate(trainer, micro_batch=micro_batch)
+
+    monkeypatch.setattr(Trainer, "_evaluate", small)
+    fit(paths, tiny.config(micro_batch="auto", epochs=2))
+    assert sizes == [8, 4, 4]
+
+
+def test_memory_that_runs_out_in_the_search_for_a_nan_does_not_end_the_run(paths, inject):
+    count = itertools.count(1)
+
+    def fault(x_BLD: Tensor) -> Tensor:
+        number = next(count)
+        if number == 4:  # the replay of step 3
+            raise MemoryError
+        return x_BLD * (math.nan if number == 3 else 1.0)
+
+    inject(fault)
+    assert fit(paths).facts["guard"]["skips"] == 1
+    assert rows_of(paths, "guard")[0]["phase"] == "unknown"
+
+
+# --- a device that is gone ---
+
+LOST = [
+    torch.AcceleratorError("CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later"),
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: unspecified launch failure"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED when calling cublasSgemm"),
+]
+
+
+@pytest.mark.parametrize("error", LOST, ids=lambda error: str(error)[:40])
+def test_a_lost_device_ends_the_run_and_nothing_is_saved_from_it(paths, inject, monkeypatch, error):
+    fit(paths, run=WHOLE)
+    count, saves = itertools.count(1), []
+    save = CheckpointStore.save
+    monkeypatch.setattr(CheckpointStore, "save", lambda *args, **given: saves.append(args[1]) or save(*args, **given))
+
+    def fault(x_BLD: Tensor) -> Tensor:
+        if next(count) == 6:
+            saves.clear()
+            raise error
+        return x_BLD
+
+    inject(fault)
+    with pytest.raises(
+        StorageError, match=r"failed at step 6 \(.*\); .* the checkpoint of step 4 is intact. Next: the sa"
+    ):
+        fit(paths)
+    assert saves == []
+    fit(paths)
+    assert tiny.final_bytes(paths) == tiny.final_bytes(paths, WHOLE)
+
+
+def test_errors_are_told_apart_by_what_can_be_done():
+    assert not any(is_out_of_memory(error) for error in LOST)
+    assert not is_device_lost(torch.OutOfMemoryError("CUDA out of memory."))
+    assert not is_device_lost(RuntimeError("CUDA error: out of memory"))
+    assert not is_device_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_device_lost(ValueError("CUDA error"))
+    assert is_anomaly(RuntimeError("Function 'MulBackward0' returned nan values in its 0th output."))
+    assert not is_anomaly(RuntimeError("element 0 of tensors does not require grad"))
+
+
+# --- saved batches ---
+
+
+def test_the_newest_bad_batches_are_saved_with_all_that_their_step_needs(paths, inject):
+    inject(at_calls(lambda x_BLD: x_BLD * math.nan, {3, 4, 7, 8, 9, 10, 11, 12, 13, 14}))
+    fit(paths, tiny.config(micro_batch=5))
+    folder = paths.fold_dir(tiny.RUN, 0) / "bad"
+    rows = rows_of(paths, "guard")
+    assert [row["saved"] for row in rows][-1] in {path.name for path in folder.iterdir()}
+    assert len(list(folder.iterdir())) <= 4
+    bad = load_bad_batch(next(iter(find_bad_batches(folder).values())))
+    assert (bad.seen, bad.step, bad.precision) == ("nonfinite_loss", rows[-1]["step"], "fp32")
+    assert [name for batch in bad.batches for name in batch.ids] == rows[-1]["ids"]
+    assert bad.meta["config"]["train"]["micro_batch"] == 5
+    assert set(bad.weights) == set(tiny.TinyModel().state_dict())
+
+
+def test_a_batch_that_cannot_be_saved_does_not_end_the_run(paths, inject, said, monkeypatch):
+    def full(_self: BadBatch, folder: Path) -> Path:
+        raise OSError(28, "No space left on device", str(folder))
+
+    monkeypatch.setattr(BadBatch, "save", full)
+    inject(at_calls(lambda x_BLD: x_BLD * math.nan, {3, 4}))
+    assert fit(paths).facts["guard"]["skips"] == 1
+    assert any("could not be saved for replay" in line for line in said)
+
+
+def test_a_state_that_is_not_finite_before_anything_was_saved_is_refused(paths, monkeypatch):
+    make = train.create_model
+
+    def spoilt(*args: Any, **given: Any) -> Any:
+        model = make(*args, **given)
+        with torch.no_grad():
+            model.values.bias[0] = math.nan
+        return model
+
+    monkeypatch.setattr(train, "create_model", spoilt)
+    with pytest.raises(DivergedError, match=r"step 0: values.bias is not finite and is not saved; 0 batches skipped"):
+        fit(paths)

@@ -1,0 +1,225 @@
+"""A run goes on under other settings only where that was asked for and does no harm, and says what is different."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models.registry import list_models
+from pipeline import cli, train
+from pipeline.config import RunConfig, config_from_dict, list_configs, load_config
+from pipeline.errors import ConfigError, DataError, StoppedError
+from pipeline.paths import Paths
+from pipeline.runlog import read_metrics
+from pipeline.training import resume
+from pipeline.training.checkpoint import CheckpointStore
+from tests.pipeline import tiny
+
+LONGER = f"longer.{tiny.SPLIT}"
+
+
+@pytest.fixture(autouse=True)
+def known_model(monkeypatch) -> None:
+    tiny.register(monkeypatch)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Paths:
+    paths = Paths(comp="tiny", root=tmp_path / "artifacts")
+    tiny.write_values(paths)
+    return paths
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(train, "say", lines.append)
+    monkeypatch.setattr(resume, "warn", lines.append)
+    return lines
+
+
+def fit(paths: Paths, config: RunConfig | None = None, *, run: str = tiny.RUN, **options: Any) -> Any:
+    options = {"competition": tiny.TINY, "split": tiny.SPLIT, "fold": 0, **options}
+    return train.run(config or tiny.config(), paths=paths, run=run, **options)
+
+
+def rows_of(paths: Paths, event: str) -> list[dict[str, Any]]:
+    return [row for row in read_metrics(paths.fold_dir(tiny.RUN, 0) / "metrics.jsonl") if row["event"] == event]
+
+
+def begin(paths: Paths, config: RunConfig | None = None, *, steps: int = 5) -> None:
+    with pytest.raises(StoppedError):
+        fit(paths, config, max_steps=steps)
+
+
+@pytest.mark.parametrize("steps", [5, None], ids=["stopped", "finished"])
+def test_a_run_with_more_epochs_ends_as_one_that_had_them_from_the_start(paths, steps):
+    """At a constant rate: other schedules are those of the longer run from the change on."""
+    short, long = (tiny.config(schedule="constant", epochs=epochs) for epochs in (2, 3))
+    fit(paths, long, run=LONGER)
+    if steps:
+        begin(paths, short, steps=steps)
+    else:
+        fit(paths, short)
+    report = fit(paths, long, allow_changes=True)
+    assert (report.status, report.facts["epochs"]) == ("built", 3)
+    assert tiny.final_bytes(paths) == tiny.final_bytes(paths, LONGER)
+    assert fit(paths, long).status == "current", "the settings that it ended with are its own now"
+
+
+def test_every_change_is_said_and_logged_and_a_jump_of_the_learning_rate_with_it(paths, said):
+    begin(paths)
+    fit(paths, tiny.config(epochs=6, patience=4, save_every=2), allow_changes=True)
+    told = "\n".join(said)
+    assert "config.train.epochs 3 -> 6: the learning rate follows the schedule of the longer run" in told
+    assert "the next update's learning rate 6.55e-03 -> 9.51e-03" in told
+    assert "config.train.patience 0 -> 4" in told
+    assert {row["key"] for row in rows_of(paths, "changed")} == {
+        "config.train.epochs",
+        "config.train.patience",
+        "config.train.save_every",
+    }
+    assert {row["step"] for row in rows_of(paths, "changed")} == {5}
+
+
+HARMLESS = {
+    "patience": 3,
+    "save_every": 1,
+    "max_skips": 1,
+    "max_rollbacks": 1,
+    "micro_batch": 4,
+    "gradient_checkpointing": 1,
+    "spike_threshold": 50.0,
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_a_harmless_change_needs_the_flag_and_gets_through_with_it(paths, name):
+    begin(paths)
+    changed = tiny.config(**{name: HARMLESS[name]})
+    with pytest.raises(ConfigError, match=rf"config\.train\.{name} .*Next: --allow-changes \(make: ALLOW_CHANGES=1\)"):
+        fit(paths, changed)
+    assert fit(paths, changed, allow_changes=True).facts["steps"] == 12
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr": 0.5},
+        {"seed": 1},
+        {"batch_size": 4},
+        {"epochs": 2},
+        {"precision": "bf16"},
+        {"ema_decay": 0.5},
+        {"model": {"width": 12}},
+        {"data": {"flip": 0.5}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_change_that_makes_another_run_of_it_is_refused_with_the_flag_too(paths, changes):
+    begin(paths)
+    before = {path: path.read_bytes() for path in paths.fold_dir(tiny.RUN, 0).rglob("*") if path.is_file()}
+    with pytest.raises(
+        ConfigError, match=r"this run was begun with other settings .*Next: leave config\.\S+ as it was"
+    ):
+        fit(paths, tiny.config(**{"patience": 9, **changes}), allow_changes=True)
+    assert all(path.read_bytes() == data for path, data in before.items())
+
+
+def test_changed_data_are_refused_with_the_flag_too(paths):
+    begin(paths)
+    tiny.write_values(paths, seed=2)
+    with pytest.raises(ConfigError, match=r"data\.examples"):
+        fit(paths, allow_changes=True)
+
+
+def test_the_flag_without_a_run_is_refused(paths):
+    with pytest.raises(ConfigError, match="no run was begun here that could be changed"):
+        fit(paths, allow_changes=True)
+
+
+def test_more_patience_opens_a_run_that_had_lost_it(paths):
+    config = {"epochs": 20, "lr": 1e-12, "ema_decay": 0.0, "schedule": "constant", "model": {"dropout": 0.0}}
+    ended = fit(paths, tiny.config(**config, patience=1)).facts["epochs"]
+    again = fit(paths, tiny.config(**config, patience=3), allow_changes=True).facts["epochs"]
+    assert ended < again < 20
+
+
+# --- the network's arguments ---
+
+
+def test_a_checkpoint_knows_every_argument_of_its_network(paths):
+    fit(paths, tiny.config(model={"width": 12}))
+    meta = CheckpointStore(paths.fold_dir(tiny.RUN, 0) / "checkpoints").newest_meta()
+    assert meta["config"]["model"]["kwargs"] == {"width": 12, "dropout": 0.1, "use_bpp": False}
+
+
+def test_a_default_that_changed_in_the_code_is_noticed(paths, monkeypatch):
+    begin(paths)
+    monkeypatch.setitem(tiny.TinyModel.__init__.__kwdefaults__, "dropout", 0.5)
+    with pytest.raises(ConfigError, match=r"config\.model\.kwargs\.dropout 0\.1 -> 0\.5"):
+        fit(paths)
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_the_settings_a_checkpoint_keeps_build_the_network_of_its_toml(name):
+    config = load_config(name)
+    with torch.device("meta"):
+        model = train.build_model(config.model, tiny.TINY)
+        kept = config_from_dict(train.resolved_config(config, model), where="kept")
+        again = train.build_model(kept.model, tiny.TINY)
+    assert {key: tensor.shape for key, tensor in again.state_dict().items()} == {
+        key: tensor.shape for key, tensor in model.state_dict().items()
+    }
+    assert kept.train == config.train
+    assert kept.model.kwargs.items() >= config.model.kwargs.items()
+
+
+def test_every_network_has_a_config():
+    assert {load_config(name).model.name for name in list_configs()} >= set(list_models()) - {"tiny"}
+
+
+# --- where it is computed ---
+
+
+def test_another_number_of_threads_is_warned_of_on_the_cpu(paths, said):
+    threads = torch.get_num_threads()
+    begin(paths)
+    try:
+        torch.set_num_threads(threads + 1)
+        begin(paths, steps=2)
+    finally:
+        torch.set_num_threads(threads)
+    warnings = [line for line in said if "will not end with the same bits" in line]
+    assert len(warnings) == 1
+    assert f"threads {threads} -> {threads + 1}" in warnings[0]
+    fit(paths)
+    meta = CheckpointStore(paths.fold_dir(tiny.RUN, 0) / "checkpoints").newest_meta()
+    assert meta["environment"]["threads"] == threads, "the one that the run was begun with"
+
+
+def test_the_same_environment_is_not_warned_of(paths, said):
+    begin(paths, steps=2)
+    begin(paths, steps=2)
+    assert not any("bits" in line for line in said)
+
+
+# --- the command line ---
+
+
+def test_a_run_may_be_changed_under_its_own_name_where_that_was_asked_for(tmp_path, capsys):
+    """--set without --tag is refused otherwise: it would begin another run under the name of this one."""
+    words = ["train", "--artifacts", str(tmp_path), "--model", "hyena", "--set", "train.epochs=99"]
+    assert cli.run_verb(words) == ConfigError.exit_code
+    assert "name the variant" in capsys.readouterr().err
+    assert cli.run_verb([*words, "--allow-changes"]) == DataError.exit_code, "there is no data in an empty folder"
+
+
+def test_make_hands_the_flag_on():
+    root = Path(__file__).resolve().parents[2]
+    words = ["make", "-n", "train", "PY=python3", "SET=train.epochs=99", "ALLOW_CHANGES=1"]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True)
+    assert "--set 'train.epochs=99'" in done.stdout
+    assert "--allow-changes" in done.stdout

@@ -1,0 +1,128 @@
+"""A sweep does every job once, resumes, shares its work, and ranks only what can be told apart."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from models import registry
+from pipeline import sweep
+from pipeline.errors import ConfigError
+from pipeline.paths import Paths
+from pipeline.sweep import Axis, Job, Sweep, grid, parse_axis, summarise
+from pipeline.training.stop import run_lock
+from tests.pipeline import tiny
+
+CONFIG = """
+[model]
+name = "tiny"
+[data]
+max_length = 40
+[train]
+epochs = 1
+batch_size = 16
+lr = 1e-2
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    tiny.register(monkeypatch)
+    assert "tiny" in registry.list_models()
+    paths = Paths(comp="tiny", root=tmp_path / "artifacts")
+    tiny.write_values(paths, count=32)
+    config = tmp_path / "tiny.toml"
+    config.write_text(CONFIG)
+    shared = {"competition": tiny.TINY, "paths": paths, "split": tiny.SPLIT, "folds": (0,)}
+    return Sweep(name="lr", model=str(config), overrides=(), seeds=2, **shared)
+
+
+def results(**cells: list[float | None]) -> dict[Job, float | None]:
+    return {
+        Job(cell=(("train.lr", name),), seed=seed, fold=0): value
+        for name, values in cells.items()
+        for seed, value in enumerate(values)
+    }
+
+
+def test_a_sweep_trains_every_cell_with_every_seed_and_the_second_time_nothing(small: Sweep):
+    axes = [parse_axis("train.lr=[1e-4, 1e-2]")]
+    first = sweep.run(small, axes)
+    runs = sorted(path.name for path in (small.paths.home / "runs").iterdir())
+    assert len(runs) == 4
+    assert all(name.startswith("tiny+sweep-lr-") and name.endswith(small.split) for name in runs)
+    written = {path: path.stat().st_mtime_ns for path in (small.paths.home / "runs").rglob("*.safetensors")}
+    second = sweep.run(small, axes)
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert second.facts["cells"] == first.facts["cells"]
+    assert [row["n"] for row in first.facts["cells"]] == [2, 2]
+    best = first.facts["cells"][0]
+    assert best["cell"] == (("train.lr", 1e-2),)
+    assert json.loads(first.outputs["results"].read_text())["cells"][0]["mean"] == best["mean"]
+
+
+def test_a_job_that_another_process_does_is_left_to_it(small: Sweep):
+    job = small.jobs((("train.lr", 1e-3),))[0]
+    with run_lock(small.paths.fold_dir(small.run_name(job), 0)):
+        report = sweep.run(small, [Axis(key="train.lr", values=[1e-3])])
+    assert report.facts["busy"] == 1
+    assert report.facts["cells"][0]["n"] == 1
+
+
+def test_a_study_stops_at_its_number_of_trials_and_goes_on_from_them(small: Sweep):
+    pytest.importorskip("optuna")
+    axes = [parse_axis("train.lr={low=1e-4, high=1e-1, log=true}")]
+    assert len(sweep.run(small, axes, trials=2).facts["cells"]) == 2
+    before = set((small.paths.home / "runs").iterdir())
+    again = sweep.run(small, axes, trials=3)
+    assert len(again.facts["cells"]) == 3
+    assert before < set((small.paths.home / "runs").iterdir())
+    assert all(1e-4 <= row["cell"][0][1] <= 1e-1 for row in again.facts["cells"])
+
+
+def test_cells_whose_intervals_overlap_share_a_rank():
+    rows = summarise(results(a=[0.10, 0.11, 0.12], b=[0.11, 0.12, 0.13], c=[0.50, 0.51, 0.52]))
+    assert [row["cell"][0][1] for row in rows] == ["a", "b", "c"]
+    assert [row["rank"] for row in rows] == [1, 1, 3]
+
+
+def test_the_interval_is_students():
+    row = summarise(results(a=[1.0, 2.0, 3.0]))[0]
+    assert row["mean"] == 2.0
+    assert row["sd"] == 1.0
+    assert row["high"] - row["mean"] == pytest.approx(4.302653 / 3**0.5, rel=1e-6)  # t(0.975, 2 degrees of freedom)
+
+
+def test_a_paired_difference_can_be_sure_where_the_spread_between_seeds_is_wide():
+    rows = summarise(results(a=[0.1, 0.5, 0.9, 0.3], b=[0.11, 0.511, 0.91, 0.309]))
+    assert rows[1]["rank"] == 1
+    assert rows[1]["p"] < 0.001
+
+
+def test_one_result_and_a_diverged_run_get_no_rank():
+    rows = {row["cell"][0][1]: row for row in summarise(results(one=[0.1], lost=[0.05, None, 0.06], fine=[0.2, 0.21]))}
+    assert rows["one"]["rank"] is None
+    assert rows["lost"]["rank"] is None
+    assert rows["lost"]["diverged"] == 1
+    assert rows["fine"]["rank"] is not None
+
+
+def test_the_grid_is_every_combination():
+    cells = grid([Axis(key="a", values=[1, 2]), Axis(key="b", values=["x"])])
+    assert cells == [(("a", 1), ("b", "x")), (("a", 2), ("b", "x"))]
+
+
+@pytest.mark.parametrize(
+    "text", ["train.lr", "train.lr=3", "train.lr=[]", "train.lr={low=1}", "train.lr=[1", "x={a=1}"]
+)
+def test_an_axis_that_is_none_is_refused(text: str):
+    with pytest.raises(ConfigError, match=r"expected section\.key"):
+        parse_axis(text)
+
+
+def test_a_range_without_a_study_and_a_typo_are_refused_before_any_job(small: Sweep):
+    with pytest.raises(ConfigError, match="a range needs a study"):
+        sweep.run(small, [parse_axis("train.lr={low=1e-4, high=1e-2}")])
+    with pytest.raises(ConfigError, match="did you mean 'lr'"):
+        sweep.run(small, [parse_axis("train.lrr=[1e-4]")])
+    assert not (small.paths.home / "runs").exists()

@@ -1,0 +1,156 @@
+"""What a run says of itself reaches whoever listens, and can never end it."""
+
+import importlib.util
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import train
+from pipeline.errors import ConfigError
+from pipeline.paths import Paths
+from pipeline.runlog import MetricsLog, Unbreakable, duration, read_metrics, read_status, write_status
+from pipeline.training.telemetry import Telemetry
+from pipeline.training.trackers import find_trackers
+from tests.pipeline import tiny
+
+
+class Listener:
+    """Remembers what it is told, and fails when asked to."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails, self.rows, self.closed, self.opened = fails, list[tuple[int, dict]](), False, list[Any]()
+
+    def open(self, folder: Path, meta: Mapping[str, Any], first_step: int) -> "Listener":
+        self.opened.append((folder, meta["run"], first_step))
+        self._fail("open")
+        return self
+
+    def log(self, values: Mapping[str, float], *, step: int) -> None:
+        self._fail("log")
+        self.rows.append((step, dict(values)))
+
+    def close(self) -> None:
+        self._fail("close")
+        self.closed = True
+
+    def _fail(self, where: str) -> None:
+        if where == self.fails:
+            raise RuntimeError(f"broken in {where}")
+
+
+@pytest.fixture
+def paths(tmp_path: Path, monkeypatch) -> Paths:
+    tiny.register(monkeypatch)
+    paths = Paths(comp="tiny", root=tmp_path / "artifacts")
+    tiny.write_values(paths)
+    return paths
+
+
+def fit(paths: Paths, **options: Any):
+    run = {"competition": tiny.TINY, "paths": paths, "run": tiny.RUN, "split": tiny.SPLIT, "fold": 0}
+    return train.run(tiny.config(), **run, **options)
+
+
+def test_a_tracker_hears_the_numbers_of_metrics_jsonl(paths):
+    listener = Listener()
+    fit(paths, trackers={"fake": listener.open})
+    rows = read_metrics(paths.fold_dir(tiny.RUN, 0) / "metrics.jsonl")
+    steps = [(step, values) for step, values in listener.rows if "train/loss" in values]
+    assert [(step, values["train/loss"]) for step, values in steps] == [
+        (row["step"], row["loss"]) for row in rows if row["event"] == "step"
+    ]
+    assert [values["epoch/metric"] for _, values in listener.rows if "epoch/metric" in values] == [
+        row["metric"] for row in rows if row["event"] == "epoch"
+    ]
+    assert {"train/lr", "train/tokens_per_s", "train/grad_norm"} < set(steps[0][1])
+    assert listener.opened == [(paths.fold_dir(tiny.RUN, 0), tiny.RUN, 0)]
+    assert listener.closed
+
+
+@pytest.mark.parametrize("where", ["open", "log", "close"])
+def test_a_tracker_that_breaks_is_warned_of_once_and_training_goes_on(where, paths, capsys):
+    broken, whole = Listener(fails=where), Listener()
+    assert fit(paths, trackers={"broken": broken.open, "whole": whole.open}).facts["steps"] == 12
+    said = capsys.readouterr().err
+    assert said.count(f"--track broken: RuntimeError: broken in {where}; it is left out, training goes on") == 1
+    assert whole.closed
+
+
+def test_an_unknown_tracker_is_refused():
+    with pytest.raises(ConfigError, match=r"expected one of tensorboard, wandb"):
+        find_trackers(["mlflow"])
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_there_is_one_sentence_before_anything_starts(name):
+    if importlib.util.find_spec(name):
+        pytest.skip(f"{name} is installed")
+    with pytest.raises(ConfigError, match=rf"--track {name}: cannot be imported .*Next: pip install {name}"):
+        find_trackers([name])
+
+
+def test_a_resumed_run_keeps_its_metric_in_view(tmp_path):
+    write_status(tmp_path, {"metric": 0.3, "best_metric": 0.2, "state": "lost", "message": "old", "exit_code": 1})
+    with Telemetry(tmp_path, label="a", steps=9, first_step=4, metric="MAE"):
+        status = read_status(tmp_path)
+        assert (status["metric"], status["best_metric"], status["state"]) == (0.3, 0.2, "running")
+        assert "message" not in status
+    assert read_status(tmp_path)["state"] == "done"
+
+
+def test_rows_that_a_full_disk_does_not_take_are_written_later_and_whole(tmp_path, capsys):
+    """A write that is cut short, as on a full disk, made by the limit on the size of files."""
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.write("step", step=1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, before[1]))
+    try:
+        log.write("step", step=2)
+        log.write("step", step=3)
+        assert [row["step"] for row in read_metrics(path)] == [1], "the torn end is dropped"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    log.write("step", step=4)
+    log.close()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
+    assert capsys.readouterr().err.count("rows are kept and written") == 1
+
+
+def test_a_status_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
+    telemetry = Telemetry(tmp_path, label="a", steps=9, first_step=0, metric="MAE")
+    (tmp_path / "status.json").mkdir()
+    with telemetry:
+        telemetry.step(step=1, epoch=0, loss=0.5, weight=1.0, norm=1.0, lr=1e-3, tokens=10)
+    assert capsys.readouterr().err.count("status.json cannot be written") == 1
+    assert [row["event"] for row in read_metrics(tmp_path / "metrics.jsonl")] == ["step"]
+
+
+def test_plain_lines_have_all_that_the_bar_has(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pipeline.runlog._PLAIN_INTERVAL_S", 0.0)
+    with Telemetry(tmp_path, label="a fold0", steps=400, first_step=0, metric="MAE") as telemetry:
+        telemetry.epoch(step=0, epoch=0, train_loss=1.0, metric=0.25, best=True)
+        telemetry.step(step=1, epoch=0, loss=0.5, weight=1.0, norm=1.0, lr=1e-3, tokens=10)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("a fold0: 1/400 steps loss 0.5000 MAE 0.2500 lr 1.0e-03 ")
+    assert " nt/s " in last
+    assert " GiB, " in last
+    assert last.endswith(" left")
+
+
+def test_a_stream_without_a_reader_swallows_what_it_is_told(tmp_path):
+    """A closed terminal raised OSError in the middle of training."""
+    path = tmp_path / "gone"
+    path.touch()
+    with path.open() as unwritable:  # not open for writing: io.UnsupportedOperation is an OSError, as EIO is
+        stream = Unbreakable(unwritable)
+        assert stream.write("text") == 4
+        stream.flush()
+        assert stream.name == str(path)
+
+
+def test_durations_are_told_for_people():
+    assert [duration(s) for s in (27_660, 185, 9.4, -1)] == ["7 h 41 min", "3 min 5 s", "9 s", "0 s"]

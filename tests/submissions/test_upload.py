@@ -1,0 +1,158 @@
+"""Nothing is believed that Kaggle does not list, and nothing is sent twice; the real client against a fake Kaggle."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.competitions import get_competition
+from pipeline.errors import ConfigError, DataError, NetworkError
+from pipeline.paths import Paths
+from submissions import ledger, upload
+from tests.chain_tables import make_paths, write_values_data
+from tests.kaggle_server import FakeKaggle, serve
+
+COMPETITION = get_competition("ribonanza")
+
+
+@dataclass
+class Desk:
+    """A valid submission, and a Kaggle to send it to."""
+
+    paths: Paths
+    file: Path
+    kaggle: FakeKaggle
+
+    def submit(self, **options) -> dict:
+        report = upload.run(self.paths, competition=COMPETITION, name="all", **{"wait": 20.0, "every": 0.05, **options})
+        return {"status": report.status, **report.facts}
+
+    def states(self) -> list[str]:
+        book = self.paths.log.parent / "ledger.jsonl"
+        return [json.loads(line)["state"] for line in book.read_text().splitlines()] if book.exists() else []
+
+    def sent(self) -> int:
+        return self.kaggle.calls.count("CreateSubmission")
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+    paths = make_paths(tmp_path)
+    write_values_data(paths, np.random.default_rng(3))
+    rows = read_length(paths)
+    file = paths.submission("all")
+    file.parent.mkdir(parents=True)
+    lines = [f"{k},0.25,0.5" for k in range(rows)]
+    file.write_text("\n".join(["id,reactivity_DMS_MaP,reactivity_2A3_MaP", *lines]) + "\n")
+    with serve() as server:
+        for name, value in server.environment(tmp_path / "home").items():
+            monkeypatch.setenv(name, value)
+        yield Desk(paths, file, server)
+
+
+def read_length(paths: Paths) -> int:
+    import polars as pl
+
+    return int(pl.read_parquet(paths.clean("test"))["id_max"].max()) + 1
+
+
+def test_a_submission_ends_with_its_score_in_ledger_and_log(desk: Desk):
+    found = desk.submit()
+    assert found["status"] == "built"
+    assert (found["public"], found["private"]) == ("0.20831", "0.21064")
+    assert desk.states() == ["sent", "listed", "scored"]
+    assert "public 0.20831, private 0.21064" in desk.paths.log.read_text()
+    assert next(iter(desk.kaggle.uploads.values())) == desk.file.read_bytes()
+
+
+def test_the_same_bytes_are_never_sent_again(desk: Desk):
+    first = desk.submit()
+    again = desk.submit()
+    assert again == first | {"status": "current"}
+    assert desk.sent() == 1
+
+
+def test_a_run_killed_after_sending_finds_its_submission_and_waits_on(desk: Desk):
+    desk.kaggle.score_after = 10**6
+    with pytest.raises(NetworkError, match=r"has no score after 0 s.*sends nothing"):
+        desk.submit(wait=0.0)
+    assert desk.states() == ["sent", "listed"]
+    desk.kaggle.score_after = 0
+    assert desk.submit()["public"] == "0.20831"
+    assert desk.sent() == 1
+
+
+def test_an_upload_that_fails_with_exit_code_zero_is_seen(desk: Desk):
+    desk.kaggle.fail["PUT"] = 500
+    with pytest.raises(NetworkError, match="submission of"):
+        desk.submit()
+    assert desk.states() == ["sent", "failed"]
+    desk.kaggle.fail.clear()
+    assert desk.submit()["status"] == "built"
+
+
+def test_success_that_the_list_does_not_show_is_no_success(desk: Desk):
+    desk.kaggle.hidden = True
+    with pytest.raises(NetworkError, match="does not list"):
+        desk.submit()
+    assert desk.states() == ["sent", "failed"]
+
+
+def test_an_error_that_arrived_all_the_same_counts(desk: Desk):
+    desk.kaggle.fail["CreateSubmission"] = 500
+    desk.kaggle.arrive_on_failure = True
+    assert desk.submit()["public"] == "0.20831"
+    assert desk.sent() == 1
+
+
+def test_an_empty_budget_sends_nothing(desk: Desk):
+    desk.kaggle.budget = 0
+    with pytest.raises(ConfigError, match="no submission is left today"):
+        desk.submit()
+    assert desk.sent() == 0
+    assert desk.states() == []
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        (401, "does not know who asks"),
+        (403, "accept the rules"),
+        (404, "knows no such thing"),
+        (429, "asks for patience"),
+        (500, "a failure of its own"),
+    ],
+)
+def test_each_refusal_is_one_sentence(desk: Desk, code: int, sentence: str):
+    desk.kaggle.fail["GetSubmissionLimits"] = code
+    with pytest.raises(NetworkError, match=sentence):
+        desk.submit()
+    assert desk.states() == []
+
+
+def test_an_invalid_file_never_leaves(desk: Desk):
+    desk.file.write_text(desk.file.read_text().replace("0,0.25", "0,nan", 1))
+    with pytest.raises(DataError):
+        desk.submit()
+    assert desk.kaggle.calls == []
+
+
+def test_a_scoring_error_is_told(desk: Desk):
+    desk.kaggle.final_status = "ERROR"
+    with pytest.raises(NetworkError, match="could not score"):
+        desk.submit()
+    assert desk.states() == ["sent", "listed", "failed"]
+
+
+def test_a_torn_last_line_of_the_ledger_is_left_and_another_is_named(tmp_path: Path):
+    book = tmp_path / "ledger.jsonl"
+    sent = ledger.Sent(comp="c", sha256="s", tag="t", file="f.csv")
+    ledger.append(book, sent)
+    book.write_text(book.read_text() + '{"time": "2026')
+    assert ledger.find(book, comp="c", sha256="s") == sent
+    book.write_text("nonsense\n" + book.read_text())
+    with pytest.raises(DataError, match="line 1 is no entry"):
+        ledger.find(book, comp="c", sha256="s")
