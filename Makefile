@@ -16,9 +16,16 @@ TAG   ?=#                  names a variant of MODEL
 OVER  ?=#                  what a sweep varies: OVER="train.lr=[1e-3,2e-3] train.batch_size=[32,64]"
 SEEDS ?= 3#                runs of each cell of a sweep
 TRIALS ?=#                 cells that Optuna proposes; empty = every combination
+NPROC ?= 1#                processes that train together, one for each GPU
 BUDGET ?=#                 time for training and predictions, such as 8h; empty = as long as it takes
 TRACK ?=#                  who else listens: tensorboard, wandb (offline)
 FILE  ?=#                  submission that make check reads
+TRACES ?=#                 folder of C1' traces for score-tm and bench-tm: models, model_traces, native_traces.parquet
+OUT   ?= scores.parquet#   what score-tm writes
+ENGINE ?=#                 of score-tm: usalign for the installed program; empty = built-in
+OWNER ?=#                  your user name on Kaggle, for make kernel
+KERNEL ?=#                 make kernel: train (as when empty) or predict; make submit-kaggle: owner/slug of a notebook
+SLUG  ?=#                  which bundle of make kernel is meant, where there are several
 FORMAT ?= csv#             of the submission: csv or parquet
 ARTIFACTS ?= artifacts#    where the stages write
 EXTRAS ?= dev#             extras of pyproject.toml to install
@@ -50,13 +57,15 @@ RNA := $(PY) -m pipeline
 AT := --comp $(COMP) --artifacts "$(ARTIFACTS)"
 NAMED := --model "$(MODEL)" --split $(SPLIT) $(if $(TAG),--tag $(TAG))
 RUN := $(NAMED) $(foreach item,$(SET),--set '$(item)')
+BUNDLE := $(if $(strip $(SLUG)),--slug $(strip $(SLUG)))
 JOB := $(if $(ALL),--all-folds,--fold $(FOLD))
 TRAIN := $(if $(RESTART),--restart) $(if $(ALLOW_CHANGES),--allow-changes) $(if $(strip $(BUDGET)),--time-budget $(strip $(BUDGET))) \
-  $(foreach tracker,$(TRACK),--track $(tracker))
+  $(foreach tracker,$(TRACK),--track $(tracker)) $(if $(filter-out 1,$(strip $(NPROC))),--nproc $(strip $(NPROC)))
 ENVIRONMENT := $(if $(filter .venv/bin/python,$(PY)),.venv/.ready)
 
-.PHONY: help setup doctor demo test test-faults lint download data bpp folds audit train train-all train-bg status logs stop sweep \
-        replay predict ensemble submit submit-kaggle check evaluate report plan bench bench-data bench-folds bench-kernels bench-models clean
+.PHONY: help setup doctor demo test test-faults lint download data bpp templates folds audit train train-all train-bg status logs stop sweep \
+        replay predict templates-predict ensemble submit submit-kaggle \
+        kernel kernel-push kernel-status kernel-pull kernel-check handover check evaluate score-tm report plan bench bench-data bench-folds bench-loader bench-kernels bench-models bench-tm clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -90,6 +99,8 @@ data: $(ENVIRONMENT) ## raw files in RAW -> checked clean tables
 	@exec $(RNA) data $(AT) --raw "$(RAW)"
 bpp: $(ENVIRONMENT) ## base-pair probabilities of all sequences (ViennaRNA)
 	@exec $(RNA) bpp $(AT)
+templates: $(ENVIRONMENT) ## mmCIF or PDB files in RAW -> dated library of RNA chains (EXTRAS=dev,templates installs gemmi)
+	@exec $(RNA) templates $(AT) --raw "$(RAW)"
 folds: $(ENVIRONMENT) ## clean tables -> fold of every sequence, verified by its lock (RELOCK=1 writes the lock)
 	@exec $(RNA) folds $(AT) --split $(SPLIT) $(if $(RELOCK),--relock)
 audit: $(ENVIRONMENT) ## measure how much of a split leaks (SPLITS="sim80_k5 random_k5")
@@ -115,6 +126,8 @@ replay: $(ENVIRONMENT) ## run a batch that training left out again: where it bre
 	@exec $(RNA) replay $(AT) $(NAMED) --fold $(FOLD) $(if $(STEP),--step $(strip $(STEP)))
 predict: $(ENVIRONMENT) ## out-of-fold and test predictions of one trained fold
 	@exec $(RNA) predict $(AT) $(RUN) --fold $(FOLD)
+templates-predict: $(ENVIRONMENT) ## candidates from templates, date-gated, as a run of SPLIT (MSA=<folder> uses alignments)
+	@exec $(RNA) templates-predict $(AT) --split $(SPLIT) $(if $(strip $(MSA)),--msa "$(strip $(MSA))")
 ensemble: $(ENVIRONMENT) ## folds and models -> one prediction table, weights learned out of fold
 	@exec $(RNA) ensemble $(AT) --split $(SPLIT) --name $(NAME) $(foreach run,$(RUNS),--run $(run))
 submit: $(ENVIRONMENT) ## ensemble -> submission file, checked before it gets its name
@@ -126,10 +139,26 @@ check: $(ENVIRONMENT) ## check any submission file: make check FILE=my.csv
 	@exec $(RNA) check $(AT) "$(FILE)"
 evaluate: $(ENVIRONMENT) ## score out-of-fold predictions beside the trivial floors
 	@exec $(RNA) evaluate $(AT) --split $(SPLIT) --name $(NAME)
+score-tm: $(ENVIRONMENT) ## both TM-scores of a folder of C1' traces: make score-tm TRACES=<folder> OUT=scores.parquet (ENGINE=usalign)
+	@exec $(RNA) score-tm --traces "$(TRACES)" --out "$(strip $(OUT))" $(if $(ENGINE),--engine $(strip $(ENGINE)))
 report: $(ENVIRONMENT) ## one self-contained HTML page for the ensemble
 	@exec $(RNA) report $(AT) --name $(NAME)
 
-bench: bench-data bench-folds bench-kernels bench-models ## all benchmarks
+kernel: $(ENVIRONMENT) ## pack a Kaggle notebook without internet (KERNEL=train|predict OWNER=<user> LIMIT=9h ALL=1 RESUME=owner/slug)
+	@exec $(RNA) kernel $(AT) --owner "$(strip $(OWNER))" --mode $(or $(strip $(KERNEL)),train) $(RUN) $(JOB) --name $(NAME) \
+	  $(if $(LIMIT),--limit $(strip $(LIMIT))) $(if $(RESUME),--resume $(strip $(RESUME)))
+kernel-push: $(ENVIRONMENT) ## send the bundle to Kaggle, where the notebook starts to run
+	@exec $(RNA) kernel-push $(AT) $(BUNDLE)
+kernel-status: $(ENVIRONMENT) ## how the notebook is doing (WAIT=12h: until it ended)
+	@exec $(RNA) kernel-status $(AT) $(BUNDLE) $(if $(WAIT),--wait $(strip $(WAIT)))
+kernel-pull: $(ENVIRONMENT) ## fetch what the notebook left, verified; trained folds become local runs
+	@exec $(RNA) kernel-pull $(AT) $(BUNDLE)
+kernel-check: $(ENVIRONMENT) ## rehearse both kinds of notebook: bare Python, no network, read-only inputs
+	@exec $(RNA) kernel-check --artifacts "$(ARTIFACTS)" $(if $(IMAGE),--python $(IMAGE))
+handover: $(ENVIRONMENT) ## the files that Kaggle asks of winners, from the ensemble and its settings
+	@exec $(RNA) handover $(AT) --name $(NAME)
+
+bench: bench-data bench-folds bench-loader bench-kernels bench-models ## all benchmarks
 bench-data: $(ENVIRONMENT) ## the data stage beside pandas, polars, pyarrow and duckdb
 	@exec $(RNA) bench-data --artifacts "$(ARTIFACTS)"
 bench-kernels: $(ENVIRONMENT) .venv-bench/.ready ## Mamba's scan and Hyena's convolution beside other implementations
@@ -141,6 +170,10 @@ bench-models: $(ENVIRONMENT) ## training and prediction of whole networks beside
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c $< torch mambapy transformers
 	touch $@
+bench-tm: $(ENVIRONMENT) ## both TM-scores beside US-align, if it is on the PATH: make bench-tm TRACES=<folder>
+	@exec $(RNA) bench-tm --traces "$(TRACES)"
+bench-loader: $(ENVIRONMENT) ## batches a second, with and without workers; share of padding
+	@exec $(RNA) bench-loader $(AT)
 bench-folds: $(ENVIRONMENT) ## our clustering beside MMseqs2 and cd-hit
 	@exec $(RNA) bench-folds --artifacts "$(ARTIFACTS)"
 

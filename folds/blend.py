@@ -8,7 +8,7 @@ Letters: T positions, C targets, M runs, F folds, K = M·F tables.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,12 @@ def blend(job: Job, parts: dict[str, Path], *, learn: bool) -> dict[str, Any]:
     facts["test_rows"] = _write_test(job, options[chosen][None], parts["test"])
     parts["weights"].write_text(json.dumps(facts, indent=2, sort_keys=True, allow_nan=False) + "\n")
     return facts
+
+
+def blend_test(job: Job, weights: Mapping[str, Mapping[str, float]], parts: dict[str, Path]) -> dict[str, Any]:
+    """Write the test table alone, with weights that were learned before: target -> run -> weight."""
+    weights_CM = np.array([[weights[target][each] for each in job.runs] for target in job.competition.targets])
+    return job.facts() | {"test_rows": _write_test(job, weights_CM, parts["test"])}
 
 
 def _survey(job: Job) -> tuple[_Sample, dict[str, _Totals], dict[str, Any]]:

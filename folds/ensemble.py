@@ -6,19 +6,20 @@
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 from rich.table import Table
 
-from folds.blend import blend
-from folds.candidates import choose
+from folds.blend import blend, blend_test
+from folds.candidates import Scorer, choose, choose_test
 from folds.job import Job
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError
 from pipeline.paths import Paths
 from pipeline.runlog import warn
-from pipeline.stage import Report, run_stage
+from pipeline.stage import Report, read_result, run_stage
 from pipeline.tables import open_parquet
 
 VERSION = 1
@@ -33,6 +34,7 @@ def run(
     split: str,
     learn_weights: bool = True,
     allow_partial: bool = False,
+    score: Scorer | None = None,
 ) -> Report:
     """Join the folds of every run, and the runs, into ``ensembles/<name>/{oof,test}.parquet`` and ``weights.json``.
 
@@ -46,6 +48,7 @@ def run(
         split: whose fold table says what is out of fold.
         learn_weights: False joins by the plain mean.
         allow_partial: use the folds that all runs have, instead of refusing when one is missing.
+        score: gives TM-scores, from which the choice of structures is learned; None takes confidences as they are.
 
     Raises:
         ConfigError: no runs, one twice, or a fold of one is not trained or predicted.
@@ -62,7 +65,9 @@ def run(
             }
     home = paths.ensemble_dir(name)
     job = Job(paths=paths, competition=competition, runs=tuple(runs), split=split, folds=folds, skipped=skipped)
-    build = partial(blend, job, learn=learn_weights) if competition.task == "values" else partial(choose, job)
+    build = (
+        partial(blend, job, learn=learn_weights) if competition.task == "values" else partial(choose, job, score=score)
+    )
     return run_stage(
         "ensemble",
         inputs=inputs,
@@ -78,8 +83,47 @@ def run(
             "split": split,
             "folds": folds,
             "learn_weights": learn_weights,
+            **({"scored": score is not None} if competition.task == "structure" else {}),
         },
         build=build,
+    )
+
+
+def apply(
+    paths: Paths, *, competition: Competition, name: str, weights: Path, folds: Sequence[int] | None = None
+) -> Report:
+    """Join test predictions alone, as an earlier ensemble did, into ``ensembles/<name>/test.parquet``.
+
+    For a machine that has the checkpoints of an ensemble and no training data: a notebook that a code competition runs.
+
+    Args:
+        paths: where the test predictions of every run and fold are.
+        competition: the ensemble's.
+        name: of the ensemble that is written.
+        weights: ``weights.json`` of the earlier one: its runs, folds and weights.
+        folds: use these of its folds alone.
+
+    Raises:
+        ConfigError: the weights are of another competition, or a fold is not theirs.
+        DataError: `weights` or a table of predictions is missing or damaged, or two of them are of other data.
+    """
+    _check_names(name, ("any",))
+    told = read_result(weights, hint="make ensemble")
+    if told.get("competition") != competition.name:
+        raise ConfigError(f"{weights}: of {told.get('competition')}; expected {competition.name}. Next: COMP=….")
+    chosen = list(told["folds"] if folds is None else folds)
+    if not chosen or not set(chosen) <= set(told["folds"]):
+        raise ConfigError(f"FOLD={chosen}: the folds of {weights} are {told['folds']}. Next: choose some of them.")
+    left_out = [fold for fold in told["folds"] if fold not in chosen]
+    runs = tuple(told["runs"])
+    job = Job(paths=paths, competition=competition, runs=runs, split=told["split"], folds=chosen, skipped=left_out)
+    is_values = competition.task == "values"
+    return run_stage(
+        "ensemble",
+        inputs={"weights": weights} | {f"{each}/fold{k}/test": paths.test(each, k) for each in runs for k in chosen},
+        outputs={"test": paths.ensemble_dir(name) / "test.parquet"},
+        params={"version": VERSION, "competition": competition.name, "test_only": True, "folds": chosen},
+        build=partial(blend_test, job, told["weights"]) if is_values else partial(choose_test, job, told.get("policy")),
     )
 
 

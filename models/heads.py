@@ -18,6 +18,7 @@ from models.layers.precision import at_least_float32
 Pool = Literal["mean", "attention", "gru"]
 
 DISTANCE_RANGE = (4.0, 60.0)  # Å; C1'–C1' is 5.4 between neighbours and 10.4 in a Watson–Crick pair
+NUM_LDDT_BINS = 20  # of the lDDT that a network expects of its coordinates, from 0 to 1
 
 
 class DistanceBins(NamedTuple):
@@ -44,6 +45,13 @@ def distance_bins(num_bins: int) -> DistanceBins:
     return DistanceBins(edges, [edges[0] - step / 2, *(edge + step / 2 for edge in edges)])
 
 
+def expected_lddt(logits_BLK: Tensor) -> Tensor:
+    """LDDT that a network expects of each nucleotide: [..., K] logits over equal bins to [...] in (0, 1)."""
+    bins = logits_BLK.shape[-1]
+    centre_K = (torch.arange(bins, device=logits_BLK.device) + 0.5) / bins
+    return logits_BLK.float().softmax(-1) @ centre_K
+
+
 class Heads(nn.Module):
     """All heads of a network; each argument is described in `RnaEncoder`."""
 
@@ -68,16 +76,22 @@ class Heads(nn.Module):
             else None
         )
         self.classes = ClassHead(width, num_classes=num_classes, pool=pool) if num_classes else None
-        self.coordinates = CoordinateHead(width, use_bpp=use_bpp, track_width=pair_width) if coordinates else None
+        self.coordinates = (
+            CoordinateHead(width, num_bins=NUM_LDDT_BINS, use_bpp=use_bpp, track_width=pair_width)
+            if coordinates
+            else None
+        )
 
     def forward(self, x_BLD: Tensor, inputs: RnaInputs, pair_BLLP: Tensor | None = None) -> RnaOutputs:
         """Predict from the last hidden layer and, where the network has them, its pair features."""
         _, mask_BL, bpp_BLL = inputs
+        placed = None if self.coordinates is None else self.coordinates(x_BLD, mask_BL, bpp_BLL, pair_BLLP)
         return RnaOutputs(
             values_BLC=None if self.values is None else self.values(x_BLD, mask_BL),
             distance_logits_BLLK=None if self.distances is None else self.distances(x_BLD, bpp_BLL, pair_BLLP),
             class_logits_BC=None if self.classes is None else self.classes(x_BLD, mask_BL),
-            c1_xyz_BL3=None if self.coordinates is None else self.coordinates(x_BLD, mask_BL, bpp_BLL, pair_BLLP),
+            c1_xyz_BL3=None if placed is None else placed.xyz_BL3,
+            lddt_logits_BLK=None if placed is None else placed.lddt_logits_BLK,
         )
 
 
@@ -148,4 +162,7 @@ class PackedGru(nn.Module):
 
 
 def _pack(x_BLD: Tensor, mask_BL: Tensor) -> PackedSequence:
-    return pack_padded_sequence(x_BLD, mask_BL.sum(1).cpu(), batch_first=True, enforce_sorted=False)
+    mask_BL = mask_BL.cpu()
+    if not mask_BL[:, 0].all() or (mask_BL[:, 1:] > mask_BL[:, :-1]).any():
+        raise ValueError("GRU head: got a mask with padding before a nucleotide; expected it on the right alone.")
+    return pack_padded_sequence(x_BLD, mask_BL.sum(1), batch_first=True, enforce_sorted=False)

@@ -20,6 +20,7 @@ from models.layers.blocks import EncoderBlock, FeedForward
 from models.layers.embedding import NUM_NUCLEOTIDES
 from models.layers.long_conv import fft_conv
 from models.layers.masked import zero_pads
+from models.layers.precision import at_least_float32
 from models.layers.sepconv import DepthwiseConv
 from models.layers.undecayed import leave_undecayed
 from models.registry import register_model
@@ -135,7 +136,8 @@ class HyenaOperator(nn.Module):
             before_DL = kernels[1][i] if self.bidirectional else None
             # the gates are zero under the padding, and with them what goes into each long convolution
             v_BLD = fft_conv(v_BLD * gate_BLD, kernels[0][i], before_DL, self.skip_ND[i])
-        return self.out(v_BLD * gates[0])
+        with torch.autocast(x_BLD.device.type, enabled=False):  # the product of gates leaves half precision's range
+            return self.out(v_BLD * at_least_float32(gates[0]))
 
 
 @register_model

@@ -23,6 +23,7 @@ class RnaOutputs(NamedTuple):
     distance_logits_BLLK: Tensor | None = None  # float32, symmetric: bins of the C1'–C1' distance
     class_logits_BC: Tensor | None = None  # float32, one value per sequence and class
     c1_xyz_BL3: Tensor | None = None  # float32, Å, zero where padded; centred on the real positions, frame arbitrary
+    lddt_logits_BLK: Tensor | None = None  # float32, with c1_xyz: bins of how right each nucleotide's surroundings are
 
 
 class RnaModel(nn.Module):

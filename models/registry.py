@@ -6,6 +6,7 @@ it is given against that signature, so that a typo in a TOML file is answered by
 
 import difflib
 import inspect
+import math
 import typing
 from collections.abc import Mapping
 from typing import TypeVar
@@ -16,6 +17,10 @@ from models.interface import RnaModel
 
 _MODELS: dict[str, type[RnaModel]] = {}
 _SCALARS = (bool, int, float, str)
+
+#: smallest value of a whole number; of the others 0, which means "none" for most
+_LEAST = dict.fromkeys(("width", "depth", "state", "expand", "num_heads", "head_width", "filter_width"), 1)
+_LEAST |= {"vocabulary": 4}
 
 Model = TypeVar("Model", bound=type[RnaModel])
 
@@ -103,3 +108,8 @@ def _check_type(value: object, annotation: typing.Any, *, where: str) -> None:
     allowed = (int, float) if annotation is float else (annotation,)
     if type(value) not in allowed:
         raise ValueError(f"{where}: got {value!r} ({type(value).__name__}); expected {annotation.__name__}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: got {value!r}; expected a finite number.")
+    least = _LEAST.get(where.rpartition(" ")[2], 0)
+    if annotation is int and typing.cast(int, value) < least:
+        raise ValueError(f"{where}: got {value!r}; expected {least} or more.")

@@ -21,7 +21,7 @@ import shutil
 import signal
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -81,12 +81,13 @@ def _installed_version() -> str:
         return str(rna.__version__)
 
 
-def run(paths: Paths, *, workers: int | None = None) -> Report:
+def run(paths: Paths, *, workers: int | None = None, tables: Sequence[str] = ("train", "test")) -> Report:
     """Compute the base-pair probabilities of all sequences of the clean train and test tables.
 
     Args:
         paths: artefacts of one competition; ``clean/train`` and ``clean/test`` are read, ``bpp/bpp.parquet`` written.
         workers: processes; by default one per CPU this process may use.
+        tables: clean tables whose sequences are folded; ``test`` alone where nothing is trained.
 
     Returns:
         Report with the output ``bpp``.
@@ -107,7 +108,7 @@ def run(paths: Paths, *, workers: int | None = None) -> Report:
         "max_whole": MAX_WHOLE,
         "window": WINDOW,
     }
-    inputs = {table: paths.clean(table) for table in ("train", "test")}
+    inputs = {table: paths.clean(table) for table in tables}
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
         with run_lock(paths.bpp.parent):  # only around work: folds that train at once all ask whether it is done

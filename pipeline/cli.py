@@ -46,6 +46,9 @@ Sets = Annotated[
 ]
 Rounds = Annotated[int, typer.Option("--rounds", help="Measurements of each cell, in turn; the median counts.", min=1)]
 Name = Annotated[str, typer.Option("--name", help="Name of the ensemble.")]
+TestOnly = Annotated[
+    bool, typer.Option("--test-only", help="The test set alone: where checkpoints came from elsewhere.")
+]
 
 
 def _ask_for_kernels(mode: str) -> str:
@@ -117,6 +120,10 @@ def data(
     ] = "",
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
+    test_only: TestOnly = False,
+    rows: Annotated[
+        int | None, typer.Option("--rows", help="With --test-only: so many test sequences, for a trial.", min=1)
+    ] = None,
 ) -> None:
     """Read and check the raw files, and write clean tables with a validation report."""
     from pipeline import preprocess
@@ -126,7 +133,10 @@ def data(
         raise ConfigError(
             f"data: RAW is empty and {paths.raw} does not exist. Next: RAW=<folder> with the files, or make download."
         )
-    report = preprocess.run(competition, Path(raw).expanduser() if raw else paths.raw, paths)
+    if rows is not None and not test_only:
+        raise ConfigError("data: --rows shortens the test set alone. Next: give --test-only with it, or leave it out.")
+    folder = Path(raw).expanduser() if raw else paths.raw
+    report = preprocess.run(competition, folder, paths, test_only=test_only, rows=rows)
     show(report, preprocess.describe(report.facts))
 
 
@@ -135,11 +145,13 @@ def bpp(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
     workers: Annotated[int | None, typer.Option("--workers", help="Processes; default: one per CPU.")] = None,
+    test_only: TestOnly = False,
 ) -> None:
     """Compute base-pair probabilities of all sequences with ViennaRNA (needed by models with use_bpp = true)."""
     from pipeline import bpp as stage
 
-    show(stage.run(_paths(comp, artifacts), workers=workers))
+    tables = ("test",) if test_only else ("train", "test")
+    show(stage.run(_paths(comp, artifacts), workers=workers, tables=tables))
 
 
 @app.command()
@@ -170,6 +182,53 @@ def audit(
 
 
 @app.command()
+def templates(
+    raw: Annotated[Path, typer.Option("--raw", help="Folder with mmCIF or PDB files, also in folders below.")],
+    comp: Comp = "rna3d",
+    artifacts: Artifacts = _ARTIFACTS,
+    workers: Annotated[int | None, typer.Option("--workers", help="Processes; default: one per CPU.")] = None,
+) -> None:
+    """Read structure files into a dated library of RNA chains (needs gemmi: the extra templates)."""
+    from pipeline.preprocess import describe
+    from pipeline.templates import library
+
+    report = library.run(_paths(comp, artifacts), raw=raw.expanduser(), workers=workers)
+    show(report, describe(report.facts))
+
+
+@app.command("templates-predict")
+def templates_predict(
+    comp: Comp = "rna3d",
+    artifacts: Artifacts = _ARTIFACTS,
+    split: Split = _SPLIT,
+    msa: Annotated[
+        Path | None, typer.Option("--msa", help="Alignments: folder of <target>.MSA.fasta, or parquet target_id, msa.")
+    ] = None,
+) -> None:
+    """Predict structures from templates that a target's date and fold allow, as a run that ensemble takes."""
+    from pipeline.templates import predict as stage
+    from submissions.tm_score import tm_scores
+
+    paths = _paths(comp, artifacts)
+    report = stage.run(paths, competition=_competition(comp), split=split, score=tm_scores, msa=msa)
+    show(report, stage.describe(report.facts))
+
+
+@app.command()
+def denovo(
+    comp: Comp = "rna3d",
+    artifacts: Artifacts = _ARTIFACTS,
+    split: Split = _SPLIT,
+) -> None:
+    """Predict structures from pairing and from loops of known structures, as a run that ensemble takes."""
+    from pipeline.structure import predict as stage
+    from submissions.tm_score import tm_scores
+
+    report = stage.run(_paths(comp, artifacts), competition=_competition(comp), split=split, score=tm_scores)
+    show(report, stage.describe(report.facts))
+
+
+@app.command()
 def train(
     context: typer.Context,
     comp: Comp = _COMP,
@@ -196,6 +255,9 @@ def train(
     track: Annotated[
         list[str] | None, typer.Option("--track", help="Also tell tensorboard or wandb (offline); repeatable.")
     ] = None,
+    nproc: Annotated[
+        int, typer.Option("--nproc", help="Processes that train together, one for each GPU of this machine.", min=1)
+    ] = 1,
     kernels: Kernels = "auto",
 ) -> None:
     """Train one fold (or all) and predict; started again it resumes, or says that it is finished."""
@@ -208,7 +270,12 @@ def train(
     if background:
         folder = jobs.job_folder(paths, run, None if all_folds else fold)
         raise typer.Exit(jobs.start(_same_words(context, without="background"), folder=folder))
-    with StopRequest(), jobs.at_work(paths.run_dir(run)) if all_folds else contextlib.nullcontext():
+    if nproc > 1:
+        from pipeline.training.distributed import launch
+
+        raise typer.Exit(launch(_same_words(context, without="nproc"), processes=nproc))
+    holds = all_folds and os.environ.get("RANK", "0") == "0"  # of torchrun's processes the first one
+    with StopRequest(), jobs.at_work(paths.run_dir(run)) if holds else contextlib.nullcontext():
         from pipeline import train_folds
         from pipeline.training.trackers import find_trackers
 
@@ -358,6 +425,7 @@ def predict(
     fold: Fold = 0,
     tag: Tag = "",
     set_: Sets = None,
+    test_only: TestOnly = False,
     kernels: Kernels = "auto",
 ) -> None:
     """Predict the held-out fold and the test set with a trained checkpoint, which carries its own configuration."""
@@ -368,7 +436,9 @@ def predict(
     with StopRequest():
         from pipeline import predict as stage
 
-        show(stage.run(competition=_competition(comp), paths=_paths(comp, artifacts), run=run, fold=_fold(fold, split)))
+        where: dict[str, Any] = {"paths": _paths(comp, artifacts), "run": run, "fold": _fold(fold, split)}
+        where |= {"which": ("test",)} if test_only else {}
+        show(stage.run(competition=_competition(comp), **where))
 
 
 @app.command()
@@ -378,14 +448,25 @@ def ensemble(
     split: Split = _SPLIT,
     name: Name = _NAME,
     run: Annotated[list[str] | None, typer.Option("--run", help="Run to use; default: every finished one.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="Join test predictions alone, by an earlier weights.json.")
+    ] = None,
+    fold: Annotated[
+        list[int] | None, typer.Option("--fold", help="With --weights: use these folds; repeatable.", min=0)
+    ] = None,
 ) -> None:
     """Join folds and models into one prediction table, with weights learned on out-of-fold predictions."""
     from folds import ensemble as stage
+    from submissions.tm_score import tm_scores
 
     paths = _paths(comp, artifacts)
+    if weights is not None:
+        report = stage.apply(paths, competition=_competition(comp), name=name, weights=weights, folds=fold or None)
+        show(report, f"{report.facts['test_rows']:,} test rows from folds {report.facts['folds']}")
+        return
     runs = run or finished_runs(paths, split)
     warn_of_unfinished(paths, runs)
-    report = stage.run(paths, competition=_competition(comp), name=name, runs=runs, split=split)
+    report = stage.run(paths, competition=_competition(comp), name=name, runs=runs, split=split, score=tm_scores)
     show(report, stage.describe(report.facts))
 
 
@@ -395,11 +476,13 @@ def submit(
     artifacts: Artifacts = _ARTIFACTS,
     name: Name = _NAME,
     fmt: Annotated[str, typer.Option("--format", help="csv or parquet.")] = "csv",
+    to: Annotated[Path | None, typer.Option("--to", help="Folder of the file; default: submissions/csv.")] = None,
 ) -> None:
     """Write the submission file and check it; an invalid file never gets its final name."""
     from submissions import write
 
-    report = write.run(_paths(comp, artifacts), competition=_competition(comp), name=name, fmt=fmt)
+    paths = _paths(comp, artifacts) if to is None else Paths(comp=comp, root=artifacts, csv_dir=to)
+    report = write.run(paths, competition=_competition(comp), name=name, fmt=fmt)
     show(report, write.describe(report.facts))
 
 
@@ -430,6 +513,110 @@ def submit_kaggle(
 
 
 @app.command()
+def kernel(
+    owner: Annotated[str, typer.Option("--owner", help="Your user name on Kaggle.")] = "",
+    mode: Annotated[str, typer.Option("--mode", help="train, or predict: with an ensemble's checkpoints.")] = "train",
+    comp: Comp = _COMP,
+    artifacts: Artifacts = _ARTIFACTS,
+    model: Model = "ribonanza_mamba",
+    split: Split = _SPLIT,
+    fold: Fold = 0,
+    all_folds: Annotated[bool, typer.Option("--all-folds", help="Train every fold of the split in turn.")] = False,
+    tag: Tag = "",
+    set_: Sets = None,
+    name: Name = _NAME,
+    limit: Annotated[str, typer.Option("--limit", help="Time that the notebook may take.")] = "9h",
+    resume: Annotated[str, typer.Option("--resume", help="owner/slug of the notebook to go on from.")] = "",
+    gpu: Annotated[bool, typer.Option("--gpu/--no-gpu", help="Ask for two T4.")] = True,
+) -> None:
+    """Pack a Kaggle notebook that needs no internet: our wheel, missing wheels, settings or weights, its script."""
+    from pipeline.kernel import bundle
+
+    if mode not in ("train", "predict"):
+        raise ConfigError(f"KERNEL={mode!r}: expected train or predict.")
+    if mode == "train":
+        _config(model, split=split, tag=tag, overrides=set_ or ())
+    order = bundle.Order(
+        competition=_competition(comp),
+        paths=_paths(comp, artifacts),
+        owner=owner,
+        mode=mode,  # type: ignore[arg-type]
+        split=split,
+        model=model,
+        run=run_name(model, split=split, tag=tag),
+        tag=tag,
+        overrides=set_ or (),
+        folds=tuple(range(_fold_count(split))) if all_folds else (_fold(fold, split),),
+        ensemble=name,
+        limit_s=_seconds(limit, option="--limit") or 0.0,
+        resume=resume,
+        gpu=gpu,
+    )
+    report = bundle.build(order)
+    show(report, bundle.describe(report.facts))
+
+
+Slug = Annotated[str, typer.Option("--slug", help="Name of the bundle; default: the one there is.")]
+
+
+@app.command("kernel-push")
+def kernel_push(comp: Comp = _COMP, artifacts: Artifacts = _ARTIFACTS, slug: Slug = "") -> None:
+    """Send a bundle to Kaggle, where the notebook starts to run, and see that it arrived."""
+    from pipeline.kernel import service
+
+    paths = _paths(comp, artifacts)
+    report = service.push(paths, slug=_slug(paths, slug))
+    show(report, service.describe(report.facts))
+
+
+@app.command("kernel-status")
+def kernel_status(
+    comp: Comp = _COMP,
+    artifacts: Artifacts = _ARTIFACTS,
+    slug: Slug = "",
+    wait: Annotated[str, typer.Option("--wait", help="Until it ended, at most: 30m, 12h.")] = "",
+) -> None:
+    """Say how a notebook is doing; a failed one is told with its reason."""
+    from pipeline.kernel import service
+
+    paths = _paths(comp, artifacts)
+    report = service.status(paths, slug=_slug(paths, slug), wait=_seconds(wait, option="--wait") or 0.0)
+    show(report, service.describe(report.facts))
+
+
+@app.command("kernel-pull")
+def kernel_pull(comp: Comp = _COMP, artifacts: Artifacts = _ARTIFACTS, slug: Slug = "") -> None:
+    """Fetch what a notebook left, verified: trained folds become local runs, a submission can be checked here."""
+    from pipeline.kernel import service
+
+    paths = _paths(comp, artifacts)
+    report = service.pull(paths, slug=_slug(paths, slug))
+    show(report, service.describe(report.facts))
+
+
+@app.command("kernel-check")
+def kernel_check(
+    artifacts: Artifacts = _ARTIFACTS,
+    python: Annotated[
+        Path, typer.Option("--python", help="Of an environment with the packages of Kaggle's image; default: this one.")
+    ] = Path(sys.executable),
+) -> None:
+    """Rehearse both kinds of notebook on synthetic data: bare Python, no network, read-only inputs."""
+    from pipeline.kernel import check as rehearsal
+
+    report = rehearsal.run(artifacts / "kernel-check", python=python)
+    show(report, rehearsal.describe(report.facts))
+
+
+@app.command()
+def handover(comp: Comp = _COMP, artifacts: Artifacts = _ARTIFACTS, name: Name = _NAME) -> None:
+    """Write the files that Kaggle asks of winners, from the ensemble and the settings of its runs."""
+    from pipeline import handover as stage
+
+    show(stage.run(_paths(comp, artifacts), competition=_competition(comp), name=name))
+
+
+@app.command()
 def check(
     file: Annotated[Path, typer.Argument(help="A submission: CSV, CSV.GZ or parquet.")],
     comp: Comp = _COMP,
@@ -456,6 +643,19 @@ def evaluate(
     from submissions import evaluate as stage
 
     report = stage.run(_paths(comp, artifacts), competition=_competition(comp), name=name, split=split)
+    show(report, stage.describe(report.facts))
+
+
+@app.command("score-tm")
+def score_tm(
+    traces: Annotated[Path, typer.Option("--traces", help="Folder with models, model_traces, native_traces.parquet.")],
+    out: Annotated[Path, typer.Option("--out", help="Parquet file for model_id, tm_byresi, tm_seqindep.")],
+    engine: Annotated[str, typer.Option("--engine", help="built-in, or usalign: the program, installed.")] = "built-in",
+) -> None:
+    """Score a folder of C1' traces by both TM-scores: residues matched by number, and by the shapes alone."""
+    from submissions import score_traces as stage
+
+    report = stage.run(traces, out, engine=engine)
     show(report, stage.describe(report.facts))
 
 
@@ -497,7 +697,7 @@ def bench_data(artifacts: Artifacts = _ARTIFACTS) -> None:
 
 
 @app.command("bench-kernels")
-def bench_kernels(rounds: Rounds = 3) -> None:
+def bench_kernels(rounds: Rounds = 2) -> None:
     """Time Mamba's scan and Hyena's long convolution beside other implementations; memory and slopes too."""
     from pipeline import bench_kernels as bench
 
@@ -510,6 +710,24 @@ def bench_models(rounds: Rounds = 2) -> None:
     from pipeline import bench_models as bench
 
     bench.run(rounds=rounds)
+
+
+@app.command("bench-tm")
+def bench_tm(
+    traces: Annotated[Path, typer.Option("--traces", help="Folder of C1' traces, as score-tm reads it.")],
+) -> None:
+    """Time both TM-scores beside one US-align process a pair, if that is installed, and compare the scores."""
+    from submissions import bench_tm as bench
+
+    output.print(bench.run(traces))
+
+
+@app.command("bench-loader")
+def bench_loader(artifacts: Artifacts = _ARTIFACTS, comp: Comp = _COMP) -> None:
+    """Time the making of batches, with and without workers, and count the padding of the clean training table."""
+    from pipeline import bench_loader as bench
+
+    output.print(bench.run(_paths(comp, artifacts)))
 
 
 @app.command("bench-folds")
@@ -544,13 +762,18 @@ def run_name(model: str, *, split: str, tag: str = "") -> str:
     return f"{Path(model).stem}{'+' + tag if tag else ''}.{split}"
 
 
+def _is_begun(folder: Path) -> bool:
+    """Whether a folder of runs holds one: training left a checkpoint, or a stage without training its predictions."""
+    return any(folder.glob("fold*/checkpoints")) or any(folder.glob("fold*/oof.parquet"))
+
+
 def finished_runs(paths: Paths, split: str) -> list[str]:
     """Runs of a split whose folds all have out-of-fold and test predictions, sorted by name.
 
     Raises:
         DataError: there is none.
     """
-    begun = (path for path in (paths.home / "runs").glob(f"*.{split}") if any(path.glob("fold*/checkpoints")))
+    begun = (path for path in (paths.home / "runs").glob(f"*.{split}") if _is_begun(path))
     runs = sorted(path.name for path in begun if "+sweep-" not in path.name)
     complete = [
         run
@@ -580,6 +803,17 @@ def warn_of_unfinished(paths: Paths, runs: Sequence[str]) -> None:
                 f"{run}: {', '.join(early)} predicted before the training was finished; these predictions are used. "
                 "Next: make train goes on with it, then make ensemble again."
             )
+
+
+def _slug(paths: Paths, slug: str) -> str:
+    """The bundle that is meant: the one that is named, or the only one there is."""
+    known = sorted(path.parents[1].name for path in (paths.home / "kernels").glob("*/dataset/MANIFEST.json"))
+    if slug in known or (not slug and len(known) == 1):
+        return slug or known[0]
+    if not known:
+        raise DataError(f"{paths.home / 'kernels'}: no bundle. Next: make kernel COMP={paths.comp} OWNER=<user>.")
+    got = f"SLUG={slug!r} is not there" if slug else "there are several bundles"
+    raise ConfigError(f"{paths.home / 'kernels'}: {got}; expected SLUG= one of {', '.join(known)}.")
 
 
 def _config(model: str, *, split: str, tag: str, overrides: Sequence[str], resumes: bool = False) -> tuple[Any, str]:

@@ -37,10 +37,15 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "ema_decay": (0, 0.999999),
     "gradient_checkpointing": (0, math.inf),
     "save_every": (0, math.inf),
+    "workers": (0, math.inf),
+    "process_timeout": (1, math.inf),
     "patience": (0, math.inf),
     "max_skips": (0, math.inf),
     "max_rollbacks": (0, math.inf),
     "spike_threshold": (0, math.inf),
+    "frame_weight": (0, math.inf),
+    "tm_weight": (0, math.inf),
+    "confidence_weight": (0, math.inf),
 }
 
 
@@ -84,8 +89,14 @@ class TrainConfig:
     save_every: int = 500  # steps between checkpoints; the end of an epoch always saves
     patience: int = 0  # epochs without improvement before stopping; 0 = never
     deterministic: bool = False
+    workers: int = 0  # processes that read batches ahead, for each training process; 0 = none
+    process_timeout: float = 300.0  # seconds after which one of several training processes that is silent is lost
     max_skips: int = 5  # batches in a row that may be skipped for non-finite values or loss spikes
     max_rollbacks: int = 3
+    # of the terms of a structure's loss, beside distances, which weigh 1; they count where model.kwargs.coordinates is on
+    frame_weight: float = 1.0  # of coordinates as seen from local frames
+    tm_weight: float = 1.0  # of coordinates after superposition
+    confidence_weight: float = 0.1  # of the confidence in them
     # a loss so many robust standard deviations above the last 128 is a spike and its batch is skipped; 0 = off, because
     # batches of another length or library may be that different; a try begins with 10 or more
     spike_threshold: float = 0.0

@@ -43,8 +43,31 @@ class RnaExample(NamedTuple):
     bpp_p_K: np.ndarray | None = None  # float32 in (0, 1]
 
 
+class _File(NamedTuple):
+    """A memory-mapped array on its way to another process."""
+
+    path: str
+
+
+class _Mapped:
+    """Pickles arrays of mapped files as the files' names: who gets them opens the files, and no byte is copied."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: _file_of(value) for name, value in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            mapped = np.asarray(np.load(value.path, mmap_mode="r")) if isinstance(value, _File) else value
+            object.__setattr__(self, name, mapped)
+
+
+def _file_of(value: Any) -> Any:
+    base = value.base if isinstance(value, np.ndarray) else None
+    return _File(str(base.filename)) if isinstance(base, np.memmap) and base.size == value.size else value
+
+
 @dataclass(frozen=True, kw_only=True)
-class BppArrays:
+class BppArrays(_Mapped):
     """Sparse base-pair probabilities, one row per example of the set that holds them."""
 
     key: str
@@ -55,7 +78,7 @@ class BppArrays:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExampleSet:
+class ExampleSet(_Mapped):
     """All examples of one table, on disk until they are asked for."""
 
     key: str

@@ -115,18 +115,19 @@ def _wait_for_begin(process: subprocess.Popen, folder: Path) -> int | None:
     """Exit code of a job that ended, or None once it trains or has been at it for a while."""
     give_up = float("inf")
     while (code := process.poll()) is None:
-        if time.monotonic() >= give_up or _trains(process.pid, folder):
+        if time.monotonic() >= give_up or _trains(folder):
             return None
-        if give_up == float("inf") and worker(folder) == process.pid:
+        if give_up == float("inf") and worker(folder) is not None:
             give_up = time.monotonic() + _BEGIN_S
         time.sleep(_POLL_S)
     return code
 
 
-def _trains(pid: int, folder: Path) -> bool:
-    """Whether a process has said of a fold that it is running."""
+def _trains(folder: Path) -> bool:
+    """Whether the process at work has said of a fold that it is running; of several that is the first of them."""
+    pid = worker(folder)
     found = (read_status(each) for each in (folder, *folder.glob("fold*")))
-    return any(status.get("pid") == pid and status.get("state") == "running" for status in found)
+    return any(pid is not None and status.get("pid") == pid and status.get("state") == "running" for status in found)
 
 
 @contextlib.contextmanager

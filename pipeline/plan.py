@@ -3,7 +3,7 @@
 The step runs on fake tensors, which have shapes and no memory, while every storage that would be allocated and freed is
 counted: forward, loss, backward, recomputation. What cannot run on them (a recurrent head, a scan in a Python loop)
 runs for real at three small sizes, from which the memory follows, as it is linear in the batch and quadratic in the
-length.
+length (a Fourier transform is not quite: there it may come out half as large again).
 
 On the CPU the heap of the C library holds more than the tensors: freed blocks into which nothing else fits. Steps of
 eight networks of 0.1 to 12 million parameters, batches of 4 to 32, L 177 to 500, with and without gradient
@@ -51,15 +51,16 @@ class Step:
     accumulates: bool  # whether gradients of earlier micro-batches are there already
 
     @classmethod
-    def of(cls, config: RunConfig, *, length: int) -> "Step":
-        """The largest step of a run whose longest sequence has `length` nt."""
+    def of(cls, config: RunConfig, *, length: int, sequences: int | None = None) -> "Step":
+        """The largest step of a run with so many sequences, the longest of `length` nt."""
         train = config.train
-        micro_batch = train.largest_micro_batch
+        batch_size = min(train.batch_size, sequences or train.batch_size)
+        micro_batch = min(train.largest_micro_batch, batch_size)
         return cls(
             micro_batch=micro_batch,
             length=min(length, config.data.max_length),
             gradient_checkpointing=train.gradient_checkpointing,
-            accumulates=micro_batch < train.batch_size,
+            accumulates=micro_batch < batch_size,
         )
 
 
@@ -142,6 +143,7 @@ def make_plan(
     build: Build,
     *,
     length: int | None = None,
+    sequences: int | None = None,
     device: torch.device | None = None,
     available: int | None = None,
 ) -> Plan:
@@ -151,6 +153,7 @@ def make_plan(
         config: of the run.
         build: makes its network.
         length: of the longest sequence in nt, as far as known; the run's ``max_length`` crops it.
+        sequences: that train, which no batch exceeds; None = more than a batch.
         device: where it trains; None = where `choose_device` would.
         available: bytes that it may take; None = what is free.
 
@@ -165,7 +168,7 @@ def make_plan(
     def count(step: Step) -> Need:
         return estimate(build, step, precision=precision, device=device, averaged=averaged)
 
-    step = Step.of(config, length=length or config.data.max_length)
+    step = Step.of(config, length=length or config.data.max_length, sequences=sequences)
     plan = Plan(step=step, need=count(step), available=available, precision=precision, device=device)
     if plan.fits:
         return plan
@@ -173,7 +176,7 @@ def make_plan(
     return replace(plan, fitting=next((found for found in smaller if found[1].total <= available), None))
 
 
-def check(config: RunConfig, build: Build, *, length: int, device: torch.device | None = None) -> str:
+def check(config: RunConfig, build: Build, *, length: int, sequences: int, device: torch.device) -> str:
     """Refuse a run that cannot fit, and say of another what it needs; arguments as for `make_plan`.
 
     A run on a GPU with ``micro_batch = "auto"`` is let go: it halves its batches by itself when memory runs out.
@@ -181,7 +184,7 @@ def check(config: RunConfig, build: Build, *, length: int, device: torch.device 
     Raises:
         StorageError: with the settings that would fit.
     """
-    plan = make_plan(config, build, length=length, device=device)
+    plan = make_plan(config, build, length=length, sequences=sequences, device=device)
     if not (config.train.micro_batch == "auto" and plan.device.type == "cuda"):
         plan.require_fit()
     return plan.line()

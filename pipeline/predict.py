@@ -11,31 +11,33 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from models.interface import RnaModel, RnaOutputs
+from models.heads import expected_lddt
+from models.interface import RnaInputs, RnaModel, RnaOutputs
 from pipeline.augment import flip
-from pipeline.batch import make_batch, plan_by_tokens
+from pipeline.batch import make_batch
 from pipeline.competitions.base import Competition
 from pipeline.config import RunConfig, config_from_dict
 from pipeline.dataset import ExampleSet, create_mapped, dense_bpp, fold_members, open_examples, read_folds
 from pipeline.errors import ConfigError, DataError, DivergedError, StoppedError, StorageError
+from pipeline.packing import plan_by_tokens
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, say, warn
 from pipeline.schema import decode
 from pipeline.stage import Report, run_stage, sha256_file
 from pipeline.train import build_model
-from pipeline.training.checkpoint import CheckpointStore, DamagedError, load_checkpoint, read_meta
+from pipeline.training.checkpoint import CheckpointStore, DamagedError, load_weights, read_meta
 from pipeline.training.failures import is_out_of_memory
 from pipeline.training.precision import choose_device
 from pipeline.training.stop import StopRequest
 
-_VERSION = 1
+_VERSION = {"values": 1, "structure": 2}
 _ROWS = 8192  # of a row group of value predictions
 _STRUCTURE_ROWS = 320  # of a row group of structures: 64 sequences
 _CANDIDATES = 5
@@ -44,6 +46,7 @@ _SAMPLES, _SAMPLE_S = 5, 10.0  # batches of a table that an estimate times, and 
 MAX_PAIR_LENGTH = 1000
 
 Which = Literal["oof", "test"]
+Computed = TypeVar("Computed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +156,7 @@ def _run_table(
         return {"sequences": len(positions), "nucleotides": int(examples.lengths[positions].sum())}
 
     output = paths.oof(run, fold) if table == "oof" else paths.test(run, fold)
-    params = {"version": _VERSION, "flipped": config.data.flip > 0}
+    params = {"version": _VERSION[competition.task], "flipped": config.data.flip > 0}
     if unfinished:  # so that they are told apart, and made again when the training is finished
         params["unfinished"] = True
     return run_stage(f"predict-{table}", inputs=inputs, outputs={table: output}, params=params, build=build)
@@ -252,7 +255,7 @@ def _load_network(job: _Job) -> tuple[RnaModel, torch.device]:
     device = choose_device()
     model = build_model(job.config.model, job.competition)
     try:
-        model.load_state_dict(load_checkpoint(job.checkpoint).weights)
+        model.load_state_dict(load_weights(job.checkpoint))
     except DamagedError as err:
         raise _damaged(job.checkpoint, err) from err
     return model.to(device).eval(), device
@@ -340,7 +343,7 @@ def _forward(
         return [(one + turn(pick(outputs, b, length))) / 2 for b, (one, length) in enumerate(pairs)]
 
 
-def _unless_out_of_memory(compute: Callable[[], list[np.ndarray]]) -> list[np.ndarray] | None:
+def _unless_out_of_memory(compute: Callable[[], Computed]) -> Computed | None:
     try:
         return compute()
     except (MemoryError, RuntimeError) as err:
@@ -374,22 +377,31 @@ def _write_structures(job: _Job, path: Path, *, label: str) -> None:
 
 
 def _structure_rows(job: _Job, model: RnaModel, device: torch.device, position: int) -> list[dict[str, Any]]:
-    """Five candidates of one sequence, from the distances that the network expects and from pairing."""
+    """Five candidates of one sequence: from pairing, from the distances that the network expects, and its coordinates.
+
+    Where there is a network, its distances say of all of them how right they are.
+    """
+    from pipeline.structure import choice
     from pipeline.structure.fold3d import candidates_from_distogram
 
     example = job.examples.example(position)
+    seed = zlib.crc32(example.id.encode()) ^ job.config.train.seed
     logits_LLK = None
     if len(example.tokens_L) <= MAX_PAIR_LENGTH:
         logits_LLK = _predict_distances(job, model, device, position)
         if not np.isfinite(logits_LLK).all():
             raise _not_finite(job, position)
+    sequence, bpp_LL = decode(example.tokens_L), dense_bpp(example)
     xyz_ML3, confidence_M = candidates_from_distogram(
-        logits_LLK,
-        sequence=decode(example.tokens_L),
-        bpp_LL=dense_bpp(example),
-        count=_CANDIDATES,
-        seed=zlib.crc32(example.id.encode()) ^ job.config.train.seed,
+        logits_LLK, sequence=sequence, bpp_LL=bpp_LL, count=_CANDIDATES, seed=seed
     )
+    if logits_LLK is not None:
+        own_ML3, lddt_M = _predict_traces(job, model, device, position, seed=seed)
+        pool_NL3 = np.concatenate([xyz_ML3, own_ML3])
+        confidence_N = choice.expected_lddt(logits_LLK, pool_NL3)
+        confidence_N[len(xyz_ML3) :] += lddt_M  # two opinions of the same
+        confidence_N[len(xyz_ML3) :] /= 2
+        xyz_ML3, confidence_M = choice.most_trusted(pool_NL3, confidence_N, count=_CANDIDATES)
     if not (np.isfinite(xyz_ML3).all() and np.isfinite(confidence_M).all()):
         raise _not_finite(job, position)
     key = {"sequence_id": example.id} | ({} if job.fold is None else {"fold": job.fold})
@@ -413,11 +425,48 @@ def _predict_distances(job: _Job, model: RnaModel, device: torch.device, positio
         lambda: _forward(job, model, device, one, pick=pick, turn=lambda logits_LLK: logits_LLK[::-1, ::-1])
     )
     if logits is None:
-        length = job.examples.lengths[position]
-        raise StorageError(
-            f"{device} is out of memory on a structure of {length} nt. Next: predict on a larger machine."
-        )
+        raise _too_long(job, device, position)
     return logits[0]
+
+
+def _predict_traces(
+    job: _Job, model: RnaModel, device: torch.device, position: int, *, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The network's own coordinates, all but the first with dropout, and the lDDT that it expects of them.
+
+    [M, L, 3] Å and [M]; M is 0 where there is no such head. Sequences are not read backwards here: of coordinates in
+    arbitrary frames there is no mean.
+    """
+    from pipeline.structure.geometry import relax
+
+    inputs = make_batch(job.examples, np.array([position])).to(device).inputs
+    found = _unless_out_of_memory(lambda: _draw_traces(model, inputs, seed=seed))
+    if found is None:
+        raise _too_long(job, device, position)
+    if not all(np.isfinite(xyz_L3).all() for xyz_L3, _ in found):
+        raise _not_finite(job, position)
+    traces = [relax(xyz_L3, []) for xyz_L3, _ in found]
+    return np.reshape(traces, (-1, job.examples.lengths[position], 3)), np.array([lddt for _, lddt in found])
+
+
+@torch.no_grad()
+def _draw_traces(model: RnaModel, inputs: RnaInputs, *, seed: int) -> list[tuple[np.ndarray, float]]:
+    found = []
+    with torch.random.fork_rng():
+        for k in range(_CANDIDATES):
+            torch.manual_seed(seed + k)
+            outputs = model.train(k > 0)(inputs)
+            model.eval()
+            if outputs.c1_xyz_BL3 is None or outputs.lddt_logits_BLK is None:
+                break
+            lddt = float(expected_lddt(outputs.lddt_logits_BLK[0]).mean())
+            found.append((outputs.c1_xyz_BL3[0].double().cpu().numpy(), lddt))
+    return found
+
+
+def _too_long(job: _Job, device: torch.device, position: int) -> StorageError:
+    length = job.examples.lengths[position]
+    return StorageError(f"{device} is out of memory on a structure of {length} nt. Next: predict on a larger machine.")
 
 
 # --- both ---

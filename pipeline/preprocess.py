@@ -4,9 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from pipeline.competitions.base import Competition
 from pipeline.errors import DataError
 from pipeline.paths import Paths
+from pipeline.schema import split_id
 from pipeline.stage import Report, run_stage
 
 #: Raised when the same raw files give other tables than before.
@@ -15,7 +19,15 @@ VERSION = 1
 _MOST_VALUES = 24  # side by side in one line
 
 
-def run(competition: Competition, raw: Path, paths: Paths, *, force: bool = False) -> Report:
+def run(
+    competition: Competition,
+    raw: Path,
+    paths: Paths,
+    *,
+    force: bool = False,
+    test_only: bool = False,
+    rows: int | None = None,
+) -> Report:
     """Turn the raw files in a folder into ``clean/*.parquet``, or say that they are current.
 
     Args:
@@ -23,6 +35,8 @@ def run(competition: Competition, raw: Path, paths: Paths, *, force: bool = Fals
         raw: folder with the files as Kaggle ships them.
         paths: where the tables go; their manifest, ``clean/data.manifest.json``, keeps the report.
         force: build even if current.
+        test_only: write the tables of the test set alone, for a machine that has trained checkpoints.
+        rows: with `test_only`, keep this many test sequences, the first ones, for a trial.
 
     Returns:
         The report; its facts are the validation report, see `describe`.
@@ -37,14 +51,29 @@ def run(competition: Competition, raw: Path, paths: Paths, *, force: bool = Fals
         raise DataError(
             f"RAW={raw}: {err.filename or raw} cannot be read: {err.strerror}. Next: check its permissions."
         ) from err
-    return run_stage(
-        "data",
-        inputs=files,
-        outputs={table: paths.clean(table) for table in competition.tables},
-        params={"version": VERSION, "competition": competition.name},
-        build=lambda parts: competition.clean(files, parts),
-        force=force,
-    )
+    tables, params = competition.tables, {"version": VERSION, "competition": competition.name}
+    if test_only:
+        files = {label: path for label, path in files.items() if label in competition.test_inputs}
+        tables, params = competition.test_tables, params | {"test_only": True, "rows": rows}
+
+    def build(parts: dict[str, Path]) -> dict[str, Any]:
+        facts = competition.clean(files, parts)
+        if test_only and rows is not None:
+            _keep_first(parts, rows)
+        return facts
+
+    outputs = {table: paths.clean(table) for table in tables}
+    return run_stage("data", inputs=files, outputs=outputs, params=params, build=build, force=force)
+
+
+def _keep_first(parts: Mapping[str, Path], rows: int) -> None:
+    """Cut the test set down to its first sequences, and the rows that are submitted to theirs."""
+    test = pq.read_table(parts["test"]).slice(0, rows)
+    pq.write_table(test, parts["test"])
+    if "sample" in parts:
+        sample, kept = pq.read_table(parts["sample"]), set(test["sequence_id"].to_pylist())
+        mask = [split_id(row_id)[0] in kept for row_id in sample["ID"].to_pylist()]
+        pq.write_table(sample.filter(pa.array(mask)), parts["sample"])
 
 
 def describe(facts: Mapping[str, Any]) -> list[str]:

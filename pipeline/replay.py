@@ -122,7 +122,7 @@ def describe_inputs(batches: Sequence[RnaBatch]) -> dict[str, Any]:
     for name, tensors in {
         "target": [batch.target_BLC for batch in batches],
         "weight": [batch.weight_BC for batch in batches],
-        "bpp": [batch.inputs.bpp_BLL for batch in batches],
+        "bpp": [batch.p_K for batch in batches],
     }.items():
         values = [tensor[~torch.isnan(tensor)] for tensor in tensors if tensor is not None]
         if any(value.numel() for value in values):
@@ -161,7 +161,8 @@ def _observe(
     model: RnaModel, bad: BadBatch, competition: Competition, precision: Precision, device: torch.device
 ) -> dict[str, Any]:
     """One forward and backward pass with the random numbers of training."""
-    loss, scaler = training_loss(competition), precision.scaler(device)
+    settings = config_from_dict(bad.meta["config"], where="the saved batch").train
+    loss, scaler = training_loss(competition, settings), precision.scaler(device)
     if precision.name == bad.precision:
         scaler.load_state_dict({**scaler.state_dict(), "scale": bad.scale})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # the scaler unscales gradients through one

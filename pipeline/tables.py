@@ -128,7 +128,8 @@ def flat_lists(column: pl.Series, lengths_N: np.ndarray, *, ids: pl.Series, wher
             f"{where}: {ids[int(row)]}: {int(got_N[row])} values of {column.name}; expected {lengths_N[row]}, "
             "the length of the sequence. Next: the table belongs to other data; run its stage again."
         )
-    values = column.drop_nulls().list.explode(empty_as_null=False).cast(pl.Float32).to_numpy()
+    filled = column.filter(column.list.len() > 0)  # an empty list explodes to a null in polars 1, to nothing in 2
+    values = filled.explode().cast(pl.Float32).to_numpy()
     if not column.null_count():
         return values
     flat_T = np.full(int(lengths_N.sum()), np.nan, dtype=np.float32)

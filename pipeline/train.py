@@ -1,5 +1,6 @@
 """One fold of one run: resume it if it was begun, refuse it if it is another one now, leave it if it is finished."""
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping
@@ -21,7 +22,9 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.runlog import say, warn
 from pipeline.stage import Report, sha256_file, versions, write_json
-from pipeline.training.checkpoint import CheckpointStore, DamagedError, load_checkpoint
+from pipeline.training.checkpoint import CheckpointStore, DamagedError, load_weights, read_meta
+from pipeline.training.distributed import ALONE, World, load_newest
+from pipeline.training.initial import load_fitting
 from pipeline.training.loop import Trainer, TrainingData
 from pipeline.training.losses import profile_weights
 from pipeline.training.metrics import metric_name
@@ -30,12 +33,13 @@ from pipeline.training.precision import choose_device, choose_precision, determi
 from pipeline.training.resume import Change, environment, require_same, warn_of_other_environment
 from pipeline.training.state import Progress
 from pipeline.training.stop import StopRequest, run_lock
-from pipeline.training.telemetry import Telemetry, drop_rows_after, settle_status
+from pipeline.training.telemetry import Silence, Telemetry, drop_rows_after, settle_status
 from pipeline.training.trackers import OpenTracker
 
 #: Bins of the C1'–C1' distance, for the structure task: 1.9 Å wide between 4 and 60 Å.
 NUM_DISTANCE_BINS = 32
 _HEADS = ("num_channels", "num_distance_bins")  # arguments of a network that follow from the competition
+_COORDINATES = "coordinates"  # a head that a structure competition's configuration may have, and others leave out
 _STAYS = (".lock", ".job", "run.log")  # in a fold's folder when its run is set aside: what belongs to the process
 
 
@@ -52,6 +56,7 @@ def run(
     restart: bool = False,
     allow_changes: bool = False,
     trackers: Mapping[str, OpenTracker] | None = None,
+    world: World = ALONE,
 ) -> Report:
     """Train one fold to its end, from wherever it stands.
 
@@ -67,6 +72,7 @@ def run(
         restart: set an earlier run of this name and fold aside and begin anew.
         allow_changes: go on with a run that was begun although settings changed that do it no harm.
         trackers: who else is told of loss and metric, by name (`pipeline.training.trackers.find_trackers`).
+        world: processes that train together; each calls this, and the first one writes.
 
     Returns:
         ``built``, or ``current`` if it was finished before; facts: best metric, its step, epochs, steps.
@@ -80,28 +86,32 @@ def run(
     """
     started = time.monotonic()
     folder = paths.fold_dir(run, fold)
-    with run_lock(folder), StopRequest(time_budget=time_budget) as stop:
-        if restart:
+    lock = run_lock(folder) if world.is_main else contextlib.nullcontext()
+    with lock, StopRequest(time_budget=time_budget if world.is_main else None) as stop:
+        if restart and world.is_main:
             set_aside(folder)
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, competition)
-        data, digests = load_data(config, model, competition=competition, paths=paths, split=split, fold=fold)
+        with world.main_first():  # arrays are built once
+            data, digests = load_data(config, model, competition=competition, paths=paths, split=split, fold=fold)
         meta = {"run": run, "competition": competition.name, "split": split, "fold": fold}
         meta |= {"data": digests, "config": resolved_config(config, model)}
         store = CheckpointStore(folder / "checkpoints")
-        store.sweep()
-        begun, changes = store.newest_meta(), list[Change]()
+        if world.is_main:
+            store.sweep()
+        begun, changes = world.from_main(store.newest_meta), list[Change]()
         if begun is None and allow_changes:
             raise ConfigError(f"{folder}: no run was begun here that could be changed. Next: without --allow-changes.")
         if begun is not None:
             changes = require_same(meta, begun, where=folder, allow_changes=allow_changes)
             if begun["progress"]["finished"] and Progress.from_dict(begun["progress"]).is_over(config.train):
-                settle_status(folder)
+                if world.is_main:
+                    settle_status(folder)
                 return _report(store, begun, status="current", seconds=0.0)
         with deterministic_algorithms(config.train.deterministic):
             how: dict[str, Any] = {"max_steps": max_steps, "changes": changes, "trackers": trackers}
-            _train(model, config, competition, data, store, stop, meta, **how)
-        done = store.newest_meta()
+            _train(model, config, competition, data, store, stop, meta, world, **how)
+        done = world.from_main(store.newest_meta)
         assert done is not None
         return _report(store, done, status="built", seconds=time.monotonic() - started)
 
@@ -115,14 +125,15 @@ def build_model(config: ModelConfig, competition: Competition) -> RnaModel:
     is_structure = competition.task == "structure"
     channels, bins = (0, NUM_DISTANCE_BINS) if is_structure else (len(competition.targets), 0)
     heads = dict(zip(_HEADS, (channels, bins), strict=True))
-    for key, value in config.kwargs.items():
+    kwargs = {key: value for key, value in config.kwargs.items() if is_structure or key != _COORDINATES}
+    for key, value in kwargs.items():
         if key in heads:
             raise ConfigError(f"[model] kwargs: {key} follows from the competition; expected it left out.")
         least = 1 if key == "width" else 0  # 0 means "none" for several of the others
         if type(value) is int and value < least:
             raise ConfigError(f"[model] kwargs: {key}: got {value}; expected a whole number of at least {least}.")
     try:
-        return create_model(config.name, **heads, **config.kwargs)
+        return create_model(config.name, **heads, **kwargs)
     except (TypeError, ValueError) as err:
         raise ConfigError(f"[model] {err}") from err
 
@@ -193,6 +204,7 @@ def _train(
     store: CheckpointStore,
     stop: StopRequest,
     meta: dict[str, Any],
+    world: World,
     *,
     max_steps: int | None,
     changes: list[Change],
@@ -200,13 +212,13 @@ def _train(
 ) -> None:
     device = choose_device()
     precision = choose_precision(config.train.precision, device)
-    checkpoint, here = store.load_newest(), environment(device)
-    if checkpoint is None:
-        _load_initial(model, config.model, meta)
+    checkpoint, here = load_newest(store, world), environment(device, processes=world.size)
+    initial = checkpoint.meta.get("initial") if checkpoint else _load_initial(model, config.model, meta)
     meta = meta | {"environment": checkpoint.meta.get("environment", here) if checkpoint else here}
+    meta |= {"initial": initial} if initial else {}
     _set_gradient_checkpointing(model, config.train.gradient_checkpointing)
-    longest = int(data.examples.lengths[data.train].max())
-    needs = plan.check(config, lambda: build_model(config.model, competition), length=longest, device=device)
+    size = {"length": int(data.examples.lengths[data.train].max()), "sequences": len(data.train)}
+    needs = plan.check(config, lambda: build_model(config.model, competition), **size, device=device)
     trainer = Trainer(
         model.to(device),
         config=config,
@@ -217,17 +229,20 @@ def _train(
         store=store,
         stop=stop,
         meta=meta,
+        world=world,
     )
     folder = store.folder.parent
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    drop_rows_after(folder / "metrics.jsonl", step=trainer.progress.step, epoch=trainer.progress.epoch)
-    write_json(folder / "config.json", meta)
+    if world.is_main:
+        drop_rows_after(folder / "metrics.jsonl", step=trainer.progress.step, epoch=trainer.progress.epoch)
+        write_json(folder / "config.json", meta)
     facts = _describe(trainer, meta)
     label = f"{meta['run']} fold{meta['fold']}"
     first = trainer.progress.step
     say(f"{label}: {facts['train']:,} sequences train, {facts['valid']:,} validate; {facts['parameters']:,} parameters")
-    say(f"{label}: {device}, {trainer.state.precision.name} ({trainer.state.precision.reason})")
+    devices = f"{world.size} processes, each on {device}" if world.size > 1 else str(device)
+    say(f"{label}: {devices}, {trainer.state.precision.name} ({trainer.state.precision.reason})")
     say(f"{label}: {needs}")
     if facts["kernels"]:
         say(f"{label}: {facts['kernels']}")
@@ -237,7 +252,8 @@ def _train(
     metric = facts["metric_name"]
     stop.defer()
     listeners: dict[str, Any] = {"trackers": trackers, "meta": meta}
-    with Telemetry(folder, label=label, steps=trainer.steps, first_step=first, metric=metric, **listeners) as telemetry:
+    told = {"label": label, "steps": trainer.steps, "first_step": first, "metric": metric, **listeners}
+    with Telemetry(folder, **told) if world.is_main else Silence() as telemetry:
         telemetry.log.write("start", **facts)
         for change in changes:
             telemetry.log.write("changed", step=first, **change._asdict())
@@ -253,7 +269,7 @@ def _tell_changes(trainer: Trainer, changes: list[Change], *, label: str) -> Non
             settings, updates = trainer.config.train, trainer.progress.updates
             shape: dict[str, Any] = {"lr": settings.lr, "warmup": settings.warmup, "schedule": settings.schedule}
             before, now = (
-                learning_rate(updates, total=trainer.steps_per_epoch * epochs, **shape)
+                learning_rate(updates, total=trainer.source.batches * epochs, **shape)
                 for epochs in (change.before, change.now)
             )
             say(f"{label}: the next update's learning rate {before:.2e} -> {now:.2e}")
@@ -267,6 +283,7 @@ def _describe(trainer: Trainer, meta: dict[str, Any]) -> dict[str, Any]:
         "steps": trainer.steps,
         "metric_name": metric_name(trainer.competition),
         "device": str(trainer.device),
+        "processes": trainer.world.size,
         "device_name": torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "",
         "precision": trainer.state.precision.name,
         "precision_reason": trainer.state.precision.reason,
@@ -279,28 +296,32 @@ def _describe(trainer: Trainer, meta: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _load_initial(model: RnaModel, config: ModelConfig, meta: dict[str, Any]) -> None:
-    """Start from another run's weights, if the configuration names them; warns where those have seen the held-out fold.
+def _load_initial(model: RnaModel, config: ModelConfig, meta: dict[str, Any]) -> dict[str, Any] | None:
+    """Begin with all that fits of another run's weights, if the configuration names them, and say what that is.
 
-    Weights of another fold, or of another split of the same competition, were trained on what this run validates on.
+    Warns where they have seen the held-out fold: weights of another fold, or of another split of the same competition,
+    were trained on what this run validates on.
     """
     if not config.init:
-        return
+        return None
     try:
-        initial = load_checkpoint(Path(config.init))
-        model.load_state_dict(initial.weights)
-    except (DamagedError, RuntimeError) as err:
+        source = read_meta(Path(config.init))
+        found = load_fitting(model, load_weights(Path(config.init)))
+    except (DamagedError, OSError, ValueError) as err:
         raise ConfigError(
             f"model.init = {config.init!r}: {' '.join(str(err).split())[:300]}; expected a checkpoint folder "
-            "(…/checkpoints/step-…) of a network with the same arguments and heads. Next: correct the path."
+            "(…/checkpoints/step-…) of a network with the same [model], heads aside. Next: correct the path."
         ) from err
-    source = {key: initial.meta.get(key) for key in ("competition", "fold", "data")}
-    same_fold = source["fold"] == meta["fold"] and (source["data"] or {}).get("folds") == meta["data"]["folds"]
-    if source["competition"] == meta["competition"] and not same_fold:
+    same_fold = source.get("fold") == meta["fold"] and (source.get("data") or {}).get("folds") == meta["data"]["folds"]
+    if source.get("competition") == meta["competition"] and not same_fold:
         warn(
-            f"model.init = {config.init!r} was trained with fold {source['fold']} of {initial.meta.get('split')!r} "
+            f"model.init = {config.init!r} was trained with fold {source.get('fold')} of {source.get('split')!r} "
             f"held out, so it has seen sequences of fold {meta['fold']}: scores of this run are not out of fold"
         )
+    facts = found.facts()
+    told = "; ".join(f"{fate} {', '.join(facts[fate]) or 'nothing'}" for fate in ("loaded", "fresh", "ignored"))
+    say(f"initial weights of {source.get('run')} fold{source.get('fold')}: {found.share:.0%} of the backbone; {told}")
+    return {"run": source.get("run"), "fold": source.get("fold"), "step": source.get("step"), **facts}
 
 
 def _set_gradient_checkpointing(model: RnaModel, every: int) -> None:

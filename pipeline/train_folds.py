@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pipeline import bpp, jobs, predict, train
 from pipeline.competitions.base import Competition
@@ -15,6 +16,7 @@ from pipeline.paths import Paths
 from pipeline.runlog import duration, read_status, say, write_status
 from pipeline.stage import Report
 from pipeline.training.checkpoint import CheckpointStore
+from pipeline.training.distributed import World, join
 from pipeline.training.stop import StopRequest
 from pipeline.training.telemetry import outcome
 from pipeline.training.trackers import OpenTracker
@@ -57,6 +59,8 @@ def run(
 ) -> None:
     """Train and predict some folds in turn; base-pair probabilities first, if the network uses them.
 
+    Where torchrun started several processes, each of them calls this: they train together, and the first does the rest.
+
     Args:
         config: of the run.
         competition: what is predicted.
@@ -75,15 +79,20 @@ def run(
         ConfigError: the budget is too small for the predictions alone, and what `pipeline.train.run` raises.
         StoppedError: asked to stop; or the budget is spent, and the best weights so far have predicted.
     """
-    with StopRequest() as stop:
+    with StopRequest() as stop, join(timeout=config.train.process_timeout) as world:
+        how: dict[str, Any] = {"max_steps": max_steps, "restart": restart, "allow_changes": allow_changes}
+        if not world.is_main:  # trains with process 0, which does all the rest
+            where: dict[str, Any] = {"competition": competition, "paths": paths, "run": run, "split": split}
+            for fold in folds:
+                train.run(config, **where, fold=fold, **how, world=world)
+            return
         if config.model.kwargs.get("use_bpp"):
             show(bpp.run(paths))
         for fold in folds:
             with _status_told(paths.fold_dir(run, fold)):
-                job = _Fold(config, competition, paths, run, split, fold, show)
+                job = _Fold(config, competition, paths, run, split, fold, show, world)
                 limit = None if budget is None else job.training_time(budget, restart=restart or allow_changes)
-                how = {"max_steps": max_steps, "restart": restart, "allow_changes": allow_changes}
-                unfinished = job.train(stop, limit, **how, trackers=trackers)  # type: ignore[arg-type]
+                unfinished = job.train(stop, limit, **how, trackers=trackers)
                 job.predict()
                 if unfinished is not None:
                     raise unfinished
@@ -100,6 +109,7 @@ class _Fold:
     split: str
     fold: int
     show: Callable[[Report], None]
+    world: World
 
     @property
     def folder(self) -> Path:
@@ -157,6 +167,7 @@ class _Fold:
                     restart=restart,
                     allow_changes=allow_changes,
                     trackers=trackers,
+                    world=self.world,
                 )
             )
         except StoppedError as err:

@@ -30,7 +30,7 @@ from pipeline.tables import open_parquet
 from submissions import log
 from submissions.value_scores import evaluate_values
 
-VERSION = 1
+VERSION = 2
 
 
 def run(
@@ -61,7 +61,7 @@ def run(
     subject = _read_ensemble(paths, str(name), split) if run is None else _find_run(paths, run, split)
     inputs = {"train": paths.clean("train"), "folds": paths.fold_table(split)} | subject.inputs()
     values = competition.task == "values"
-    extra = {"bpp": paths.bpp} if values else {"references": paths.clean("references")}
+    extra = {"bpp": paths.bpp} if values else {"references": paths.clean("references"), "test": paths.clean("test")}
     inputs |= {label: path for label, path in extra.items() if label == "references" or path.is_file()}
     build = partial(_score_values if values else _score_structures, paths, competition, subject)
     report = run_stage(

@@ -11,19 +11,23 @@ Source:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
 
-from pipeline.compiled import njit, prange
+from pipeline.compiled import njit
 from submissions.seed_search import FAR, MOTION, NEAR, search
 
 #: d0 below 30 residues: (longest length, d0 in Å). Source: US-align, parameter_set4final_C3prime.
 _D0_SHORT = ((11, 0.3), (15, 0.4), (19, 0.5), (23, 0.6), (29, 0.7))
+#: Coordinates from here down are missing, in both parts of the competition, Å.
+SENTINEL = -1e6
 #: What `evaluate` and reports call this code.
 ENGINE = "built-in residue-matched search"
 
+_SHARES = 16  # of the work, a thread: the last ones to end do not keep the others waiting
 _MIN_RESOLVED = 3  # with fewer residues in common the score is 0, as in the competition
 
 
@@ -56,8 +60,8 @@ def tm_score(predicted_L3: np.ndarray, reference_L3: np.ndarray) -> float:
     """TM-score of one trace, normalised by the reference's resolved residues.
 
     Args:
-        predicted_L3: [L, 3] Å; NaN where missing.
-        reference_L3: [L, 3] Å, same residues; NaN where not resolved.
+        predicted_L3: [L, 3] Å; NaN, or the competitions' sentinels, where missing.
+        reference_L3: [L, 3] Å, same residues; NaN, or a sentinel, where not resolved.
 
     Returns:
         Score in [0, 1]; 0 if fewer than three residues are in common.
@@ -88,8 +92,8 @@ def tm_scores(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     for predicted_L3, reference_L3 in pairs:
         if predicted_L3.shape != reference_L3.shape or predicted_L3.ndim != 2 or predicted_L3.shape[1] != 3:
             raise ValueError(f"tm_score: got {predicted_L3.shape} and {reference_L3.shape}; expected [L, 3] twice")
-        resolved_L = np.isfinite(reference_L3).all(axis=1)
-        common_L = resolved_L & np.isfinite(predicted_L3).all(axis=1)
+        resolved_L = resolved(reference_L3)
+        common_L = resolved_L & resolved(predicted_L3)
         mobile.append(_centred(predicted_L3[common_L]))
         fixed.append(_centred(reference_L3[common_L]))
         lengths.append(int(resolved_L.sum()))
@@ -98,22 +102,31 @@ def tm_scores(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         return np.zeros(0)
     offsets = np.concatenate([[0], np.cumsum([part.shape[1] for part in mobile])]).astype(np.int64)
     mobile_3T, fixed_3T = np.concatenate(mobile, axis=1), np.concatenate(fixed, axis=1)
-    order = deal_by_length(np.diff(offsets))
-    return np.minimum(_search_all(mobile_3T, fixed_3T, offsets, np.array(lengths), np.array(scales), order), 1.0)
+    scores, normalisers, d0 = np.zeros(len(pairs)), np.array(lengths), np.array(scales)
+
+    def work(share: np.ndarray) -> None:
+        _search_all(mobile_3T, fixed_3T, offsets, normalisers, d0, share, scores)
+
+    in_threads(work, np.diff(offsets) ** 2)
+    return np.minimum(scores, 1.0)
 
 
-def deal_by_length(lengths: np.ndarray) -> np.ndarray:
-    """Order of work in which every thread's share, a run of neighbours, holds long and short alike.
+def in_threads(work: Callable[[np.ndarray], None], sizes: np.ndarray) -> None:
+    """Call compiled code that lets go of the interpreter's lock on shares of the work, in as many threads as numba has.
 
     Args:
-        lengths: [N] residues of each piece of work.
-
-    Returns:
-        [N] int64, the pieces.
+        work: gets the numbers of the pieces of a share, int64; called once for each share.
+        sizes: [N] how long each piece takes, in any unit; long ones are dealt out first and evenly.
     """
-    order = np.argsort(lengths, kind="stable")[::-1].astype(np.int64)
-    threads = numba.get_num_threads()
-    return np.concatenate([order[first::threads] for first in range(threads)])
+    order = np.argsort(sizes, kind="stable")[::-1].astype(np.int64)
+    threads = min(numba.get_num_threads(), len(order))
+    if threads <= 1:
+        work(order)
+        return
+    shares = min(_SHARES * threads, len(order))
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(work, [order[first::shares].copy() for first in range(shares)]):
+            pass
 
 
 def tm_matrix(candidates_ML3: np.ndarray, references_RL3: np.ndarray) -> np.ndarray:
@@ -144,6 +157,11 @@ def best_tm(candidates_ML3: np.ndarray, references_RL3: np.ndarray) -> tuple[flo
     return float(best_M.max()), int(best_M.argmax())
 
 
+def resolved(xyz_L3: np.ndarray) -> np.ndarray:
+    """[L] bool: the residues whose place is known, neither NaN nor a sentinel (-1e18 of part 1, -1e6 of part 2)."""
+    return np.isfinite(xyz_L3).all(axis=1) & (xyz_L3 > SENTINEL).all(axis=1)
+
+
 def _centred(xyz_L3: np.ndarray) -> np.ndarray:
     """[3, L] float32 about the centre: sums of squares lose fewer digits, and columns are read with SIMD."""
     if not len(xyz_L3):
@@ -152,23 +170,21 @@ def _centred(xyz_L3: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray((xyz_L3 - xyz_L3.mean(axis=0)).T, dtype=np.float32)
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True, nogil=True)
 def _search_all(
     mobile_3T: np.ndarray,
     fixed_3T: np.ndarray,
     offsets: np.ndarray,
     lengths: np.ndarray,
     scales: np.ndarray,
-    order: np.ndarray,
-) -> np.ndarray:
-    """[N] best scores; each pair is searched by one thread, so the result does not depend on their number."""
-    scores = np.zeros(len(lengths))
-    for slot in prange(len(order)):
-        pair = order[slot]
+    share: np.ndarray,
+    scores: np.ndarray,
+) -> None:
+    """Best scores of the pairs in `share`; each is searched by one thread, so their number changes nothing."""
+    for pair in share:
         start, end = offsets[pair], offsets[pair + 1]
         if end - start >= _MIN_RESOLVED:
             mobile, fixed = mobile_3T[:, start:end].copy(), fixed_3T[:, start:end].copy()
             near = min(max(scales[pair], NEAR), FAR)
             motion = np.empty(MOTION)
             scores[pair] = search(mobile, fixed, scales[pair], near, np.inf, 1, motion) / lengths[pair]
-    return scores

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 #: What the server says with each error code.
 MESSAGES = {
@@ -43,6 +44,11 @@ class FakeKaggle:
     kernel_states: list[str] = field(default_factory=lambda: ["QUEUED", "RUNNING", "COMPLETE"])
     kernel_outputs: dict[str, bytes] = field(default_factory=dict)
     invalid_sources: list[str] = field(default_factory=list)
+    push_error: str = ""  # what SaveKernel refuses a notebook with, in an answer of success
+    datasets: dict[str, int] = field(default_factory=dict)  # owner/slug -> version
+    dataset_error: str = ""
+    dataset_state: str = "READY"
+    blobs: dict[str, str] = field(default_factory=dict)  # token of an upload -> file name
     uploads: dict[str, bytes] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     closing: threading.Event = field(default_factory=threading.Event)
@@ -97,17 +103,45 @@ class FakeKaggle:
         return {"submissions": [] if self.hidden else self.submissions}
 
     def SaveKernel(self, body: dict[str, Any]) -> Any:  # noqa: N802
+        if self.push_error:
+            return {"error": self.push_error}
         slug = body.get("slug") or body.get("newTitle", "")
         self.kernels[slug] = body
         answer = {"ref": f"/code/{slug}", "url": f"http://localhost/code/{slug}", "versionNumber": 1}
         return answer | {"invalidDatasetSources": self.invalid_sources}
+
+    def StartBlobUpload(self, body: dict[str, Any]) -> Any:  # noqa: N802
+        token = f"blob{len(self.blobs)}"
+        self.blobs[token] = body["name"]
+        return {"token": token, "createUrl": f"http://localhost/upload/{token}"}
+
+    def GetDatasetStatus(self, body: dict[str, Any]) -> Any:  # noqa: N802
+        there = f"{body['ownerSlug']}/{body['datasetSlug']}" in self.datasets
+        return {"status": self.dataset_state} if there else 404
+
+    def GetDataset(self, body: dict[str, Any]) -> Any:  # noqa: N802
+        return {"currentVersionNumber": self.datasets[f"{body['ownerSlug']}/{body['datasetSlug']}"]}
+
+    def CreateDataset(self, body: dict[str, Any]) -> Any:  # noqa: N802
+        return self._save_dataset(f"{body['ownerSlug']}/{body['slug']}")
+
+    def CreateDatasetVersion(self, body: dict[str, Any]) -> Any:  # noqa: N802
+        return self._save_dataset(f"{body['ownerSlug']}/{body['datasetSlug']}")
+
+    def _save_dataset(self, name: str) -> Any:
+        if self.dataset_error:
+            return {"status": "error", "error": self.dataset_error}
+        self.datasets[name] = self.datasets.get(name, 0) + 1
+        return {"status": "ok", "url": f"http://localhost/datasets/{name}"}
 
     def GetKernelSessionStatus(self, body: dict[str, Any]) -> Any:  # noqa: N802
         state = self.kernel_states.pop(0) if len(self.kernel_states) > 1 else self.kernel_states[0]
         return {"status": state, "failureMessage": "out of memory" if state == "ERROR" else ""}
 
     def ListKernelSessionOutput(self, body: dict[str, Any]) -> Any:  # noqa: N802
-        files = [{"fileName": name, "url": f"http://localhost/output/{name}"} for name in self.kernel_outputs]
+        files = [
+            {"fileName": name, "url": f"http://localhost/output/{quote(name, safe='')}"} for name in self.kernel_outputs
+        ]
         return {"files": files, "log": "done"}
 
 
@@ -132,7 +166,9 @@ def _handler(server: FakeKaggle) -> type[BaseHTTPRequestHandler]:
             if self._failed(method):
                 return
             answer = getattr(server, method)(json.loads(body or b"{}"))
-            if isinstance(answer, _Redirect):
+            if isinstance(answer, int):
+                self._refuse(answer)
+            elif isinstance(answer, _Redirect):
                 self._send(302, b"", Location=str(answer))
             else:
                 self._send(200, json.dumps(answer).encode(), **{"Content-Type": "application/json"})
@@ -146,7 +182,7 @@ def _handler(server: FakeKaggle) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             _, kind, name = re.sub("^http://localhost", "", self.path).split("/", 2)
-            content = {"files": server.files, "output": server.kernel_outputs}[kind].get(name)
+            content = {"files": server.files, "output": server.kernel_outputs}[kind].get(unquote(name))
             if self._failed("GET"):
                 return
             if content is None:
@@ -162,13 +198,16 @@ def _handler(server: FakeKaggle) -> type[BaseHTTPRequestHandler]:
         def _failed(self, method: str) -> bool:
             how = server.fail.get(method)
             if isinstance(how, int):
-                text = {"code": how, "message": MESSAGES[how]}
-                self._send(how, json.dumps(text).encode(), **{"Content-Type": "application/json"})
+                self._refuse(how)
             elif how == "html":
                 self._send(200, b"<!DOCTYPE html><html><title>Login | Kaggle</title></html>")
             elif how == "slow":
                 server.closing.wait(30)
             return how is not None
+
+        def _refuse(self, code: int) -> None:
+            text = {"code": code, "message": MESSAGES[code]}
+            self._send(code, json.dumps(text).encode(), **{"Content-Type": "application/json"})
 
         def _send(self, code: int, body: bytes, *, cut: bool = False, **headers: str) -> None:
             self.send_response(code)

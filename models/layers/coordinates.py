@@ -1,9 +1,10 @@
 """C1' coordinates: an ideal helix, bent by a few rounds of attention that knows where everybody is.
 
-Letters: B batch, L length (nt), D width, E hidden width, H head, P pair, S scale, 3 xyz.
+Letters: B batch, L length (nt), D width, E hidden width, H head, K lDDT bin, P pair, S scale, 3 xyz.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,15 @@ def helix(length: int, *, like: Tensor) -> Tensor:
     return torch.stack([_RADIUS * torch.cos(angle_L), _RADIUS * torch.sin(angle_L), _RISE * step_L], dim=-1)
 
 
+class Coordinates(NamedTuple):
+    """A trace, and what the network thinks of it."""
+
+    xyz_BL3: Tensor  # float32, Å
+    lddt_logits_BLK: Tensor  # float32: equal bins from 0 to 1 of each nucleotide's lDDT
+
+
 class CoordinateHead(nn.Module):
-    """One C1' position per nucleotide, in Å and float32.
+    """One C1' position per nucleotide, in Å and float32, and how far each is to be trusted.
 
     Every round moves each position towards or away from weighted means of all; the weights come from both hidden
     states, the distance in space, the distance along the chain, and base pairing and pair features where there are
@@ -38,6 +46,7 @@ class CoordinateHead(nn.Module):
 
     Args:
         width: D.
+        num_bins: K.
         use_bpp: whether base-pair probabilities are given.
         track_width: P, of the pair features that the network hands on; 0 = none.
         rounds: how often all positions move.
@@ -50,7 +59,15 @@ class CoordinateHead(nn.Module):
     """
 
     def __init__(
-        self, width: int, *, use_bpp: bool, track_width: int = 0, rounds: int = 4, hidden: int = 64, num_heads: int = 8
+        self,
+        width: int,
+        *,
+        num_bins: int,
+        use_bpp: bool,
+        track_width: int = 0,
+        rounds: int = 4,
+        hidden: int = 64,
+        num_heads: int = 8,
     ) -> None:
         super().__init__()
         self.into = nn.Linear(width, hidden)
@@ -58,11 +75,12 @@ class CoordinateHead(nn.Module):
         self.pairing = nn.Linear(NUM_PAIR_FEATURES, num_heads, bias=False) if use_bpp else None
         self.track = nn.Linear(track_width, num_heads, bias=False) if track_width else None
         self.rounds = nn.ModuleList(_Round(hidden, num_heads=num_heads) for _ in range(rounds))
+        self.confidence = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, num_bins))
 
     def forward(
         self, x_BLD: Tensor, mask_BL: Tensor, bpp_BLL: Tensor | None, pair_BLLP: Tensor | None = None
-    ) -> Tensor:
-        """[B, L, D] to [B, L, 3], centred on the mean of the real positions; zero under the padding."""
+    ) -> Coordinates:
+        """From [B, L, D]: a trace centred on the mean of its real positions, and its logits; zero under the padding."""
         with torch.autocast(x_BLD.device.type, enabled=False):
             h_BLE = self.into(zero_pads(at_least_float32(x_BLD), mask_BL))
             bias_BHLL = self._bias(mask_BL, bpp_BLL, pair_BLLP)
@@ -70,7 +88,8 @@ class CoordinateHead(nn.Module):
             xyz_BL3 = _centre(xyz_BL3, mask_BL)
             for move in self.rounds:
                 h_BLE, xyz_BL3 = move(h_BLE, xyz_BL3, bias_BHLL)
-            return zero_pads(_centre(xyz_BL3, mask_BL), mask_BL)
+            xyz_BL3 = zero_pads(_centre(xyz_BL3, mask_BL), mask_BL)
+            return Coordinates(xyz_BL3, zero_pads(self.confidence(h_BLE), mask_BL))
 
     def _bias(self, mask_BL: Tensor, bpp_BLL: Tensor | None, pair_BLLP: Tensor | None) -> Tensor:
         bias_BHLL = self.position(mask_BL.shape[1]).unsqueeze(0)

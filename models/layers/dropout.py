@@ -25,7 +25,7 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.share)
-        return x * _cpu_mask(x, round(self.share * _LEVELS))
+        return x * _cpu_mask(x, min(round(self.share * _LEVELS), _LEVELS - 1))
 
     def extra_repr(self) -> str:
         return f"{self.share}"
@@ -33,7 +33,8 @@ class Dropout(nn.Module):
 
 def _cpu_mask(x: Tensor, dropped: int) -> Tensor:
     """Like `x`: 0 with probability ``dropped / 65536``, else what keeps the mean."""
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    # randint, not random_, at which torch.compile breaks the graph
+    words = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), dtype=torch.int64)
     levels = words.view(torch.int16)[: x.numel()].view(x.shape)
     kept = levels >= dropped - _LEVELS // 2
     return kept.to(x.dtype).mul_(_LEVELS / (_LEVELS - dropped))

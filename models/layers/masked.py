@@ -45,5 +45,5 @@ def zero_pads(x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
 
 
 def masked_mean(x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-    """Mean over the real positions, or pairs of them, of each row: [B, D]."""
-    return zero_pads(x_BLD, mask_BL).flatten(1, -2).sum(1) / mask_BL.flatten(1).sum(1, keepdim=True)
+    """Mean over the real positions, or pairs of them, of each row, zero where there are none: [B, D]."""
+    return zero_pads(x_BLD, mask_BL).flatten(1, -2).sum(1) / mask_BL.flatten(1).sum(1, keepdim=True).clamp(min=1)

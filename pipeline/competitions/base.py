@@ -40,3 +40,6 @@ class Competition:
     raw_files: Callable[[Path], dict[str, Path]]
     #: (label -> raw file, table -> temporary parquet path) -> JSON-able facts: the validation report
     clean: Callable[[dict[str, Path], dict[str, Path]], dict[str, Any]]
+    #: raw labels -> tables of the test set alone, for a machine that only predicts; `clean` writes what it is asked for
+    test_inputs: tuple[str, ...] = ()
+    test_tables: tuple[str, ...] = ()

@@ -117,7 +117,7 @@ def raw_files(raw: Path) -> dict[str, Path]:
 
 
 def clean(files: dict[str, Path], parts: dict[str, Path]) -> dict[str, Any]:
-    """Write the clean train and test tables; the facts are the validation report.
+    """Write the clean train and test tables (test alone, if `parts` has no train); the facts are the report.
 
     Raises:
         DataError: a raw file is not what it should be.
@@ -130,6 +130,8 @@ def clean(files: dict[str, Path], parts: dict[str, Path]) -> dict[str, Any]:
         test_facts["sample_submission_rows"] = _check_sample(files["sample"], test)
     with pq.ParquetWriter(parts["test"], test.schema, **_PARQUET) as writer:
         writer.write_table(test, row_group_size=ROW_GROUP)
+    if "train" not in parts:
+        return {"test": test_facts}
     _need_room(files["train"], parts["train"].parent)
     layout = find_layout(column_names(files["train"], _TRAIN), where=files["train"].name)
     with ProfileStore(parts["train"].parent, layout=layout, where=files["train"].name) as store:
@@ -460,4 +462,6 @@ RIBONANZA = Competition(
     tables=("train", "test"),
     raw_files=raw_files,
     clean=clean,
+    test_inputs=("test", "sample"),
+    test_tables=("test",),
 )

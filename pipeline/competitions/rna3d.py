@@ -1,7 +1,10 @@
 """Stanford RNA 3D Folding: sequences and C1' labels as Kaggle ships them, to clean tables.
 
 Labels are wide (1 to 40 conformations side by side), in any row order, with -1e18 or empty cells where a residue was
-not resolved. Clean tables have one row per target (train, test) or per known conformation (references).
+not resolved. Clean tables have one row per target (train, later, test) or per known conformation (references).
+
+What no test target with a cutoff may have seen is kept out of the train table: targets dated after the earliest of
+these cutoffs are in ``later``, from which templates are taken for the test targets that may use them.
 """
 
 import re
@@ -33,6 +36,9 @@ _OPTIONAL = ("validation_sequences", "validation_labels", "train_clusters")
 _SAMPLE_COLUMNS = [f"{axis}_{number}" for number in range(1, CANDIDATES + 1) for axis in _AXES]
 _ODD = f"[^{ALPHABET}]"
 _ID = r"^(.+)_(\d+)$"  # as `split_id`, for a whole column
+_COPIES = re.compile(r"([^:;\s]+):([1-9]\d*)")  # of stoichiometry: chain name and how many copies of it
+_CHAIN_NAMES = re.compile(r"(\w+)(?:\[auth (\w+)\])?")
+_ASSEMBLY = {"chain": pl.String, "copy": pl.Int32}  # of a residue, in the labels of part 2
 _KEY = {"ID": pa.string(), "resname": pa.string(), "resid": pa.int64()}
 
 
@@ -53,7 +59,7 @@ def raw_files(folder: Path) -> dict[str, Path]:
 
 
 def clean(raw: dict[str, Path], out: dict[str, Path]) -> dict[str, Any]:
-    """Write the clean tables train, test, references and sample.
+    """Write the clean tables train, later, test, references and sample; of the test set alone, if `out` has no train.
 
     Args:
         raw: label -> raw file, as `raw_files` gives it.
@@ -65,20 +71,29 @@ def clean(raw: dict[str, Path], out: dict[str, Path]) -> dict[str, Any]:
     Raises:
         DataError: a file is damaged or the files contradict each other; file and row are named.
     """
+    odd_test, test = _test_table(raw["test_sequences"])
+    sample = _sample_table(raw["sample_submission"], odd_test)
+    if "train" not in out:
+        _write({"test": test, "sample": sample}, out)
+        return {"test_rows": test.height, "test_lengths": _lengths(test), "sample_rows": sample.height}
     train, facts = _train_sequences(raw["train_sequences"])
     dropped = facts["train"]["odd_letter_ids"]
     labels = _read_labels(raw["train_labels"], "train_labels", sequences=train, ignore=dropped)
     references = _conformers(labels)
     train = _train_table(train, references, raw.get("train_clusters"))
     facts["train"] |= {"rows": train.height, "without_labels": facts["train"]["sequences"] - train.height}
+    train, later = _split_by_date(train, test, raw["train_sequences"])
+    facts["train"] |= {"later": later.height, "undated": train["temporal_cutoff"].null_count()}
     if "validation_labels" in raw:
-        known = _validation(raw, train_ids=train["sequence_id"])
+        known = _validation(raw, train_ids=pl.concat([train, later])["sequence_id"])
         references = pl.concat([references, known]).sort("sequence_id", "conformer")
-    odd_test, test = _test_table(raw["test_sequences"])
-    sample = _sample_table(raw["sample_submission"], odd_test)
-    for name, table in {"train": train, "test": test, "references": references, "sample": sample}.items():
-        table.write_parquet(out[name], compression="zstd", compression_level=3, row_group_size=65536)
+    _write({"train": train, "later": later, "test": test, "references": references, "sample": sample}, out)
     return facts | _describe(train, test, references, sample, odd_test)
+
+
+def _write(tables: dict[str, pl.DataFrame], out: dict[str, Path]) -> None:
+    for name, table in tables.items():
+        table.write_parquet(out[name], compression="zstd", compression_level=3, row_group_size=65536)
 
 
 def _read(path: Path, label: str, types: dict[str, pa.DataType]) -> pl.DataFrame:
@@ -89,24 +104,62 @@ def _read(path: Path, label: str, types: dict[str, pa.DataType]) -> pl.DataFrame
 
 
 def _read_sequences(path: Path, label: str) -> pl.DataFrame:
-    """row, sequence_id, sequence (upper case, U for T, odd letters kept), temporal_cutoff (date or null)."""
-    columns = ["target_id", "sequence"]
-    columns += ["temporal_cutoff"] * ("temporal_cutoff" in column_names(path, label))
-    table = _read(path, label, dict.fromkeys(columns, pa.string()))
-    if "temporal_cutoff" not in columns:
-        table = table.with_columns(pl.lit("").alias("temporal_cutoff"))
+    """row, sequence_id, sequence (upper case, U for T, odd letters kept), temporal_cutoff (date or null), and of part 2
+    stoichiometry and chain_lengths (null where not given)."""
+    names, optional = column_names(path, label), ("temporal_cutoff", "stoichiometry", "all_sequences")
+    given = [name for name in optional if name in names]
+    table = _read(path, label, dict.fromkeys(["target_id", "sequence", *given], pa.string()))
+    table = table.with_columns(pl.lit("").alias(name) for name in optional if name not in given)
     table = table.select(
         "row",
         pl.col("target_id").str.strip_chars().alias("sequence_id"),
         _letters("sequence"),
         pl.col("temporal_cutoff").str.strip_chars().alias("cutoff_text"),
+        pl.col("stoichiometry").str.strip_chars(),
+        "all_sequences",
     ).with_columns(pl.col("cutoff_text").str.to_date("%Y-%m-%d", strict=False).alias("temporal_cutoff"))
     _refuse(table, pl.col("sequence_id") == "", path, "target_id is empty; expected an id")
     _refuse(table, pl.col("sequence") == "", path, "empty sequence; expected letters A, C, G, U")
     _refuse(table, pl.col("sequence_id").is_first_distinct().not_(), path, "this target_id was there already")
     bad_date = (pl.col("cutoff_text") != "") & pl.col("temporal_cutoff").is_null()
     _refuse(table, bad_date, path, "temporal_cutoff is no date; expected YYYY-MM-DD")
-    return table.drop("cutoff_text")
+    whole = f"^{_COPIES.pattern}(;{_COPIES.pattern})*$"
+    odd = (pl.col("stoichiometry") != "") & pl.col("stoichiometry").str.contains(whole).not_()
+    _refuse(table, odd, path, "stoichiometry is not <chain>:<copies>;…, such as A:2;B:1")
+    lengths = [chain_lengths(*row) for row in table.select("sequence", "stoichiometry", "all_sequences").iter_rows()]
+    return table.with_columns(
+        pl.col("stoichiometry").replace("", None),
+        pl.Series("chain_lengths", lengths, dtype=pl.List(pl.Int32)),
+    ).drop("cutoff_text", "all_sequences")
+
+
+def chain_lengths(sequence: str, stoichiometry: str, all_sequences: str) -> list[int] | None:
+    """Where one chain of a target ends and the next begins: part 2 writes all copies of all chains one after the other.
+
+    Args:
+        sequence: of the target.
+        stoichiometry: chain names and numbers of copies, such as ``A:2;B:1``; "" = not given.
+        all_sequences: FASTA of the whole entry, whose headers name the chains.
+
+    Returns:
+        Length of every chain in the sequence's order, nt; None where the three do not fit together.
+
+    >>> chain_lengths("GGCCAGGCCA", "A:2", "")
+    [5, 5]
+    >>> chain_lengths("GGCCAUU", "B:1;A:1", ">1ABC_2|Chain A|RNA|\\nUU\\n>1ABC_1|Chain B[auth B]|RNA|\\nGGCCA")
+    [5, 2]
+    """
+    copies = [(name, int(count)) for name, count in _COPIES.findall(stoichiometry)]
+    if len(copies) == 1 and sequence == sequence[: len(sequence) // copies[0][1]] * copies[0][1]:
+        return [len(sequence) // copies[0][1]] * copies[0][1]
+    known: dict[str, str] = {}
+    for record in all_sequences.split(">")[1:]:
+        header, *lines = record.splitlines()
+        names = header.split("|")[1] if header.count("|") > 1 else ""
+        for label, author in _CHAIN_NAMES.findall(names.removeprefix("Chains").removeprefix("Chain")):
+            known[author or label] = "".join(lines).strip().upper().replace("T", "U")
+    chains = [known.get(name, "") for name, count in copies for _ in range(count)]
+    return [len(chain) for chain in chains] if chains and "".join(chains) == sequence else None
 
 
 def _letters(column: str) -> pl.Expr:
@@ -187,12 +240,15 @@ def _match_sequences(table: pl.DataFrame, sequences: pl.DataFrame, path: Path, *
 
 
 def _read_labels(path: Path, label: str, *, sequences: pl.DataFrame, ignore: Sequence[str] = ()) -> pl.DataFrame:
-    """row, ID, sequence_id, resid, x_1, y_1, z_1, …: Float64, null where not resolved."""
+    """row, ID, sequence_id, resid, chain, copy, x_1, y_1, z_1, …: Float64, null where not resolved."""
     names = column_names(path, label)
     require_columns(names, [*_KEY, "x_1"], where=path.name)
     numbers = sorted(int(name[2:]) for name in names if re.fullmatch(r"x_\d+", name))
     columns = [f"{axis}_{number}" for number in numbers for axis in _AXES]
-    table = _with_residue(_read(path, label, _KEY | dict.fromkeys(columns, pa.float64())), path)
+    types = _KEY | dict.fromkeys(columns, pa.float64())
+    types |= {name: pa.string() if name == "chain" else pa.int64() for name in _ASSEMBLY if name in names}
+    table = _with_residue(_read(path, label, types), path)
+    table = table.with_columns(pl.lit(None, kind).alias(name) for name, kind in _ASSEMBLY.items() if name not in names)
     table = table.filter(pl.col("sequence_id").is_in(list(ignore)).not_())
     table = _match_sequences(table, sequences, path, other="the sequences file")
     return _coordinates(table, columns, path).sort("sequence_id", "resid")
@@ -212,19 +268,27 @@ def _coordinates(table: pl.DataFrame, columns: list[str], path: Path) -> pl.Data
 
 
 def _conformers(labels: pl.DataFrame) -> pl.DataFrame:
-    """sequence_id, conformer, x, y, z lists: one row per conformation with at least one resolved residue."""
+    """sequence_id, conformer, x, y, z, chain, copy lists: one row per conformation with a resolved residue.
+
+    ``chain`` and ``copy`` say to which copy of which chain a residue belongs; null where the labels do not.
+    """
+    assembly = [
+        pl.when(pl.col(name).is_null().all()).then(None).otherwise(pl.col(name).cast(kind).implode()).alias(name)
+        for name, kind in _ASSEMBLY.items()
+    ]
     parts = []
     for number in sorted(int(name[2:]) for name in labels.columns if name.startswith("x_")):
         lists = [pl.col(f"{axis}_{number}").cast(pl.Float32).alias(axis) for axis in _AXES]
-        part = labels.group_by("sequence_id", maintain_order=True).agg(lists)
+        part = labels.group_by("sequence_id", maintain_order=True).agg(*lists, *assembly)
         part = part.filter(pl.col("x").list.drop_nulls().list.len() > 0)
-        parts.append(part.select("sequence_id", pl.lit(number, dtype=pl.UInt8).alias("conformer"), *_AXES))
+        number_of = pl.lit(number, dtype=pl.UInt8).alias("conformer")
+        parts.append(part.select("sequence_id", number_of, *_AXES, *_ASSEMBLY))
     return pl.concat(parts).sort("sequence_id", "conformer")
 
 
 def _train_table(sequences: pl.DataFrame, references: pl.DataFrame, clusters: Path | None) -> pl.DataFrame:
     """One row per training target that has labels: its first conformation."""
-    first = references.filter(pl.col("sequence_id").is_first_distinct()).drop("conformer")
+    first = references.filter(pl.col("sequence_id").is_first_distinct()).drop("conformer", *_ASSEMBLY)
     train = sequences.join(first, on="sequence_id", how="inner", validate="1:1")
     if train.is_empty():
         raise DataError("train_labels: no target of train_sequences is labelled. Next: use files of the same release.")
@@ -241,7 +305,26 @@ def _train_table(sequences: pl.DataFrame, references: pl.DataFrame, clusters: Pa
         "temporal_cutoff",
         (resolved >= MIN_RESOLVED).alias("scored"),
         *_AXES,
+        "chain_lengths",
     ).sort("sequence_id")
+
+
+def _split_by_date(train: pl.DataFrame, test: pl.DataFrame, path: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Targets that every test target may use, and those dated after the earliest cutoff of a test target.
+
+    Targets without a date are not known to be later and stay; their number is in the report.
+    """
+    earliest = test["temporal_cutoff"].min()
+    if earliest is None:
+        return train, train.clear()
+    is_later = (pl.col("temporal_cutoff") > earliest).fill_null(False)
+    kept, later = train.filter(is_later.not_()), train.filter(is_later)
+    if kept.is_empty():
+        raise DataError(
+            f"{path.name}: all {train.height} labelled targets are dated after {earliest!s}, the earliest "
+            "temporal_cutoff of test_sequences. Next: use files of the same release."
+        )
+    return kept, later
 
 
 def _read_clusters(path: Path) -> pl.DataFrame:
@@ -265,7 +348,7 @@ def _test_table(path: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Test sequences as they came, and with odd letters replaced for the model."""
     raw = _read_sequences(path, "test_sequences").sort("sequence_id")
     model = pl.col("sequence").str.replace_all(_ODD, ODD_LETTER_AS)
-    return raw, raw.select("sequence_id", model, "temporal_cutoff")
+    return raw, raw.select("sequence_id", model, "temporal_cutoff", "stoichiometry", "chain_lengths")
 
 
 def _sample_table(path: Path, test: pl.DataFrame) -> pl.DataFrame:
@@ -300,6 +383,7 @@ def _describe(
         "train_equal_to_test": same,
         "test_rows": test.height,
         "test_lengths": _lengths(test),
+        "test_multi_chain": test.filter(pl.col("chain_lengths").list.len() > 1)["sequence_id"].to_list(),
         "test_odd_letters": {"ids": odd, "read_as": ODD_LETTER_AS},
         "references": references.height,
         "reference_targets": references["sequence_id"].n_unique(),
@@ -333,7 +417,9 @@ RNA3D = Competition(
     metric="TM-score",
     error_sums=None,
     score=None,
-    tables=("train", "test", "references", "sample"),
+    tables=("train", "later", "test", "references", "sample"),
     raw_files=raw_files,
     clean=clean,
+    test_inputs=("test_sequences", "sample_submission"),
+    test_tables=("test", "sample"),
 )

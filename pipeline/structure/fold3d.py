@@ -1,6 +1,7 @@
 """Candidates for the C1' trace of a sequence, from pairing probabilities and, if there is a network, its distances.
 
-Without distances, nested structures are drawn from the pairing probabilities and assembled from A-form helices. With
+Without distances, nested structures are drawn from the pairing probabilities, assembled from A-form helices and the
+loops of known structures, and those that promise most are kept (`pipeline.structure.denovo`). With
 distances, such assemblies and a multidimensional scaling of the expected distances are the starts of a descent on the
 network's own likelihood; the likeliest traces that differ from each other are kept.
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.compiled import njit, prange
+from pipeline.structure.denovo import Assembly, assemble, choose_assemblies
 from pipeline.structure.geometry import (
     SHORTEST_STEP,
     double_helix,
@@ -23,6 +25,7 @@ from pipeline.structure.geometry import (
     rotation_onto,
     trace_from_pairs,
 )
+from pipeline.structure.motifs import MotifLibrary
 from pipeline.structure.secondary import nested_pairs, probable_pairs, stacking_pairs, without_lone_pairs
 
 Pairs = list[tuple[int, int]]
@@ -34,6 +37,7 @@ _NOISE, _NOISE_GROWTH, _DRAWS = 2.0, 1.5, 4
 #: With distances: candidates that stay assemblies, so that a weak network does no harm; of a sequence shorter than
 #: `_SHORT` nt all but one, since TM-score's d0 is then finer (0.3 to 0.7 Å) than the bins (1.9 Å).
 _ASSEMBLED, _SHORT = 2, 30
+_STRUCTURES = 8  # drawn where there are no distances
 _ARRANGEMENTS = 4  # assemblies of each structure that the network judges
 _ARRANGED_RESIDUES = 1_000  # nt in all of them; longer chains get fewer
 _JITTER = 2.0  # Å on the scaled start
@@ -58,6 +62,7 @@ def candidates_from_distogram(
     bpp_LL: np.ndarray | None,
     count: int = 5,
     seed: int,
+    library: MotifLibrary | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fold a sequence: several traces, the most trusted first.
 
@@ -68,11 +73,11 @@ def candidates_from_distogram(
         bpp_LL: [L, L] base-pair probabilities; None = stems by stacking energy.
         count: candidates, M.
         seed: of all that is drawn; equal seeds give equal candidates.
+        library: loops of known structures that may be used; None = general rules of stacking alone.
 
     Returns:
         [M, L, 3] float64, Å, each centred on the origin, and [M] float64 confidences in [0, 1]: without distances the
-        expected share of residues whose pairing is right, with distances the expected share of near pairs whose
-        distance is right within about 4 Å.
+        expected TM-score, with distances the expected share of near pairs whose distance is right within about 4 Å.
 
     Raises:
         ValueError: an array does not fit the sequence, or holds a value that is not finite.
@@ -84,16 +89,38 @@ def candidates_from_distogram(
     distances = None if logits_LLK is None or length < 4 else _Distances.of(logits_LLK)
     if distances:
         likely = distances.without_contradicted(*likely)
-    structures = draw_structures(length, *likely, count=count, rng=rng)
     if distances is None:
-        traces = [trace_from_pairs(length, pairs, rng) for pairs in structures]
-        confidence = [_pairing_confidence(length, pairs, *likely) for pairs in structures]
-        return _in_order(np.stack(traces), np.array(confidence))
+        found = assemble_drawn(sequence, likely, count=count, library=library, rng=rng)
+        chosen, expected_M = choose_assemblies(found, count=count)
+        return _in_order(np.stack([found[m].xyz_L3 for m in chosen]), expected_M[chosen])
+    structures = draw_structures(length, *likely, count=count, rng=rng)
     pool = _assemblies(distances, structures, rng)
     assembled = _choose(pool, min(_ASSEMBLED if length >= _SHORT else count, count - 1))
     refined = _choose(_refined(distances, structures, pool, rng), count - len(assembled))
     xyz_ML3 = np.stack([trace.xyz_L3 for trace in assembled + refined])
     return _in_order(xyz_ML3, np.array([distances.agreement(xyz_L3) for xyz_L3 in xyz_ML3]))
+
+
+def assemble_drawn(
+    sequence: str,
+    likely: tuple[np.ndarray, np.ndarray, np.ndarray],
+    *,
+    count: int,
+    library: MotifLibrary | None,
+    rng: np.random.Generator,
+) -> list[Assembly]:
+    """Assemblies of structures drawn from pairing probabilities.
+
+    Args:
+        sequence: letters A, C, G, U.
+        likely: candidate pairs: first residues, second residues, probabilities, each [K].
+        count: assemblies at least.
+        library: loops of known structures that may be used.
+        rng: source of structures and arrangements.
+    """
+    structures = draw_structures(len(sequence), *likely, count=max(count, _STRUCTURES), rng=rng)
+    weighed = [(pairs, _pairing_confidence(len(sequence), pairs, *likely)) for pairs in structures]
+    return assemble(sequence, weighed, library=library, rng=rng)
 
 
 def _check(logits_LLK: np.ndarray | None, bpp_LL: np.ndarray | None, length: int) -> None:

@@ -7,7 +7,9 @@ Lengths in Å. Letters: L length (nt), P placed pairs of a helix, D draws, S rig
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -131,6 +133,12 @@ class Stem:
         """The last pair, which closes the loop inside."""
         return self.i + self.pairs - 1, self.j - self.pairs + 1
 
+    @property
+    def residues(self) -> np.ndarray:
+        """Its first strand, then the partners in the same order."""
+        own = np.arange(self.pairs)
+        return np.concatenate([self.i + own, self.j - own])
+
 
 def find_stems(length: int, pairs: list[tuple[int, int]]) -> list[Stem]:
     """Stacks of consecutive base pairs, outermost pair first, sorted by position.
@@ -173,36 +181,8 @@ def _partners(length: int, pairs: list[tuple[int, int]]) -> np.ndarray:
     return partner
 
 
-def trace_from_pairs(length: int, pairs: list[tuple[int, int]], rng: np.random.Generator) -> np.ndarray:
-    """A plausible C1' trace for a secondary structure: rigid A-form helices, closed loops, no gross clashes.
-
-    Helices are stacked on one axis across bulges and internal loops, and in branched loops where they are neighbours;
-    which of them is drawn at random. The others are placed at random where they fit best. Equal generators give equal
-    traces; different ones give different arrangements of the same structure.
-
-    Args:
-        length: residues, nt.
-        pairs: 0-based ``(i, j)`` with ``i < j``, nested.
-        rng: source of the arrangement.
-
-    Returns:
-        [L, 3] float64, Å, centred on the origin.
-
-    Raises:
-        ValueError: the pairs are not nested, or out of range.
-
-    >>> trace_L3 = trace_from_pairs(12, [(0, 11), (1, 10), (2, 9), (3, 8)], np.random.default_rng(0))
-    >>> bool(np.allclose(np.linalg.norm(trace_L3[:4] - trace_L3[:7:-1], axis=1), 10.58, atol=0.05))
-    True
-    """
-    assembly = _Assembly(length, find_stems(length, pairs), rng)
-    assembly.place_stems()
-    assembly.fill_gaps()
-    return relax(assembly.xyz_L3, assembly.bodies())
-
-
 @dataclass(frozen=True)
-class _Frame:
+class Frame:
     """Where a helix stands: its first pair is at step 0 of `double_helix`, turned by `axes` and shifted by `origin`."""
 
     axes: np.ndarray
@@ -211,18 +191,42 @@ class _Frame:
     def place(self, local_P3: np.ndarray) -> np.ndarray:
         return local_P3 @ self.axes + self.origin
 
-    def along(self, steps: int) -> "_Frame":
+    def local(self, xyz_P3: np.ndarray) -> np.ndarray:
+        """Points in the coordinates of this frame: the inverse of `place`."""
+        return (xyz_P3 - self.origin) @ self.axes.T
+
+    def relative(self, other: "Frame") -> "Frame":
+        """This frame as seen from another."""
+        return Frame(self.axes @ other.axes.T, other.local(self.origin))
+
+    def within(self, other: "Frame") -> "Frame":
+        """The frame that is seen as this one from another: the inverse of `relative`."""
+        return Frame(self.axes @ other.axes, other.place(self.origin))
+
+    def along(self, steps: int) -> "Frame":
         """The frame of the pair that is so many steps further on the same helix."""
         sin, cos = math.sin(TWIST * steps), math.cos(TWIST * steps)
         turn = np.array([[cos, sin, 0.0], [-sin, cos, 0.0], [0.0, 0.0, 1.0]])
-        return _Frame(turn @ self.axes, self.place(np.array([0.0, 0.0, RISE * steps])))
+        return Frame(turn @ self.axes, self.place(np.array([0.0, 0.0, RISE * steps])))
 
-    def flipped(self) -> "_Frame":
+    def flipped(self) -> "Frame":
         """The same pair with the strands exchanged: the helix runs the other way (its dyad axis turns it by 180°)."""
         dyad = np.array([math.cos(PAIR_ANGLE / 2), math.sin(PAIR_ANGLE / 2), 0.0])
-        return _Frame(
-            (2.0 * np.outer(dyad, dyad) - np.eye(3)) @ self.axes, self.place(np.array([0.0, 0.0, PAIR_SHIFT]))
-        )
+        return Frame((2.0 * np.outer(dyad, dyad) - np.eye(3)) @ self.axes, self.place(np.array([0.0, 0.0, PAIR_SHIFT])))
+
+
+class Placed(NamedTuple):
+    """A loop in place: where its helices stand, and the C1' of each gap, [G, 3] Å (None = still to be closed)."""
+
+    branches: list[Frame]
+    gaps: list[np.ndarray | None]
+
+
+class Arranger(Protocol):
+    """Says how the helices around a loop stand."""
+
+    def draw(self, closing: Stem, branches: list[Stem], inner: Frame, rng: np.random.Generator) -> Placed | None:
+        """The loop that a helix closes (`inner` is the frame of its last pair), or None for the general rules."""
 
 
 @dataclass(frozen=True)
@@ -234,14 +238,45 @@ class _Link:
     gap: int
 
 
+def trace_from_pairs(
+    length: int, pairs: list[tuple[int, int]], rng: np.random.Generator, *, arranger: Arranger | None = None
+) -> np.ndarray:
+    """A plausible C1' trace for a secondary structure: rigid A-form helices, closed loops, no gross clashes.
+
+    Helices are stacked on one axis across bulges and internal loops, and in branched loops where they are neighbours;
+    which of them is drawn at random. The others are placed at random where they fit best. Equal generators give equal
+    traces; different ones give different arrangements of the same structure.
+
+    Args:
+        length: residues, nt.
+        pairs: 0-based ``(i, j)`` with ``i < j``, nested.
+        rng: source of the arrangement.
+        arranger: knows how the helices around some loops stand; the rules above hold for the others.
+
+    Returns:
+        [L, 3] float64, Å, centred on the origin.
+
+    Raises:
+        ValueError: the pairs are not nested, or out of range.
+
+    >>> trace_L3 = trace_from_pairs(12, [(0, 11), (1, 10), (2, 9), (3, 8)], np.random.default_rng(0))
+    >>> bool(np.allclose(np.linalg.norm(trace_L3[:4] - trace_L3[:7:-1], axis=1), 10.58, atol=0.05))
+    True
+    """
+    assembly = _Assembly(length, find_stems(length, pairs), rng, arranger)
+    assembly.place_stems()
+    assembly.fill_gaps()
+    return relax(assembly.xyz_L3, assembly.bodies())
+
+
 class _Assembly:
     """Helices placed one after the other, from the 5' end and from the outside in."""
 
-    def __init__(self, length: int, stems: list[Stem], rng: np.random.Generator) -> None:
-        self.length, self.stems, self.rng = length, stems, rng
+    def __init__(self, length: int, stems: list[Stem], rng: np.random.Generator, arranger: Arranger | None) -> None:
+        self.length, self.stems, self.rng, self.arranger = length, stems, rng, arranger
         self.xyz_L3 = np.full((length, 3), np.nan)
         self.body_L = np.full(length, -1)
-        self._frames: dict[Stem, _Frame] = {}
+        self._frames: dict[Stem, Frame] = {}
         self._at = {stem.i: stem for stem in stems}
 
     def place_stems(self) -> None:
@@ -250,13 +285,29 @@ class _Assembly:
         while loops:
             closing = loops.pop()
             branches = self._branches(closing)
-            if closing and len(branches) == 1:
+            if closing and self._arranged(closing, branches):
+                pass
+            elif closing and len(branches) == 1:
                 self._place_across(closing, branches[0])
             else:
                 self._place_branches(closing, branches)
-            if closing and not branches:
+            if closing and not branches and np.isnan(self.xyz_L3[closing.inner[0] + 1, 0]):
                 self._fill_hairpin(closing)
             loops.extend(reversed(branches))
+
+    def _arranged(self, closing: Stem, branches: list[Stem]) -> bool:
+        """Place a loop as the arranger says; False if it says nothing."""
+        inner = self._frames[closing].along(closing.pairs - 1)
+        placed = self.arranger.draw(closing, branches, inner, self.rng) if self.arranger else None
+        if placed is None:
+            return False
+        for stem, frame in zip(branches, placed.branches, strict=True):
+            self._put(stem, frame, body=len(self._frames))
+        starts = [closing.inner[0], *(stem.j for stem in branches)]
+        for start, xyz_G3 in zip(starts, placed.gaps, strict=True):
+            if xyz_G3 is not None:
+                self.xyz_L3[start + 1 : start + 1 + len(xyz_G3)] = xyz_G3
+        return True
 
     def _branches(self, closing: Stem | None) -> list[Stem]:
         residue, end = (closing.inner[0] + 1, closing.inner[1]) if closing else (0, self.length)
@@ -359,7 +410,7 @@ class _Assembly:
         """Put a helix where, of some random places, it clashes least and its linkers reach."""
         body = len(self._frames)
         if not ties:
-            self._put(stem, _Frame(np.eye(3), np.zeros(3)), body=body)
+            self._put(stem, Frame(np.eye(3), np.zeros(3)), body=body)
             return
         axes_D33 = _random_rotations(_DRAWS, self.rng)
         direction_D3 = _random_rotations(_DRAWS, self.rng)[:, 0]
@@ -371,7 +422,7 @@ class _Assembly:
             gap_D = np.linalg.norm(ends[own] @ axes_D33 + origin_D3 - self.xyz_L3[placed], axis=-1)
             cost_D += np.maximum(gap_D - reach, 0.0)
         best = int(np.argmin(cost_D))
-        self._put(stem, _Frame(axes_D33[best], origin_D3[best]), body=body)
+        self._put(stem, Frame(axes_D33[best], origin_D3[best]), body=body)
 
     def _clashes(self, atoms_DM3: np.ndarray) -> np.ndarray:
         taken_P3 = self.xyz_L3[self.body_L >= 0]
@@ -379,7 +430,7 @@ class _Assembly:
         between = np.linalg.norm(atoms_DM3[:, ::2, None] - taken_P3[near_P], axis=-1)
         return np.sum(np.maximum(12.0 - between, 0.0), axis=(1, 2))
 
-    def _put(self, stem: Stem, frame: _Frame, *, body: int) -> None:
+    def _put(self, stem: Stem, frame: Frame, *, body: int) -> None:
         own = np.arange(stem.pairs)
         strand_P3, partner_P3 = frame.place(double_helix(stem.pairs))
         self.xyz_L3[stem.i + own], self.xyz_L3[stem.j - own] = strand_P3, partner_P3
@@ -552,8 +603,7 @@ def fit_helices(xyz_L3: np.ndarray, stems: list[Stem]) -> tuple[np.ndarray, floa
     """
     ideal_L3, bodies = np.zeros_like(xyz_L3), []
     for stem in stems:
-        own = np.arange(stem.pairs)
-        bodies.append(np.concatenate([stem.i + own, stem.j - own]))
+        bodies.append(stem.residues)
         ideal_L3[bodies[-1]] = double_helix(stem.pairs).reshape(-1, 3)
     fitted_L3 = _Shapes(ideal_L3, bodies).restore(xyz_L3)
     moved = np.concatenate(bodies)
@@ -615,3 +665,24 @@ def close_pairs(xyz_L3: np.ndarray, cutoff: float) -> np.ndarray:
         found.append(np.stack([order_L[near], order_L[near + offset]]))
     pairs = np.sort(np.concatenate([np.empty((2, 0), dtype=np.int64), *found], axis=1), axis=0)
     return pairs[:, np.lexsort(pairs[::-1])]
+
+
+def similarity(traces: Sequence[np.ndarray]) -> np.ndarray:
+    """TM-score of every two traces as least squares superpose them: below the true one, and fast.
+
+    Args:
+        traces: M traces of the same chain, [L, 3] Å, finite.
+
+    Returns:
+        [M, M] in (0, 1], 1 on the diagonal. d0 is not below 2 Å, so that short chains are told apart smoothly.
+    """
+    centred_ML3 = np.stack([xyz_L3 - xyz_L3.mean(axis=0) for xyz_L3 in traces])
+    count, length = centred_ML3.shape[:2]
+    alike_MM = np.eye(count)
+    scale = max(0.6 * np.sqrt(max(length, 30) - 0.5) - 2.5, 2.0)
+    for m in range(count - 1):
+        others_ML3 = centred_ML3[m + 1 :]
+        moved_ML3 = others_ML3 @ rotation_onto(others_ML3, np.broadcast_to(centred_ML3[m], others_ML3.shape))
+        square_ML = np.sum((moved_ML3 - centred_ML3[m]) ** 2, axis=-1)
+        alike_MM[m, m + 1 :] = alike_MM[m + 1 :, m] = np.mean(1.0 / (1.0 + square_ML / scale**2), axis=1)
+    return alike_MM

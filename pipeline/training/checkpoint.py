@@ -36,6 +36,7 @@ _FORMAT = 1
 _STEP_NAME = re.compile(r"step-\d{8,}")
 _FULL = (28, 122)  # ENOSPC, EDQUOT
 _KEEP = 2
+_WEIGHTS = "model.safetensors"
 
 
 class Checkpoint(NamedTuple):
@@ -237,6 +238,44 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except (SafetensorError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as err:
         raise DamagedError(f"{type(err).__name__}: {str(err).splitlines()[0]}") from err
     return Checkpoint(path, meta, weights, training, state)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint folder that predict; the state of its training is neither needed nor read.
+
+    Raises:
+        DamagedError: they are not what was written.
+    """
+    try:
+        return safetensors.torch.load(_predicting_weights(path, read_meta(path)))
+    except SafetensorError as err:
+        raise DamagedError(f"{type(err).__name__}: {str(err).splitlines()[0]}") from err
+
+
+def export_weights(path: Path, target: Path, *, finished: bool) -> None:
+    """Copy what predictions need of a checkpoint, weights and settings, to a folder that `load_weights` reads.
+
+    Args:
+        path: checkpoint folder.
+        target: new folder.
+        finished: whether the training that the checkpoint belongs to was finished, here or later.
+
+    Raises:
+        DamagedError: the weights are not what was written.
+    """
+    meta = read_meta(path)
+    data = _predicting_weights(path, meta)
+    target.mkdir(parents=True)
+    (target / _WEIGHTS).write_bytes(data)
+    kept = {"files": {_WEIGHTS: meta["files"][_WEIGHTS]}, "progress": meta["progress"] | {"finished": finished}}
+    write_json(target / "meta.json", _sealed(meta | kept))
+
+
+def _predicting_weights(path: Path, meta: Mapping[str, Any]) -> bytes:
+    data = (path / _WEIGHTS).read_bytes()
+    if hashlib.sha256(data).hexdigest() != meta["files"][_WEIGHTS]["sha256"]:
+        raise DamagedError(f"{_WEIGHTS} does not have its sha256")
+    return data
 
 
 def _sealed(meta: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,10 @@ _DEVICE_LOST = re.compile(
 _ANOMALY = re.compile(r"Function '\w+' returned nan values in its \d+th output")
 
 
+class OutOfMemoryEverywhere(MemoryError):  # noqa: N818
+    """Memory ran out in a training process, and all of them know it: they can save, or try again, together."""
+
+
 def is_out_of_memory(err: BaseException) -> bool:
     """Whether an error says that memory ran out, on the CPU (a plain RuntimeError) or a GPU."""
     if isinstance(err, MemoryError | torch.OutOfMemoryError):

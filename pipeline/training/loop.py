@@ -1,29 +1,35 @@
 """The training loop. One optimiser step, in the order in which it is read:
 
-    indices -> examples -> augment -> collate -> forward, backward (micro-batches) -> guard -> update -> average
+    indices -> examples -> augment -> pack -> forward, backward (micro-batches) -> guard -> update -> average
 
 Everything that a step depends on is either a pure function of ``(seed, epoch, batch)`` or in the checkpoint: an
-interrupted run ends with the same bits as one that was left alone.
+interrupted run ends with the same bits as one that was left alone. Where several processes train together, every line
+here runs in all of them and every decision is the same in all of them (`pipeline.training.distributed`).
 """
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from models.interface import RnaModel
-from pipeline.augment import central_crop, epoch_augmentation
-from pipeline.batch import make_batch, plan_by_tokens, plan_epoch, split_batch
+from pipeline.augment import central_crop
+from pipeline.batch import make_batch, unpack
 from pipeline.competitions.base import Competition
 from pipeline.config import RunConfig
 from pipeline.dataset import ExampleSet, RnaExample
-from pipeline.errors import StoppedError, StorageError
+from pipeline.errors import DivergedError, StoppedError, StorageError
+from pipeline.packing import plan_by_tokens
 from pipeline.training.checkpoint import Checkpoint, CheckpointStore
-from pipeline.training.failures import is_device_lost, is_out_of_memory
+from pipeline.training.distributed import ALONE, World
+from pipeline.training.failures import OutOfMemoryEverywhere, is_device_lost, is_out_of_memory
 from pipeline.training.guard import Seen, classify, decide, is_spike, remember
+from pipeline.training.loader import BatchSource, Loader, Place
 from pipeline.training.losses import training_loss
 from pipeline.training.metrics import make_meter
 from pipeline.training.optim import clip_gradients, gradients, learning_rate, total_norm
@@ -32,8 +38,9 @@ from pipeline.training.recovery import Recovery
 from pipeline.training.state import Progress, TrainingState
 from pipeline.training.step import Taken, forward_backward
 from pipeline.training.stop import StopRequest
-from pipeline.training.telemetry import Telemetry
+from pipeline.training.telemetry import Silence, Telemetry
 
+_Result = TypeVar("_Result")
 _VALID_PAIRS = 2**20  # of nucleotides in a validation batch of structures: about 0.4 GiB of pair features
 
 
@@ -59,6 +66,7 @@ class Trainer:
         store: where checkpoints go.
         stop: polled after each step and each validation batch.
         meta: goes into every checkpoint: what `pipeline.predict` and a resumed run need to know.
+        world: processes that train together.
     """
 
     def __init__(
@@ -73,17 +81,18 @@ class Trainer:
         store: CheckpointStore,
         stop: StopRequest,
         meta: dict[str, Any],
+        world: World = ALONE,
     ) -> None:
-        self.config, self.competition, self.data = config, competition, data
+        self.config, self.competition, self.data, self.world = config, competition, data, world
         self.device, self.store, self.stop, self.meta = device, store, stop, meta
-        self.state = TrainingState(model, settings=config.train, device=device, precision=precision)
-        self.loss = training_loss(competition)
-        self.steps_per_epoch = -(-len(data.train) // config.train.batch_size)
-        self.steps = self.steps_per_epoch * config.train.epochs
-        self._lengths_N = np.minimum(data.examples.lengths, config.data.max_length)
+        self.state = TrainingState(model, settings=config.train, device=device, precision=precision, world=world)
+        self.loss = training_loss(competition, config.train)
+        self.source = BatchSource(data.examples, data.train, config=config, rank=world.rank, ranks=world.size)
+        self.steps = self.source.batches * config.train.epochs
         self._last_step: int | None = None
         self._saved_at: tuple[int, int] | None = None
         self._updating = False
+        self._before: dict[str, torch.Tensor] | None = None  # generators as they were when the present step began
 
     @property
     def progress(self) -> Progress:
@@ -97,7 +106,7 @@ class Trainer:
         halved = self.progress.micro_batch if settings.micro_batch == "auto" else 0
         return halved or settings.largest_micro_batch
 
-    def fit(self, telemetry: Telemetry, *, max_steps: int | None = None) -> None:
+    def fit(self, telemetry: Telemetry | Silence, *, max_steps: int | None = None) -> None:
         """Train to the end of the run.
 
         Args:
@@ -114,14 +123,15 @@ class Trainer:
         self.recovery = Recovery(state, settings=settings, store=self.store, meta=self.meta, log=telemetry.log)
         self._last_step = None if max_steps is None else self.progress.step + max_steps
         try:
-            if self._saved_at is None:
-                self.save()  # a state to roll back to before the first update
-            while not self.progress.finished:
-                self._train_epoch()
-                self._end_epoch()
+            with Loader(self.source, workers=settings.workers) as self._loader:
+                if self._saved_at is None:
+                    self.save()  # a state to roll back to before the first update
+                while not self.progress.finished:
+                    self._train_epoch()
+                    self._end_epoch()
         except (MemoryError, RuntimeError) as err:
             if is_out_of_memory(err):
-                raise self._out_of_memory() from err
+                raise self._out_of_memory(err) from err
             if is_device_lost(err):
                 raise self._device_lost(err) from err
             raise
@@ -131,11 +141,11 @@ class Trainer:
     def _train_epoch(self) -> None:
         progress, save_every = self.progress, self.config.train.save_every
         self._start_epoch()
-        while progress.batch < self.steps_per_epoch:
+        while progress.batch < self.source.batches:
             self._poll_stop()
             self._step()
             progress.step, progress.batch = progress.step + 1, progress.batch + 1
-            is_due = save_every and progress.step % save_every == 0 and progress.batch < self.steps_per_epoch
+            is_due = save_every and progress.step % save_every == 0 and progress.batch < self.source.batches
             if is_due and progress is self.progress:
                 self.save()
             if progress is not self.progress:  # rolled back, perhaps into an earlier epoch
@@ -143,22 +153,6 @@ class Trainer:
                 self._start_epoch()
 
     def _start_epoch(self) -> None:
-        """Batches and augmentation of the present epoch, from seed and epoch alone."""
-        config, epoch = self.config, self.progress.epoch
-        self._plan = plan_epoch(
-            self._lengths_N[self.data.train],
-            batch_size=config.train.batch_size,
-            bucket=config.data.length_bucket,
-            seed=config.train.seed,
-            epoch=epoch,
-        )
-        self._augment = epoch_augmentation(
-            len(self.data.examples),
-            seed=config.train.seed,
-            epoch=epoch,
-            max_length=config.data.max_length,
-            flip=config.data.flip,
-        )
         self._seconds = {"data_seconds": 0.0, "compute_seconds": 0.0}
         self._epoch_started = time.monotonic()
         self.state.model.train()
@@ -211,16 +205,24 @@ class Trainer:
         def middle(example: RnaExample, _index: int) -> RnaExample:
             return central_crop(example, max_length=longest)
 
-        lengths = (self._lengths_N if is_structure else examples.lengths)[valid]
+        lengths = (self.source.lengths_N if is_structure else examples.lengths)[valid]
         network = self.state.predictor.eval()
-        meter = make_meter(self.competition)
+        meter = make_meter(self.competition, self.config.train)
         max_pairs = _VALID_PAIRS if is_structure else None
-        for part in plan_by_tokens(lengths, max_tokens=micro_batch * longest, max_pairs=max_pairs):
+        parts = plan_by_tokens(lengths, max_tokens=micro_batch * longest, max_pairs=max_pairs)
+
+        def count(parts: list[np.ndarray]) -> None:
+            for part in parts:
+                batch = make_batch(examples, valid[part], change=middle if is_structure else None).to(self.device)
+                with self.state.precision.autocast(self.device):
+                    outputs = network(batch.inputs)
+                meter.add(outputs, batch)
+
+        for first in range(0, len(parts), self.world.size):  # a part for each process, fewer at the end
             self._poll_stop()
-            batch = make_batch(examples, valid[part], change=middle if is_structure else None).to(self.device)
-            with self.state.precision.autocast(self.device):
-                outputs = network(batch.inputs)
-            meter.add(outputs, batch)
+            ours = parts[first : first + self.world.size][self.world.rank :][:1]
+            self._everywhere(partial(count, ours))
+        meter.join(self.world)
         return meter.result()
 
     # --- one step ---
@@ -232,14 +234,16 @@ class Trainer:
         if place in progress.left_out:
             return
         taken, random = self._take(place), state.random()
-        prepared = time.perf_counter()
+        prepared, self._before = time.perf_counter(), random
         taken, loss, intact = self._forward_backward(taken, random)
+        self.world.add_gradients(state.model)
         state.scaler.unscale_(state.optimizer)
         norm = total_norm(gradients(state.model)) if intact else math.nan
         lr = self.learning_rate()
         seen = self._judge(loss, norm)
         if seen == "finite":
             seen = self._update(norm=norm, lr=lr)
+        self._before = None
         answer = decide(seen, progress.guard, max_skips=self.config.train.max_skips)
         if answer != "go":
             found: dict[str, Any] = {"loss": loss, "norm": norm, "random": random}
@@ -254,15 +258,14 @@ class Trainer:
         self.telemetry.step(**place_told, loss=loss, weight=taken.weight, norm=norm, lr=lr, tokens=taken.tokens)
 
     def _take(self, place: list[int]) -> Taken:
-        """Read, augment and pad the examples of one batch."""
-        indices = self.data.train[self._plan[place[1]]]
-        parts = split_batch(indices, micro_batch=self.micro_batch)
-        batches = [make_batch(self.data.examples, part, change=self._augment) for part in parts]
-        weight = sum(self.loss.weight(batch) for batch in batches)
-        return Taken(place, batches, weight, int(self._lengths_N[indices].sum()))
+        """This process's share of one batch, with the weight of all of it."""
+        where = Place(place[0], place[1], self.micro_batch)
+        batches = [unpack(packed) for packed in self._loader.take(where)]
+        (weight,) = self.world.sum(sum(self.loss.weight(batch) for batch in batches))
+        return Taken(place, batches, weight, self.source.tokens(where))
 
     def _accumulate(self, taken: Taken) -> tuple[float, bool]:
-        """Forward and backward of all micro-batches: the loss of the whole batch, see `forward_backward`."""
+        """Forward and backward of this process's micro-batches, see `forward_backward`."""
         state = self.state
         how = {"precision": state.precision, "scaler": state.scaler, "device": self.device}
         return forward_backward(state.model, self.loss, taken.batches, weight=taken.weight, **how)  # type: ignore[arg-type]
@@ -270,17 +273,35 @@ class Trainer:
     def _forward_backward(self, taken: Taken, random: dict[str, torch.Tensor]) -> tuple[Taken, float, bool]:
         """`_accumulate`, in smaller micro-batches where memory runs out and ``micro_batch = "auto"`` allows it."""
         while True:
-            size = max(len(batch.ids) for batch in taken.batches)
             try:
-                return taken, *self._accumulate(taken)
+                share, is_whole = self._everywhere(partial(self._accumulate, taken))
+                loss, broken = self.world.sum(share, not is_whole)
+                return taken, loss, not broken
             except (MemoryError, RuntimeError) as err:
-                if is_out_of_memory(err):
-                    self.state.set_random(random)  # saved, or tried again, as before the step
+                if not is_out_of_memory(err):
+                    raise
+                size = max(self.world.gather(max((len(batch.ids) for batch in taken.batches), default=0)))
                 if not self._may_halve(err, size=size):
                     raise
             # here, outside `except`, nothing holds the tensors of the failed pass any more
+            self.state.set_random(random)
             self.recovery.halve_micro_batch(size)
             taken = self._take(taken.place)
+
+    def _everywhere(self, work: Callable[[], _Result]) -> _Result:
+        """Do something that takes memory; if it runs out in one process, that is an error in all of them."""
+        if self.world.size == 1:
+            return work()
+        failed = ""
+        try:
+            result = work()
+        except (MemoryError, RuntimeError) as err:
+            if not is_out_of_memory(err):
+                raise
+            failed = str(err) or type(err).__name__
+        if self.world.any(bool(failed)):
+            raise OutOfMemoryEverywhere(failed or "in another process")
+        return result
 
     def _may_halve(self, err: BaseException, *, size: int) -> bool:
         return is_out_of_memory(err) and self.config.train.micro_batch == "auto" and size > 1
@@ -328,14 +349,26 @@ class Trainer:
         if bad:
             self.recovery.roll_back(f"step {progress.step}: {bad[0]} is not finite and is not saved")
             return
+        self._require_same_weights()
         weights, training, rest = self.state.tensors()
         meta = {"best_step": progress.best_step, "progress": asdict(progress), "precision": self.state.precision.name}
-        path = self.store.save(
-            progress.step, weights=weights, training=training, state=rest, meta={**self.meta, **meta}
-        )
+        with self.world.main_first():
+            if self.world.is_main:
+                path = self.store.save(
+                    progress.step, weights=weights, training=training, state=rest, meta={**self.meta, **meta}
+                )
+                seconds = round(time.monotonic() - started, 3)
+                self.log.write("checkpoint", step=progress.step, path=path.name, seconds=seconds)
         self._saved_at = (progress.step, progress.epoch)
-        seconds = round(time.monotonic() - started, 3)
-        self.log.write("checkpoint", step=progress.step, path=path.name, seconds=seconds)
+
+    def _require_same_weights(self) -> None:
+        """Of several processes each makes the update by itself, and devices of different kinds round differently."""
+        norms = self.world.gather(self.state.norm())
+        if len(set(norms)) > 1:
+            raise DivergedError(
+                f"step {self.progress.step}: the processes' weights are no longer the same (norms {norms}). "
+                "Next: devices of one kind; the run goes on from its last checkpoint."
+            )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint. A finished run goes on too, if it was given more epochs or patience since."""
@@ -347,6 +380,8 @@ class Trainer:
     def _poll_stop(self) -> None:
         progress = self.progress
         reason = self.stop.reason()
+        if self.world.any(reason is not None):  # a signal may have reached one process alone
+            reason = next(filter(None, self.world.gather(reason)))
         if reason is None and progress.step == self._last_step:
             reason = "the number of steps that was asked for"
         if reason is None:
@@ -358,9 +393,13 @@ class Trainer:
             "saved. Next: the same command goes on from there."
         )
 
-    def _out_of_memory(self) -> StorageError:
-        """Save what is good and say what can be done."""
-        if not self._updating and self._saved_at != (self.progress.step, self.progress.epoch):
+    def _out_of_memory(self, err: BaseException) -> StorageError:
+        """Save what is good and say what can be done; one of several processes cannot save by itself."""
+        if self._before is not None:
+            self.state.set_random(self._before)
+        together = self.world.size == 1 or isinstance(err, OutOfMemoryEverywhere)
+        saves = together and not self._updating
+        if saves and self._saved_at != (self.progress.step, self.progress.epoch):
             self.save()
         size = self.micro_batch
         smaller = "a smaller network, train.gradient_checkpointing, or a smaller data.max_length"
@@ -370,7 +409,7 @@ class Trainer:
             )
         return StorageError(
             f"{self.device} is out of memory at step {self.progress.step + 1} with micro-batches of {size} sequences; "
-            f"the state is saved. Next: {smaller}."
+            f"{'the state is saved' if saves else 'the last checkpoint is intact'}. Next: {smaller}."
         )
 
     def _device_lost(self, err: BaseException) -> StorageError:

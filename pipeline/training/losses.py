@@ -1,14 +1,15 @@
 """Losses over masked, partly unmeasured targets, as sums and weights that micro-batches can be added up from.
 
-Letters: B batch, L length (nt), C target channel, K distance bin, P pairs of nucleotides.
+Letters: B batch, L length (nt), C target channel, K distance or lDDT bin, P pairs of nucleotides, 3 xyz.
 
 A loss has two halves. ``weight(batch)`` needs no network: it says how much the batch counts. ``total(outputs, batch)``
 is the weighted sum of errors. The loss of an optimiser step is the sum of totals over the sum of weights of all its
 micro-batches (and, one day, of all devices): 2 x 16 sequences give the gradient of 32.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from models.heads import distance_bins
 from models.interface import RnaOutputs
 from pipeline.batch import RnaBatch
 from pipeline.competitions.base import Competition
+from pipeline.config import TrainConfig
+from pipeline.training import traces
 
 #: Pairs of one structure in a training step; more are sampled. All of them count in validation.
 _TRAIN_PAIRS = 65_536
@@ -81,14 +84,14 @@ class DistanceCrossEntropy:
 
     def weight(self, batch: RnaBatch) -> float:
         assert batch.target_BLC is not None
-        return float((self._resolved(batch).sum(dim=1) >= 2).sum())
+        return float((_resolved(batch).sum(dim=1) >= 2).sum())
 
     def total(self, outputs: RnaOutputs, batch: RnaBatch) -> Tensor:
         assert batch.target_BLC is not None
         assert outputs.distance_logits_BLLK is not None
         logits_BLLK = outputs.distance_logits_BLLK
         total = logits_BLLK.new_zeros((), dtype=torch.float32)
-        for logits_LLK, xyz_L3, resolved_L in zip(logits_BLLK, batch.target_BLC, self._resolved(batch), strict=True):
+        for logits_LLK, xyz_L3, resolved_L in zip(logits_BLLK, batch.target_BLC, _resolved(batch), strict=True):
             known = resolved_L.nonzero().squeeze(1)
             i_P, j_P = self._pairs(known)
             if len(i_P):
@@ -97,10 +100,6 @@ class DistanceCrossEntropy:
                 bin_P = torch.bucketize(distance_P, edges, right=True)
                 total = total + cross_entropy(logits_LLK[i_P, j_P].float(), bin_P)
         return total
-
-    def _resolved(self, batch: RnaBatch) -> Tensor:
-        assert batch.target_BLC is not None
-        return ~torch.isnan(batch.target_BLC).any(dim=-1)
 
     def _pairs(self, known: Tensor) -> tuple[Tensor, Tensor]:
         """Every pair of resolved nucleotides once, or a sample with replacement if they are more than `max_pairs`."""
@@ -114,9 +113,85 @@ class DistanceCrossEntropy:
         return known[i_P], known[j_P]
 
 
-def training_loss(competition: Competition) -> Loss:
+def _resolved(batch: RnaBatch) -> Tensor:
+    """[B, L] bool: nucleotides of a structure whose position is known."""
+    assert batch.target_BLC is not None
+    return ~torch.isnan(batch.target_BLC).any(dim=-1)
+
+
+class StructureTerms(NamedTuple):
+    """Parts of a structure's loss, each summed over the structures of a batch: [] float32; 0 where there is no head."""
+
+    distance: Tensor  # cross-entropy of binned distances
+    frame: Tensor  # error of the coordinates as seen from local frames, 0 to 1; a mirror image has one
+    tm: Tensor  # 1 - TM-score of the coordinates after superposition
+    confidence: Tensor  # cross-entropy of the binned lDDT of the coordinates
+
+
+@dataclass(frozen=True)
+class StructureLoss:
+    """Distances and, if the network predicts them, coordinates and their confidence, in float32.
+
+    The mean over structures of which two nucleotides or more are resolved, long ones and short ones alike.
+
+    Args:
+        frame_weight: of the error seen from local frames, where distances weigh 1.
+        tm_weight: of what the TM-score lacks.
+        confidence_weight: of the cross-entropy of the lDDT.
+        max_pairs: whose distances count, of one structure; more are sampled; 0 = all.
+    """
+
+    frame_weight: float
+    tm_weight: float
+    confidence_weight: float
+    max_pairs: int = _TRAIN_PAIRS
+
+    def weight(self, batch: RnaBatch) -> float:
+        return DistanceCrossEntropy(self.max_pairs).weight(batch)
+
+    def total(self, outputs: RnaOutputs, batch: RnaBatch) -> Tensor:
+        return self.weighted(self.terms(outputs, batch))
+
+    def weighted(self, terms: StructureTerms) -> Tensor:
+        """The loss that the terms add up to."""
+        coordinates = self.frame_weight * terms.frame + self.tm_weight * terms.tm
+        return terms.distance + coordinates + self.confidence_weight * terms.confidence
+
+    def terms(self, outputs: RnaOutputs, batch: RnaBatch) -> StructureTerms:
+        """All parts of the loss of a batch."""
+        assert outputs.distance_logits_BLLK is not None
+        with torch.autocast(batch.inputs.mask_BL.device.type, enabled=False):
+            distance = DistanceCrossEntropy(self.max_pairs).total(outputs, batch)
+            coordinates_3 = distance.new_zeros(3)
+            for terms in _coordinate_terms(outputs, batch):
+                coordinates_3 = coordinates_3 + torch.stack(terms)
+        return StructureTerms(distance, *coordinates_3)
+
+
+def _coordinate_terms(outputs: RnaOutputs, batch: RnaBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Errors of frames, superposition and confidence of every structure with coordinates to compare."""
+    xyz_BL3, logits_BLK = outputs.c1_xyz_BL3, outputs.lddt_logits_BLK
+    if xyz_BL3 is None or logits_BLK is None:
+        return
+    assert batch.target_BLC is not None
+    for b, resolved_L in enumerate(_resolved(batch)):
+        if resolved_L.sum() < 2:
+            continue
+        length = int(batch.inputs.mask_BL[b].sum())
+        xyz_L3, true_L3 = xyz_BL3[b, :length].float(), batch.target_BLC[b, :length]
+        lddt_L = traces.lddt(xyz_L3, true_L3)
+        known_L, logits_LK = ~torch.isnan(lddt_L), logits_BLK[b, :length].float()
+        num_bins = logits_LK.shape[1]
+        bin_R = (lddt_L[known_L] * num_bins).long().clamp(max=num_bins - 1)
+        confidence = cross_entropy(logits_LK[known_L], bin_R, reduction="sum") / max(len(bin_R), 1)
+        yield traces.frame_error(xyz_L3, true_L3), 1 - traces.soft_tm_score(xyz_L3, true_L3), confidence
+
+
+def training_loss(competition: Competition, settings: TrainConfig) -> Loss:
     """The loss that a competition's network is trained with."""
-    return DistanceCrossEntropy() if competition.task == "structure" else MaskedMae(competition.target_range)
+    if competition.task == "structure":
+        return StructureLoss(settings.frame_weight, settings.tm_weight, settings.confidence_weight)
+    return MaskedMae(competition.target_range)
 
 
 def profile_weights(

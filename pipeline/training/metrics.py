@@ -7,8 +7,10 @@ import numpy as np
 from models.interface import RnaOutputs
 from pipeline.batch import RnaBatch
 from pipeline.competitions.base import Competition
+from pipeline.config import TrainConfig
 from pipeline.errors import DivergedError
-from pipeline.training.losses import DistanceCrossEntropy
+from pipeline.training.distributed import World
+from pipeline.training.losses import StructureLoss, StructureTerms
 
 
 class Meter(Protocol):
@@ -20,6 +22,9 @@ class Meter(Protocol):
         Raises:
             DivergedError: a predicted value is not finite.
         """
+
+    def join(self, world: World) -> None:
+        """Count what all processes have counted."""
 
     def result(self) -> dict[str, float]:
         """``metric`` (lower is better) and, if there are several targets, one value for each."""
@@ -48,6 +53,9 @@ class ErrorMeter:
         self._sums_C += sums_C
         self._counts_C += counts_C
 
+    def join(self, world: World) -> None:
+        self._sums_C, self._counts_C = np.split(np.array(world.sum(*self._sums_C, *self._counts_C)), 2)
+
     def result(self) -> dict[str, float]:
         assert self._competition.score is not None
         with np.errstate(invalid="ignore"):
@@ -56,26 +64,35 @@ class ErrorMeter:
         return {"metric": float(self._competition.score(self._sums_C, self._counts_C)), **values}
 
 
-class LossMeter:
-    """The structure task's validation loss over all resolved pairs."""
+class StructureMeter:
+    """The structure task's loss over whole structures and all their pairs, and what it is made of."""
 
-    def __init__(self) -> None:
-        self._loss = DistanceCrossEntropy(max_pairs=0)
-        self._total, self._weight = 0.0, 0.0
+    def __init__(self, settings: TrainConfig) -> None:
+        weights = (settings.frame_weight, settings.tm_weight, settings.confidence_weight)
+        self._loss = StructureLoss(*weights, max_pairs=0)
+        self._sums_T = np.zeros(1 + len(StructureTerms._fields))
+        self._weight = 0.0
 
     def add(self, outputs: RnaOutputs, batch: RnaBatch) -> None:
-        self._total += float(self._loss.total(outputs, batch))
+        terms = self._loss.terms(outputs, batch)
+        self._sums_T += [float(self._loss.weighted(terms)), *map(float, terms)]
         self._weight += self._loss.weight(batch)
 
+    def join(self, world: World) -> None:
+        *sums, self._weight = world.sum(*self._sums_T, self._weight)
+        self._sums_T = np.array(sums)
+
     def result(self) -> dict[str, float]:
-        return {"metric": self._total / self._weight if self._weight else float("nan")}
+        with np.errstate(invalid="ignore"):
+            metric, *parts = map(float, self._sums_T / self._weight)
+        return {"metric": metric, **dict(zip(StructureTerms._fields, parts, strict=True))}
 
 
 def metric_name(competition: Competition) -> str:
     """What the validation metric is called: structures are only scored once they are built."""
-    return "distance loss" if competition.task == "structure" else competition.metric
+    return "structure loss" if competition.task == "structure" else competition.metric
 
 
-def make_meter(competition: Competition) -> Meter:
+def make_meter(competition: Competition, settings: TrainConfig) -> Meter:
     """An empty meter for a competition's task."""
-    return LossMeter() if competition.task == "structure" else ErrorMeter(competition)
+    return StructureMeter(settings) if competition.task == "structure" else ErrorMeter(competition)

@@ -15,6 +15,7 @@ from pipeline.config import TrainConfig
 from pipeline.errors import DivergedError, StorageError
 from pipeline.training.bad_batch import BadBatch
 from pipeline.training.checkpoint import CheckpointStore
+from pipeline.training.distributed import load_newest
 from pipeline.training.failures import is_out_of_memory
 from pipeline.training.guard import Answer, GuardCounts, Origin, Seen, find_origin, lower_scale
 from pipeline.training.precision import next_precision
@@ -81,7 +82,7 @@ class Recovery:
             state.scaler.update(lower_scale(scale))
             self.log.write("guard", **row, scale=state.scaler.get_scale(), overflows=counts.overflows)
             return
-        origin, what = self._explain(seen, loss, random, replay)
+        taken, origin, what = self._of_all(taken, *self._explain(seen, loss, random, replay))
         broken_before = origin.phase == "weights" and seen != "nonfinite_weights"
         if broken_before:  # no batch can be good for such weights, and this one is not to blame
             row["answer"] = answer = "roll_back"
@@ -111,7 +112,8 @@ class Recovery:
         """
         state, before = self.state, self.state.progress
         counts = before.guard
-        checkpoint = self.store.load_newest() if counts.rollbacks < self.settings.max_rollbacks else None
+        left = counts.rollbacks < self.settings.max_rollbacks
+        checkpoint = load_newest(self.store, state.world) if left else None
         if checkpoint is None:
             raise DivergedError(
                 f"{what}; {counts.skips} batches skipped and {counts.rollbacks} rollbacks did not cure it. Next: make "
@@ -155,6 +157,12 @@ class Recovery:
         origin = self._trace(random, replay)
         return origin, origin.describe()
 
+    def _of_all(self, taken: Taken, origin: Origin, what: str) -> tuple[Taken, Origin, str]:
+        """The whole batch, and where it began in the process that knows."""
+        found = self.state.world.gather((taken.batches, origin, what))
+        _, origin, what = next((one for one in found if one[1].module), found[0])
+        return taken._replace(batches=[batch for batches, _, _ in found for batch in batches]), origin, what
+
     def _trace(self, random: dict[str, torch.Tensor], replay: Callable[[], object]) -> Origin:
         """Run the step again with the same random numbers and find the first module that produced the value."""
         state = self.state
@@ -185,8 +193,10 @@ class Recovery:
         scale: float,
         random: dict[str, torch.Tensor],
     ) -> str | None:
-        """Keep the batch for ``rna replay``; returns the file's name, None if it could not be written."""
+        """Keep the batch for ``rna replay``; returns the file's name, None if it was not (or could not be) written."""
         state = self.state
+        if not state.world.is_main:
+            return None
         weights, weights_step = state.model.state_dict(), state.progress.step + 1
         try:
             if origin.phase == "weights":  # those of before are lost

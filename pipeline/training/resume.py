@@ -18,6 +18,8 @@ _HARMLESS = {
     "config.train.max_rollbacks": "matters where a batch is bad",
     "config.train.spike_threshold": "matters where a loss is a spike",
     "config.train.micro_batch": "the same optimiser steps up to rounding and dropout's random numbers",
+    "config.train.workers": "the same batches in the same order",
+    "config.train.process_timeout": "matters where a process is lost",
     "config.train.gradient_checkpointing": "the same gradients in other memory",
 }
 
@@ -73,13 +75,14 @@ def _is_harmless(change: Change) -> bool:
     return change.key in _HARMLESS
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, *, processes: int = 1) -> dict[str, Any]:
     """What else the last bits of a run depend on, beside settings, data and code."""
     is_cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
         "threads": None if is_cuda else torch.get_num_threads(),
         "torch": torch.__version__.split("+")[0],
+        "processes": processes,
     }
 
 

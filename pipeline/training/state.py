@@ -3,14 +3,16 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from models.interface import RnaModel
 from pipeline.config import TrainConfig
 from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.distributed import ALONE, World
 from pipeline.training.guard import GuardCounts, nonfinite_parameters
-from pipeline.training.optim import Ema, make_optimizer
+from pipeline.training.optim import Ema, make_optimizer, total_norm
 from pipeline.training.precision import Precision
 
 
@@ -45,21 +47,31 @@ class Progress:
 
 
 class TrainingState:
-    """All that an update changes, and nothing else.
+    """All that an update changes, and nothing else. Of several processes each has the same, but for random numbers.
 
     Args:
         model: new or with initial weights, on `device`.
         settings: of the run.
         device: where to compute.
         precision: the rung to start on.
+        world: processes that train together.
     """
 
-    def __init__(self, model: RnaModel, *, settings: TrainConfig, device: torch.device, precision: Precision) -> None:
-        self.model, self.device = model, device
+    def __init__(
+        self,
+        model: RnaModel,
+        *,
+        settings: TrainConfig,
+        device: torch.device,
+        precision: Precision,
+        world: World = ALONE,
+    ) -> None:
+        self.model, self.device, self.world, self._seed = model, device, world, settings.seed
         self.optimizer = make_optimizer(model, lr=settings.lr, weight_decay=settings.weight_decay)
         self.ema = Ema(model, decay=settings.ema_decay) if settings.ema_decay else None
         self.progress = Progress()
         self.set_precision(precision)
+        self._draw_anew()
 
     @property
     def predictor(self) -> torch.nn.Module:
@@ -67,11 +79,16 @@ class TrainingState:
         return self.ema.module if self.ema else self.model
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict[str, Any]]:
-        """For `CheckpointStore.save`: weights that predict, weights that train on if they are others, and the rest."""
+        """For `CheckpointStore.save`: weights that predict, weights that train on if they are others, and the rest.
+
+        Every process has to ask for them, because all random numbers are among them.
+        """
+        random, *elsewhere = self.world.gather(self.random())
         rest = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random": self.random(),
+            "random": random,
+            "random_elsewhere": elsewhere,  # of the other processes
             "progress": asdict(self.progress),
         }
         return self.predictor.state_dict(), self.model.state_dict() if self.ema else None, rest
@@ -87,7 +104,11 @@ class TrainingState:
             self.set_precision(Precision(self.progress.precision, "a rollback ordered it"))
         if self.precision.scaled and checkpoint.state["scaler"]:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
-        self.set_random(checkpoint.state["random"])
+        random = [checkpoint.state["random"], *checkpoint.state.get("random_elsewhere", [])]
+        if self.world.is_main or len(random) == self.world.size:
+            self.set_random(random[self.world.rank])
+        else:
+            self._draw_anew()
 
     def nonfinite(self) -> list[str]:
         """Names of weights, averages and moments that hold a NaN or inf."""
@@ -96,9 +117,21 @@ class TrainingState:
             bad += [f"{name} {index}" for name, tensor in moments.items() if not bool(torch.isfinite(tensor).all())]
         return bad
 
+    def norm(self) -> float:
+        """Of weights, averages and moments: the same in all processes that train together."""
+        moments = [moment for moments in self.optimizer.state.values() for moment in moments.values()]
+        with torch.no_grad():
+            return total_norm([*self.model.parameters(), *self.predictor.parameters(), *moments])
+
     def set_precision(self, precision: Precision) -> None:
         """Compute in another precision from here on, with a fresh loss scaler if it needs one."""
         self.precision, self.scaler = precision, precision.scaler(self.device)
+
+    def _draw_anew(self) -> None:
+        """Random numbers of its own for a process that is not the first, whose seed is the run's."""
+        if not self.world.is_main:
+            words = np.random.SeedSequence([self._seed, self.progress.step, self.world.rank]).generate_state(1)
+            torch.manual_seed(int(words[0]))
 
     def random(self) -> dict[str, Tensor]:
         """Generators that dropout draws from: the CPU's and the device's."""

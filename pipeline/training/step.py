@@ -53,6 +53,7 @@ def forward_backward(
     """
     model.zero_grad(set_to_none=True)
     total = torch.zeros((), device=device)
+    scaler.scale(total)  # makes the scale: a share without a sequence has nothing else to scale
     intact = True
     for batch in batches:
         on_device = batch.to(device)

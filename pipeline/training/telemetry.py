@@ -173,6 +173,25 @@ class Telemetry:
         return f"loss {state['loss']:.4f} {metric}{rate} {memory:.1f} GiB{eta}"
 
 
+class Silence:
+    """In place of the telemetry, in a process that is not the first of several that train one run together."""
+
+    def __init__(self) -> None:
+        self.log = runlog.MetricsLog(Path(os.devnull))
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.log.close()
+
+    def step(self, **_: object) -> None:
+        """Say nothing."""
+
+    def epoch(self, **_: object) -> None:
+        """Say nothing."""
+
+
 def drop_rows_after(path: Path, *, step: int, epoch: int) -> None:
     """Forget what a killed run logged beyond its last checkpoint: these steps come again.
 

@@ -98,10 +98,10 @@ def spoil_loss(value: float) -> Poke:
 
 def spoil_data(trainer: Trainer) -> None:
     """An infinite weight of the first sequence that trains, in every epoch that is left."""
-    data = trainer.data
-    weights_NC = data.examples.weights_NC.copy()
-    weights_NC[data.train[0]] = math.inf
-    trainer.data = replace(data, examples=replace(data.examples, weights_NC=weights_NC))
+    source = trainer.source
+    weights_NC = source.examples.weights_NC.copy()
+    weights_NC[source.train[0]] = math.inf
+    source.examples = replace(source.examples, weights_NC=weights_NC)
 
 
 def spoil_weights(trainer: Trainer) -> None:

@@ -50,6 +50,8 @@ SPECIAL: dict[str, dict[str, Kwargs]] = {
         "attention-only": {"pattern": "A"},
         "mamba-2": {"mamba_version": 2, "head_width": 8},
         "pair": {"pair_width": 4, "pattern": "AM"},
+        "options": {"pattern": "AM", "multi_kernel": True, "glu": False, "squeeze_excite": True, "pair_width": 4}
+        | {"pair_every": 1, "triangle": False},
     },
     "transformer_sepconv": {
         "no-ffn": {"ffn_expand": 0},
@@ -147,6 +149,8 @@ def loss(model: RnaModel, inputs: RnaInputs) -> Tensor:
         total = total - torch.log_softmax(predicted.class_logits_BC, -1)[:, 0].mean()
     if predicted.c1_xyz_BL3 is not None:
         total = total + (predicted.c1_xyz_BL3[inputs.mask_BL] / ANGSTROM).square().mean()
+    if predicted.lddt_logits_BLK is not None:
+        total = total - torch.log_softmax(predicted.lddt_logits_BLK[inputs.mask_BL], -1)[:, 0].mean()
     return total
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.heads import NUM_LDDT_BINS
 from models.interface import RnaInputs
 from models.layers import kernels
 from models.registry import create_model, list_models
@@ -128,7 +129,7 @@ def test_outputs_are_finite_float32_of_the_promised_shape(device: str, case: str
     if asked.get("num_classes"):
         shapes["class_logits_BC"] = (2, 3)
     if asked.get("coordinates"):
-        shapes["c1_xyz_BL3"] = (2, 14, 3)
+        shapes |= {"c1_xyz_BL3": (2, 14, 3), "lddt_logits_BLK": (2, 14, NUM_LDDT_BINS)}
     assert found.keys() == shapes.keys()
     for name, x in found.items():
         assert x.dtype == torch.float32
@@ -222,6 +223,18 @@ def test_autocast_stays_finite_and_near_float32(device: str, case: str, dtype: t
     for name, x in found.items():
         assert x.dtype == torch.float32
         assert (x - expected[name]).abs().mean() < unit(name) * (0.02 if dtype == torch.float16 else 0.1)
+
+
+@every_case
+def test_weights_that_have_grown_overflow_no_half_precision(device: str, case: str):
+    """Hyena of order 3 gave "NaN" in fp16 with weights four times the initial ones: its gates met in half precision."""
+    model, inputs = build(case, device=device, dropout=0.0).eval(), batch([25, 18], device=device, pad=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+        assert all(x.isfinite().all() for x in outputs(model, inputs).values())
+        with torch.autocast(device, dtype=torch.float16):
+            assert all(x.isfinite().all() for x in outputs(model, inputs).values())
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "num_channels" not in CASES[case][1]])

@@ -88,6 +88,16 @@ def test_padding_moves_no_threshold(shrink: str):
     torch.testing.assert_close(layer.threshold(padded, padded_mask), layer.threshold(x, mask))
 
 
+def test_dilation_doubles_from_block_to_block_and_starts_again():
+    """Nothing noticed when every block had dilation 1."""
+    model, impulse = create_model("drsn", width=4, depth=4, kernel=3, dilations=3), torch.zeros(1, 21, 4)
+    impulse[:, 10] = 1
+    for index, distance in enumerate([1, 2, 4, 1]):
+        for conv in model.get_submodule(f"blocks.{index}.convs").children():
+            felt_L = (conv(impulse) - conv(0 * impulse)).abs().amax((0, 2))
+            assert felt_L.nonzero().flatten().tolist() == [10 - distance, 10, 10 + distance]
+
+
 def test_a_stack_over_pairs_changes_distances_and_leaves_them_symmetric():
     kwargs = SMALL["drsn"] | {"num_channels": 0, "num_distance_bins": 5, "pair_depth": 2, "pair_width": 8}
     torch.manual_seed(0)

@@ -38,6 +38,13 @@ def test_a_gru_needs_an_even_width():
         PackedGru(7)
 
 
+@pytest.mark.parametrize("mask", [[False, True, True], [True, False, True], [False] * 3])
+def test_a_gru_refuses_padding_before_a_nucleotide(mask: list[bool]):
+    """With padding on the left, values were other numbers (by 0.3) without a word: it read the first positions."""
+    with pytest.raises(ValueError, match="padding before a nucleotide"):
+        PackedGru(4)(torch.randn(1, 3, 4), torch.tensor([mask]))
+
+
 def test_values_under_the_padding_are_zero():
     mask_BL = torch.tensor([[True, True, False]])
     values_BLC = ValuesHead(4, num_channels=2)(torch.randn(1, 3, 4), mask_BL)
@@ -95,7 +102,7 @@ def test_the_helix_is_the_one_of_the_structure_code():
 
 def coordinate_head(*, moved: bool = True, **kwargs: int) -> CoordinateHead:
     torch.manual_seed(0)
-    head = CoordinateHead(16, use_bpp=False, **kwargs)
+    head = CoordinateHead(16, num_bins=4, use_bpp=False, **kwargs)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(0.1 * moved * torch.randn_like(parameter))
@@ -104,7 +111,7 @@ def coordinate_head(*, moved: bool = True, **kwargs: int) -> CoordinateHead:
 
 def test_an_untrained_head_answers_with_a_centred_right_handed_helix():
     x_BLD, mask_BL = torch.randn(1, 30, 16), torch.ones(1, 30, dtype=torch.bool)
-    xyz_L3 = coordinate_head(moved=False)(x_BLD, mask_BL, None)[0].detach()
+    xyz_L3 = coordinate_head(moved=False)(x_BLD, mask_BL, None).xyz_BL3[0].detach()
     steps = xyz_L3.diff(dim=0).norm(dim=-1)
     assert ((steps > 5.4) & (steps < 6)).all()
     assert xyz_L3.mean(0).abs().max() < 1e-4
@@ -114,9 +121,9 @@ def test_an_untrained_head_answers_with_a_centred_right_handed_helix():
 @pytest.mark.parametrize("pad", [1, 20, 117])
 def test_coordinates_do_not_see_the_padding(pad: int):
     head, x_BLD, mask_BL = coordinate_head(), torch.randn(2, 19, 16), torch.ones(2, 19, dtype=torch.bool)
-    padded = head(F.pad(x_BLD, (0, 0, 0, pad), value=torch.nan), F.pad(mask_BL, (0, pad)), None)
-    alone = head(x_BLD, mask_BL, None)
-    assert (alone - coordinate_head(moved=False)(x_BLD, mask_BL, None)).abs().max() > 1
+    padded = head(F.pad(x_BLD, (0, 0, 0, pad), value=torch.nan), F.pad(mask_BL, (0, pad)), None).xyz_BL3
+    alone = head(x_BLD, mask_BL, None).xyz_BL3
+    assert (alone - coordinate_head(moved=False)(x_BLD, mask_BL, None).xyz_BL3).abs().max() > 1
     torch.testing.assert_close(padded[:, :19], alone, rtol=1e-5, atol=1e-4)
     assert (padded[:, 19:] == 0).all()
 
@@ -141,13 +148,13 @@ def test_no_round_moves_further_than_the_extent():
         head.rounds[0].gate.weight.mul_(1e6)
     start_L3 = helix(700, like=x_BLD)
     extent = (start_L3[0] - start_L3[-1]).norm()
-    moved_L3 = head(x_BLD, torch.ones(1, 700, dtype=torch.bool), None)[0] - (start_L3 - start_L3.mean(0))
+    moved_L3 = head(x_BLD, torch.ones(1, 700, dtype=torch.bool), None).xyz_BL3[0] - (start_L3 - start_L3.mean(0))
     assert 0.1 * extent < moved_L3.norm(dim=-1).max() < 2 * extent
 
 
 def test_pair_features_steer_the_coordinates():
     head, x_BLD, mask_BL = coordinate_head(track_width=4), torch.randn(1, 9, 16), torch.ones(1, 9, dtype=torch.bool)
-    one, other = (head(x_BLD, mask_BL, None, torch.randn(1, 9, 9, 4)) for _ in range(2))
+    one, other = (head(x_BLD, mask_BL, None, torch.randn(1, 9, 9, 4)).xyz_BL3 for _ in range(2))
     assert (one - other).abs().max() > 0.1
 
 
@@ -178,16 +185,17 @@ def distance_rmsd(one_L3: Tensor, other_L3: Tensor) -> float:
 def test_coordinates_learn_a_chain_and_not_its_mirror_image(side: int):
     target_L3 = side * random_chain(24, seed=5)
     torch.manual_seed(0)
-    head, x_BLD, mask_BL = CoordinateHead(16, use_bpp=False), torch.randn(1, 24, 16), torch.ones(1, 24).bool()
+    head = CoordinateHead(16, num_bins=4, use_bpp=False)
+    x_BLD, mask_BL = torch.randn(1, 24, 16), torch.ones(1, 24).bool()
     optimizer = torch.optim.Adam(head.parameters(), lr=5e-3)
-    assert distance_rmsd(head(x_BLD, mask_BL, None)[0].detach(), target_L3) > 5
+    assert distance_rmsd(head(x_BLD, mask_BL, None).xyz_BL3[0].detach(), target_L3) > 5
     for _ in range(200):
-        loss = superposed(head(x_BLD, mask_BL, None)[0], target_L3)
+        loss = superposed(head(x_BLD, mask_BL, None).xyz_BL3[0], target_L3)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
-    found_L3 = head(x_BLD, mask_BL, None)[0].detach()
+    found_L3 = head(x_BLD, mask_BL, None).xyz_BL3[0].detach()
     assert distance_rmsd(found_L3, target_L3) < 1
     assert math.sqrt(superposed(found_L3, target_L3)) < 1
     # the same distances, so that a loss on distances alone could not tell; a chiral one does

@@ -70,6 +70,20 @@ def test_a_sequence_beyond_l_max_continues_the_filter():
     assert longer[:, 64:].abs().max() < longer[:, :64].abs().max()
 
 
+def test_initial_weights_are_hyenadnas():
+    """Nothing noticed when `_reset_like_hyenadna` was taken out."""
+    torch.manual_seed(0)
+    model = create_model("hyena", width=64, depth=8, l_max=64)
+    spreads = {name: p.std().item() for name, p in model.named_parameters() if name.endswith("weight")}
+    closing = [x for name, x in spreads.items() if name.endswith(("mixer.out.weight", "feed_forward.3.weight"))]
+    opening = [x for name, x in spreads.items() if name.endswith(("mixer.into.weight", "feed_forward.1.weight"))]
+    assert [len(closing), len(opening)] == [16, 16]
+    assert closing == pytest.approx([0.02 / 4] * 16, rel=0.1)  # over the root of twice the depth
+    assert opening == pytest.approx([0.02] * 16, rel=0.1)
+    assert spreads["embedding.tokens.weight"] == pytest.approx(0.02, rel=0.2)
+    assert all(p.abs().max() == 0 for name, p in model.named_parameters() if name.endswith(("into.bias", "out.bias")))
+
+
 def test_the_two_sides_have_different_filters():
     after, before = make_filter(directions=2)(30)
     assert not torch.allclose(after, before, atol=1e-3)

@@ -29,7 +29,7 @@ ISLANDS: dict[str, Callable[[Tensor], Tensor]] = {
     "values after a GRU": lambda x: ValuesHead(8, num_channels=2, gru=True)(x, MASK_BL),
     "distances": lambda x: DistanceHead(8, num_bins=5, use_bpp=False)(x, None),
     "classes": lambda x: ClassHead(8, num_classes=3, pool="attention")(x, MASK_BL),
-    "coordinates": lambda x: CoordinateHead(8, use_bpp=False)(x, MASK_BL, None),
+    "coordinates": lambda x: CoordinateHead(8, num_bins=4, use_bpp=False)(x, MASK_BL, None).xyz_BL3,
     "shrinkage": lambda x: Shrinkage(8, shrink="channel")(x, MASK_BL),
 }
 

@@ -47,6 +47,20 @@ def test_a_wrong_value_is_refused_in_a_sentence(kwargs: dict, message: str):
         create_model("drsn", **kwargs)
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"depth": 0}, "depth: got 0; expected 1 or more"),
+        ({"kernel": -1}, "kernel: got -1; expected 0 or more"),
+        ({"filter_shift": float("nan")}, "filter_shift: got nan; expected a finite number"),
+    ],
+)
+def test_a_number_that_no_network_can_have_is_refused_in_a_sentence(kwargs: dict, message: str):
+    """A negative depth was "accepted", a negative kernel a "math domain error", NaN a network that answers NaN."""
+    with pytest.raises(ValueError, match=message):
+        create_model("hyena", **kwargs)
+
+
 def test_an_int_is_a_float():
     create_model("drsn", width=8, depth=1, dropout=0)
 

@@ -5,8 +5,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.batch import collate, make_batch, padding_share, plan_by_tokens, plan_epoch, split_batch
+from pipeline.batch import collate, make_batch
 from pipeline.dataset import RnaExample, open_examples
+from pipeline.packing import padding_share, plan_by_tokens, plan_epoch, split_batch
 from pipeline.paths import Paths
 from tests.pipeline import tiny
 
@@ -95,7 +96,7 @@ def test_a_collated_batch_holds_every_example_and_nothing_else(tmp_path):
     dense = tiny.write_bpp(paths, texts)
     examples = open_examples(tiny.TINY, paths=paths, table="train", bpp=True)
     chosen = np.array([5, 1, 30])
-    batch = make_batch(examples, chosen)
+    batch = make_batch(examples, chosen).to(torch.device("cpu"))
     longest = max(len(texts[k]) for k in chosen)
     assert batch.inputs.tokens_BL.shape == (3, longest)
     assert batch.inputs.tokens_BL.dtype == torch.int64

@@ -9,7 +9,8 @@ from torch.nn.functional import log_softmax
 
 from models.interface import RnaInputs, RnaOutputs
 from pipeline.batch import RnaBatch
-from pipeline.training.losses import DistanceCrossEntropy, MaskedMae, profile_weights, training_loss
+from pipeline.training import traces
+from pipeline.training.losses import DistanceCrossEntropy, MaskedMae, StructureLoss, profile_weights, training_loss
 from tests.pipeline import tiny
 
 
@@ -175,6 +176,132 @@ def test_a_structure_without_two_resolved_nucleotides_counts_nothing():
     assert not logits_BLLK.grad[1].any()
 
 
-def test_the_loss_follows_the_task():
-    assert training_loss(tiny.TINY) == MaskedMae((0.0, 1.0))
-    assert training_loss(tiny.TINY3D) == DistanceCrossEntropy()
+# --- coordinates ---
+
+LOSS = StructureLoss(frame_weight=1.0, tm_weight=0.5, confidence_weight=0.1, max_pairs=0)
+
+
+def structure_outputs(generator: torch.Generator, *, noise: float = 3.0) -> RnaOutputs:
+    """Coordinates near the truth, the rest by chance."""
+    batch = structure_batch()
+    clean_BL3 = torch.stack([torch.from_numpy(tiny.helix(12)).float()] * 2)
+    logits_BLLK = torch.randn(2, 12, 12, 8, generator=generator)
+    return RnaOutputs(
+        distance_logits_BLLK=logits_BLLK + logits_BLLK.transpose(1, 2),
+        c1_xyz_BL3=(clean_BL3 + noise * torch.randn(2, 12, 3, generator=generator)) * batch.inputs.mask_BL[..., None],
+        lddt_logits_BLK=torch.randn(2, 12, 5, generator=generator),
+    )
+
+
+def structure_rows(outputs: RnaOutputs, where: slice) -> RnaOutputs:
+    return RnaOutputs(*(None if output is None else output[where] for output in outputs))
+
+
+def with_gradients(outputs: RnaOutputs) -> RnaOutputs:
+    return RnaOutputs(*(None if output is None else output.requires_grad_() for output in outputs))
+
+
+def gradients_of(total: torch.Tensor, outputs: RnaOutputs) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(total, [output for output in outputs if output is not None]))
+
+
+def test_a_structures_loss_is_the_weighted_sum_of_its_terms(generator):
+    batch, outputs = structure_batch(), structure_outputs(generator)
+    terms = LOSS.terms(outputs, batch)
+    frame = sum(float(traces.frame_error(outputs.c1_xyz_BL3[b], batch.target_BLC[b])) for b in range(2))
+    assert float(terms.distance) == float(DistanceCrossEntropy(max_pairs=0).total(outputs, batch))
+    assert float(terms.frame) == pytest.approx(frame, rel=1e-5)
+    expected = float(terms.distance) + frame + 0.5 * float(terms.tm) + 0.1 * float(terms.confidence)
+    assert float(LOSS.total(outputs, batch)) == pytest.approx(expected, rel=1e-5)
+    assert LOSS.weight(batch) == 2
+
+
+def test_right_coordinates_cost_nothing_and_their_mirror_image_does(generator):
+    batch, outputs = structure_batch(), structure_outputs(generator, noise=0.0)
+    mirrored = outputs._replace(c1_xyz_BL3=outputs.c1_xyz_BL3 * torch.tensor([1.0, -1.0, 1.0]))
+    right, wrong = LOSS.terms(outputs, batch), LOSS.terms(mirrored, batch)
+    assert max(float(right.frame), float(right.tm)) < 1e-4
+    assert min(float(wrong.frame), float(wrong.tm)) > 0.1
+    assert wrong.confidence == right.confidence  # of distances, which a mirror keeps
+
+
+def test_confidence_is_the_cross_entropy_of_the_bin_of_the_lddt(generator):
+    batch, outputs = structure_batch(), structure_outputs(generator)
+    expected = 0.0
+    for b in range(2):
+        lddt_L = traces.lddt(outputs.c1_xyz_BL3[b], batch.target_BLC[b])
+        log_LK = log_softmax(outputs.lddt_logits_BLK[b], -1)
+        terms = [-float(log_LK[i, min(int(lddt_L[i] * 5), 4)]) for i in range(12) if not math.isnan(lddt_L[i])]
+        expected += sum(terms) / len(terms)
+    assert float(LOSS.terms(outputs, batch).confidence) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_halves_of_a_batch_of_structures_add_up_to_it(generator):
+    batch, outputs = structure_batch(), with_gradients(structure_outputs(generator))
+    whole = LOSS.total(outputs, batch) / LOSS.weight(batch)
+    halves = [slice(0, 1), slice(1, 2)]
+    weight = sum(LOSS.weight(rows(batch, half)) for half in halves)
+    parts = sum(LOSS.total(structure_rows(outputs, half), rows(batch, half)) / weight for half in halves)
+    torch.testing.assert_close(parts, whole)
+    for ours, expected in zip(gradients_of(parts, outputs), gradients_of(whole, outputs), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_the_padding_of_a_structure_has_no_say(generator):
+    batch, outputs = structure_batch(), structure_outputs(generator)
+    alone = RnaBatch(
+        ("b",),
+        RnaInputs(*(x[1:, :6] for x in batch.inputs[:2])),
+        batch.target_BLC[1:, :6],
+        batch.weight_BC[1:],
+    )
+    cut = RnaOutputs(
+        distance_logits_BLLK=outputs.distance_logits_BLLK[1:, :6, :6],
+        c1_xyz_BL3=outputs.c1_xyz_BL3[1:, :6],
+        lddt_logits_BLK=outputs.lddt_logits_BLK[1:, :6],
+    )
+    padded = LOSS.total(structure_rows(outputs, slice(1, 2)), rows(batch, slice(1, 2)))
+    torch.testing.assert_close(LOSS.total(cut, alone), padded)
+
+
+def test_a_structure_of_which_nothing_is_resolved_has_no_loss_and_no_gradient(generator):
+    batch, outputs = structure_batch(), with_gradients(structure_outputs(generator))
+    batch.target_BLC[1] = math.nan
+    total = LOSS.total(outputs, batch)
+    assert LOSS.weight(batch) == 1
+    assert all(not gradient[1].any() and gradient[0].any() for gradient in gradients_of(total, outputs))
+    batch.target_BLC[0] = math.nan
+    assert LOSS.weight(batch) == 0
+    assert LOSS.total(outputs, batch) == 0
+
+
+def test_a_network_without_coordinates_learns_from_distances_alone(generator):
+    batch = structure_batch()
+    outputs = RnaOutputs(distance_logits_BLLK=torch.randn(2, 12, 12, 8, generator=generator))
+    assert LOSS.total(outputs, batch) == DistanceCrossEntropy(max_pairs=0).total(outputs, batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_structures_loss_and_gradients_are_those_of_float32_under_autocast(generator, dtype):
+    batch, outputs = structure_batch(), with_gradients(structure_outputs(generator))
+    expected = LOSS.total(outputs, batch)
+    with torch.autocast("cpu", dtype=dtype):
+        total = LOSS.total(outputs, batch)
+    assert total.dtype == torch.float32
+    assert total == expected
+    for ours, wanted in zip(gradients_of(total, outputs), gradients_of(expected, outputs), strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_coordinate_that_is_not_finite_is_seen(generator, bad):
+    batch, outputs = structure_batch(), structure_outputs(generator)
+    outputs.c1_xyz_BL3[0, 6, 1] = bad
+    assert not torch.isfinite(LOSS.total(outputs, batch))
+
+
+def test_the_loss_follows_the_task_and_its_settings():
+    settings = tiny.config(frame_weight=2.0, tm_weight=0.0, confidence_weight=0.5).train
+    assert training_loss(tiny.TINY, settings) == MaskedMae((0.0, 1.0))
+    assert training_loss(tiny.TINY3D, settings) == StructureLoss(2.0, 0.0, 0.5)

@@ -9,7 +9,9 @@ import torch
 
 from models.interface import RnaInputs, RnaOutputs
 from pipeline.batch import RnaBatch
+from pipeline.config import TrainConfig
 from pipeline.errors import DivergedError
+from pipeline.training import traces
 from pipeline.training.metrics import make_meter
 from tests.pipeline import tiny
 
@@ -30,7 +32,7 @@ def test_uneven_batches_give_the_metric_of_one_batch(truth):
     predicted = truth.nan_to_num(0.3) + torch.linspace(0, 0.5, 10)[:, None, None]
     results = []
     for edges in ([0, 10], [0, 1, 9, 10]):
-        meter = make_meter(tiny.TINY)
+        meter = make_meter(tiny.TINY, TrainConfig())
         for start, stop in pairwise(edges):
             meter.add(RnaOutputs(predicted[start:stop]), batch_of(truth[start:stop]))
         results.append(meter.result())
@@ -46,7 +48,7 @@ def test_predictions_under_the_padding_do_not_count(truth):
     batch.target_BLC[:, 5:] = math.nan
     predicted = torch.zeros_like(truth)
     predicted[:, 5:] = math.nan
-    meter = make_meter(tiny.TINY)
+    meter = make_meter(tiny.TINY, TrainConfig())
     meter.add(RnaOutputs(predicted), batch)
     assert np.isfinite(meter.result()["metric"])
 
@@ -56,13 +58,22 @@ def test_a_prediction_that_is_not_finite_is_a_divergence_and_names_its_batch(tru
     predicted = torch.zeros_like(truth)
     predicted[3, 2, 1] = math.inf
     with pytest.raises(DivergedError, match=r"validation: a prediction for .* is not finite. Next: .*fp32"):
-        make_meter(tiny.TINY).add(RnaOutputs(predicted), batch_of(truth))
+        make_meter(tiny.TINY, TrainConfig()).add(RnaOutputs(predicted), batch_of(truth))
 
 
-def test_the_structure_metric_is_the_loss_over_all_pairs():
+def test_the_structure_metric_is_the_loss_of_the_epoch_and_its_terms_stand_beside_it():
     xyz_BL3 = torch.from_numpy(np.stack([tiny.helix(9)] * 3)).float()
-    meter = make_meter(tiny.TINY3D)
+    moved_BL3 = xyz_BL3 * torch.tensor([1.0, 1.0, -1.0])
+    meter = make_meter(tiny.TINY3D, TrainConfig(frame_weight=2.0, tm_weight=3.0, confidence_weight=0.5))
     for part in (slice(0, 1), slice(1, 3)):
         batch = batch_of(xyz_BL3[part])
-        meter.add(RnaOutputs(distance_logits_BLLK=torch.zeros(len(batch.ids), 9, 9, 8)), batch)
-    assert meter.result()["metric"] == pytest.approx(math.log(8))
+        logits = torch.zeros(len(batch.ids), 9, 9, 8), torch.zeros(len(batch.ids), 9, 5)
+        meter.add(RnaOutputs(None, logits[0], None, moved_BL3[part], logits[1]), batch)
+    result = meter.result()
+    frame = float(traces.frame_error(moved_BL3[0], xyz_BL3[0]))
+    assert result["distance"] == pytest.approx(math.log(8))
+    assert result["frame"] == pytest.approx(frame, rel=1e-5)
+    assert result["tm"] == pytest.approx(1 - float(traces.soft_tm_score(moved_BL3[0], xyz_BL3[0])), rel=1e-5)
+    assert result["confidence"] == pytest.approx(math.log(5))
+    expected = math.log(8) + 2 * result["frame"] + 3 * result["tm"] + 0.5 * math.log(5)
+    assert result["metric"] == pytest.approx(expected, rel=1e-5)

@@ -103,8 +103,10 @@ def test_activations_grow_with_batch_and_length_and_shrink_with_recomputation(fa
 
 def test_a_network_that_cannot_run_on_fake_tensors_is_extrapolated():
     """A packed recurrent head needs the lengths themselves."""
-    linear, recurrent = (need("small_hyena", batch=8, length=300, gru_head=gru).activations for gru in (False, True))
-    assert recurrent == pytest.approx(linear, rel=0.15)
+    linear, recurrent = (
+        need("small_transformer_sepconv", batch=8, length=300, gru_head=gru).activations for gru in (False, True)
+    )
+    assert recurrent == pytest.approx(linear, rel=0.1)
 
 
 def test_planning_leaves_the_random_numbers_alone():
@@ -139,8 +141,10 @@ def test_what_no_setting_can_help_is_refused_with_that_sentence():
         refused.require_fit()
 
 
-def test_a_plan_is_for_the_longest_sequence_that_training_sees():
+def test_a_plan_is_for_the_sequences_that_training_sees():
     network = build("tiny_hyena")
+    assert make_plan(small_run(), network, sequences=5, device=CPU).step.micro_batch == 5
+    assert make_plan(small_run(), network, sequences=500, device=CPU).step.micro_batch == 32
     lengths = [make_plan(small_run(), network, length=n, device=CPU).step.length for n in (50, 128, 4000)]
     assert lengths == [50, 128, 128]
 
@@ -173,6 +177,7 @@ def test_memory_is_available():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_estimate_is_the_allocators_peak_on_a_gpu():
     device, network = torch.device("cuda"), build("small_hyena")
     step = Step(micro_batch=32, length=177, gradient_checkpointing=0, accumulates=False)

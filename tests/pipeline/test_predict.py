@@ -15,6 +15,7 @@ from pipeline.errors import ConfigError, DataError, DivergedError, StorageError
 from pipeline.paths import Paths
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.failures import is_out_of_memory
+from submissions.tm_score import tm_score
 from tests.pipeline import tiny
 
 
@@ -209,10 +210,12 @@ def test_a_damaged_best_checkpoint_is_not_used(paths):
 
 
 @pytest.mark.parametrize("flip", [0.0, 0.5])
-def test_structures_have_five_candidates_with_coordinates_for_every_residue(tmp_path, flip):
+@pytest.mark.parametrize("coordinates", [False, True])
+def test_structures_have_five_candidates_with_coordinates_for_every_residue(tmp_path, flip, coordinates):
     paths = Paths(comp="tiny3d", root=tmp_path)
     tiny.write_structures(paths, count=6)
-    fit(paths, competition=tiny.TINY3D, data={"max_length": 24, "flip": flip})
+    options = {"data": {"max_length": 24, "flip": flip}, "model": {"coordinates": coordinates}}
+    fit(paths, competition=tiny.TINY3D, **options)
     report = predict_all(paths, competition=tiny.TINY3D)
     for name, count in (("oof", 3), ("test", 2)):
         rows = pq.read_table(report.outputs[name]).to_pylist()
@@ -222,3 +225,24 @@ def test_structures_have_five_candidates_with_coordinates_for_every_residue(tmp_
         for row in rows:
             assert len(row["x"]) == len(row["y"]) == len(row["z"])
             assert np.isfinite([row["confidence"], *row["x"], *row["y"], *row["z"]]).all()
+
+
+def test_the_networks_own_coordinates_are_among_the_candidates_and_drawn_alike_every_time(tmp_path):
+    """They are right here, helices to start with, so that its distances, which have learned helices, trust them."""
+    paths = Paths(comp="tiny3d", root=tmp_path)
+    tiny.write_structures(paths, count=8)
+    config = tiny.config(epochs=20, batch_size=4, model={"coordinates": True, "dropout": 0.3})
+    fit(paths, competition=tiny.TINY3D, config=config)
+    tables = []
+    for _ in range(2):
+        torch.rand(3)  # what was drawn before must not matter
+        report = predict_all(paths, competition=tiny.TINY3D)
+        tables.append(report.outputs["oof"].read_bytes())
+        rows = pq.read_table(report.outputs["oof"]).to_pylist()
+        report.outputs["oof"].unlink()
+    assert tables[0] == tables[1]
+    confidences = [row["confidence"] for row in rows]
+    assert all(0 < confidence <= 1 for confidence in confidences)
+    assert all(confidences[k : k + 5] == sorted(confidences[k : k + 5], reverse=True) for k in range(0, 20, 5))
+    best = [np.array([row["x"], row["y"], row["z"]]).T for row in rows if row["candidate"] == 1]
+    assert min(tm_score(xyz_L3, tiny.helix(len(xyz_L3))) for xyz_L3 in best) > 0.5

@@ -357,9 +357,9 @@ def test_a_state_that_is_not_finite_before_anything_was_saved_is_refused(paths, 
     def spoilt(*args: Any, **given: Any) -> Any:
         model = make(*args, **given)
         with torch.no_grad():
-            model.values.bias[0] = math.nan
+            model.heads["per_base"].bias[0] = math.nan
         return model
 
     monkeypatch.setattr(train, "create_model", spoilt)
-    with pytest.raises(DivergedError, match=r"step 0: values.bias is not finite and is not saved; 0 batches skipped"):
+    with pytest.raises(DivergedError, match=r"step 0: heads\.per_base\.bias is not finite and is not saved; 0 batch"):
         fit(paths)

@@ -1,14 +1,18 @@
 """RNA 3D folding: raw files become clean tables, and files that lie are refused in one sentence."""
 
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import polars as pl
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pipeline.competitions.rna3d import RNA3D, SENTINEL
 from pipeline.errors import DataError
 from pipeline.stage import sha256_file
+from pipeline.templates.gate import allowed
 
 SEQUENCES = {"1SCL_A": "GGGAAC", "R1117v2": "ACGU", "17RA_A": "GG-UX"}
 TEST = {"R1107": "GGCU", "R1_b": "ANG"}
@@ -129,6 +133,93 @@ def test_every_conformation_with_a_resolved_residue_is_a_reference(raw: Path) ->
     assert facts["most_conformers"] == 3
 
 
+def test_training_targets_dated_after_a_test_cutoff_are_set_apart(raw: Path) -> None:
+    rows = _sequences(SEQUENCES)
+    rows[0] |= {"temporal_cutoff": "2022-05-29"}
+    rows[1] |= {"temporal_cutoff": ""}
+    _table(raw / "train_sequences.csv", rows)
+    tables, facts = _clean(raw)
+    assert tables["train"]["sequence_id"].to_list() == ["R1117v2"]  # undated ones stay, and are counted
+    assert tables["later"]["sequence_id"].to_list() == ["1SCL_A"]
+    assert tables["later"].schema == tables["train"].schema
+    assert "1SCL_A" in tables["references"]["sequence_id"].to_list()
+    assert (facts["train"]["later"], facts["train"]["undated"]) == (1, 1)
+
+
+DAYS = st.none() | st.dates(date(2000, 1, 1), date(2025, 12, 31))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(released=st.tuples(DAYS, DAYS, DAYS), cutoffs=st.tuples(DAYS, DAYS))
+def test_no_training_target_is_newer_than_a_test_targets_cutoff(
+    raw: Path, released: tuple[date | None, ...], cutoffs: tuple[date | None, ...]
+) -> None:
+    """What trains a network is, for every test target, data that its cutoff allows (or that has no date)."""
+    train, test = {f"T{n}": "GGAC" for n in range(3)}, {f"R{n}": "GGAC" for n in range(2)}
+    for name, sequences, days in (("train_sequences", train, released), ("test_sequences", test, cutoffs)):
+        rows = _sequences(sequences)
+        for row, day in zip(rows, days, strict=True):
+            row["temporal_cutoff"] = str(day or "")
+        _table(raw / f"{name}.csv", rows)
+    _table(raw / "train_labels.csv", _labels(train))
+    _table(raw / "sample_submission.csv", _sample(test))
+    known = [day for day in cutoffs if day]
+    late = [day for day in released if day and known and day > min(known)]
+    if len(late) == 3:
+        with pytest.raises(DataError, match="all 3 labelled targets are dated after"):
+            _clean(raw)
+        return
+    tables, _ = _clean(raw)
+    kept = tables["train"]["temporal_cutoff"]
+    assert all(allowed(cutoff, day) for cutoff in cutoffs for day in kept if day)
+    assert sorted(tables["later"]["temporal_cutoff"].to_list()) == sorted(late)
+
+
+def test_chains_and_copies_of_part_2_reach_the_references(raw: Path) -> None:
+    rows = _labels(SEQUENCES)
+    for row in rows:
+        row |= {"chain": "B", "copy": 1 + (row["resid"] > 3)}
+    _table(raw / "train_labels.csv", rows)
+    references = _clean(raw)[0]["references"]
+    assert references["chain"].to_list() == [["B"] * 6, ["B"] * 4]
+    assert references["copy"].to_list() == [[1, 1, 1, 2, 2, 2], [1, 1, 1, 2]]
+
+
+def test_labels_of_part_1_have_no_chains(raw: Path) -> None:
+    references = _clean(raw)[0]["references"]
+    assert references["chain"].null_count() == references["copy"].null_count() == references.height
+
+
+@pytest.mark.parametrize(
+    ("stoichiometry", "fasta", "lengths"),
+    [
+        ("A:2", "", [3, 3]),
+        ("A:1;B:1", ">1ABC_1|Chain A[auth A]|x|\nACGAC\n>1ABC_2|Chains B[auth B], C[auth C]|y|\nG", [5, 1]),
+        ("B:1;A:1", ">1ABC_1|Chain A[auth A]|x|\nACGAC\n>1ABC_2|Chain B[auth B]|y|\nG", None),  # in another order
+        ("A:4", "", None),
+        ("", "", None),
+    ],
+)
+def test_chain_ends_are_found_where_stoichiometry_and_sequence_agree(
+    raw: Path, stoichiometry: str, fasta: str, lengths: list[int] | None
+) -> None:
+    rows = _sequences({"R1107": "ACGACG"})
+    rows[0] |= {"stoichiometry": stoichiometry, "all_sequences": fasta}
+    _table(raw / "test_sequences.csv", rows)
+    _table(raw / "sample_submission.csv", _sample({"R1107": "ACGACG"}))
+    test = _clean(raw)[0]["test"]
+    assert test["chain_lengths"].to_list() == [lengths]
+    assert test["stoichiometry"].to_list() == [stoichiometry or None]
+
+
+def test_a_stoichiometry_that_is_none_is_refused(raw: Path) -> None:
+    rows = _sequences(TEST)
+    rows[1] |= {"stoichiometry": "A-2"}
+    _table(raw / "test_sequences.csv", rows)
+    with pytest.raises(DataError, match=r"row 2 \(R1_b\): stoichiometry is not <chain>:<copies>;…, such as A:2;B:1"):
+        _clean(raw)
+
+
 def test_clusters_become_groups(raw: Path) -> None:
     _table(raw / "train_clusters.csv", [{"target_id": "R1117v2", "seq_cluster80": 7, "source": "a"}])
     assert _clean(raw)[0]["train"]["group"].to_list() == [None, "7"]
@@ -227,3 +318,17 @@ def test_the_shared_files_become_182_training_targets_and_189_references(
     assert facts["train"]["rows"] == facts["train_scored"] == 182
     assert (facts["references"], facts["reference_targets"], facts["most_conformers"]) == (189, 187, 2)
     assert (facts["test_rows"], facts["sample_rows"]) == (12, 2515)
+
+
+@pytest.mark.shared
+def test_the_shared_files_of_part_2_give_every_targets_chains(shared_data: Callable[[str], Path], raw: Path) -> None:
+    """28 targets of 19 to 4,640 nt, seven of them of several chains, beside training files of any release."""
+    folder = shared_data("stanford-rna-3d-folding")
+    for name in ("test_sequences", "sample_submission"):
+        (raw / f"{name}.csv").unlink()
+        (raw / f"{name}.parquet").symlink_to(folder / f"part2_{name}.parquet")
+    tables, facts = _clean(raw)
+    assert (facts["test_rows"], facts["sample_rows"], facts["test_lengths"]["longest"]) == (28, 9762, 4640)
+    ends = tables["test"].select("sequence_id", pl.col("chain_lengths").list.sum(), pl.col("sequence").str.len_chars())
+    assert (ends["chain_lengths"] == ends["sequence"]).all()
+    assert facts["test_multi_chain"] == ["9G4P", "9G4Q", "9I9W", "9JGM", "9MME", "9WHV", "9ZCC"]

@@ -24,7 +24,8 @@ from pipeline.config import RunConfig, load_config
 from pipeline.errors import ConfigError, DataError, DivergedError, StoppedError, StorageError
 from pipeline.paths import Paths
 from pipeline.runlog import read_metrics
-from pipeline.training.checkpoint import CheckpointStore
+from pipeline.training import loop
+from pipeline.training.checkpoint import CheckpointStore, load_checkpoint
 from pipeline.training.stop import StopRequest, run_lock
 from tests.pipeline import tiny
 
@@ -185,6 +186,49 @@ def test_a_run_begins_with_the_weights_of_another(paths):
     assert second.facts["metric"] == pytest.approx(first.facts["metric"], abs=1e-6)
 
 
+def test_a_run_on_structures_begins_with_weights_trained_on_reactivities(paths, tmp_path):
+    first = fit(paths)
+    other = Paths(comp="tiny3d", root=tmp_path / "artifacts")
+    tiny.write_structures(other)
+    config = tiny.config(epochs=1, lr=1e-12, weight_decay=0.0, ema_decay=0.0, batch_size=4, model={"coordinates": True})
+    config = replace(config, model=replace(config.model, init=str(first.outputs["checkpoint"])))
+    with pytest.raises(StoppedError):
+        fit(other, config, competition=tiny.TINY3D, max_steps=1)
+    fit(other, config, competition=tiny.TINY3D)
+    starts = rows_of(other, "start")
+    assert len(starts) == 2  # the run that goes on still says where it came from
+    for row in starts:
+        assert row["initial"] == {
+            "run": tiny.RUN,
+            "fold": 0,
+            "step": first.facts["best_step"],
+            "backbone": 1.0,
+            "loaded": ["convolution", "embedding"],
+            "fresh": ["heads.distances", "heads.placed"],
+            "ignored": ["heads.per_base"],
+        }
+    source = load_checkpoint(first.outputs["checkpoint"]).weights
+    last = CheckpointStore(other.fold_dir(tiny.RUN, 0) / "checkpoints").load_newest().weights
+    for name in ("embedding.weight", "convolution.weight"):
+        torch.testing.assert_close(last[name], source[name], rtol=0, atol=1e-6)
+
+
+def test_the_head_for_coordinates_is_left_out_where_there_are_none_to_learn():
+    config = tiny.config(model={"coordinates": True})
+    assert set(train.build_model(config.model, tiny.TINY).heads) == {"per_base"}
+    assert set(train.build_model(config.model, tiny.TINY3D).heads) == {"distances", "placed"}
+
+
+def test_coordinates_train_to_a_lower_loss(tmp_path):
+    paths = Paths(comp="tiny3d", root=tmp_path)
+    tiny.write_structures(paths)
+    config = tiny.config(epochs=20, batch_size=4, data={"max_length": 24}, model={"coordinates": True})
+    fit(paths, config, competition=tiny.TINY3D)
+    first, *_, last = rows_of(paths, "epoch")
+    for term in ("distance", "frame", "tm", "confidence"):
+        assert last["valid"][term] < 0.9 * first["valid"][term]
+
+
 def test_initial_weights_are_needed_for_the_beginning_only(paths):
     """Was: ConfigError when the checkpoint that a run began with was removed before the run was resumed."""
     first = fit(paths)
@@ -283,6 +327,7 @@ RESUMABLE = {
     "bf16": {"precision": "bf16"},
     "fp16": {"precision": "fp16"},
     "accumulated": {"micro_batch": 3, "ema_decay": 0.0},
+    "one loader worker": {"workers": 1},
     "flipped and cropped": {"data": {"flip": 0.5, "max_length": 25}, "save_every": 0},
 }
 
@@ -389,6 +434,33 @@ def test_out_of_memory_saves_and_says_what_to_do(error, paths, inject):
     inject(draw)
     fit(paths)
     fit(paths, run=f"whole.{tiny.SPLIT}")
+    assert tiny.final_bytes(paths) == tiny.final_bytes(paths, f"whole.{tiny.SPLIT}")
+
+
+def test_out_of_memory_between_the_passes_and_the_update_resumes_with_the_same_bits(paths, monkeypatch):
+    """Was: saved with the random numbers of the failed step used up, so that the run went on with others."""
+    count, measure = itertools.count(1), loop.gradients
+
+    def exhaust(model: torch.nn.Module) -> list[Tensor]:
+        if next(count) == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return measure(model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "gradients", exhaust)
+        with pytest.raises(StorageError, match=r"out of memory at step 6 .* the state is saved"):
+            fit(paths)
+    assert store_of(paths).newest_meta()["step"] == 5
+    fit(paths)
+    fit(paths, run=f"whole.{tiny.SPLIT}")
+    assert tiny.final_bytes(paths) == tiny.final_bytes(paths, f"whole.{tiny.SPLIT}")
+
+
+def test_a_run_goes_on_with_loader_workers_it_began_without(paths):
+    fit(paths, run=f"whole.{tiny.SPLIT}")
+    with pytest.raises(StoppedError):
+        fit(paths, max_steps=6)
+    fit(paths, tiny.config(workers=2), allow_changes=True)
     assert tiny.final_bytes(paths) == tiny.final_bytes(paths, f"whole.{tiny.SPLIT}")
 
 

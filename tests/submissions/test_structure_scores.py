@@ -11,6 +11,7 @@ from pipeline.competitions.rna3d import RNA3D
 from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.structure.geometry import trace_from_pairs
+from submissions.align import tm_align
 from submissions.structure_scores import describe, evaluate_structure, trivial_shapes
 from submissions.tm_score import tm_score
 
@@ -56,6 +57,18 @@ def test_the_truth_among_the_candidates_scores_one(tmp_path: Path, truth: dict[s
     assert json.loads(json.dumps(scores, allow_nan=False)) == scores
 
 
+def test_known_sequences_name_the_residues(tmp_path: Path, truth: dict[str, np.ndarray]) -> None:
+    """Their letters decide which residues can pair, and with that US-align's alignment."""
+    predicted = {"1SCL_A": trivial_shapes(40)["random walks"]}
+    paths, table = _write(tmp_path, {"1SCL_A": truth["1SCL_A"]}, predicted)
+    sequence = "GGCC" * 10
+    pl.DataFrame({"sequence_id": ["1SCL_A"], "sequence": [sequence]}).write_parquet(paths.clean("test"))
+    independent = evaluate_structure(paths, competition=RNA3D, predictions=table)["sequence_independent"]
+    expected = max(tm_align(trace, truth["1SCL_A"][0], sequence, sequence) for trace in predicted["1SCL_A"])
+    assert independent["unnamed"] == []
+    assert independent["score"] == pytest.approx(expected)
+
+
 def test_floors_are_those_of_the_trivial_shapes(tmp_path: Path, truth: dict[str, np.ndarray]) -> None:
     paths, table = _write(tmp_path, {"a": truth["1SCL_A"]}, {"a": truth["1SCL_A"]})
     floors = evaluate_structure(paths, competition=RNA3D, predictions=table)["floors"]
@@ -87,7 +100,11 @@ def test_the_means_are_those_of_the_rows(tmp_path: Path, truth: dict[str, np.nda
     assert scores["score"] == pytest.approx(np.mean([row["score"] for row in scores["targets"]]))
     assert scores["score"] == pytest.approx(scores["floors"]["random walks"])
     assert sum(group["targets"] for group in scores["by_length"]) == 2
+    independent = scores["sequence_independent"]
+    assert independent["score"] == pytest.approx(independent["floors"]["random walks"])
+    assert independent["unnamed"] == sorted(truth)
     text = describe(scores)
+    assert f"sequence-independent: {independent['score']:.4f}" in text
     assert f"{scores['score']:.4f}" in text
     assert "residue-matched" in text
     assert "1SCL_A" in text
@@ -106,9 +123,12 @@ def test_a_prediction_of_another_length_is_refused(tmp_path: Path, truth: dict[s
         evaluate_structure(paths, competition=RNA3D, predictions=table)
 
 
-def test_a_null_in_a_prediction_is_refused(tmp_path: Path, truth: dict[str, np.ndarray]) -> None:
+@pytest.mark.parametrize("nothing", [np.nan, -1e18, -1e6])
+def test_a_null_or_a_sentinel_in_a_prediction_is_refused(
+    tmp_path: Path, truth: dict[str, np.ndarray], nothing: float
+) -> None:
     torn = truth["1SCL_A"].copy()
-    torn[0, 4] = np.nan
+    torn[0, 4] = nothing
     paths, table = _write(tmp_path, truth, {"1SCL_A": torn})
     with pytest.raises(DataError, match="1SCL_A has a coordinate that is null or not finite"):
         evaluate_structure(paths, competition=RNA3D, predictions=table)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numba
 import numpy as np
 import polars as pl
 import pytest
@@ -68,6 +69,15 @@ def test_residues_missing_in_the_reference_shorten_it(rng: np.random.Generator) 
     assert tm_score(reference, cut) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("sentinel", [-1e18, -1e6])
+def test_sentinels_are_missing_residues(sentinel: float, rng: np.random.Generator) -> None:
+    reference = _trace(50, rng)
+    blank, marked = reference.copy(), reference.copy()
+    blank[20:30], marked[20:30] = np.nan, sentinel
+    assert tm_score(marked, reference) == tm_score(blank, reference) < 0.81
+    assert tm_score(reference, marked) == tm_score(reference, blank) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("resolved", [0, 1, 2])
 def test_two_residues_in_common_score_nothing(resolved: int, rng: np.random.Generator) -> None:
     trace = _trace(20, rng)
@@ -111,6 +121,17 @@ def test_pairs_are_scored_the_same_alone_and_together(rng: np.random.Generator) 
     pairs = [(_trace(length, rng), _trace(length, rng)) for length in (9, 64, 31, 3)]
     assert tm_scores(pairs).tolist() == [tm_score(*pair) for pair in pairs]
     assert tm_scores([]).shape == (0,)
+
+
+def test_the_number_of_threads_changes_nothing(rng: np.random.Generator) -> None:
+    pairs = [(_trace(length, rng), _trace(length, rng)) for length in range(5, 40)]
+    together = tm_scores(pairs)
+    before = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        assert tm_scores(pairs).tolist() == together.tolist()
+    finally:
+        numba.set_num_threads(before)
 
 
 def test_unequal_traces_are_refused() -> None:

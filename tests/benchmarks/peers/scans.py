@@ -20,15 +20,22 @@ def unbind_loop(u_BLE: Tensor, delta_BLE: Tensor, A_EN: Tensor, B_BLN: Tensor, C
 
 
 def associative(u_BLE: Tensor, delta_BLE: Tensor, A_EN: Tensor, B_BLN: Tensor, C_BLN: Tensor, D_E: Tensor) -> Tensor:
-    """log2 L doublings of the distance that a state looks back (Hillis & Steele 1986)."""
-    decay_BLEN, state_BLEN = _discretised(u_BLE, delta_BLE, A_EN, B_BLN)
-    reach = 1
-    while reach < u_BLE.shape[1]:
-        joined_BLEN = state_BLEN[:, reach:] + decay_BLEN[:, reach:] * state_BLEN[:, :-reach]
-        state_BLEN = torch.cat([state_BLEN[:, :reach], joined_BLEN], dim=1)
-        decay_BLEN = torch.cat([decay_BLEN[:, :reach], decay_BLEN[:, reach:] * decay_BLEN[:, :-reach]], dim=1)
-        reach *= 2
-    return torch.matmul(state_BLEN, C_BLN.unsqueeze(-1)).squeeze(-1) + D_E * u_BLE
+    """Pairs of neighbours joined, scanned as a sequence of half the length, and taken apart (Blelloch 1990)."""
+    states_BLEN = _scan_pairs(*_discretised(u_BLE, delta_BLE, A_EN, B_BLN))
+    return torch.matmul(states_BLEN, C_BLN.unsqueeze(-1)).squeeze(-1) + D_E * u_BLE
+
+
+def _scan_pairs(decay_BLEN: Tensor, input_BLEN: Tensor) -> Tensor:
+    length = decay_BLEN.shape[1]
+    if length == 1:
+        return input_BLEN
+    even, odd = slice(0, length - length % 2, 2), slice(1, None, 2)
+    joined = decay_BLEN[:, odd] * input_BLEN[:, even] + input_BLEN[:, odd]
+    odd_states = _scan_pairs(decay_BLEN[:, even] * decay_BLEN[:, odd], joined)
+    before = torch.cat([torch.zeros_like(odd_states[:, :1]), odd_states], dim=1)[:, : (length + 1) // 2]
+    even_states = decay_BLEN[:, ::2] * before + input_BLEN[:, ::2]
+    both = torch.stack([even_states[:, : length // 2], odd_states], dim=2).flatten(1, 2)
+    return torch.cat([both, even_states[:, length // 2 :]], dim=1)
 
 
 def mamba_py(u_BLE: Tensor, delta_BLE: Tensor, A_EN: Tensor, B_BLN: Tensor, C_BLN: Tensor, D_E: Tensor) -> Tensor:

@@ -1,0 +1,217 @@
+"""The files that Kaggle asks of winners, written from the ensemble, the settings of its runs and what they ran on.
+
+``artifacts/<comp>/handover/<name>/``: README.md, requirements.txt, directory_structure.txt, SETTINGS.json,
+entry_points.md, and configs/ with the settings of every run as a TOML file.
+
+Source: Kaggle's Winning Model Documentation Guidelines.
+"""
+
+import json
+import re
+import time
+import tomllib
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline.competitions.base import Competition
+from pipeline.errors import DataError
+from pipeline.paths import REPOSITORY, Paths
+from pipeline.runlog import duration, read_metrics
+from pipeline.stage import Report, commit, read_result, versions, write_json
+from pipeline.training.checkpoint import CheckpointStore
+
+_TREE = ("pipeline", "models", "folds", "submissions", "tests")
+
+
+def run(paths: Paths, *, competition: Competition, name: str) -> Report:
+    """Write the files for one ensemble.
+
+    Raises:
+        DataError: there is no such ensemble, or a checkpoint or metrics file of it is absent.
+    """
+    started = time.monotonic()
+    told = read_result(
+        paths.ensemble_dir(name) / "weights.json", hint=f"make ensemble COMP={competition.name} NAME={name}"
+    )
+    trained = {run: [_trained(paths, run, fold) for fold in told["folds"]] for run in told["runs"]}
+    home = paths.home / "handover" / name
+    home.mkdir(parents=True, exist_ok=True)
+    steps = _steps(competition, paths, told, name, configs=home / "configs")
+    texts = {
+        "README.md": _readme(competition, told, name, trained, steps),
+        "requirements.txt": _requirements(),
+        "directory_structure.txt": _tree(),
+        "entry_points.md": _entry_points(steps),
+    }
+    (home / "configs").mkdir(exist_ok=True)
+    for run, folds in trained.items():
+        (home / "configs" / _config_name(run)).write_text(_toml(folds[0]["config"]))
+    for file, text in texts.items():
+        (home / file).write_text(text)
+    write_json(home / "SETTINGS.json", _settings(paths, told, name))
+    outputs = {file: home / file for file in (*texts, "SETTINGS.json")}
+    facts = {"runs": told["runs"], "folds": told["folds"]}
+    return Report(stage="handover", status="built", outputs=outputs, facts=facts, seconds=time.monotonic() - started)
+
+
+def _trained(paths: Paths, run: str, fold: int) -> dict[str, Any]:
+    """What a fold's training was and took, from its checkpoint and its metrics."""
+    folder = paths.fold_dir(run, fold)
+    meta = CheckpointStore(folder / "checkpoints").newest_meta()
+    rows = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+    starts = [row for row in rows if row.get("event") == "start"]
+    if meta is None or not starts:
+        raise DataError(f"{folder}: no readable checkpoint or metrics.jsonl. Next: make train FOLD={fold}.")
+    kept = ("device", "device_name", "precision", "parameters", "threads")
+    return {key: starts[-1].get(key, "") for key in kept} | {
+        "config": meta["config"],
+        "steps": meta["step"],
+        "finished": meta["progress"]["finished"],
+        "seconds": _seconds(rows),
+    }
+
+
+def _seconds(rows: list[dict[str, Any]]) -> float | None:
+    """Time between the first and the last row of the last session, where rows have one."""
+    times = [float(row["time"]) for row in rows if isinstance(row.get("time"), int | float)]
+    return times[-1] - times[0] if len(times) > 1 else None
+
+
+def _steps(
+    competition: Competition, paths: Paths, told: Mapping[str, Any], name: str, *, configs: Path
+) -> list[tuple[str, str]]:
+    """What happens -> the command, in order."""
+    at = f"COMP={competition.name}"
+    uses_bpp = paths.bpp.is_file()
+    trains = [
+        f"make train-all {at} SPLIT={told['split']} MODEL={_near(configs / _config_name(run))}" for run in told["runs"]
+    ]
+    return [
+        ("Prepare the data", f"make data {at} RAW=<folder of SETTINGS.json's RAW_DATA_DIR>"),
+        *([("Base-pair probabilities", f"make bpp {at}")] if uses_bpp else []),
+        ("Assign the folds", f"make folds {at} SPLIT={told['split']}"),
+        *((f"Train {run}", command) for run, command in zip(told["runs"], trains, strict=True)),
+        ("Join the predictions", f"make ensemble {at} SPLIT={told['split']} NAME={name}"),
+        ("Write and check the submission", f"make submit {at} NAME={name}"),
+        ("Predict new test data in a notebook", f"make kernel {at} KERNEL=predict NAME={name} OWNER=<user>"),
+    ]
+
+
+def _config_name(run: str) -> str:
+    """A TOML file's name, from which the run gets its name again."""
+    return f"{run.rpartition('.')[0]}.toml"
+
+
+def _toml(config: Mapping[str, Any]) -> str:
+    """Settings as a TOML file; JSON writes their plain values as TOML does."""
+    lines: list[str] = []
+    for section, values in config.items():
+        tables = {key: value for key, value in values.items() if isinstance(value, Mapping)}
+        for title, table in {section: values, **{f"{section}.{key}": value for key, value in tables.items()}}.items():
+            plain = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
+            lines += [f"[{title}]", *(f"{key} = {json.dumps(value)}" for key, value in plain.items()), ""]
+    return "\n".join(lines)
+
+
+def _near(path: Path) -> Path:
+    """As seen from the checkout, where it is below it."""
+    return path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path
+
+
+def _readme(
+    competition: Competition,
+    told: Mapping[str, Any],
+    name: str,
+    trained: Mapping[str, list[dict[str, Any]]],
+    steps: list[tuple[str, str]],
+) -> str:
+    score = f", {told['score']:.5f} out of fold" if "score" in told else ""
+    lines = [f"# {competition.title}: ensemble {name}", ""]
+    lines += [
+        f"Metric: {competition.metric}{score}. Commit: {commit() or 'none recorded'}. Joined: {told['chosen']}.",
+        "",
+    ]
+    lines += [
+        "## Models",
+        "",
+        "| run | fold | parameters | steps | device | precision | time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run, folds in trained.items():
+        for fold, facts in zip(told["folds"], folds, strict=True):
+            device = facts["device_name"] or facts["device"]
+            spent = duration(facts["seconds"]) if facts["seconds"] is not None else "not recorded"
+            did = f"{facts['steps']}{'' if facts['finished'] else ' (unfinished)'}"
+            lines.append(
+                f"| {run} | {fold} | {facts['parameters']:,} | {did} | {device} | {facts['precision']} | {spent} |"
+            )
+    lines += ["", "## Settings of the runs", ""]
+    for run, folds in trained.items():
+        lines += [f"{run}:", "", "```json", json.dumps(folds[0]["config"], indent=2, sort_keys=True), "```", ""]
+    lines += ["## Software", "", *(f"- {package} {version}" for package, version in versions().items()), ""]
+    lines += [
+        "`requirements.txt` pins every package. Entry points are in `entry_points.md`, paths in `SETTINGS.json`.",
+        "",
+    ]
+    lines += ["## From raw data to the submission", "", "```", *(command for _, command in steps), "```", ""]
+    return "\n".join(lines)
+
+
+def _requirements() -> str:
+    """Our dependencies and what they need, at the versions that are installed here."""
+    declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
+    todo, found = [_package(text) for text in declared] + ["ViennaRNA"], dict[str, str]()
+    while todo:
+        package = todo.pop()
+        key = re.sub(r"[-_.]+", "-", package).lower()
+        if key in found:
+            continue
+        try:
+            one = metadata.distribution(package)
+        except metadata.PackageNotFoundError:
+            continue
+        found[key] = f"{one.metadata['Name']}=={one.version}"
+        todo += [_package(text) for text in one.requires or () if "extra ==" not in text]
+    return "\n".join(found[key] for key in sorted(found)) + "\n"
+
+
+def _package(requirement: str) -> str:
+    match = re.match(r"[\w.-]+", requirement)
+    assert match is not None, requirement
+    return match[0]
+
+
+def _tree() -> str:
+    """Every source file, folder by folder."""
+    files = [path for folder in _TREE for path in (REPOSITORY / folder).rglob("*") if path.is_file()]
+    kept = [
+        path.relative_to(REPOSITORY) for path in files if "__pycache__" not in path.parts and "csv" not in path.parts
+    ]
+    return (
+        "\n".join(f"./{path}" for path in [*map(Path, ("Makefile", "README.md", "pyproject.toml")), *sorted(kept)])
+        + "\n"
+    )
+
+
+def _settings(paths: Paths, told: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {
+        "RAW_DATA_DIR": str(paths.raw),
+        "CLEAN_DATA_DIR": str(paths.clean("train").parent),
+        "FOLDS_DIR": str(paths.fold_table(told["split"]).parent),
+        "MODEL_CHECKPOINT_DIRS": {
+            run: [str(paths.fold_dir(run, fold) / "checkpoints") for fold in told["folds"]] for run in told["runs"]
+        },
+        "ENSEMBLE_DIR": str(paths.ensemble_dir(name)),
+        "LOGS_DIR": str(paths.home / "runs"),
+        "SUBMISSION_DIR": str(_near(paths.csv_dir)),
+        "SPLIT": told["split"],
+    }
+
+
+def _entry_points(steps: list[tuple[str, str]]) -> str:
+    lines = ["# Entry points", "", "Each is one command; run in this order, and safe to run again.", ""]
+    for number, (what, command) in enumerate(steps, start=1):
+        lines += [f"{number}. {what}", "", f"   ```\n   {command}\n   ```", ""]
+    return "\n".join(lines)

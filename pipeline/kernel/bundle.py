@@ -1,0 +1,406 @@
+"""Everything that a notebook without internet needs, in two folders that Kaggle's client sends.
+
+    artifacts/<comp>/kernels/<slug>/code/      kernel.py and kernel-metadata.json: the notebook
+                                    dataset/   MANIFEST.json, our wheel, wheels that the image lacks, settings, weights
+
+The data set is flat: Kaggle's client leaves folders out, and what packs them is unpacked there or not. The manifest
+says where each file belongs, and its sha256.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.competitions.base import Competition
+from pipeline.config import find_config, load_config
+from pipeline.errors import ConfigError, DataError, NetworkError
+from pipeline.kernel import script
+from pipeline.paths import REPOSITORY, Paths
+from pipeline.runlog import say
+from pipeline.stage import Report, commit, read_result, sha256_file, versions, write_json
+from pipeline.training.checkpoint import CheckpointStore, DamagedError, export_weights, read_meta
+
+Mode = Literal["train", "predict"]
+
+PYTHON = "3.12"  # of Kaggle's image
+#: What Kaggle's GPU image has of our dependencies. Source: pip-freeze.gpu.txt of googlecolab/backend-info, which the
+#: image is built on (June 2026), with the versions there; torch 2.10.0+cu128 by Kaggle/kaggle-cli#1151.
+IMAGE = {
+    "torch": "2.10.0",
+    "numpy": "2.0.2",
+    "polars": "1.35.2",
+    "pyarrow": "18.1.0",
+    "numba": "0.60.0",
+    "scipy": "1.16.3",
+    "safetensors": "0.7.0",
+    "typer": "0.25.1",
+    "rich": "13.9.4",
+    "matplotlib": "3.10.0",
+}
+#: What it lacks, and why a bundle brings it.
+MISSING = {
+    "ninja": "builds the selective scan of sessions without a GPU; without it they use the slow one",
+    "ViennaRNA": "base-pair probabilities; packed only where they are used (a licence of its own: never for a fee)",
+}
+_PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+
+_SLUG_LENGTH = 42  # Kaggle allows 50: a part's number and the data set's "-data" come to it
+_SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pipeline", "models", "folds", "submissions")
+_SKIPPED = shutil.ignore_patterns("__pycache__", "csv", "*.pyc")
+_MARGIN_S = 600.0  # kept at the end of a long session for saving and writing; of a short one, a tenth
+
+_SECRET_NAMES = re.compile(
+    r"(?i)kaggle\.json|access_token(\.txt)?|\.netrc|\.env|id_(rsa|ed25519)|.*\.pem|credentials(\.json)?"
+)
+_SECRETS = re.compile(
+    rb"KGAT_[\w-]{10,}|\"key\"\s*:\s*\"[0-9a-f]{32}\"|(?i:bearer)\s+[\w.~+/-]{24,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|"
+    rb"AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}|hf_[A-Za-z0-9]{30,}|(?:KAGGLE_KEY|WANDB_API_KEY)=[\w-]{16,}"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a notebook is to do."""
+
+    competition: Competition
+    paths: Paths
+    owner: str
+    mode: Mode
+    split: str
+    model: str = ""  # train: config, and what varies it
+    run: str = ""
+    tag: str = ""
+    overrides: Sequence[str] = ()
+    folds: Sequence[int] = ()
+    ensemble: str = ""  # predict: whose checkpoints and weights
+    limit_s: float = 9 * 3600.0
+    resume: str = ""  # owner/slug of the notebook whose output this one goes on from
+    gpu: bool = True
+    wheels: Path | None = None  # where fetched wheels are kept; None = below the artefacts
+
+
+def build(order: Order) -> Report:
+    """Write ``kernels/<slug>/{code,dataset}``, complete or not at all.
+
+    Raises:
+        ConfigError: no owner, a model that is not known, or no setuptools to build the wheel with (exit code 2).
+        DataError: a checkpoint or ensemble that is to be packed is absent or damaged, or a file looks like a
+            credential (3).
+        NetworkError: a wheel that the image lacks is not here and cannot be fetched (6).
+    """
+    started = time.monotonic()
+    _check(order)
+    slug = slug_of(order)
+    home = kernel_dir(order.paths, slug)
+    part = home.with_name(f".{slug}.part-{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        dataset, code = part / "dataset", part / "code"
+        dataset.mkdir(parents=True)
+        settings = _train_settings(order, dataset) if order.mode == "train" else _predict_settings(order, dataset)
+        places = settings.pop("places", {})
+        wheels = [
+            build_wheel(dataset),
+            *_missing_wheels(order.wheels or order.paths.root / "wheels", dataset, uses_bpp=settings["bpp"]),
+        ]
+        names = sorted(path.name for path in dataset.iterdir())
+        files = {name: _entry(dataset / name) | places.get(name, {}) for name in names}
+        told = {"bundle": slug, "mode": order.mode, "competition": order.competition.name, **settings}
+        told |= {"slug": order.competition.slug, "raw_files": order.competition.files, "files": files}
+        told |= {"limit_s": order.limit_s, "margin_s": _MARGIN_S, "python": PYTHON, "image": IMAGE}
+        write_json(dataset / "MANIFEST.json", told | {"commit": commit(), "versions": versions()})
+        write_json(dataset / "dataset-metadata.json", _dataset_metadata(order.owner, slug))
+        _write_code(order, slug, code)
+        refuse_secrets(part)
+        _replace(part, home)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    size = sum(entry["bytes"] for entry in files.values())
+    return Report(
+        stage="kernel",
+        status="built",
+        outputs={"code": home / "code", "dataset": home / "dataset"},
+        facts={"slug": slug, "files": len(files), "bytes": size, "wheels": wheels},
+        seconds=time.monotonic() - started,
+    )
+
+
+def slug_of(order: Order) -> str:
+    """Name of the notebook in Kaggle's addresses, different for everything that is another run.
+
+    Going on from a notebook of the same name takes the next number: one cannot read its own output.
+    """
+    part = f"fold{order.folds[0]}" if len(order.folds) == 1 else "all folds"
+    what = f"{order.run} {part}" if order.mode == "train" else f"predict {order.ensemble}"
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{order.competition.name} {what}".lower()).strip("-")
+    if len(slug) > _SLUG_LENGTH:
+        slug = f"{slug[: _SLUG_LENGTH - 7].rstrip('-')}-{hashlib.sha256(slug.encode()).hexdigest()[:6]}"
+    found = re.fullmatch(rf"{slug}(?:-(\d+))?", order.resume.rpartition("/")[2])
+    return f"{slug}-{int(found.group(1) or 1) + 1}" if found else slug
+
+
+def kernel_dir(paths: Paths, slug: str) -> Path:
+    """Folder of a notebook's bundle and, once fetched, of its output."""
+    return paths.home / "kernels" / slug
+
+
+def read_bundle(home: Path) -> dict[str, Any]:
+    """The manifest of a bundle whose files are all what they were when it was built.
+
+    Raises:
+        DataError: there is no bundle, or a file of it is absent or changed.
+    """
+    told = read_result(home / "dataset" / "MANIFEST.json", hint="make kernel")
+    for name, entry in told["files"].items():
+        path = home / "dataset" / name
+        if not path.is_file() or sha256_file(path) != entry["sha256"]:
+            raise DataError(f"{path}: absent or changed since it was packed. Next: make kernel packs it again.")
+    for name in ("kernel.py", "kernel-metadata.json"):
+        if not (home / "code" / name).is_file():
+            raise DataError(f"{home / 'code' / name}: absent. Next: make kernel packs it again.")
+    return told
+
+
+def refuse_secrets(folder: Path) -> None:
+    """Look at every file's name and content, inside wheels too.
+
+    Raises:
+        DataError: one looks like a credential; its place is named, its content is not.
+    """
+    own = [os.environ.get(name, "").encode() for name in ("KAGGLE_KEY", "KAGGLE_API_TOKEN")]
+    for where, name, content in _contents(folder):
+        if _SECRET_NAMES.fullmatch(name) or _SECRETS.search(content) or any(s in content for s in own if len(s) >= 8):
+            raise DataError(f"{where}: looks like a credential; nothing was packed. Next: remove it from what is sent.")
+
+
+def _contents(folder: Path) -> Iterator[tuple[str, str, bytes]]:
+    """Place, name and bytes of every file, those in wheels among them."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as opened:
+                yield from ((f"{path}: {name}", Path(name).name, opened.read(name)) for name in opened.namelist())
+        elif path.is_file():
+            yield str(path), path.name, path.read_bytes()
+
+
+def _check(order: Order) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]{2,}", order.owner):
+        raise ConfigError(f"OWNER={order.owner!r}: expected your user name on Kaggle. Next: make kernel OWNER=<user>.")
+    if order.resume and not re.fullmatch(r"[\w-]+/[\w-]{5,}", order.resume):
+        raise ConfigError(f"RESUME={order.resume!r}: expected owner/slug of a notebook.")
+    if order.limit_s < 60:
+        raise ConfigError(f"LIMIT of {order.limit_s:.0f} s: expected at least 1m.")
+
+
+# --- what each mode brings ---
+
+
+def _train_settings(order: Order, dataset: Path) -> dict[str, Any]:
+    config = load_config(order.model, order.overrides)
+    toml = find_config(order.model)
+    shutil.copyfile(toml, dataset / toml.name)
+    words = ["--model", toml.name, "--split", order.split]
+    words += ["--tag", order.tag] if order.tag else []
+    words += [word for change in order.overrides for word in ("--set", change)]
+    words += ["--fold", str(order.folds[0])] if len(order.folds) == 1 else ["--all-folds"]
+    return {
+        "config": toml.name,
+        "run": order.run,
+        "split": order.split,
+        "fold_names": [f"fold{fold}" for fold in order.folds],
+        "words": words,
+        "bpp": bool(config.model.kwargs.get("use_bpp")) or order.competition.task == "structure",
+    }
+
+
+def _predict_settings(order: Order, dataset: Path) -> dict[str, Any]:
+    """Pack the best checkpoint of every fold of every run of an ensemble, and its weights."""
+    source = order.paths.ensemble_dir(order.ensemble) / "weights.json"
+    told = read_result(source, hint=f"make ensemble COMP={order.competition.name} NAME={order.ensemble}")
+    places: dict[str, dict[str, str]] = {}
+    uses_bpp = False
+    for number, run in enumerate(told["runs"]):
+        for fold in told["folds"]:
+            checkpoint, finished = _best(order.paths, run, fold)
+            uses_bpp |= "bpp" in read_meta(checkpoint)["data"]
+            aside = dataset / "aside"
+            export_weights(checkpoint, aside, finished=finished)
+            for path in sorted(aside.iterdir()):
+                name = f"run{number}.fold{fold}.{path.name}"
+                path.rename(dataset / name)
+                places[name] = {"place": f"runs/{run}/fold{fold}/checkpoints/{checkpoint.name}/{path.name}"}
+            aside.rmdir()
+    shutil.copyfile(source, dataset / "weights.json")
+    places["weights.json"] = {"place": "bundled/weights.json"}
+    return {
+        "places": places,
+        "weights": "bundled/weights.json",
+        "folds": told["folds"],
+        "words_of_runs": [_words_of(run) for run in told["runs"]],
+        "bpp": uses_bpp or order.competition.task == "structure",
+    }
+
+
+def _best(paths: Paths, run: str, fold: int) -> tuple[Path, bool]:
+    """The checkpoint that predicts, and whether its training was finished."""
+    store = CheckpointStore(paths.fold_dir(run, fold) / "checkpoints")
+    newest = store.newest_meta()
+    if newest is None:
+        raise DataError(f"{store.folder}: no checkpoint to pack. Next: make train FOLD={fold}, or make kernel-pull.")
+    path = store.best_folder()
+    try:
+        read_meta(path)
+    except DamagedError as err:
+        raise DataError(f"{path}: damaged: {err}. Next: make train FOLD={fold}.") from err
+    return path, bool(newest["progress"]["finished"])
+
+
+def _words_of(run: str) -> list[str]:
+    """The options that name a run on the command line."""
+    variant, _, split = run.rpartition(".")
+    model, _, tag = variant.partition("+")
+    return ["--model", model, "--split", split, *(["--tag", tag] if tag else [])]
+
+
+# --- wheels ---
+
+
+def build_wheel(target: Path) -> str:
+    """Build a wheel of this checkout into a folder, from a copy: setuptools keeps what was deleted since.
+
+    Returns:
+        Its name.
+
+    Raises:
+        ConfigError: pip or setuptools is missing, or this is no checkout.
+    """
+    lacking = [name for name in ("pip", "setuptools") if importlib.util.find_spec(name) is None]
+    if lacking or not (REPOSITORY / "pyproject.toml").is_file():
+        why = f"{', '.join(lacking)} is not installed" if lacking else f"{REPOSITORY} is no checkout of the project"
+        raise ConfigError(
+            f"kernel: {why}, so our wheel cannot be built. Next: pip install pip setuptools, in a checkout."
+        )
+    copy, out = target / "source", target / "built"
+    for name in _SOURCES:
+        source = REPOSITORY / name
+        copy.mkdir(exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, copy / name, ignore=_SKIPPED)
+        else:
+            shutil.copyfile(source, copy / name)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet"]
+    done = _pip("wheel", str(copy), *options, "-w", str(out), SOURCE_DATE_EPOCH="315532800")
+    found = list(out.glob("*.whl"))
+    if done.returncode or len(found) != 1:
+        raise ConfigError(f"kernel: our wheel was not built: {_last_line(done)}. Next: pip install -U setuptools.")
+    wheel = found[0].rename(target / found[0].name)
+    shutil.rmtree(copy)
+    shutil.rmtree(out)
+    return wheel.name
+
+
+def _missing_wheels(store: Path, target: Path, *, uses_bpp: bool) -> list[str]:
+    """Copy the wheels that the image lacks; each is fetched once."""
+    names = []
+    for package in MISSING if uses_bpp else ["ninja"]:
+        found = sorted(store.glob(f"{package.lower()}-*.whl")) or [_fetch_wheel(package, store)]
+        shutil.copyfile(found[-1], target / found[-1].name)
+        names.append(found[-1].name)
+    return names
+
+
+def _fetch_wheel(package: str, store: Path) -> Path:
+    try:
+        wanted = f"{package}=={metadata.version(package)}"
+    except metadata.PackageNotFoundError:
+        wanted = package
+    store.mkdir(parents=True, exist_ok=True)
+    places = [word for platform in _PLATFORMS for word in ("--platform", platform)]
+    say(f"kernel: fetching the wheel of {wanted} for Python {PYTHON}: {MISSING[package]}")
+    options = ["--no-deps", "--only-binary=:all:", "--python-version", PYTHON, *places, "--quiet"]
+    done = _pip("download", wanted, *options, "-d", str(store))
+    found = sorted(store.glob(f"{package.lower()}-*.whl"))
+    if done.returncode or not found:
+        raise NetworkError(
+            f"kernel: no wheel of {wanted} for Python {PYTHON}: {_last_line(done)}. "
+            f"Next: check the network, or put the wheel into {store}."
+        )
+    return found[-1]
+
+
+def _pip(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+
+
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
+    lines = (done.stderr.strip() or done.stdout.strip() or "pip said nothing").splitlines()
+    errors = [line for line in lines if "error" in line.lower()] or lines
+    return errors[-1].strip()[:200]
+
+
+# --- what Kaggle's client reads ---
+
+
+def _write_code(order: Order, slug: str, code: Path) -> None:
+    code.mkdir()
+    text = Path(script.__file__).read_text()
+    (code / "kernel.py").write_text(text.replace('"@bundle@"', json.dumps(slug)))
+    write_json(
+        code / "kernel-metadata.json",
+        {
+            "id": f"{order.owner}/{slug}",
+            "title": slug.replace("-", " "),
+            "code_file": "kernel.py",
+            "language": "python",
+            "kernel_type": "script",
+            "is_private": True,
+            "enable_gpu": order.gpu,
+            "enable_tpu": False,
+            "enable_internet": False,  # the client's own default is true
+            **({"machine_shape": "NvidiaTeslaT4"} if order.gpu else {}),  # two T4; the P100 runs no current torch
+            "dataset_sources": [f"{order.owner}/{slug}-data"],
+            "competition_sources": [order.competition.slug],
+            "kernel_sources": [order.resume] if order.resume else [],
+            "model_sources": [],
+            "keywords": [],
+        },
+    )
+
+
+def _dataset_metadata(owner: str, slug: str) -> Mapping[str, Any]:
+    return {
+        "id": f"{owner}/{slug}-data",
+        "title": f"{slug}-data".replace("-", " "),
+        "licenses": [{"name": "other"}],
+    }
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+
+
+def _replace(part: Path, home: Path) -> None:
+    """Give the new bundle its name; an output that was fetched stays beside it."""
+    home.mkdir(parents=True, exist_ok=True)
+    for name in ("code", "dataset"):
+        shutil.rmtree(home / name, ignore_errors=True)
+        (part / name).rename(home / name)
+
+
+def describe(facts: Mapping[str, Any]) -> list[str]:
+    """What `build` packed, in lines."""
+    lines = [f"{facts['slug']}: {facts['files']} files, {facts['bytes'] / 2**20:.1f} MiB"]
+    return [*lines, *(f"  {wheel}" for wheel in facts["wheels"])]

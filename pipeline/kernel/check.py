@@ -1,0 +1,216 @@
+"""A rehearsal of both kinds of notebook: bare Python, no network, inputs that nothing may be written to.
+
+On synthetic data: a training notebook trains every fold of a tiny network, a prediction notebook predicts a test set
+of another size with the checkpoints and the ensemble's weights, and the submission is checked here.
+
+Bare means: an interpreter whose packages are those that Kaggle's image has (`bundle.IMAGE`) and what these need, linked
+from an environment that has them, so that nothing of torch's size is installed again; our own code and everything that
+the image lacks is there only if the notebook installs it from its bundle.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline import synthetic
+from pipeline.competitions import get_competition
+from pipeline.errors import ConfigError, DataError
+from pipeline.kernel.bundle import IMAGE, Order, build
+from pipeline.paths import REPOSITORY, Paths
+from pipeline.runlog import say
+from pipeline.stage import Report
+
+_OWNER, _SPLIT, _MODEL, _NAME = "rehearsal", "sim80_k2", "tiny_transformer_sepconv", "rehearsal"
+_TIMEOUT_S = 600.0
+_REFUSAL = """import socket
+def _refuse(self, address):
+    if self.family in (socket.AF_INET, socket.AF_INET6):
+        raise OSError(101, "the rehearsal has no network")
+    return _connect(self, address)
+_connect, socket.socket.connect = socket.socket.connect, _refuse
+socket.socket.connect_ex = _refuse
+"""
+#: Prints the distributions that were asked for and what they need, each with the entries of site-packages it owns.
+_LIST = """import json, re, sys
+from importlib import metadata
+todo, found = sys.argv[1:], {}
+while todo:
+    name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
+    if name in found:
+        continue
+    try:
+        one = metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        continue
+    tops = {file.parts[0] for file in one.files or () if file.parts[0] not in ("..", "__pycache__")}
+    found[name] = [one.version, sorted(str(one.locate_file(top)) for top in tops)]
+    todo += [re.match(r"[\\w.-]+", text)[0] for text in one.requires or () if "extra ==" not in text]
+print(json.dumps({"python": sys.version.split()[0], "found": found}))
+"""
+
+
+def run(folder: Path, *, python: Path) -> Report:
+    """Rehearse in a folder, which is emptied first.
+
+    Args:
+        folder: for environment, inputs and outputs.
+        python: interpreter of an environment that has the image's packages; 3.11 or 3.12.
+
+    Returns:
+        Facts: versions, how the network is refused, seconds and rows of both notebooks.
+
+    Raises:
+        ConfigError: that environment lacks a package (exit code 2).
+        DataError: a notebook failed, wrote to its inputs, or left an invalid submission (3).
+    """
+    started = time.monotonic()
+    shutil.rmtree(folder, ignore_errors=True)
+    room = Room(folder, python)
+    competition = get_competition("ribonanza")
+    first = Paths(comp=competition.name, root=folder / "here")
+    synthetic.write_ribonanza(folder / "raw", sequences=60, test=8)
+    order: dict[str, Any] = {"competition": competition, "owner": _OWNER, "split": _SPLIT, "gpu": False}
+    order["wheels"] = folder.parent / "wheels"
+    run_name = f"{_MODEL}+rehearsal.{_SPLIT}"
+    changes: dict[str, Any] = {"model": _MODEL, "tag": "rehearsal", "overrides": ("train.epochs=2",), "run": run_name}
+    trained = build(Order(mode="train", paths=first, folds=(0, 1), **changes, **order))
+    train_s = room.play(trained.outputs, folder / "raw", work=folder / "trained")
+    after = Paths(comp=competition.name, root=folder / "trained" / "artifacts")
+    at = ["--comp", competition.name, "--artifacts", str(after.root)]
+    _here("ensemble", *at, "--split", _SPLIT, "--name", _NAME)
+    packed = build(Order(mode="predict", paths=after, ensemble=_NAME, **order))
+    synthetic.write_ribonanza(folder / "hidden", sequences=60, test=13, seed=1)
+    rerun = {"KAGGLE_IS_COMPETITION_RERUN": "1", "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
+    predict_s = room.play(packed.outputs, folder / "hidden", work=folder / "predicted", more=rerun)
+    at = ["--comp", competition.name, "--artifacts", str(folder / "judge")]
+    submission = folder / "predicted" / "submission.csv"
+    _here("data", *at, "--raw", str(folder / "hidden"), "--test-only")
+    _here("check", *at, str(submission))
+    with submission.open() as lines:
+        rows = sum(1 for _ in lines) - 1
+    facts = {"versions": room.versions, "network": room.refusal, "rows": rows}
+    facts |= {"train_seconds": round(train_s, 1), "predict_seconds": round(predict_s, 1)}
+    outputs = {"submission": submission}
+    return Report(
+        stage="kernel-check", status="built", outputs=outputs, facts=facts, seconds=time.monotonic() - started
+    )
+
+
+def describe(facts: Mapping[str, Any]) -> list[str]:
+    """What the rehearsal found, in lines."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return [
+        f"bare environment: {versions}",
+        f"network: {facts['network']}; inputs: unchanged",
+        f"training notebook: {facts['train_seconds']:.0f} s; prediction notebook: {facts['predict_seconds']:.0f} s",
+        f"submission.csv of a test set of another size: {facts['rows']:,} rows, accepted",
+    ]
+
+
+class Room:
+    """A bare environment without a network, in which notebooks are played."""
+
+    def __init__(self, folder: Path, python: Path) -> None:
+        self.folder = folder
+        self.python = folder / "env" / "bin" / "python"
+        self.versions = self._furnish(python)
+        unshare = shutil.which("unshare")
+        allowed = unshare and subprocess.run([unshare, "-rn", "true"], capture_output=True, check=False).returncode == 0
+        self.prefix = [unshare, "-rn"] if unshare and allowed else []
+        self.refusal = "none (a namespace without interfaces)" if allowed else "connections refused in Python"
+        if not allowed:
+            (self._site() / "sitecustomize.py").write_text(_REFUSAL)
+        self._prove_refusal()
+
+    def play(
+        self, outputs: Mapping[str, Path], raw: Path, *, work: Path, more: Mapping[str, str] | None = None
+    ) -> float:
+        """Lay out inputs as Kaggle does, run the notebook, see that it left its inputs alone; returns seconds.
+
+        Raises:
+            DataError: it failed, or wrote to its inputs.
+        """
+        told = json.loads((outputs["code"] / "kernel-metadata.json").read_text())
+        inputs = work.with_name(f"{work.name}-input")
+        owner, _, slug = told["dataset_sources"][0].partition("/")
+        shutil.copytree(outputs["dataset"], inputs / "datasets" / owner / slug)
+        shutil.copytree(raw, inputs / "competitions" / told["competition_sources"][0])
+        (inputs / "datasets" / owner / slug / "dataset-metadata.json").unlink()  # is not part of what is mounted
+        for path in [inputs, *inputs.rglob("*")]:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        before = _listing(inputs)
+        work.mkdir(parents=True)
+        started = time.monotonic()
+        command = [*self.prefix, str(self.python), str((outputs["code"] / "kernel.py").resolve())]
+        where = {"RNA_INPUT": str(inputs.resolve()), **(more or {})}
+        done = subprocess.run(command, cwd=work, env=self._environment() | where, timeout=_TIMEOUT_S, check=False)
+        seconds = time.monotonic() - started
+        for path in [inputs, *inputs.rglob("*")]:  # so that the folder can be removed by whoever is not root
+            path.chmod(path.stat().st_mode | 0o200)
+        if done.returncode or not (work / "KERNEL.json").is_file():
+            raise DataError(f"{work}: the notebook ended with {done.returncode}. Next: read what it printed above.")
+        if _listing(inputs) != before:
+            raise DataError(f"{inputs}: the notebook wrote to its inputs, which are read-only on Kaggle.")
+        return seconds
+
+    def _furnish(self, python: Path) -> dict[str, str]:
+        """Make the environment; returns the versions in it."""
+        listed = subprocess.run([python, "-c", _LIST, *IMAGE, "pip"], capture_output=True, text=True, check=False)
+        if listed.returncode:
+            raise ConfigError(f"{python}: does not run: {listed.stderr.strip().splitlines()[-1:]}. Next: another one.")
+        told = json.loads(listed.stdout)
+        lacking = [name for name in (*IMAGE, "pip") if name.lower() not in told["found"]]
+        if lacking or told["python"].split(".")[:2] not in (["3", "11"], ["3", "12"]):
+            raise ConfigError(
+                f"{python}: Python {told['python']} without {', '.join(lacking) or 'nothing'}; expected 3.11 or 3.12 "
+                "with all packages of Kaggle's image. Next: --python of an environment that has them."
+            )
+        subprocess.run([python, "-m", "venv", "--without-pip", self.folder / "env"], check=True)
+        site = self._site()
+        for entries in (entries for _, entries in told["found"].values()):
+            for entry in map(Path, entries):
+                if entry.exists() and not (site / entry.name).exists():
+                    (site / entry.name).symlink_to(entry)
+        return {"Python": told["python"]} | {name: told["found"][name][0] for name in IMAGE}
+
+    def _site(self) -> Path:
+        return next((self.folder / "env" / "lib").glob("python3.*")) / "site-packages"
+
+    def _environment(self) -> dict[str, str]:
+        """Of a notebook: nothing of ours but a home and where programs are."""
+        home = self.folder / "home"
+        home.mkdir(exist_ok=True)
+        kept = {
+            name: os.environ[name] for name in ("OMP_NUM_THREADS", "LANG", "CUDA_VISIBLE_DEVICES") if name in os.environ
+        }
+        return kept | {"HOME": str(home.resolve()), "PATH": "/usr/local/bin:/usr/bin:/bin", "PYTHONNOUSERSITE": "1"}
+
+    def _prove_refusal(self) -> None:
+        """A server of ours, reachable from here, must not be reachable from within."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            ask = f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 5)"
+            from_here = subprocess.run([sys.executable, "-c", ask], capture_output=True, check=False)
+            within = [*self.prefix, str(self.python), "-c", ask]
+            from_within = subprocess.run(within, capture_output=True, env=self._environment(), check=False)
+        if from_here.returncode or not from_within.returncode:
+            raise DataError("kernel-check: the rehearsal's network could not be cut off; nothing was proved.")
+
+
+def _listing(folder: Path) -> list[tuple[str, int, int]]:
+    stats = ((path, path.stat()) for path in sorted(folder.rglob("*")))
+    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+
+def _here(*words: str) -> None:
+    """A verb of the program in this environment."""
+    say(f"rna {' '.join(words)}")
+    done = subprocess.run([sys.executable, "-m", "pipeline", *words], cwd=REPOSITORY, check=False)
+    if done.returncode:
+        raise DataError(f"rna {words[0]} ended with {done.returncode}. Next: its last line above says why.")

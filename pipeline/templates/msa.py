@@ -1,0 +1,80 @@
+"""Letter profiles of targets from alignments of their relatives. Letters: L target length (nt), R relatives."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from pipeline.errors import DataError
+from pipeline.schema import ALPHABET, encode
+from pipeline.tables import open_parquet
+
+#: Weight of the target's own letter beside the relatives' shares.
+_OWN = 0.5
+
+
+def find_alignments(folder: Path, targets: list[str]) -> dict[str, Path]:
+    """Target -> its file ``<target>.MSA.fasta``, as Kaggle ships them; targets without one are left out.
+
+    Args:
+        folder: with these files, or a parquet file with the columns ``target_id`` and ``msa`` (list of rows).
+
+    Raises:
+        DataError: there is no such folder or file.
+    """
+    if folder.is_file():
+        open_parquet(folder, ("target_id", "msa")).close()
+        return {"all": folder}
+    if not folder.is_dir():
+        raise DataError(f"MSA={folder}: no such folder. Next: give the folder that holds <target>.MSA.fasta.")
+    paths = {target: folder / f"{target}.MSA.fasta" for target in targets}
+    return {target: path for target, path in paths.items() if path.is_file()}
+
+
+def read_profiles(files: dict[str, Path], sequences: dict[str, str]) -> dict[str, np.ndarray]:
+    """Profiles of the targets that have relatives.
+
+    Args:
+        files: as `find_alignments` gives them.
+        sequences: target -> its sequence.
+
+    Returns:
+        target -> [L, 4] shares of A, C, G, U: half the target's own letter, half its relatives'.
+
+    Raises:
+        DataError: an alignment has rows that do not fit its target.
+    """
+    if list(files) == ["all"]:
+        table = pl.read_parquet(files["all"], columns=["target_id", "msa"])
+        rows = {name: (files["all"], list(msa)) for name, msa in table.iter_rows() if msa is not None}
+    else:
+        rows = {name: (path, _fasta_rows(path)) for name, path in files.items()}
+    return {
+        name: _profile(aligned, sequences[name], where=f"{path} ({name})")
+        for name, (path, aligned) in rows.items()
+        if name in sequences and len(aligned) > 1
+    }
+
+
+def _fasta_rows(path: Path) -> list[str]:
+    try:
+        records = path.read_text().split(">")[1:]
+    except (OSError, UnicodeDecodeError) as err:
+        raise DataError(f"{path}: not readable as FASTA ({err}). Next: download it again.") from err
+    return ["".join(record.splitlines()[1:]) for record in records]
+
+
+def _profile(rows: list[str], sequence: str, *, where: str) -> np.ndarray:
+    """Lower-case letters are insertions; other signs than A, C, G, U count for nothing."""
+    count_L4 = np.zeros((len(sequence), 4))
+    for number, row in enumerate(dict.fromkeys(rows), start=1):
+        kept = "".join(letter for letter in row if not letter.islower()).replace("T", "U")
+        if len(kept) != len(sequence):
+            raise DataError(
+                f"{where}: row {number} has {len(kept)} aligned columns; expected {len(sequence)}, the target's "
+                "length. Next: use the alignments of the same release."
+            )
+        for k, letter in enumerate(ALPHABET):
+            count_L4[:, k] += np.frombuffer(kept.encode("ascii", "replace"), dtype=np.uint8) == ord(letter)
+    own_L4, total_L1 = np.eye(4)[encode(sequence)], count_L4.sum(axis=1, keepdims=True)
+    return np.where(total_L1 > 0, _OWN * own_L4 + (1.0 - _OWN) * count_L4 / np.maximum(total_L1, 1.0), own_L4)

@@ -1,0 +1,404 @@
+"""Candidates from templates: a run like a network's, out of fold and for the test set, with expected TM-scores.
+
+Letters: N matches of all targets, F features, L length (nt), 3 xyz. Lengths in Å.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from pipeline.competitions.base import Competition
+from pipeline.errors import ConfigError, DataError
+from pipeline.paths import Paths
+from pipeline.runlog import Bar
+from pipeline.stage import Report, read_result, run_stage
+from pipeline.structure.geometry import rotation_onto
+from pipeline.tables import open_parquet
+from pipeline.templates.gate import allowed_mask
+from pipeline.templates.library import collect, library_path, make_library
+from pipeline.templates.msa import find_alignments, read_profiles
+from pipeline.templates.ranker import Calibration, Ranker, reliability
+from pipeline.templates.search import Library, Match, Target, find_matches
+from pipeline.templates.transfer import complete, refine, transfer
+
+#: Raised when the same tables give other candidates than before.
+VERSION = 1
+
+#: (predicted, known) traces -> TM-score of each pair; the roof hands in `submissions.tm_score.tm_scores`.
+Scorer = Callable[[Sequence[tuple[np.ndarray, np.ndarray]]], np.ndarray]
+
+#: Expected TM-score from which a target counts as covered: the template that 19 of 20 targets of part 1 had.
+COVERED = 0.45
+_LIBRARY, _RANKER = "library.parquet", "ranker.json"
+_CANDIDATES = 5
+_RELATED = 0.8  # identity to the shorter sequence from which a chain from elsewhere is kept from a held-out target
+_DIFFERENT = 2.0  # Å RMSD by which a candidate differs from those before it, if enough do
+_SCHEMA: dict[str, Any] = {
+    "sequence_id": pl.String,
+    "fold": pl.UInt8,
+    "candidate": pl.UInt8,
+    "confidence": pl.Float32,
+    **dict.fromkeys("xyz", pl.List(pl.Float32)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """What turns features into expected TM-scores; equal parts never saw the fold that they predict."""
+
+    ranker: Ranker
+    calibration: Calibration
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Candidate:
+    """A chosen match, refined."""
+
+    template: int
+    expected: float
+    xyz_L3: np.ndarray
+
+
+def run_name(split: str) -> str:
+    """Name of the run: ``templates.<split>``."""
+    return f"templates.{split}"
+
+
+def run(paths: Paths, *, competition: Competition, split: str, score: Scorer, msa: Path | None = None) -> Report:
+    """Write ``runs/templates.<split>/fold<k>/{oof,test}.parquet``, in the format of a network's predictions.
+
+    Out of fold, a target never sees templates of its own fold, nor relatives of at least 80 % identity from elsewhere;
+    no target sees what was released after its cutoff. The confidence is the expected TM-score, of a ranker and a
+    calibration that never saw the fold. Test candidates are dealt to the folds in turn, best first, so that joining the
+    folds gives different ones. A target without any usable template has no rows.
+
+    Args:
+        paths: clean and fold tables, ``bpp/bpp.parquet`` and ``templates/library.parquet`` if they are there.
+        competition: one whose task is a structure.
+        split: name of the split, whose fold table exists.
+        score: gives TM-scores, from which the ranker learns.
+        msa: folder of ``<target>.MSA.fasta``, or a parquet file with ``target_id, msa``.
+
+    Returns:
+        Facts: library, out-of-fold score, reliability of the expected scores, coverage, best template of test targets.
+
+    Raises:
+        ConfigError: the competition is not about structures.
+        DataError: a table is missing, damaged or of other data, or no training target has a usable template.
+    """
+    _require_structures(competition)
+    inputs = {name: paths.clean(name) for name in ("train", "later", "test")} | {"folds": paths.fold_table(split)}
+    inputs |= {name: path for name, path in (("bpp", paths.bpp), ("library", library_path(paths))) if path.is_file()}
+    held_out = _read_folds(paths, split)
+    alignments = find_alignments(msa, [*held_out, *_ids(paths.clean("test"))]) if msa else {}
+    folds = sorted(set(held_out.values()))
+    name = run_name(split)
+    outputs = {f"fold{fold}/oof": paths.oof(name, fold) for fold in folds}
+    outputs |= {f"fold{fold}/test": paths.test(name, fold) for fold in folds}
+    outputs |= {"library": paths.run_dir(name) / _LIBRARY, "ranker": paths.run_dir(name) / _RANKER}
+
+    def build(parts: dict[str, Path]) -> dict[str, Any]:
+        table, about = collect(paths)
+        table.write_parquet(parts["library"], compression="zstd", row_group_size=1024)
+        library = make_library(table, folds=held_out)
+        train = _read_targets(paths, "train", alignments)
+        known = _Known.of(train, library, held_out, score)
+        facts = {"library": about} | known.write_oof(parts, score=score)
+        test = _read_targets(paths, "test", alignments)
+        facts["test"] = _write_test(test, library, known.final, folds, parts)
+        learned = {"ranker": known.final.ranker.as_dict(), "calibration": known.final.calibration.as_dict()}
+        parts["ranker"].write_text(json.dumps(learned | {"folds": folds}, indent=1, sort_keys=True) + "\n")
+        return facts
+
+    return run_stage(
+        "templates-predict",
+        inputs=inputs | {f"msa/{target}": path for target, path in alignments.items()},
+        outputs=outputs,
+        params={"version": VERSION, "split": split},
+        build=build,
+        manifest=paths.run_dir(name) / "templates-predict.manifest.json",
+    )
+
+
+def apply(paths: Paths, *, competition: Competition, split: str, source: Path, msa: Path | None = None) -> Report:
+    """Write the test tables alone, with the library and the ranker of an earlier `run`.
+
+    For a machine without training data: a notebook that a code competition runs on sequences that nobody has seen.
+
+    Args:
+        paths: the clean test table, and its ``bpp/bpp.parquet`` if it is there.
+        competition: one whose task is a structure.
+        split: of the earlier run.
+        source: folder of the earlier run, ``runs/templates.<split>``.
+        msa: as in `run`.
+
+    Raises:
+        ConfigError: the competition is not about structures.
+        DataError: a table or the ranker is missing or damaged.
+    """
+    _require_structures(competition)
+    name, learned = run_name(split), read_result(source / _RANKER, hint="make templates-predict")
+    open_parquet(source / _LIBRARY, ("id", "sequence", "day", "x", "y", "z")).close()
+    alignments = find_alignments(msa, _ids(paths.clean("test"))) if msa else {}
+    model = _Model(
+        ranker=Ranker(**{key: np.array(values) for key, values in learned["ranker"].items()}),
+        calibration=Calibration(**{key: np.array(values) for key, values in learned["calibration"].items()}),
+    )
+
+    def build(parts: dict[str, Path]) -> dict[str, Any]:
+        library = make_library(pl.read_parquet(source / _LIBRARY), folds={})
+        return _write_test(_read_targets(paths, "test", alignments), library, model, learned["folds"], parts)
+
+    bpp = {"bpp": paths.bpp} if paths.bpp.is_file() else {}
+    return run_stage(
+        "templates-predict",
+        inputs={"test": paths.clean("test"), "library": source / _LIBRARY, "ranker": source / _RANKER}
+        | bpp
+        | {f"msa/{target}": path for target, path in alignments.items()},
+        outputs={f"fold{fold}/test": paths.test(name, fold) for fold in learned["folds"]},
+        params={"version": VERSION, "split": split, "test_only": True},
+        build=build,
+        manifest=paths.run_dir(name) / "templates-predict.manifest.json",
+    )
+
+
+def _require_structures(competition: Competition) -> None:
+    if competition.task != "structure":
+        raise ConfigError(f"templates-predict: {competition.name} is not about structures. Next: COMP=rna3d.")
+
+
+def _ids(path: Path) -> list[str]:
+    open_parquet(path, ("sequence_id",)).close()
+    return pl.read_parquet(path, columns=["sequence_id"])["sequence_id"].to_list()
+
+
+def _read_folds(paths: Paths, split: str) -> dict[str, int]:
+    """Training target -> fold."""
+    path = paths.fold_table(split)
+    open_parquet(path, ("sequence_id", "fold")).close()
+    table = pl.read_parquet(path, columns=["sequence_id", "fold"]).sort("sequence_id")
+    if set(table["sequence_id"]) != set(_ids(paths.clean("train"))):
+        raise DataError(f"{path}: a fold table from other data than {paths.clean('train')}. Next: make folds.")
+    return dict(table.iter_rows())
+
+
+def _read_targets(paths: Paths, table: str, alignments: dict[str, Path]) -> list[Target]:
+    columns = ["sequence_id", "sequence", "temporal_cutoff"]
+    open_parquet(paths.clean(table), columns).close()
+    rows = pl.read_parquet(paths.clean(table), columns=columns).sort("sequence_id").rows()
+    profiles = read_profiles(alignments, {name: letters for name, letters, _ in rows}) if alignments else {}
+    pairs = _read_pairs(paths.bpp, [letters for _, letters, _ in rows]) if paths.bpp.is_file() else {}
+    return [
+        Target.of(name, letters, cutoff=cutoff, pairs_K=pairs.get(letters), profile_L4=profiles.get(name))
+        for name, letters, cutoff in rows
+    ]
+
+
+def _read_pairs(path: Path, sequences: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    open_parquet(path, ("sequence", "i", "j", "p")).close()
+    table = (
+        pl.scan_parquet(path).filter(pl.col("sequence").is_in(sequences)).select("sequence", "i", "j", "p").collect()
+    )
+    return {letters: (np.array(i, int), np.array(j, int), np.array(p, float)) for letters, i, j, p in table.iter_rows()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Known:
+    """Matches of the training targets, what they are worth, and the models that learned from it."""
+
+    targets: list[Target]
+    library: Library
+    folds: list[int]  # of the targets
+    matches: list[list[Match]]
+    scores: list[np.ndarray]  # of the matches, by a ranker that never saw the target's fold
+    models: dict[int, _Model]  # fold -> for its targets
+    final: _Model  # for targets from elsewhere
+
+    @staticmethod
+    def of(targets: list[Target], library: Library, held_out: dict[str, int], score: Scorer) -> "_Known":
+        folds = [held_out[target.target_id] for target in targets]
+        truth = {name: library.xyz_T3[library.part(n)] for n, name in enumerate(library.ids)}
+        matches, tm = [], []
+        with Bar("templates of training targets", total=len(targets), unit="targets") as bar:
+            for target, fold in zip(targets, folds, strict=True):
+                found = _without_relatives(find_matches(target, library, library.folds_N != fold), library)
+                known = truth.get(target.target_id)  # none where too few residues are resolved
+                matches.append([match.without_trace() for match in found])
+                tm.append(
+                    score([(match.xyz_L3, known) for match in found])
+                    if known is not None and found
+                    else np.full(len(found), np.nan)
+                )
+                bar.advance()
+        return _Known._learn(targets, library, folds, matches, tm)
+
+    @staticmethod
+    def _learn(
+        targets: list[Target], library: Library, folds: list[int], matches: list[list[Match]], tm: list[np.ndarray]
+    ) -> "_Known":
+        owner_N = np.repeat(np.arange(len(targets)), [len(found) for found in matches])
+        tm_N = np.concatenate([np.empty(0), *tm])
+        fold_N, source_N = np.array(folds)[owner_N], np.array([library.folds_N[m.template] for f in matches for m in f])
+        if len(set(folds) & set(fold_N[np.isfinite(tm_N)].tolist())) < 2:
+            raise DataError(
+                "templates-predict: fewer than two folds have a training target with a usable template. "
+                "Next: a larger library (make templates RAW=<folder of mmCIF files>)."
+            )
+        features_NF = np.stack([match.features_F for found in matches for match in found])
+        score_N, chosen_N = np.zeros(len(tm_N)), np.zeros(len(tm_N), dtype=bool)
+        rankers = {}
+        for fold in sorted(set(folds)):
+            seen_N = np.isfinite(tm_N) & (fold_N != fold) & (source_N != fold)
+            rankers[fold] = Ranker.fit(features_NF[seen_N], tm_N[seen_N], owner_N[seen_N])
+            score_N[fold_N == fold] = rankers[fold].predict(features_NF[fold_N == fold])
+        for owner in range(len(targets)):
+            own = np.flatnonzero(owner_N == owner)
+            chosen_N[own[np.argsort(-score_N[own], kind="stable")[:_CANDIDATES]]] = True
+        learned_N = chosen_N & np.isfinite(tm_N)
+        models = {
+            fold: _Model(
+                ranker=rankers[fold],
+                calibration=Calibration.fit(score_N[learned_N & (fold_N != fold)], tm_N[learned_N & (fold_N != fold)]),
+            )
+            for fold in rankers
+        }
+        all_N = np.isfinite(tm_N)
+        final = _Model(
+            ranker=Ranker.fit(features_NF[all_N], tm_N[all_N], owner_N[all_N]),
+            calibration=Calibration.fit(score_N[learned_N], tm_N[learned_N]),
+        )
+        scores = [score_N[owner_N == owner] for owner in range(len(targets))]
+        return _Known(
+            targets=targets,
+            library=library,
+            folds=folds,
+            matches=matches,
+            scores=scores,
+            models=models,
+            final=final,
+        )
+
+    def write_oof(self, parts: dict[str, Path], *, score: Scorer) -> dict[str, Any]:
+        """Write every fold's held-out targets; returns how good the candidates and their expected scores are."""
+        truth = {name: self.library.xyz_T3[self.library.part(n)] for n, name in enumerate(self.library.ids)}
+        rows: dict[int, list[dict[str, Any]]] = {fold: [] for fold in self.models}
+        expected, found, best, top = [], [], [], []
+        for target, fold, matches, scores in zip(self.targets, self.folds, self.matches, self.scores, strict=True):
+            chosen = _choose(target, self.library, matches, scores, self.models[fold].calibration, count=_CANDIDATES)
+            rows[fold] += [_row(target, m, each, fold=fold) for m, each in enumerate(chosen, start=1)]
+            known = truth.get(target.target_id)
+            top.append(max((each.expected for each in chosen), default=0.0))
+            if known is not None and chosen:
+                tm_M = score([(each.xyz_L3, known) for each in chosen])
+                expected += [each.expected for each in chosen]
+                found += tm_M.tolist()
+                best.append(float(tm_M.max()))
+        for fold, table in rows.items():
+            _write(table, parts[f"fold{fold}/oof"])
+        return {
+            "oof": {
+                "targets": len(self.targets),
+                "with_template": len(best),
+                "best_of_five": round(float(np.mean(best)), 4),
+                "covered_share": round(float(np.mean(np.array(top) >= COVERED)), 4),
+            },
+            "reliability": reliability(np.array(expected), np.array(found)),
+        }
+
+
+def _without_relatives(matches: list[Match], library: Library) -> list[Match]:
+    """Chains from elsewhere have no fold: those that are close to a held-out target by sequence may be its own."""
+    close = {each.template for each in matches if each.identity >= _RELATED and library.folds_N[each.template] < 0}
+    return [each for each in matches if each.template not in close]
+
+
+def _choose(
+    target: Target, library: Library, matches: list[Match], scores: np.ndarray, calibration: Calibration, *, count: int
+) -> list[_Candidate]:
+    """The highest expected scores first: other templates, and other traces as long as there are such."""
+    chosen: list[_Candidate] = []
+    spare: list[_Candidate] = []
+    for place in np.argsort(-scores, kind="stable"):
+        match, expected = matches[place], float(calibration.expected(scores[place : place + 1])[0])
+        if any(match.template == other.template for other in (*chosen, *spare)):
+            continue
+        copied_L3 = transfer(match.partner_L, library.xyz_T3[library.part(match.template)])
+        xyz_L3 = refine(complete(copied_L3, target.novo), np.isfinite(copied_L3[:, 0]), target.nested)
+        candidate = _Candidate(template=match.template, expected=expected, xyz_L3=xyz_L3)
+        new = all(_rmsd(xyz_L3, other.xyz_L3) > _DIFFERENT for other in chosen)
+        (chosen if new else spare).append(candidate)
+        if len(chosen) == count:
+            break
+    return chosen + spare[: count - len(chosen)]
+
+
+def _rmsd(mobile_L3: np.ndarray, fixed_L3: np.ndarray) -> float:
+    """Of two centred traces after superposition, Å."""
+    return float(np.sqrt(np.mean(np.sum((mobile_L3 @ rotation_onto(mobile_L3, fixed_L3) - fixed_L3) ** 2, axis=1))))
+
+
+def _write_test(
+    targets: list[Target], library: Library, model: _Model, folds: list[int], parts: dict[str, Path]
+) -> dict[str, Any]:
+    """Deal the test candidates to the folds; returns what each target got."""
+    rows: dict[int, list[dict[str, Any]]] = {fold: [] for fold in folds}
+    told, covered = {}, 0
+    with Bar("templates of test targets", total=len(targets), unit="targets") as bar:
+        for target in targets:
+            matches = find_matches(target, library, np.ones(len(library), dtype=bool))
+            chosen: list[_Candidate] = []
+            if matches:
+                scores = model.ranker.predict(np.stack([match.features_F for match in matches]))
+                count = _CANDIDATES * len(folds)
+                chosen = _choose(target, library, matches, scores, model.calibration, count=count)
+            for number, each in enumerate(chosen):
+                place = number // len(folds) + 1
+                rows[folds[number % len(folds)]].append(_row(target, place, each, fold=None))
+            told[target.target_id] = {
+                "usable": int(allowed_mask(target.cutoff, library.dates_N).sum()),
+                "best": library.ids[chosen[0].template] if chosen else "none",
+                "expected": round(chosen[0].expected, 4) if chosen else 0.0,
+            }
+            covered += bool(chosen) and chosen[0].expected >= COVERED
+            bar.advance()
+    for fold, table in rows.items():
+        _write(table, parts[f"fold{fold}/test"], fold=False)
+    return {"targets": len(targets), "covered_share": round(covered / len(targets), 4), "templates": told}
+
+
+def _row(target: Target, number: int, candidate: _Candidate, *, fold: int | None) -> dict[str, Any]:
+    key = {"sequence_id": target.target_id} | ({} if fold is None else {"fold": fold})
+    axes = {axis: candidate.xyz_L3[:, k].tolist() for k, axis in enumerate("xyz")}
+    return key | {"candidate": number, "confidence": candidate.expected} | axes
+
+
+def _write(rows: list[dict[str, Any]], path: Path, *, fold: bool = True) -> None:
+    schema = {name: kind for name, kind in _SCHEMA.items() if fold or name != "fold"}
+    table = pl.DataFrame(rows, schema=schema).sort("sequence_id", "candidate")
+    table.write_parquet(path, compression="zstd", row_group_size=320)
+
+
+def describe(facts: dict[str, Any]) -> list[str]:
+    """What `run` did, as lines for a terminal."""
+    about, oof, test = facts["library"], facts["oof"], facts["test"]
+    honest = facts["reliability"]
+    lines = [
+        f"library: {about['train']} training targets, {about['later']} later ones, {about['library']} other chains; "
+        "dates: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in about["dates"].items()),
+        f"out of fold: best of {_CANDIDATES} {oof['best_of_five']:.4f} over {oof['with_template']} of {oof['targets']} "
+        f"targets that have a template; {oof['covered_share']:.0%} expect a TM-score of {COVERED} or more",
+        f"expected TM-scores: correlation {honest['correlation']:.2f}, calibration error "
+        f"{honest['calibration_error']:.3f}; expected / found by fifths: "
+        + ", ".join(f"{expected:.2f} / {found:.2f}" for _, expected, found in honest["bins"]),
+        f"test: {test['covered_share']:.0%} of {test['targets']} targets expect {COVERED} or more",
+    ]
+    for name, told in test["templates"].items():
+        lines.append(
+            f"  {name:<12} {told['usable']:>5} usable, best {told['best']:<10} expected {told['expected']:.3f}"
+        )
+    return lines

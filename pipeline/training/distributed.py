@@ -1,0 +1,292 @@
+"""Several processes, one for each device, that train as one. torchrun starts them, gloo and NCCL join them.
+
+Every process takes its share of every batch, and gradients and losses are added up over all of them, so that the run
+is the run of one process: the same batches, the same steps, the same decisions of the guard. Process 0 alone prints
+and writes.
+
+Gradients are added up by hand, once a step, not by DistributedDataParallel: micro-batches, gradient checkpointing, a
+head without a gradient and a share without a sequence then need no special care, and nothing wraps the network whose
+state dict a checkpoint holds. What that gives up is sending while the backward pass still computes: a few
+milliseconds a step for ten million parameters.
+
+All decisions go over the CPU (gloo), where a process that died is seen at once and one that hangs after the timeout.
+"""
+
+import contextlib
+import itertools
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed, nn
+
+from pipeline import runlog
+from pipeline.errors import ConfigError, StoppedError, StorageError
+from pipeline.training.checkpoint import Checkpoint, CheckpointStore, DamagedError, load_checkpoint
+from pipeline.training.failures import OutOfMemoryEverywhere, is_out_of_memory
+
+_BUCKET = 2**24  # gradient values that are sent together: 64 MiB
+_POLL_S = 0.02
+_Value = TypeVar("_Value")
+
+
+class LostProcessError(StoppedError):
+    """Another process of the run died, failed or hangs; the run goes on from its last checkpoint when started again."""
+
+
+class World:
+    """The processes of a run.
+
+    Args:
+        rank: of this one.
+        size: how many.
+        store: that they all see; None for one process.
+    """
+
+    def __init__(self, *, rank: int = 0, size: int = 1, store: distributed.Store | None = None) -> None:
+        self.rank, self.size, self._store = rank, size, store
+        self._turns = itertools.count()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value added up over all processes, in float64; the same bits in all of them."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        with self._together():
+            distributed.all_reduce(total)
+        return total.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in some process."""
+        return bool(self.sum(flag)[0])
+
+    def gather(self, value: _Value) -> list[_Value]:
+        """The value of every process, by rank."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            with self._together():
+                distributed.all_gather_object(values, value)
+        return values
+
+    def from_main(self, compute: Callable[[], _Value]) -> _Value:
+        """What process 0 computes, for all."""
+        with self.main_first():
+            value = compute() if self.is_main else None
+        return self.gather(value)[0]  # type: ignore[return-value]
+
+    def add_gradients(self, model: nn.Module) -> None:
+        """Add up the gradients of all processes; a parameter that has one in none of them keeps none."""
+        if self.size == 1:
+            return
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
+        with self._together():
+            distributed.all_reduce(present)
+            chosen = [parameter for parameter, count in zip(parameters, present.tolist(), strict=True) if count]
+            sent = []
+            for bucket in _buckets(chosen):
+                flat = torch.cat([_gradient(parameter).flatten() for parameter in bucket])
+                sent.append((bucket, flat, distributed.all_reduce(flat, async_op=True)))
+                for parameter in bucket:
+                    parameter.grad = None
+            for bucket, flat, work in sent:
+                work.wait()
+                parts = flat.split([parameter.numel() for parameter in bucket])
+                for parameter, part in zip(bucket, parts, strict=True):
+                    parameter.grad = part.view_as(parameter)
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Process 0 goes through a block before the others enter it, however long it takes."""
+        if self.size == 1:
+            yield
+            return
+        turn = f"turn{next(self._turns)}"
+        if not self.is_main:
+            self._wait_for(turn)
+        yield
+        if self.is_main:
+            self._tell(turn)
+
+    def _leave(self, err: BaseException | None = None) -> None:
+        """Go when process 0 goes, unless this one fails alone: then say why, which process 0 tells when it sees it."""
+        lost = isinstance(err, LostProcessError)
+        known_to_all = isinstance(err, StoppedError) or isinstance(err and err.__cause__, OutOfMemoryEverywhere)
+        together = err is None or (known_to_all and not lost)
+        with contextlib.suppress(RuntimeError, LostProcessError):  # others may be gone, and the store with them
+            if not together and not lost:
+                self._tell(f"failed{self.rank}", f"{type(err).__name__}: {err}")
+            if self.is_main:
+                self._tell("left")
+            elif together:
+                self._wait_for("left")
+            if together:
+                distributed.barrier()
+
+    def _wait_for(self, key: str) -> None:
+        """Wait for process 0, in short naps: a signal is heard, and no timeout of a collective runs meanwhile."""
+        assert self._store is not None
+        with self._together():
+            while not self._store.check([key]):
+                if self._store.check(["left"]):
+                    raise self._lost()
+                time.sleep(_POLL_S)
+
+    def _tell(self, key: str, value: str = "") -> None:
+        assert self._store is not None
+        with self._together():
+            self._store.set(key, value)
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Name an error of the connection for what it is."""
+        try:
+            yield
+        except RuntimeError as err:
+            if is_out_of_memory(err):
+                raise
+            raise self._lost() from err
+
+    def _lost(self) -> LostProcessError:
+        said = ""
+        with contextlib.suppress(RuntimeError):  # the store may be gone as well
+            assert self._store is not None
+            others = (rank for rank in range(self.size) if rank != self.rank)
+            failed = [rank for rank in others if self._store.check([f"failed{rank}"])]
+            said = "".join(f"; process {rank}: {self._store.get(f'failed{rank}').decode()}" for rank in failed)
+        return LostProcessError(
+            f"process {self.rank} of {self.size} has lost another one, which died, failed or did not answer in time"
+            f"{said}. Next: the same command goes on from the last checkpoint."
+        )
+
+
+ALONE = World()
+
+
+def load_newest(store: CheckpointStore, world: World) -> Checkpoint | None:
+    """The newest undamaged checkpoint, the same one in every process; None if there never was one.
+
+    Raises:
+        StorageError: none can be read, or this process does not see what process 0 sees.
+    """
+    found: list[Checkpoint | None] = []
+
+    def load() -> str | None:
+        found.append(store.load_newest())
+        return found[0] and str(found[0].folder)
+
+    folder = world.from_main(load)
+    if found or folder is None:
+        return found[0] if found else None
+    try:
+        return load_checkpoint(Path(folder))
+    except DamagedError as err:
+        raise StorageError(
+            f"{folder}: process 0 reads this checkpoint and process {world.rank} does not ({err}). "
+            "Next: all machines of a run need the same artifacts folder."
+        ) from err
+
+
+@contextlib.contextmanager
+def join(*, timeout: float) -> Iterator[World]:
+    """The world that torchrun (or whoever set RANK and WORLD_SIZE) started this process in; of one without it.
+
+    The processes leave together, process 0 first: a launcher ends the others as soon as one has gone with an error.
+
+    Args:
+        timeout: seconds after which a process that does not answer is lost.
+
+    Raises:
+        ConfigError: there are more processes than devices.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    _choose_device()
+    span = timedelta(seconds=timeout)
+    store, rank, size = next(iter(distributed.rendezvous("env://", timeout=span)))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    group = distributed.PrefixStore("group", store)
+    distributed.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=span)
+    world = World(rank=rank, size=size, store=distributed.PrefixStore("world", store))
+    before = runlog.console.quiet, runlog.output.quiet
+    runlog.console.quiet = runlog.output.quiet = not world.is_main
+    try:
+        yield world
+    except BaseException as err:
+        world._leave(err)
+        raise
+    world._leave()
+    distributed.destroy_process_group()
+    runlog.console.quiet, runlog.output.quiet = before
+
+
+def _choose_device() -> None:
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise ConfigError(
+                f"NPROC: process {local} has no device of its own; this machine has {torch.cuda.device_count()}. "
+                f"Next: NPROC={torch.cuda.device_count()}."
+            )
+        torch.cuda.set_device(local)
+
+
+def launch(arguments: Sequence[str], *, processes: int, module: str = "pipeline") -> int:
+    """Run ``python -m <module> <arguments>`` in several processes of this machine, by torchrun.
+
+    Torchrun listens to SIGHUP by default, which undoes nohup: it is told not to where a hang-up is ignored.
+
+    Args:
+        arguments: of the program.
+        processes: how many; one for each GPU.
+        module: the program.
+
+    Returns:
+        The exit code of the process that failed first, or 0.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    listens = "SIGTERM,SIGINT" + ("" if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else ",SIGHUP")
+    options = ["--standalone", "--nproc-per-node", str(processes), "--signals-to-handle", listens]
+    try:
+        run(parse_args([*options, "-m", module, *arguments]))
+    except ChildFailedError as err:
+        code = err.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code
+    except SignalException as err:
+        sys.stderr.write(f"stopped ({err.sigval.name}); the same command goes on from the last checkpoint\n")
+        return StoppedError.exit_code
+    return 0
+
+
+def _gradient(parameter: nn.Parameter) -> torch.Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters in their order, in lists of about `_BUCKET` values."""
+    bucket: list[nn.Parameter] = []
+    count = 0
+    for parameter in parameters:
+        bucket.append(parameter)
+        count += parameter.numel()
+        if count >= _BUCKET:
+            yield bucket
+            bucket, count = [], 0
+    if bucket:
+        yield bucket

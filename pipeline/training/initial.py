@@ -1,0 +1,67 @@
+"""Weights of another run to begin with: all that fits the new network, whatever the other was trained for."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_HEADS = "heads."  # prefix of what belongs to a task; all else of a network is its backbone
+_LEAST = 0.5  # of the backbone's numbers
+
+
+class Loaded(NamedTuple):
+    """What became of another network's weights, by name."""
+
+    loaded: list[str]
+    fresh: list[str]  # of the new network, as it was made
+    ignored: list[str]  # of the other one: no such name or shape here
+    share: float  # of the backbone's numbers that were loaded
+
+    def facts(self) -> dict[str, Any]:
+        """For logs: parts of the network instead of single tensors, where a part shares its fate."""
+        loaded, fresh, ignored = map(set, self[:3])
+        return {
+            "backbone": round(self.share, 4),
+            "loaded": _parts(loaded, beside=fresh | ignored),
+            "fresh": _parts(fresh, beside=loaded),
+            "ignored": _parts(ignored, beside=loaded),
+        }
+
+
+def load_fitting(model: nn.Module, weights: Mapping[str, Tensor]) -> Loaded:
+    """Copy every tensor that the network has too, by name and shape.
+
+    Args:
+        model: changed in place.
+        weights: name -> tensor of another network.
+
+    Raises:
+        ValueError: less than half of the backbone fits; nothing is changed then.
+    """
+    own = model.state_dict()
+    loaded = [name for name, tensor in own.items() if name in weights and weights[name].shape == tensor.shape]
+    backbone = {name: tensor.numel() for name, tensor in own.items() if not name.startswith(_HEADS)}
+    share = sum(backbone.get(name, 0) for name in loaded) / max(sum(backbone.values()), 1)
+    taken = set(loaded)
+    fresh, ignored = ([name for name in names if name not in taken] for names in (own, weights))
+    if share < _LEAST:
+        raise ValueError(f"{share:.0%} of the network's backbone are there in the same shape; expected at least half")
+    with torch.no_grad():
+        for name in loaded:
+            own[name].copy_(weights[name])
+    return Loaded(loaded, fresh, ignored, share)
+
+
+def _parts(names: Iterable[str], *, beside: set[str]) -> list[str]:
+    """The names, shortened to the first module that holds nothing of another fate."""
+    return sorted({_part(name, beside) for name in names})
+
+
+def _part(name: str, beside: set[str]) -> str:
+    pieces = name.split(".")
+    for end in range(1, len(pieces)):
+        prefix = ".".join(pieces[:end])
+        if prefix + "." != _HEADS and not any(other.startswith(f"{prefix}.") for other in beside):
+            return prefix
+    return name

@@ -1,0 +1,214 @@
+"""Batches of a training run, read ahead by worker processes: the same ones in the same order as without.
+
+A batch is a pure function of ``(seed, epoch, batch)`` and of the micro-batch (`BatchSource`), so a worker that is lost
+is replaced and asked again. Workers are spawned, open the memory-mapped arrays themselves and import neither torch nor
+polars. Processes, not threads: what a batch costs is Python, which a thread would take from the training loop's own.
+"""
+
+import contextlib
+import multiprocessing
+import pickle
+import signal
+import traceback
+from collections import deque
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.augment import Augmentation, epoch_augmentation
+from pipeline.config import RunConfig
+from pipeline.dataset import ExampleSet
+from pipeline.errors import DataError
+from pipeline.packing import Packed, plan_epoch, read_packed, split_batch
+from pipeline.runlog import warn
+
+_AHEAD = 4  # batches that each worker prepares before they are asked for
+_PATIENCE_S = 300.0  # with a worker that says nothing; an epoch of a million sequences is planned in 0.3 s
+
+
+class Place(NamedTuple):
+    """Which batch, and in how large parts."""
+
+    epoch: int
+    batch: int
+    micro_batch: int
+
+
+class BatchSource:
+    """What is in every batch of a run.
+
+    Args:
+        examples: with the loss's weights.
+        train: positions of those that train.
+        config: of the run.
+        rank: which share of each batch to read.
+        ranks: number of shares; 1 = the whole batch.
+    """
+
+    def __init__(
+        self, examples: ExampleSet, train: np.ndarray, *, config: RunConfig, rank: int = 0, ranks: int = 1
+    ) -> None:
+        self.examples, self.train, self.config, self.rank, self.ranks = examples, train, config, rank, ranks
+        self.batches = -(-len(train) // config.train.batch_size)  # of an epoch
+        self.lengths_N = np.minimum(examples.lengths, config.data.max_length)
+        self._epoch = -1
+        self._plan: list[np.ndarray] = []
+        self._augment: Augmentation
+
+    def __call__(self, place: Place) -> list[Packed]:
+        """The micro-batches of this share of a batch, augmented and padded; none if it has no sequence."""
+        share = self.indices(place.epoch, place.batch)[self.rank :: self.ranks]
+        parts = split_batch(share, micro_batch=place.micro_batch)
+        return [read_packed(self.examples, part, change=self._augment) for part in parts]
+
+    def tokens(self, place: Place) -> int:
+        """Nucleotides of the whole batch."""
+        return int(self.lengths_N[self.indices(place.epoch, place.batch)].sum())
+
+    def indices(self, epoch: int, batch: int) -> np.ndarray:
+        """Positions of the sequences of a whole batch."""
+        if epoch != self._epoch:
+            self._begin(epoch)
+        return self.train[self._plan[batch]]
+
+    def _begin(self, epoch: int) -> None:
+        """Batches and augmentation of an epoch, from seed and epoch alone."""
+        data, train = self.config.data, self.config.train
+        how = {"batch_size": train.batch_size, "bucket": data.length_bucket, "seed": train.seed, "epoch": epoch}
+        self._plan = plan_epoch(self.lengths_N[self.train], **how)
+        draws = {"seed": train.seed, "epoch": epoch, "max_length": data.max_length, "flip": data.flip}
+        self._augment = epoch_augmentation(len(self.examples), **draws)  # type: ignore[arg-type]
+        self._epoch = epoch
+
+
+@dataclass
+class _Worker:
+    process: multiprocessing.process.BaseProcess
+    connection: Connection
+
+
+class _LostError(Exception):
+    """A worker died, says nothing, or raised."""
+
+
+class Loader:
+    """Gives batches by their place, and prepares those that come next.
+
+    Args:
+        source: of the batches.
+        workers: processes that read ahead; 0 = read in this one when asked.
+        patience: seconds after which a worker that says nothing is given up.
+    """
+
+    def __init__(self, source: BatchSource, *, workers: int, patience: float = _PATIENCE_S) -> None:
+        self.source, self._count, self._patience = source, workers, patience
+        self._workers: list[_Worker] = []
+        self._ahead: deque[tuple[Place, _Worker]] = deque()
+        self._rebuilt_at: Place | None = None
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def take(self, place: Place) -> list[Packed]:
+        """The micro-batches at a place.
+
+        Raises:
+            DataError: a worker died, hung or raised, and so did the one that took its place.
+        """
+        if not self._count:
+            return self.source(place)
+        while True:
+            try:
+                return self._take(place)
+            except _LostError as err:
+                self._stop()
+                if place == self._rebuilt_at:
+                    raise DataError(
+                        f"epoch {place.epoch}, batch {place.batch}: a loader worker {err}, twice. Next: train.workers "
+                        "= 0 (with --allow-changes for a run that was begun) reads in the training process itself."
+                    ) from err
+                self._rebuilt_at = place
+                warn(f"epoch {place.epoch}, batch {place.batch}: a loader worker {err}; all are started again")
+
+    def _take(self, place: Place) -> list[Packed]:
+        """Wait for a batch; what was prepared for other places (left out, or before a rollback) is thrown away."""
+        while self._ahead and self._ahead[0][0] != place:
+            self._receive(self._ahead.popleft()[1])
+        if not self._ahead:
+            self._ask(place)
+        while len(self._ahead) <= _AHEAD * self._count:
+            self._ask(self._next(self._ahead[-1][0]))
+        return self._receive(self._ahead.popleft()[1])
+
+    def _next(self, place: Place) -> Place:
+        last = place.batch + 1 == self.source.batches
+        return place._replace(epoch=place.epoch + 1, batch=0) if last else place._replace(batch=place.batch + 1)
+
+    def _ask(self, place: Place) -> None:
+        if not self._workers:
+            self._workers = [_start(self.source) for _ in range(self._count)]
+            for worker in self._workers:
+                self._hear(worker, patience=_PATIENCE_S)
+        worker = self._workers[place.batch % self._count]
+        try:
+            worker.connection.send(place)
+        except OSError as err:
+            raise _LostError(_last_words(worker)) from err
+        self._ahead.append((place, worker))
+
+    def _receive(self, worker: _Worker) -> list[Packed]:
+        answer = pickle.loads(self._hear(worker, patience=self._patience))
+        if isinstance(answer, str):
+            raise _LostError(f"raised {answer}")
+        return answer
+
+    def _hear(self, worker: _Worker, *, patience: float) -> bytes:
+        try:
+            if not worker.connection.poll(patience):
+                raise _LostError(f"said nothing for {patience:.0f} s")
+            return worker.connection.recv_bytes()
+        except (EOFError, OSError) as err:
+            raise _LostError(_last_words(worker)) from err
+
+    def _stop(self) -> None:
+        for worker in self._workers:
+            worker.process.kill()
+            worker.process.join()
+            worker.connection.close()
+        self._workers.clear()
+        self._ahead.clear()
+
+
+def _start(source: BatchSource) -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, source), daemon=True, name="loader")
+    process.start()
+    theirs.close()  # so that its end is seen
+    return _Worker(process, ours)
+
+
+def _last_words(worker: _Worker) -> str:
+    worker.process.join(timeout=5.0)
+    return f"died (exit code {worker.process.exitcode}; -9 is what a machine out of memory does)"
+
+
+def _work(connection: Connection, source: BatchSource) -> None:
+    """Answer places with batches until the training process is gone; it alone listens to signals."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(EOFError, OSError):
+        connection.send_bytes(b"ready")
+        while True:
+            place = connection.recv()
+            answer: list[Packed] | str
+            try:
+                answer = source(place)
+            except Exception as err:  # whatever it is, the training process tells of it
+                answer = f"{type(err).__name__}: {err} ({traceback.format_exc(limit=-1).splitlines()[1].strip()})"
+            connection.send_bytes(pickle.dumps(answer, protocol=5))

@@ -1,0 +1,201 @@
+"""Both TM-scores of every model in a folder of C1' traces. Lengths in Å.
+
+The folder holds three parquet tables: ``models`` (``model_id, benchmark, target``), ``model_traces`` (``model_id,
+resid, x, y, z``) and ``native_traces`` (``benchmark, target, resid, resname, x, y, z``). Residues without a place have
+no row, or nulls or the competitions' sentinels in it; NaN is refused. A model's residues get the names of the native's
+residues with the same numbers.
+
+Letters: L residues, 3 xyz.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from pipeline import runlog
+from pipeline.errors import ConfigError, DataError
+from pipeline.stage import Report, run_stage
+from pipeline.tables import open_parquet
+from submissions import align, tm_score, usalign
+
+VERSION = 1
+BUILT_IN, US_ALIGN = "built-in", "usalign"
+
+_TABLES = {
+    "models": ["model_id", "benchmark", "target"],
+    "model_traces": ["model_id", "resid", "x", "y", "z"],
+    "native_traces": ["benchmark", "target", "resid", "resname", "x", "y", "z"],
+}
+_TYPES = {"resid": pl.Int64(), "x": pl.Float64(), "y": pl.Float64(), "z": pl.Float64()}  # the rest is text
+_BATCH = 64  # models between two steps of the progress bar
+_LAST = 100_000  # the highest residue number that is believed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A model and its native, residue by residue: row r is residue number r."""
+
+    model_id: str
+    model_L3: np.ndarray
+    native_L3: np.ndarray
+    names: str
+
+
+def run(traces: Path, out: Path, *, engine: str = BUILT_IN) -> Report:
+    """Write ``model_id, tm_byresi, tm_seqindep`` (residue-matched; by the default alignment), sorted by model.
+
+    Args:
+        traces: folder with the three tables.
+        out: parquet file.
+        engine: "built-in", or "usalign" for the program.
+
+    Returns:
+        Report with the output ``scores``; its facts tell the number of models, the engine and the mean scores.
+
+    Raises:
+        ConfigError: the engine is unknown or not installed.
+        DataError: a table is missing, damaged or contradicts another.
+    """
+    if engine not in (BUILT_IN, US_ALIGN):
+        raise ConfigError(f"score-tm: engine {engine!r}; expected {BUILT_IN} or {US_ALIGN}.")
+    if engine == US_ALIGN and usalign.find_program() is None:
+        raise ConfigError(f"score-tm: USalign is not on the PATH. Next: install it, or leave out ENGINE={US_ALIGN}.")
+    if not traces.is_dir():
+        raise DataError(f"score-tm: {traces} is not a folder. Next: TRACES=<folder> with {', '.join(_TABLES)}.parquet.")
+    for name in _TABLES:
+        if not (traces / f"{name}.parquet").is_file():
+            raise DataError(f"score-tm: {traces} has no {name}.parquet. Next: TRACES=<folder> with that table.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return run_stage(
+        "score-tm",
+        inputs={name: traces / f"{name}.parquet" for name in _TABLES},
+        outputs={"scores": out},
+        params={"version": VERSION, "engine": engine},
+        build=lambda parts: _write(read_pairs(traces), parts["scores"], engine),
+        manifest=out.with_name(f"{out.name}.manifest.json"),
+    )
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """What `run` found, as lines of text."""
+    if not facts["models"]:
+        return "no models"
+    labels = ("residue-matched", "sequence-independent")
+    means = (facts["mean_byresi"], facts["mean_seqindep"])
+    lines = zip(labels, means, facts["engines"], strict=True)
+    return "\n".join(f"{facts['models']:,} models, {label}: mean {mean:.4f}; {by}" for label, mean, by in lines)
+
+
+def _write(pairs: Sequence[Pair], path: Path, engine: str) -> dict[str, Any]:
+    score = score_by_program if engine == US_ALIGN else score_built_in
+    found = []
+    with runlog.Bar("score-tm", total=len(pairs), unit="models") as bar:
+        for start in range(0, len(pairs), _BATCH):
+            part = pairs[start : start + _BATCH]
+            found.append(score(part))
+            bar.advance(len(part))
+    by_residue, independent = np.concatenate(found, axis=1) if found else np.zeros((2, 0))
+    table = {"model_id": [pair.model_id for pair in pairs], "tm_byresi": by_residue, "tm_seqindep": independent}
+    pl.DataFrame(table, schema_overrides={"model_id": pl.String}).write_parquet(path)
+    names = [usalign.ENGINE] * 2 if engine == US_ALIGN else [tm_score.ENGINE, align.ENGINE]
+    means = [float(values.mean()) if len(pairs) else None for values in (by_residue, independent)]
+    return {"models": len(pairs), "engines": names, "mean_byresi": means[0], "mean_seqindep": means[1]}
+
+
+def score_built_in(pairs: Sequence[Pair]) -> np.ndarray:
+    """[2, N] scores by this project's own code: residue-matched, sequence-independent."""
+    matched = tm_score.tm_scores([(pair.model_L3, pair.native_L3) for pair in pairs])
+    aligned = align.tm_aligns([(pair.model_L3, pair.native_L3, pair.names, pair.names) for pair in pairs])
+    return np.stack([matched, aligned])
+
+
+def score_by_program(pairs: Sequence[Pair]) -> np.ndarray:
+    """[2, N] scores by US-align, one process a pair and mode."""
+    program = usalign.find_program()
+    if program is None:
+        raise ConfigError("score-tm: USalign is no longer on the PATH.")
+    scores = [
+        [
+            usalign.usalign_score(
+                pair.model_L3, pair.native_L3, (pair.names, pair.names), by_residue=by_residue, program=program
+            )
+            for pair in pairs
+        ]
+        for by_residue in (True, False)
+    ]
+    return np.array(scores)
+
+
+def read_pairs(traces: Path) -> list[Pair]:
+    """Models and their natives, sorted by model.
+
+    Raises:
+        DataError: a table is missing or damaged, a residue or model comes twice, a coordinate is no number, or a model
+            has no trace or no native.
+    """
+    tables = {name: _read(traces / f"{name}.parquet", columns) for name, columns in _TABLES.items()}
+    models = tables["models"].sort("model_id")
+    if twice := models["model_id"].filter(models["model_id"].is_duplicated()).to_list():
+        raise DataError(f"{traces / 'models.parquet'}: {twice[0]} comes twice. Next: keep one row a model.")
+    traced = _by_key(traces / "model_traces.parquet", tables["model_traces"], ["model_id"])
+    known = _by_key(traces / "native_traces.parquet", tables["native_traces"], ["benchmark", "target"])
+    pairs = []
+    for model_id, *native in models.iter_rows():
+        if (model_id,) not in traced:
+            raise DataError(
+                f"{traces / 'model_traces.parquet'}: no residue of {model_id} has a place. Next: add its trace."
+            )
+        if tuple(native) not in known:
+            raise DataError(
+                f"{traces / 'native_traces.parquet'}: no native {'/'.join(native)} for {model_id}. Next: add its trace."
+            )
+        pairs.append(_pair(model_id, traced[model_id,], known[tuple(native)]))
+    return pairs
+
+
+def _read(path: Path, columns: list[str]) -> pl.DataFrame:
+    open_parquet(path, columns).close()
+    try:
+        table = pl.read_parquet(path, columns=columns)
+        table = table.cast({name: _TYPES.get(name, pl.String()) for name in columns})
+    except (pl.exceptions.PolarsError, OSError) as err:
+        reason = str(err).splitlines()[0]
+        raise DataError(f"{path}: cannot be read ({reason}). Next: write {', '.join(columns)} again.") from err
+    for name in columns:
+        if name not in ("x", "y", "z") and table[name].null_count():
+            raise DataError(f"{path}: a row without {name}. Next: fill it in, or leave out the row.")
+    return table
+
+
+def _by_key(path: Path, table: pl.DataFrame, key: list[str]) -> dict[tuple[Any, ...], pl.DataFrame]:
+    """Key -> its residues that have a place, after all have been checked."""
+    xyz = pl.col("x", "y", "z")
+    there = table.filter(pl.all_horizontal(xyz.is_not_null() & ~(xyz <= tm_score.SENTINEL)))
+    checks = {
+        "a coordinate that is not finite": ~pl.all_horizontal(xyz.is_finite()),
+        f"a residue number below 0 or above {_LAST}": ~pl.col("resid").is_between(0, _LAST),
+        "a residue number twice": pl.struct(*key, "resid").is_duplicated(),
+    }
+    for what, wrong in checks.items():
+        bad = there.filter(wrong)
+        if bad.height:
+            where = "/".join(str(bad[name][0]) for name in key)
+            raise DataError(
+                f"{path}: {where} residue {bad['resid'][0]} has {what}. Next: correct it, or leave the residue out."
+            )
+    return {name: part for name, part in there.group_by(key, maintain_order=True)}
+
+
+def _pair(model_id: str, model: pl.DataFrame, native: pl.DataFrame) -> Pair:
+    places = [part["resid"].to_numpy() for part in (model, native)]
+    xyz = np.full((2, int(max(part.max() for part in places)) + 1, 3), np.nan)
+    for slot, part in enumerate((model, native)):
+        xyz[slot, places[slot]] = part.select("x", "y", "z").to_numpy()
+    names = ["N"] * xyz.shape[1]
+    for place, name in zip(places[1], native["resname"], strict=True):
+        names[place] = name[:1] or "N"
+    return Pair(model_id=model_id, model_L3=xyz[0], native_L3=xyz[1], names="".join(names))

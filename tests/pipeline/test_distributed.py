@@ -1,0 +1,201 @@
+"""Several processes train as one, stop as one, and are missed when they are gone."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pipeline.paths import Paths
+from pipeline.runlog import read_metrics
+from pipeline.training import distributed
+from pipeline.training.checkpoint import CheckpointStore
+from pipeline.training.distributed import ALONE
+from pipeline.training.stop import lock_holder
+from tests.pipeline import ranks, tiny
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+PLAIN = {"model": {"dropout": 0.0}, "epochs": 5}  # 20 steps
+
+#: What processes do, in this order: (name of the run, how many, settings, fault). A run that is named again goes on.
+SCENES: list[tuple[str, int, dict[str, Any], list[Any] | None]] = [
+    ("alone", 1, PLAIN, None),
+    ("both", 2, PLAIN, None),
+    ("accumulated", 2, {**PLAIN, "micro_batch": 3, "batch_size": 8}, None),
+    ("short batches", 3, {**PLAIN, "batch_size": 2, "epochs": 1, "precision": "fp16"}, None),
+    ("whole", 2, {}, None),
+    ("killed", 2, {}, [1, 6, "SIGKILL"]),
+    ("killed", 2, {}, None),
+    ("stopped", 2, {}, [1, 6, "SIGTERM"]),
+    ("stopped", 2, {}, None),
+    ("hung", 2, {}, [1, 6, "hang"]),
+    ("one with a NaN", 2, {}, [1, 6, "nan"]),
+    ("short of memory", 2, {**PLAIN, "micro_batch": "auto"}, [1, 6, "memory"]),
+    ("out of memory", 2, {}, [1, 6, "memory"]),
+    ("out of memory", 2, {}, None),
+    ("fewer", 2, PLAIN, [0, 6, "SIGTERM"]),
+    ("fewer", 1, PLAIN, None),
+]
+
+
+def run_name(name: str) -> str:
+    return f"{name.replace(' ', '-')}.{tiny.SPLIT}"
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
+    paths = Paths(comp="tiny", root=tmp_path_factory.mktemp("ranks"))
+    tiny.write_values(paths)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def ended(paths: Paths) -> Callable[[str], list[dict[str, Any]]]:
+    """How every start of a run ended."""
+    script = [
+        {"run": run_name(name), "size": size, "config": config, "fault": fault} for name, size, config, fault in SCENES
+    ]
+    command = [sys.executable, "-m", "tests.pipeline.ranks", str(paths.root), json.dumps(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    return lambda name: [one for one, scene in zip(found, SCENES, strict=True) if scene[0] == name]
+
+
+def codes(ends: list[dict[str, Any]]) -> list[list[int]]:
+    return [end["codes"] for end in ends]
+
+
+def rows(paths: Paths, name: str, event: str) -> list[dict[str, Any]]:
+    found = read_metrics(paths.fold_dir(run_name(name), 0) / "metrics.jsonl")
+    return [row for row in found if row["event"] == event]
+
+
+def losses(paths: Paths, name: str) -> list[float]:
+    return [row["loss"] for row in rows(paths, name, "step")]
+
+
+@pytest.mark.parametrize("name", ["both", "accumulated"])
+def test_two_processes_give_the_losses_of_one(paths, ended, name):
+    assert codes(ended("alone")) == [[0]]
+    assert codes(ended(name)) == [[0, 0]]
+    assert len(losses(paths, "alone")) == 20
+    np.testing.assert_allclose(losses(paths, name), losses(paths, "alone"), atol=1e-5)
+    metrics = [[row["metric"] for row in rows(paths, run, "epoch")] for run in ("alone", name)]
+    np.testing.assert_allclose(*metrics, atol=1e-5)
+
+
+def test_a_process_without_a_sequence_of_a_batch_takes_its_part(ended):
+    """Batches of two sequences for three processes, with a loss scaler."""
+    assert codes(ended("short batches")) == [[0, 0, 0]]
+
+
+def test_the_first_process_alone_writes(paths, ended):
+    ended("both")
+    assert [row["step"] for row in rows(paths, "both", "step")] == list(range(1, 21))
+    assert len(rows(paths, "both", "start")) == len(rows(paths, "both", "done")) == 1
+
+
+def test_a_killed_process_ends_the_others_at_once_and_the_rerun_ends_with_the_same_bits(paths, ended):
+    (killed, again), whole = ended("killed"), ended("whole")
+    assert killed["codes"] == [75, -9]
+    assert killed["after_first"] < ranks.MERCY_S
+    assert lock_holder(paths.fold_dir(run_name("killed"), 0)) is None
+    assert codes([again, *whole]) == [[0, 0], [0, 0]]
+    assert everything(paths, "killed") == everything(paths, "whole")
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(paths, ended):
+    stopped, again = ended("stopped")
+    assert stopped["codes"] == [75, 75]
+    assert again["codes"] == [0, 0]
+    assert rows(paths, "stopped", "start")[1]["resumed_step"] == 6
+    assert everything(paths, "stopped") == everything(paths, "whole")
+
+
+def test_a_hung_process_is_lost_after_the_timeout(ended):
+    (hung,) = ended("hung")
+    assert hung["codes"] == [75, -9]
+    assert ranks.TIMEOUT_S < hung["seconds"] < 30, "the hung one itself sleeps for a minute"
+
+
+def test_a_nan_in_one_process_is_skipped_by_all(paths, ended):
+    assert codes(ended("one with a NaN")) == [[0, 0]]
+    (row,) = rows(paths, "one with a NaN", "guard")
+    assert (row["seen"], row["answer"], row["step"], row["module"]) == ("nonfinite_loss", "skip", 6, "fault")
+    assert len(row["ids"]) == row["sequences"] == 8, "the whole batch"
+
+
+def test_memory_that_runs_out_in_one_process_halves_the_micro_batches_of_all(paths, ended):
+    assert codes(ended("short of memory")) == [[0, 0]]
+    (row,) = rows(paths, "short of memory", "micro_batch")
+    assert (row["before"], row["now"]) == (4, 2)
+    np.testing.assert_allclose(losses(paths, "short of memory"), losses(paths, "alone"), atol=1e-5)
+
+
+def test_memory_that_runs_out_in_one_process_saves_and_ends_all(paths, ended):
+    assert codes(ended("out of memory")) == [[5, 5], [0, 0]]
+    assert rows(paths, "out of memory", "start")[1]["resumed_step"] == 5
+    assert everything(paths, "out of memory") == everything(paths, "whole")
+
+
+def test_a_run_goes_on_with_fewer_processes(paths, ended):
+    assert codes(ended("fewer")) == [[75, 75], [0]]
+    np.testing.assert_allclose(losses(paths, "fewer"), losses(paths, "alone"), atol=1e-5)
+
+
+def everything(paths: Paths, name: str) -> dict[str, bytes]:
+    """The last checkpoint, the random numbers of the second process among it."""
+    last = CheckpointStore(paths.fold_dir(run_name(name), 0) / "checkpoints").load_newest()
+    assert last is not None
+    (elsewhere,) = last.state["random_elsewhere"]
+    assert not torch.equal(elsewhere["cpu"], last.state["random"]["cpu"]), "each process has random numbers of its own"
+    return tiny.final_bytes(paths, run_name(name)) | {"elsewhere": elsewhere["cpu"].numpy().tobytes()}
+
+
+LAUNCH = """
+import sys
+from pipeline.training.distributed import launch
+sys.exit(launch(sys.argv[1:], processes=2, module="tests.pipeline.ranks"))
+"""
+
+
+def test_torchrun_under_nohup_survives_a_hang_up_and_gives_the_exit_code_of_its_processes(paths):
+    """One start for both claims, as it imports torch three times. Was: torchrun's own SIGHUP handler undid nohup."""
+    script = {"run": run_name("launched"), "config": {}, "fault": [1, 6, "SIGTERM after a hang-up"]}
+    command = ["nohup", sys.executable, "-c", LAUNCH, str(paths.root), json.dumps(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 75, done.stderr
+    assert "SIGHUP" not in done.stderr
+    meta = CheckpointStore(paths.fold_dir(run_name("launched"), 0) / "checkpoints").newest_meta()
+    assert meta["step"] == 6
+    assert meta["environment"]["processes"] == 2
+
+
+def test_one_process_joins_nobody(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with distributed.join(timeout=1.0) as world:
+        assert world is ALONE
+    assert world.sum(1.0, 2.0) == [1.0, 2.0]
+    assert world.gather("a") == ["a"]
+    assert world.from_main(lambda: 3) == 3
+    layer = nn.Linear(2, 2)
+    world.add_gradients(layer)
+    assert layer.weight.grad is None
+
+
+def test_buckets_hold_every_parameter_once_in_order(monkeypatch):
+    monkeypatch.setattr(distributed, "_BUCKET", 10)
+    parameters = [nn.Parameter(torch.zeros(size)) for size in (3, 8, 20, 1, 2)]
+    buckets = list(distributed._buckets(parameters))
+    assert [[len(one) for one in bucket] for bucket in buckets] == [[3, 8], [20], [1, 2]]

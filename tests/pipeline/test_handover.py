@@ -1,0 +1,89 @@
+"""What winners hand over is generated, and its commands and paths are true."""
+
+import json
+import re
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from pipeline import handover
+from pipeline.cli import run_name
+from pipeline.config import load_config
+from pipeline.errors import DataError
+from pipeline.paths import REPOSITORY
+from pipeline.stage import write_json
+from pipeline.training.checkpoint import CheckpointStore
+from tests.chain_tables import make_paths
+from tests.pipeline.kernels import COMPETITION
+
+CONFIG = load_config("tiny_hyena", ["train.lr=1e-5", "train.micro_batch='auto'", "model.kwargs.use_bpp=true"])
+RUNS = ["hyena.sim80_k5", "drsn+wide.sim80_k5"]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> dict[str, Path]:
+    paths = make_paths(tmp_path)
+    told = {"runs": RUNS, "folds": [0, 1], "split": "sim80_k5", "chosen": "mean", "score": 0.196}
+    write_json(paths.ensemble_dir("all") / "weights.json", told)
+    for run in RUNS:
+        for fold in (0, 1):
+            folder = paths.fold_dir(run, fold)
+            meta = {"config": asdict(CONFIG), "progress": {"finished": True}, "best_step": 7}
+            CheckpointStore(folder / "checkpoints").save(7, weights={}, training=None, state={}, meta=meta)
+            start = {"event": "start", "time": 100.0, "device": "cpu", "precision": "fp32", "parameters": 123456}
+            rows = [start, {"event": "done", "time": 190.0}]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return handover.run(paths, competition=COMPETITION, name="all").outputs
+
+
+def test_the_files_that_kaggle_names_are_written(written: dict[str, Path]):
+    assert sorted(written) == [
+        "README.md", "SETTINGS.json", "directory_structure.txt", "entry_points.md", "requirements.txt",
+    ]  # fmt: skip
+    assert all(path.stat().st_size > 100 for path in written.values())
+
+
+def test_every_command_is_a_target_and_every_run_is_trained(written: dict[str, Path]):
+    commands = re.findall(r"^ *(make .*)$", written["entry_points.md"].read_text(), re.MULTILINE)
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    assert {command.split()[1] for command in commands} <= targets
+    assert [command.split()[1] for command in commands] == [
+        "data", "folds", "train-all", "train-all", "ensemble", "submit", "kernel",
+    ]  # fmt: skip
+    config = Path(re.search(r"MODEL=(\S+)", commands[3])[1])
+    assert f"{run_name(str(config), split='sim80_k5')}" == RUNS[1]
+    assert load_config(str(config)) == CONFIG
+
+
+def test_settings_name_folders_that_are_there(written: dict[str, Path]):
+    settings = json.loads(written["SETTINGS.json"].read_text())
+    folders = [Path(folder) for of_run in settings["MODEL_CHECKPOINT_DIRS"].values() for folder in of_run]
+    assert len(folders) == 4
+    assert all(folder.is_dir() for folder in folders)
+    assert Path(settings["ENSEMBLE_DIR"]).is_dir()
+
+
+def test_the_readme_tells_models_settings_and_what_they_took(written: dict[str, Path]):
+    text = written["README.md"].read_text()
+    assert text.count("| 123,456 | 7 | cpu | fp32 | 1 min 30 s |") == 4
+    assert '"lr": 1e-05' in text
+    assert "0.19600 out of fold" in text
+
+
+def test_requirements_pin_what_is_installed(written: dict[str, Path]):
+    lines = written["requirements.txt"].read_text().splitlines()
+    assert f"torch=={metadata.version('torch')}" in lines
+    assert all(re.fullmatch(r"[\w.-]+==[\w.+!-]+", line) for line in lines)
+
+
+def test_the_tree_lists_every_module(written: dict[str, Path]):
+    listed = set(written["directory_structure.txt"].read_text().split())
+    assert "./pipeline/handover.py" in listed
+    assert not [name for name in listed if "__pycache__" in name]
+
+
+def test_an_ensemble_that_is_not_there_is_told(tmp_path: Path):
+    with pytest.raises(DataError, match=r"Next: make ensemble COMP=ribonanza NAME=all"):
+        handover.run(make_paths(tmp_path), competition=COMPETITION, name="all")

@@ -1,0 +1,63 @@
+"""The room in which notebooks are rehearsed is bare and has no network, whatever this machine allows."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ConfigError, DataError
+from pipeline.kernel import bundle
+from pipeline.kernel.check import Room
+from tests.pipeline.kernels import COMPETITION
+
+
+def within(room: Room, code: str) -> subprocess.CompletedProcess[str]:
+    command = [*room.prefix, str(room.python), "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=room.folder)
+
+
+@pytest.mark.parametrize("namespaces", [True, False])
+def test_a_room_has_the_images_packages_and_neither_our_code_nor_a_network(
+    namespaces: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if not namespaces:
+        monkeypatch.setattr("shutil.which", lambda _: None)
+    room = Room(tmp_path, Path(sys.executable))  # proves that it has no network, or raises
+    assert namespaces or room.prefix == []
+    assert set(room.versions) == {"Python", *bundle.IMAGE}
+    assert within(room, "import polars, pyarrow, numba, safetensors, typer, pip").returncode == 0
+    assert "No module named 'pipeline'" in within(room, "import pipeline").stderr
+    assert "No module named 'ninja'" in within(room, "import ninja").stderr
+
+
+def test_an_environment_without_the_images_packages_is_refused(tmp_path: Path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    with pytest.raises(ConfigError, match=r"without torch, .*pip; expected 3.11 or 3.12"):
+        Room(tmp_path / "room", tmp_path / "bare" / "bin" / "python")
+
+
+@pytest.mark.parametrize(
+    ("script", "sentence"),
+    [
+        ("raise SystemExit(3)", "the notebook ended with 3"),
+        ("pass", "the notebook ended with 0"),
+        (
+            "import os, pathlib\nfound = next(pathlib.Path(os.environ['RNA_INPUT']).rglob('a.csv'))\n"
+            "found.chmod(0o644)\nfound.write_text('mine')\npathlib.Path('KERNEL.json').write_text('{}')",
+            "the notebook wrote to its inputs",
+        ),
+    ],
+)
+def test_a_notebook_that_misbehaves_is_caught(tmp_path: Path, script: str, sentence: str):
+    room = Room(tmp_path, Path(sys.executable))
+    outputs = {"code": tmp_path / "code", "dataset": tmp_path / "dataset"}
+    for folder in (*outputs.values(), tmp_path / "raw"):
+        folder.mkdir()
+    (tmp_path / "raw" / "a.csv").write_text("id\n")
+    (outputs["dataset"] / "dataset-metadata.json").write_text("{}")
+    told = f'{{"dataset_sources": ["tester/any-data"], "competition_sources": ["{COMPETITION.slug}"]}}'
+    (outputs["code"] / "kernel-metadata.json").write_text(told)
+    (outputs["code"] / "kernel.py").write_text(script)
+    with pytest.raises(DataError, match=sentence):
+        room.play(outputs, tmp_path / "raw", work=tmp_path / "work")

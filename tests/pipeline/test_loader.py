@@ -1,0 +1,127 @@
+"""Batches that are read ahead are the same ones in the same order, whatever happens to who reads them."""
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.config import RunConfig
+from pipeline.dataset import ExampleSet, open_examples
+from pipeline.errors import DataError
+from pipeline.packing import Packed
+from pipeline.paths import Paths
+from pipeline.training.loader import BatchSource, Loader, Place
+from tests.pipeline import tiny
+from tests.pipeline.faulty_source import Faulty
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def examples(tmp_path: Path) -> ExampleSet:
+    paths = Paths(comp="tiny", root=tmp_path)
+    tiny.write_bpp(paths, tiny.write_values(paths))
+    return open_examples(tiny.TINY, paths=paths, table="train", bpp=True)
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    return tiny.config(data={"flip": 0.5, "max_length": 25})
+
+
+def faulty(examples: ExampleSet, config: RunConfig, *, how: str, once: Path | None) -> Faulty:
+    source = Faulty(examples, np.arange(0, 64, 2), config=config)
+    source.how, source.once = how, once
+    return source
+
+
+def places(*, micro_batch: int = 3, epochs: int = 2) -> Iterator[Place]:
+    return (Place(epoch, batch, micro_batch) for epoch in range(epochs) for batch in range(4))
+
+
+def content(batches: list[Packed]) -> list:
+    return [
+        tuple(part.tobytes() if isinstance(part, np.ndarray) else part for part in batch)
+        + tuple(part.shape for part in batch if isinstance(part, np.ndarray))
+        for batch in batches
+    ]
+
+
+def all_of(source: BatchSource, *, workers: int, patience: float = 60.0) -> list:
+    with Loader(source, workers=workers, patience=patience) as loader:
+        return [content(loader.take(place)) for place in places()]
+
+
+def test_workers_give_the_same_batches_in_the_same_order(examples, config):
+    source = BatchSource(examples, np.arange(0, 64, 2), config=config)
+    assert all_of(source, workers=2) == all_of(source, workers=0)
+
+
+def test_what_was_read_ahead_for_another_place_is_thrown_away(examples, config):
+    """A batch is left out, micro-batches are halved, the run is rolled back."""
+    source = BatchSource(examples, np.arange(0, 64, 2), config=config)
+    wanted = [Place(0, 0, 3), Place(0, 2, 3), Place(0, 3, 1), Place(0, 1, 1), Place(1, 0, 1)]
+    with Loader(source, workers=1) as loader:
+        assert [content(loader.take(place)) for place in wanted] == [content(source(place)) for place in wanted]
+
+
+def test_the_shares_of_all_ranks_are_the_batch(examples, config):
+    train = np.arange(0, 64, 2)
+    whole = BatchSource(examples, train, config=config)
+    shares = [BatchSource(examples, train, config=config, rank=rank, ranks=3) for rank in range(3)]
+    for place in places(micro_batch=0):
+        ids = [name for share in shares for batch in share(place) for name in batch.ids]
+        assert sorted(ids) == sorted(whole(place)[0].ids)
+        assert len(ids) == 8
+
+
+def test_a_rank_without_a_sequence_gets_no_batch(examples, config):
+    source = BatchSource(examples, np.arange(2), config=config, rank=2, ranks=3)
+    assert source(Place(0, 0, 0)) == []
+
+
+@pytest.mark.parametrize("how", ["kill", "exit", "hang", "raise"])
+def test_a_worker_that_is_lost_is_replaced_once_and_no_batch_is_missed(examples, config, tmp_path, how):
+    source = faulty(examples, config, how=how, once=tmp_path / "happened")
+    found = all_of(source, workers=2, patience=3.0 if how == "hang" else 60.0)
+    assert found == all_of(source, workers=0)
+    assert (tmp_path / "happened").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [("exit", r"died \(exit code 3"), ("hang", "said nothing for 3 s"), ("raise", "raised OSError: the file is gone")],
+)
+def test_a_worker_that_is_lost_again_ends_the_run_with_a_reason(examples, config, how, says):
+    source = faulty(examples, config, how=how, once=None)
+    with pytest.raises(DataError, match=rf"epoch 0, batch 3: a loader worker {says}.*, twice. Next: train.workers = 0"):
+        all_of(source, workers=1, patience=3.0 if how == "hang" else 60.0)
+
+
+def test_a_worker_imports_neither_torch_nor_polars():
+    """torch takes seconds to import, and polars hangs in a process that was forked."""
+    code = "import sys, pipeline.training.loader; assert not {'torch', 'polars'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_workers_end_with_the_loader(examples, config):
+    with Loader(BatchSource(examples, np.arange(32), config=config), workers=1) as loader:
+        loader.take(Place(0, 0, 0))
+        (process,) = [worker.process for worker in loader._workers]
+        assert process.is_alive()
+    assert not process.is_alive()
+
+
+def test_a_mapped_set_travels_as_the_names_of_its_files(examples):
+    data = pickle.dumps(examples)
+    assert len(data) < examples.tokens_T.nbytes + examples.targets_TC.nbytes
+    again = pickle.loads(data)
+    assert not again.tokens_T.flags.writeable
+    for index in (0, 63):
+        for ours, theirs in zip(examples.example(index)[1:], again.example(index)[1:], strict=True):
+            np.testing.assert_array_equal(ours, theirs)

@@ -1,0 +1,113 @@
+"""Scores of a folder of traces: both modes, a row a model, and one sentence for each kind of bad input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from pipeline.errors import ConfigError, DataError
+from submissions import bench_tm, score_traces
+from submissions.align import tm_align
+from submissions.tm_score import tm_score
+from tests.submissions.trace_cases import folded, moved
+
+
+def _rows(key: dict[str, str], trace: np.ndarray, names: str | None = None, first: int = 1) -> pl.DataFrame:
+    table = pl.DataFrame(
+        {"resid": np.arange(first, first + len(trace)), **dict(zip("xyz", trace.T, strict=True))}
+    ).with_columns(**{name: pl.lit(value) for name, value in key.items()})
+    return table if names is None else table.with_columns(pl.Series("resname", list(names)))
+
+
+@pytest.fixture
+def traces(tmp_path: Path) -> Path:
+    """Two models of a native of 40 nt: a moved copy that lacks five residues, and another hairpin."""
+    (native, names), (other, _) = folded(40, 1), folded(40, 2)
+    folder = tmp_path / "traces"
+    folder.mkdir()
+    models = {"model_id": ["b", "a"], "benchmark": ["set", "set"], "target": ["T1", "T1"]}
+    pl.DataFrame(models).write_parquet(folder / "models.parquet")
+    parts = [_rows({"model_id": "b"}, other), _rows({"model_id": "a"}, moved(native, 3)[5:], first=6)]
+    pl.concat(parts).write_parquet(folder / "model_traces.parquet")
+    _rows({"benchmark": "set", "target": "T1"}, native, names).write_parquet(folder / "native_traces.parquet")
+    return folder
+
+
+def test_both_scores_of_every_model_are_written(traces: Path, tmp_path: Path) -> None:
+    report = score_traces.run(traces, tmp_path / "out" / "scores.parquet")
+    table = pl.read_parquet(report.outputs["scores"])
+    (native, names), (other, _) = folded(40, 1), folded(40, 2)
+    assert table.columns == ["model_id", "tm_byresi", "tm_seqindep"]
+    assert table["model_id"].to_list() == ["a", "b"]
+    assert table["tm_byresi"].to_list() == pytest.approx([35 / 40, tm_score(other, native)], abs=1e-5)
+    assert table["tm_seqindep"].to_list() == pytest.approx([35 / 40, tm_align(other, native, names, names)], abs=1e-5)
+    assert "residue-matched" in score_traces.describe(report.facts)
+    assert score_traces.run(traces, tmp_path / "out" / "scores.parquet").status == "current"
+
+
+@pytest.mark.parametrize("nothing", [None, -1e18, -1e6])
+def test_nulls_and_sentinels_are_missing_residues(traces: Path, tmp_path: Path, nothing: float | None) -> None:
+    path = traces / "native_traces.parquet"
+    blank = pl.when(pl.col("resid") <= 10).then(pl.lit(nothing, dtype=pl.Float64)).otherwise(pl.col("x", "y", "z"))
+    pl.read_parquet(path).with_columns(blank.name.keep()).write_parquet(path)
+    table = pl.read_parquet(score_traces.run(traces, tmp_path / "scores.parquet").outputs["scores"])
+    assert table["tm_byresi"][0] == pytest.approx(1.0, abs=1e-5)
+
+
+def _edit(table: str, change: pl.Expr):
+    def apply(folder: Path) -> None:
+        path = folder / f"{table}.parquet"
+        pl.read_parquet(path).with_columns(change).write_parquet(path)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_edit("model_traces", pl.lit(np.nan).alias("y")), "model_traces.parquet: .* a coordinate that is not finite"),
+        (_edit("model_traces", pl.lit(7).alias("resid")), "residue 7 has a residue number twice"),
+        (_edit("model_traces", (pl.col("resid") - 9).alias("resid")), "residue -8 has a residue number below 0"),
+        (_edit("models", pl.lit("a").alias("model_id")), "models.parquet: a comes twice"),
+        (_edit("models", pl.lit("T2").alias("target")), "no native set/T2 for a"),
+        (_edit("models", (pl.col("model_id") + "x").alias("model_id")), "no residue of ax has a place"),
+        (_edit("native_traces", pl.lit(None, dtype=pl.String).alias("resname")), "a row without resname"),
+        (_edit("native_traces", pl.lit("one").alias("x")), "native_traces.parquet: cannot be read"),
+        (lambda folder: (folder / "models.parquet").unlink(), "has no models.parquet"),
+        (lambda folder: (folder / "models.parquet").write_bytes(b"PAR1"), "models.parquet: not a readable parquet"),
+    ],
+)
+def test_bad_input_is_one_sentence(traces: Path, tmp_path: Path, damage, said: str) -> None:
+    damage(traces)
+    with pytest.raises(DataError, match=said) as caught:
+        score_traces.run(traces, tmp_path / "scores.parquet")
+    assert caught.value.exit_code == 3
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "scores.parquet").exists()
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        score_traces.run(tmp_path / "nowhere", tmp_path / "scores.parquet")
+
+
+def test_an_engine_that_is_not_there_is_refused(traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match="USalign is not on the PATH"):
+        score_traces.run(traces, tmp_path / "scores.parquet", engine="usalign")
+    with pytest.raises(ConfigError, match="engine 'fast'; expected built-in or usalign"):
+        score_traces.run(traces, tmp_path / "scores.parquet", engine="fast")
+
+
+def test_the_benchmark_says_what_it_compared(traces: Path, tmp_path: Path) -> None:
+    stored = pl.read_parquet(traces / "models.parquet").with_columns(pl.lit(0.5).alias("tm_usalign_c1_byresi"))
+    stored.write_parquet(traces / "models.parquet")
+    bench_tm.run(traces, repeats=1, record=tmp_path / "tm.json")
+    facts = json.loads((tmp_path / "tm.json").read_text())
+    rows = {row["mode"]: row for row in facts["rows"]}
+    assert facts["pairs"] == 2
+    assert rows["residue-matched"]["lowest"] == pytest.approx(35 / 40 - 0.5, abs=1e-4)
+    assert "lowest" not in rows["sequence-independent"]
+    assert all(row["ours_ms"] > 0 for row in rows.values())

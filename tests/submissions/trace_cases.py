@@ -1,0 +1,24 @@
+"""Traces for the tests of the TM-scores."""
+
+import numpy as np
+from hypothesis import strategies as st
+
+from pipeline.structure.geometry import rotation_onto, trace_from_pairs
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def folded(length: int, seed: int) -> tuple[np.ndarray, str]:
+    """A hairpin's trace [L, 3] Å with noise, and letters that pair along its stem."""
+    rng = np.random.default_rng(seed)
+    arm = max((length - 5) // 2, 0)
+    trace = trace_from_pairs(length, [(i, length - 1 - i) for i in range(arm)], rng)
+    five = rng.choice(list("ACGU"), arm)
+    three = [dict(zip("ACGU", "UGCA", strict=True))[letter] for letter in five[::-1]]
+    return trace, "".join([*five, *rng.choice(list("ACGU"), length - 2 * arm), *three])
+
+
+def moved(trace_L3: np.ndarray, seed: int) -> np.ndarray:
+    """The same trace elsewhere, turned."""
+    rng = np.random.default_rng(seed)
+    return trace_L3 @ rotation_onto(*rng.standard_normal((2, 8, 3))) + 50.0 * rng.standard_normal(3)
