@@ -64,7 +64,7 @@ TRAIN := $(if $(RESTART),--restart) $(if $(ALLOW_CHANGES),--allow-changes) $(if 
 ENVIRONMENT := $(if $(filter .venv/bin/python,$(PY)),.venv/.ready)
 
 .PHONY: help setup doctor demo test test-faults lint download data bpp templates folds audit train train-all train-bg status logs stop sweep \
-        replay predict templates-predict ensemble submit submit-kaggle \
+        replay predict templates-predict denovo structures ensemble submit submit-kaggle \
         kernel kernel-push kernel-status kernel-pull kernel-check handover check evaluate score-tm report plan bench bench-data bench-folds bench-loader bench-kernels bench-models bench-tm clean
 
 help: ## list the targets
@@ -128,6 +128,8 @@ predict: $(ENVIRONMENT) ## out-of-fold and test predictions of one trained fold
 	@exec $(RNA) predict $(AT) $(RUN) --fold $(FOLD)
 templates-predict: $(ENVIRONMENT) ## candidates from templates, date-gated, as a run of SPLIT (MSA=<folder> uses alignments)
 	@exec $(RNA) templates-predict $(AT) --split $(SPLIT) $(if $(strip $(MSA)),--msa "$(strip $(MSA))")
+denovo: $(ENVIRONMENT) ## candidates from pairing and loops of known structures, no network, as a run of SPLIT
+	@exec $(RNA) denovo $(AT) --split $(SPLIT)
 ensemble: $(ENVIRONMENT) ## folds and models -> one prediction table, weights learned out of fold
 	@exec $(RNA) ensemble $(AT) --split $(SPLIT) --name $(NAME) $(foreach run,$(RUNS),--run $(run))
 submit: $(ENVIRONMENT) ## ensemble -> submission file, checked before it gets its name
@@ -141,6 +143,8 @@ evaluate: $(ENVIRONMENT) ## score out-of-fold predictions beside the trivial flo
 	@exec $(RNA) evaluate $(AT) --split $(SPLIT) --name $(NAME)
 score-tm: $(ENVIRONMENT) ## both TM-scores of a folder of C1' traces: make score-tm TRACES=<folder> OUT=scores.parquet (ENGINE=usalign)
 	@exec $(RNA) score-tm --traces "$(TRACES)" --out "$(strip $(OUT))" $(if $(ENGINE),--engine $(strip $(ENGINE)))
+structures: $(ENVIRONMENT) ## PDB and mmCIF files of an ensemble, and a page that shows them offline (TABLE=oof: training targets)
+	@exec $(RNA) structures $(AT) --name $(NAME) $(if $(TABLE),--table $(TABLE))
 report: $(ENVIRONMENT) ## one self-contained HTML page for the ensemble
 	@exec $(RNA) report $(AT) --name $(NAME)
 
@@ -153,7 +157,7 @@ kernel-status: $(ENVIRONMENT) ## how the notebook is doing (WAIT=12h: until it e
 	@exec $(RNA) kernel-status $(AT) $(BUNDLE) $(if $(WAIT),--wait $(strip $(WAIT)))
 kernel-pull: $(ENVIRONMENT) ## fetch what the notebook left, verified; trained folds become local runs
 	@exec $(RNA) kernel-pull $(AT) $(BUNDLE)
-kernel-check: $(ENVIRONMENT) ## rehearse both kinds of notebook: bare Python, no network, read-only inputs
+kernel-check: $(ENVIRONMENT) ## rehearse both kinds of notebook: bare Python, no network, read-only inputs (IMAGE=<python with the versions of the image>)
 	@exec $(RNA) kernel-check --artifacts "$(ARTIFACTS)" $(if $(IMAGE),--python $(IMAGE))
 handover: $(ENVIRONMENT) ## the files that Kaggle asks of winners, from the ensemble and its settings
 	@exec $(RNA) handover $(AT) --name $(NAME)

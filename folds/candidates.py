@@ -2,7 +2,7 @@
 
 The policy: what a source says of its candidates is turned into an expected TM-score, learned from its out-of-fold
 candidates; the best goes first; then, one after the other, what promises most of that which is unlike those taken. How
-much likeness costs is what made the best five out of fold.
+much likeness costs is the most that does no harm out of fold.
 
 Letters: M candidates of one sequence, N of all, F features, L length (nt), 3 xyz. Lengths in Å.
 """
@@ -28,6 +28,7 @@ Scorer = Callable[[Sequence[tuple[np.ndarray, np.ndarray]]], np.ndarray]
 _COLUMNS = ("sequence_id", "candidate", "confidence", "x", "y", "z")
 #: What being a copy of a candidate already taken costs, in TM-score, and the one that is used where nothing is known.
 _NOVELTIES, _NOVELTY = (0.0, 0.05, 0.1, 0.2, 0.4), 0.1
+_AS_GOOD = 0.001  # TM-score: of what is as good out of fold, the most different five are taken
 _COPY = 0.98  # likeness from which a candidate is a copy: taken only where there is nothing else
 _PENALTY = 1e-2  # of the regression, per target
 
@@ -156,7 +157,7 @@ def _count(table: pl.DataFrame) -> dict[str, int]:
 
 
 def _learn(job: Job, tables: Mapping[str, pl.DataFrame], score: Scorer) -> dict[str, Any] | None:
-    """Weights of every run, the novelty that made the best five, and those five (``oof``); None if nothing is known."""
+    """Weights of every run, the largest novelty that does no harm, and its five (``oof``); None if none is known."""
     known = _references(job.paths.clean("references"))
     tables = {each: table.with_columns(pl.Series("_tm", _score(table, known, score))) for each, table in tables.items()}
     judged = {each: table.filter(pl.col("_tm").is_not_nan()) for each, table in tables.items()}
@@ -182,7 +183,7 @@ def _learn(job: Job, tables: Mapping[str, pl.DataFrame], score: Scorer) -> dict[
         ]
         choices[novelty] = pl.concat(folds).sort("sequence_id", "candidate")
     best = {novelty: _mean_best(table) for novelty, table in choices.items()}
-    novelty = max(best, key=lambda each: best[each])
+    novelty = max(each for each, value in best.items() if value >= max(best.values()) - _AS_GOOD)
     return {
         "oof": choices[novelty].drop("_tm"),
         "novelty": novelty,

@@ -198,4 +198,9 @@ def _describe_structures(facts: Mapping[str, Any]) -> Table:
     table.add_column("test candidates taken", justify="right")
     for source, count in sorted(facts["taken_from"].items()):
         table.add_row(source, f"{count:,}")
+    if policy := facts["policy"]:
+        for each, score in policy["best_of_five_of_runs"].items():
+            table.add_row(f"best of five out of fold, {each} alone", f"{score:.4f}")
+        chosen = policy["best_of_five"][str(policy["novelty"])]
+        table.add_row("best of five out of fold, chosen", f"[bold]{chosen:.4f}[/]")
     return table

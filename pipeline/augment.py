@@ -1,6 +1,6 @@
 """What training does to an example before the network sees it. Pure: the same numbers in, the same example out.
 
-Coordinates need no rotation here: distances, which the structure loss is made of, do not change with it.
+Coordinates need no rotation here: no term of the structure loss changes with it.
 """
 
 from dataclasses import dataclass

@@ -44,6 +44,7 @@ MAX_WHOLE = 1200
 #: to WINDOW / 2 apart lie in that window, none beyond WINDOW is found. 4,640 nt take 20 s instead of two minutes.
 WINDOW = 1000
 
+_LONGEST = 65_535  # nt: positions take two bytes
 _ROWS = 1024  # of a row group of the result
 _MAX_PART_ROWS = 2048
 _PART_SECONDS = 8.0  # of work in a part: what an interruption loses
@@ -221,6 +222,12 @@ def _build(
     if not usable:
         raise ConfigError(f"bpp: {reason}.")
     wanted = _unique_sequences(inputs.values())
+    longest = max(map(len, wanted), default=0)
+    if longest > _LONGEST:
+        raise DataError(
+            f"bpp: a sequence of {longest:,} nt; expected at most {_LONGEST:,}. Next: give its domains as sequences of "
+            "their own."
+        )
     sources = _sources(paths, params)
     missing = _locate(wanted, sources).missing
     if missing.size:

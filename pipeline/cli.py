@@ -183,7 +183,7 @@ def audit(
 
 @app.command()
 def templates(
-    raw: Annotated[Path, typer.Option("--raw", help="Folder with mmCIF or PDB files, also in folders below.")],
+    raw: Annotated[str, typer.Option("--raw", help="Folder with mmCIF or PDB files, also in folders below.")],
     comp: Comp = "rna3d",
     artifacts: Artifacts = _ARTIFACTS,
     workers: Annotated[int | None, typer.Option("--workers", help="Processes; default: one per CPU.")] = None,
@@ -192,7 +192,9 @@ def templates(
     from pipeline.preprocess import describe
     from pipeline.templates import library
 
-    report = library.run(_paths(comp, artifacts), raw=raw.expanduser(), workers=workers)
+    if not raw:
+        raise ConfigError("templates: RAW is empty. Next: RAW=<folder> with mmCIF or PDB files.")
+    report = library.run(_paths(comp, artifacts), raw=Path(raw).expanduser(), workers=workers)
     show(report, describe(report.facts))
 
 
@@ -657,6 +659,19 @@ def score_tm(
 
     report = stage.run(traces, out, engine=engine)
     show(report, stage.describe(report.facts))
+
+
+@app.command()
+def structures(
+    comp: Comp = "rna3d",
+    artifacts: Artifacts = _ARTIFACTS,
+    name: Name = _NAME,
+    table: Annotated[str, typer.Option("--table", help="test, or oof for the training targets.")] = "test",
+) -> None:
+    """Write predicted structures as PDB and mmCIF files, and a page that shows them, also offline."""
+    from submissions import structure_files as stage
+
+    show(stage.run(_paths(comp, artifacts), competition=_competition(comp), name=name, table=table))
 
 
 @app.command()

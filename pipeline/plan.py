@@ -223,7 +223,8 @@ def estimate(build: Build, step: Step, *, precision: Precision, device: torch.de
     Raises:
         ConfigError: the network cannot take gradient checkpointing of that kind.
     """
-    with torch.random.fork_rng():  # planning leaves the run's random numbers alone
+    # planning leaves the run's random numbers alone, and anomaly mode is no business of fake numbers
+    with torch.random.fork_rng(), torch.autograd.set_detect_anomaly(False):
         counted = _count(build, step, precision=precision, device=device)
     return Need(
         parameters=counted.parameters,

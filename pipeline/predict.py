@@ -439,6 +439,8 @@ def _predict_traces(
     """
     from pipeline.structure.geometry import relax
 
+    if not job.config.model.kwargs.get("coordinates"):
+        return np.zeros((0, job.examples.lengths[position], 3)), np.zeros(0)
     inputs = make_batch(job.examples, np.array([position])).to(device).inputs
     found = _unless_out_of_memory(lambda: _draw_traces(model, inputs, seed=seed))
     if found is None:
@@ -446,7 +448,7 @@ def _predict_traces(
     if not all(np.isfinite(xyz_L3).all() for xyz_L3, _ in found):
         raise _not_finite(job, position)
     traces = [relax(xyz_L3, []) for xyz_L3, _ in found]
-    return np.reshape(traces, (-1, job.examples.lengths[position], 3)), np.array([lddt for _, lddt in found])
+    return np.stack(traces), np.array([lddt for _, lddt in found])
 
 
 @torch.no_grad()
@@ -457,8 +459,8 @@ def _draw_traces(model: RnaModel, inputs: RnaInputs, *, seed: int) -> list[tuple
             torch.manual_seed(seed + k)
             outputs = model.train(k > 0)(inputs)
             model.eval()
-            if outputs.c1_xyz_BL3 is None or outputs.lddt_logits_BLK is None:
-                break
+            assert outputs.c1_xyz_BL3 is not None
+            assert outputs.lddt_logits_BLK is not None
             lddt = float(expected_lddt(outputs.lddt_logits_BLK[0]).mean())
             found.append((outputs.c1_xyz_BL3[0].double().cpu().numpy(), lddt))
     return found

@@ -18,8 +18,8 @@ from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.tables import open_parquet, read_batches
 
-#: Largest magnitude of a submitted coordinate, Å; the PDB format that the scorer writes has no room for more.
-MAX_SUBMITTED = 9999.999
+#: Range of a submitted coordinate, Å; the PDB format that the scorer writes has eight characters for it.
+LOWEST_SUBMITTED, MAX_SUBMITTED = -999.999, 9999.999
 
 
 class Keys(Protocol):
@@ -147,7 +147,7 @@ def read_layout(paths: Paths, competition: Competition) -> Layout:
 
 def layout_of(competition: Competition, keys: Keys) -> Layout:
     """Layout of a submission with given keys."""
-    low, high = (-MAX_SUBMITTED, MAX_SUBMITTED) if competition.task == "structure" else _range(competition)
+    low, high = (LOWEST_SUBMITTED, MAX_SUBMITTED) if competition.task == "structure" else _range(competition)
     return Layout(keys=keys, values=value_columns(competition), low=low, high=high)
 
 

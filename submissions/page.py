@@ -1,13 +1,15 @@
-"""Parts of a self-contained HTML page: no scripts, no network, every text escaped, light and dark.
+"""Parts of a self-contained HTML page: no network, no script but the page's own, every text escaped, light and dark.
 
 Colours have names (`--ink`, `--s0` …) that the style sheet gives twice, so that figures follow the reader's theme.
 """
 
+import base64
+import hashlib
 import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-#: Nothing may be loaded and nothing may run; pictures are part of the page.
+#: Nothing may be loaded and nothing may run but a page's own script; pictures are part of the page.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 # Series colours: Okabe and Ito 2008, told apart with any colour vision; lighter on dark ground where they need it.
@@ -119,12 +121,14 @@ def join(*parts: object) -> Markup:
 
 
 def element(tag: str, *content: object, **attributes: str) -> Markup:
-    """``<tag attribute="…">content</tag>``; a trailing underscore of an attribute's name is dropped.
+    """``<tag attribute="…">content</tag>``; a trailing underscore of an attribute's name is dropped, others are dashes.
 
     >>> element("p", "a < b", class_="note")
     '<p class="note">a &lt; b</p>'
     """
-    given = "".join(f' {name.rstrip("_")}="{html.escape(value)}"' for name, value in attributes.items() if value)
+    given = "".join(
+        f' {name.rstrip("_").replace("_", "-")}="{html.escape(value)}"' for name, value in attributes.items() if value
+    )
     return Markup(f"<{tag}{given}>{join(*content)}</{tag}>")
 
 
@@ -211,15 +215,27 @@ def details(summary: str, content: object) -> Markup:
     return element("details", element("summary", summary), element("div", content))
 
 
-def page(title: str, body: Markup) -> str:
-    """The whole document."""
+def page(title: str, body: Markup, *, style: str = "", script: str = "") -> str:
+    """The whole document.
+
+    Args:
+        title: of the document.
+        body: what is on it.
+        style: added to the style sheet.
+        script: the only one that may run, at the end of the page; "" = none.
+    """
+    policy = _POLICY
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy += f"; script-src 'sha256-{digest}'"
+        body = join(body, Markup(f"<script>{script}</script>"))
     head = join(
         Markup('<meta charset="utf-8">'),
-        Markup(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
+        Markup(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
         Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
         Markup('<meta name="referrer" content="no-referrer">'),
         element("title", title),
-        element("style", Markup(_STYLE)),
+        element("style", Markup(_STYLE + style)),
     )
     return f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body><main>{body}</main></body>\n</html>\n'
 

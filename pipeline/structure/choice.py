@@ -5,17 +5,18 @@ Letters: N traces of the pool, M kept ones, L length (nt), P pairs of residues, 
 
 import numpy as np
 
-from pipeline.structure.geometry import rotation_onto
+from pipeline.structure.geometry import similarity
 
 _SURROUNDINGS = 30.0  # Å
 _TOLERANCES = (0.5, 1.0, 2.0, 4.0)  # Å
+_COPY = 0.8  # likeness: 1 Å in chains of up to 60 nt, 1.7 Å at 100 nt
 
 
 def expected_lddt(logits_LLK: np.ndarray, xyz_NL3: np.ndarray) -> np.ndarray:
     """LDDT that a distribution of distances expects of each trace, whoever made it.
 
-    Over the 15 traces of each of 37 held-out chains, by a network trained on 145 others, it correlates with the lDDT:
-    0.76 for assemblies with its distances, 0.74 for those without, 0.90 for its own coordinates.
+    Of 73 held-out chains and two networks that were trained on 145 others, it correlates with the lDDT: by 0.60 to 0.76
+    over traces made of helices, by 0.74 to 0.90 over the networks' own coordinates.
 
     Args:
         logits_LLK: [L, L, K] over the bins of `models.heads.distance_bins`; within a bin all distances are equal.
@@ -56,30 +57,22 @@ def _around(i_P: np.ndarray, j_P: np.ndarray, value_P: np.ndarray, length: int) 
     return np.bincount(i_P, value_P, length) + np.bincount(j_P, value_P, length)
 
 
-def most_trusted(
-    xyz_NL3: np.ndarray, confidence_N: np.ndarray, *, count: int, different: float = 2.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """The most trusted traces, each unlike those before it as long as there are such; the most trusted first.
+def most_trusted(xyz_NL3: np.ndarray, confidence_N: np.ndarray, *, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The most trusted traces, none of them a copy of another as long as there are enough; the most trusted first.
 
     Args:
         xyz_NL3: [N, L, 3] Å, N >= `count`.
         confidence_N: [N].
         count: M.
-        different: RMSD after superposition from which two traces are unlike, Å.
 
     Returns:
         [M, L, 3] Å and [M].
     """
+    alike_NN = similarity(list(xyz_NL3))
     chosen: list[int] = []
     spare: list[int] = []
     for n in np.argsort(-confidence_N, kind="stable").tolist():
-        new = len(chosen) < count and all(_rmsd(xyz_NL3[n], xyz_NL3[m]) > different for m in chosen)
-        (chosen if new else spare).append(n)
+        is_new = len(chosen) < count and (alike_NN[n, chosen] < _COPY).all()
+        (chosen if is_new else spare).append(n)
     kept = sorted(chosen + spare[: count - len(chosen)], key=lambda n: -confidence_N[n])
     return xyz_NL3[kept], confidence_N[kept]
-
-
-def _rmsd(mobile_L3: np.ndarray, fixed_L3: np.ndarray) -> float:
-    mobile_L3, fixed_L3 = mobile_L3 - mobile_L3.mean(axis=0), fixed_L3 - fixed_L3.mean(axis=0)
-    moved_L3 = mobile_L3 @ rotation_onto(mobile_L3, fixed_L3)
-    return float(np.sqrt(np.mean(np.sum((moved_L3 - fixed_L3) ** 2, axis=1))))

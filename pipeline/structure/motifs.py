@@ -25,9 +25,11 @@ _GAP_COST, _LETTER_COST = 1.0, 0.5  # of a residue too many or too few, and of a
 
 _UNKNOWN_COST = 6.0  # of a loop that the library has nothing like
 
-#: First branch of a tight four-way junction beside the helix that closes it, antiparallel: angle and origin, mean of
-#: those with gaps (0, 1, 2, 0) in 1NBS, 1U9S and 2A64 (8 to 11° from antiparallel, origins within 3.1 Å of this).
-_BESIDE = math.radians(130.0), np.array([19.6, -2.0, 6.5])
+#: First branch of a tight four-way junction beside the helix that closes it, antiparallel: angle and origin. Of those
+#: that leave 7.1 Å to both crossing strands and 6 Å between the stacks, nearest to the mean of the junctions with gaps
+#: (0, 1, 2, 0) in 1NBS, 1U9S and 2A64, which are 8 to 11° from antiparallel: 130°, (19.6, -2.0, 6.5).
+_BESIDE = math.radians(151.0), np.array([20.67, 0.69, 2.08])
+_CROSSOVER_GAPS = {4: 3, 6: 6}  # helices -> most unpaired residues in all gaps
 _CROSSOVER_COST, _ISOMER_COST = 1.0, 1.5
 
 
@@ -136,9 +138,10 @@ class MotifArranger:
 
     def _crossovers(self, strands: tuple[str, ...]) -> list[tuple[float, Motif]]:
         """Tight junctions of four or six helices: stacks that lie side by side, the preferred way first."""
-        cost = _GAP_COST * sum(len(strand) - 2 for strand in strands) + _CROSSOVER_COST
-        if cost > _LARGEST_MISFIT or len(strands) not in (4, 6):
+        gaps = sum(len(strand) - 2 for strand in strands)
+        if gaps > _CROSSOVER_GAPS.get(len(strands), -1):
             return []
+        cost = _CROSSOVER_COST + _GAP_COST * gaps
         ways = [(*_LEFT, _AHEAD), (_AHEAD, *_RIGHT)] if len(strands) == 4 else [(*_LEFT, _AHEAD, *_RIGHT)]
         empty = tuple(np.empty((0, 3)) for _ in strands)
         return [

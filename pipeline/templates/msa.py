@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 
 from pipeline.errors import DataError
+from pipeline.runlog import warn
 from pipeline.schema import ALPHABET, encode
 from pipeline.tables import open_parquet
 
@@ -39,7 +40,8 @@ def read_profiles(files: dict[str, Path], sequences: dict[str, str]) -> dict[str
         sequences: target -> its sequence.
 
     Returns:
-        target -> [L, 4] shares of A, C, G, U: half the target's own letter, half its relatives'.
+        target -> [L, 4] shares of A, C, G, U: half the target's own letter, half its relatives'. Where the first row is
+        not the target's sequence, the alignment is of another release: it is left out with a warning.
 
     Raises:
         DataError: an alignment has rows that do not fit its target.
@@ -49,11 +51,20 @@ def read_profiles(files: dict[str, Path], sequences: dict[str, str]) -> dict[str
         rows = {name: (files["all"], list(msa)) for name, msa in table.iter_rows() if msa is not None}
     else:
         rows = {name: (path, _fasta_rows(path)) for name, path in files.items()}
+    rows = {name: found for name, found in rows.items() if name in sequences and len(found[1]) > 1}
+    other = [name for name, (_, aligned) in rows.items() if _letters(aligned[0]) != sequences[name]]
+    if other:
+        warn(f"MSA: {len(other)} alignments are of another sequence than their target's and are not used: {other[0]}…")
     return {
         name: _profile(aligned, sequences[name], where=f"{path} ({name})")
         for name, (path, aligned) in rows.items()
-        if name in sequences and len(aligned) > 1
+        if name not in other
     }
+
+
+def _letters(row: str) -> str:
+    """Aligned columns: lower-case letters are insertions."""
+    return "".join(letter for letter in row if not letter.islower()).replace("T", "U")
 
 
 def _fasta_rows(path: Path) -> list[str]:
@@ -65,10 +76,10 @@ def _fasta_rows(path: Path) -> list[str]:
 
 
 def _profile(rows: list[str], sequence: str, *, where: str) -> np.ndarray:
-    """Lower-case letters are insertions; other signs than A, C, G, U count for nothing."""
+    """Signs other than A, C, G, U count for nothing."""
     count_L4 = np.zeros((len(sequence), 4))
     for number, row in enumerate(dict.fromkeys(rows), start=1):
-        kept = "".join(letter for letter in row if not letter.islower()).replace("T", "U")
+        kept = _letters(row)
         if len(kept) != len(sequence):
             raise DataError(
                 f"{where}: row {number} has {len(kept)} aligned columns; expected {len(sequence)}, the target's "

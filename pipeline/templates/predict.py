@@ -36,6 +36,7 @@ Scorer = Callable[[Sequence[tuple[np.ndarray, np.ndarray]]], np.ndarray]
 COVERED = 0.45
 _LIBRARY, _RANKER = "library.parquet", "ranker.json"
 _CANDIDATES = 5
+_LEARNED = 1000  # nt of the longest target that the ranker learns from: a TM-score takes 15 ms there, 57 ms at 2,000
 _RELATED = 0.8  # identity to the shorter sequence from which a chain from elsewhere is kept from a held-out target
 _DIFFERENT = 2.0  # Å RMSD by which a candidate differs from those before it, if enough do
 _SCHEMA: dict[str, Any] = {
@@ -73,9 +74,9 @@ def run(paths: Paths, *, competition: Competition, split: str, score: Scorer, ms
     """Write ``runs/templates.<split>/fold<k>/{oof,test}.parquet``, in the format of a network's predictions.
 
     Out of fold, a target never sees templates of its own fold, nor relatives of at least 80 % identity from elsewhere;
-    no target sees what was released after its cutoff. The confidence is the expected TM-score, of a ranker and a
-    calibration that never saw the fold. Test candidates are dealt to the folds in turn, best first, so that joining the
-    folds gives different ones. A target without any usable template has no rows.
+    no target sees what was released after its cutoff. The confidence is the expected TM-score, by a ranker and a
+    calibration that were fitted on the other folds. Test candidates are dealt to the folds in turn, best first, so
+    that joining the folds gives different ones. A target without any usable template has no rows.
 
     Args:
         paths: clean and fold tables, ``bpp/bpp.parquet`` and ``templates/library.parquet`` if they are there.
@@ -208,6 +209,40 @@ def _read_pairs(path: Path, sequences: list[str]) -> dict[str, tuple[np.ndarray,
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Judged:
+    """All matches of the training targets, and what they are worth."""
+
+    owner_N: np.ndarray  # position of the target
+    features_NF: np.ndarray
+    source_N: np.ndarray  # fold of the template, -1 = from elsewhere
+    fold_N: np.ndarray  # of the target
+    tm_N: np.ndarray  # NaN = not known
+
+    def require_two_folds(self) -> None:
+        """Learning needs targets in two folds, so that each is judged by the other."""
+        if len(np.unique(self.fold_N[np.isfinite(self.tm_N)])) < 2:
+            raise DataError(
+                "templates-predict: fewer than two folds have a training target with a usable template. "
+                "Next: a larger library (make templates RAW=<folder of mmCIF files>)."
+            )
+
+    def ranker(self, *, without: int | None) -> Ranker:
+        """Learned from other folds than one, which lends no template either (of two folds, it has to)."""
+        seen_N = np.isfinite(self.tm_N) & (self.fold_N != without)
+        strict_N = seen_N & (self.source_N != without)
+        seen_N = strict_N if strict_N.any() else seen_N
+        return Ranker.fit(self.features_NF[seen_N], self.tm_N[seen_N], self.owner_N[seen_N])
+
+    def calibration(self, score_N: np.ndarray, *, without: int | None) -> Calibration:
+        """Fitted on the five best of every target of other folds: what is submitted, with its optimism."""
+        order = np.lexsort((-score_N, self.owner_N))
+        first = np.searchsorted(self.owner_N[order], self.owner_N[order])
+        best = order[np.arange(len(order)) - first < _CANDIDATES]
+        best = best[np.isfinite(self.tm_N[best]) & (self.fold_N[best] != without)]
+        return Calibration.fit(score_N[best], self.tm_N[best])
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Known:
     """Matches of the training targets, what they are worth, and the models that learned from it."""
 
@@ -226,8 +261,8 @@ class _Known:
         matches, tm = [], []
         with Bar("templates of training targets", total=len(targets), unit="targets") as bar:
             for target, fold in zip(targets, folds, strict=True):
-                found = _without_relatives(find_matches(target, library, library.folds_N != fold), library)
-                known = truth.get(target.target_id)  # none where too few residues are resolved
+                found = find_matches(target, library, library.folds_N != fold, related=_RELATED)
+                known = truth.get(target.target_id) if len(target) <= _LEARNED else None
                 matches.append([match.without_trace() for match in found])
                 tm.append(
                     score([(match.xyz_L3, known) for match in found])
@@ -241,46 +276,32 @@ class _Known:
     def _learn(
         targets: list[Target], library: Library, folds: list[int], matches: list[list[Match]], tm: list[np.ndarray]
     ) -> "_Known":
-        owner_N = np.repeat(np.arange(len(targets)), [len(found) for found in matches])
-        tm_N = np.concatenate([np.empty(0), *tm])
-        fold_N, source_N = np.array(folds)[owner_N], np.array([library.folds_N[m.template] for f in matches for m in f])
-        if len(set(folds) & set(fold_N[np.isfinite(tm_N)].tolist())) < 2:
-            raise DataError(
-                "templates-predict: fewer than two folds have a training target with a usable template. "
-                "Next: a larger library (make templates RAW=<folder of mmCIF files>)."
-            )
-        features_NF = np.stack([match.features_F for found in matches for match in found])
-        score_N, chosen_N = np.zeros(len(tm_N)), np.zeros(len(tm_N), dtype=bool)
-        rankers = {}
-        for fold in sorted(set(folds)):
-            seen_N = np.isfinite(tm_N) & (fold_N != fold) & (source_N != fold)
-            rankers[fold] = Ranker.fit(features_NF[seen_N], tm_N[seen_N], owner_N[seen_N])
-            score_N[fold_N == fold] = rankers[fold].predict(features_NF[fold_N == fold])
-        for owner in range(len(targets)):
-            own = np.flatnonzero(owner_N == owner)
-            chosen_N[own[np.argsort(-score_N[own], kind="stable")[:_CANDIDATES]]] = True
-        learned_N = chosen_N & np.isfinite(tm_N)
-        models = {
-            fold: _Model(
-                ranker=rankers[fold],
-                calibration=Calibration.fit(score_N[learned_N & (fold_N != fold)], tm_N[learned_N & (fold_N != fold)]),
-            )
-            for fold in rankers
-        }
-        all_N = np.isfinite(tm_N)
-        final = _Model(
-            ranker=Ranker.fit(features_NF[all_N], tm_N[all_N], owner_N[all_N]),
-            calibration=Calibration.fit(score_N[learned_N], tm_N[learned_N]),
+        table = _Judged(
+            owner_N=np.repeat(np.arange(len(targets)), [len(found) for found in matches]),
+            features_NF=np.array([match.features_F for found in matches for match in found]),
+            source_N=np.array([library.folds_N[match.template] for found in matches for match in found], dtype=int),
+            fold_N=np.repeat(folds, [len(found) for found in matches]),
+            tm_N=np.concatenate([np.empty(0), *tm]),
         )
-        scores = [score_N[owner_N == owner] for owner in range(len(targets))]
+        table.require_two_folds()
+        rankers = {fold: table.ranker(without=fold) for fold in sorted(set(folds))}
+        score_N = np.zeros(len(table.tm_N))
+        for fold, ranker in rankers.items():
+            own_N = table.fold_N == fold
+            if own_N.any():
+                score_N[own_N] = ranker.predict(table.features_NF[own_N])
+        models = {
+            fold: _Model(ranker=ranker, calibration=table.calibration(score_N, without=fold))
+            for fold, ranker in rankers.items()
+        }
         return _Known(
             targets=targets,
             library=library,
             folds=folds,
             matches=matches,
-            scores=scores,
+            scores=[score_N[table.owner_N == owner] for owner in range(len(targets))],
             models=models,
-            final=final,
+            final=_Model(ranker=table.ranker(without=None), calibration=table.calibration(score_N, without=None)),
         )
 
     def write_oof(self, parts: dict[str, Path], *, score: Scorer) -> dict[str, Any]:
@@ -309,12 +330,6 @@ class _Known:
             },
             "reliability": reliability(np.array(expected), np.array(found)),
         }
-
-
-def _without_relatives(matches: list[Match], library: Library) -> list[Match]:
-    """Chains from elsewhere have no fold: those that are close to a held-out target by sequence may be its own."""
-    close = {each.template for each in matches if each.identity >= _RELATED and library.folds_N[each.template] < 0}
-    return [each for each in matches if each.template not in close]
 
 
 def _choose(

@@ -1,7 +1,7 @@
 """Templates for a target: who may be used, how each aligns, and what is known of the match.
 
-Letters: L target length, M template length (nt), N templates, T residues of all templates, K probable pairs,
-P aligned residues, F features, 3 xyz. Lengths in Å.
+Letters: L target length, M template length (nt), N templates, T residues of all templates, W their words,
+K probable pairs, P aligned residues, F features, 3 xyz. Lengths in Å.
 """
 
 import math
@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from pipeline.schema import encode
-from pipeline.structure.geometry import SHORTEST_STEP, trace_from_pairs
+from pipeline.structure.geometry import SHORTEST_STEP, similarity, trace_from_pairs
 from pipeline.structure.secondary import nested_pairs, stacking_pairs, without_lone_pairs
 from pipeline.templates.align import CLOSING, OPENING, UNPAIRED, Costs, Mode, align_all, letter_scores, state_scores
 from pipeline.templates.gate import allowed_mask
@@ -43,6 +43,7 @@ FEATURES = (
     "torn steps per residue",
     "log radius of gyration, per L^0.4",
     "longest uncovered stretch",
+    "likeness to the most alike other template",
 )
 
 MODES: tuple[Mode, ...] = ("global", "local")
@@ -180,9 +181,20 @@ class Library:
         return np.diff(self.offsets)
 
     @cached_property
-    def words(self) -> list[np.ndarray]:
-        """Sorted distinct words of every chain."""
-        return [_words(self.tokens_T[a:b]) for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
+    def words(self) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct words of all chains, sorted, and the chain of each."""
+        each = [_words(self.tokens_T[self.part(n)]) for n in range(len(self))]
+        word_W, chain_W = np.concatenate(each), np.repeat(np.arange(len(self)), [len(words) for words in each])
+        order = np.argsort(word_W, kind="stable")
+        return word_W[order], chain_W[order]
+
+    def shared_words(self, tokens_L: np.ndarray) -> np.ndarray:
+        """[N] how many distinct words each chain has in common with a sequence."""
+        word_W, chain_W = self.words
+        own = _words(tokens_L)
+        starts, stops = np.searchsorted(word_W, own, side="left"), np.searchsorted(word_W, own, side="right")
+        found = [chain_W[a:b] for a, b in zip(starts, stops, strict=True)]
+        return np.bincount(np.concatenate([np.empty(0, dtype=np.int64), *found]), minlength=len(self))
 
     def part(self, n: int) -> slice:
         """Where a chain's residues are."""
@@ -205,13 +217,16 @@ class Match:
         return replace(self, xyz_L3=np.empty((0, 3)))
 
 
-def find_matches(target: Target, library: Library, usable_N: np.ndarray) -> list[Match]:
+def find_matches(
+    target: Target, library: Library, usable_N: np.ndarray, *, related: float | None = None
+) -> list[Match]:
     """The templates that align best with a target, each with what a ranker wants to know.
 
     Args:
         target: whose structure is wanted.
         library: known structures.
         usable_N: [N] bool, which of them may be used at all; the date gate is applied here.
+        related: chains without a fold are left out from this identity on: they may be the held-out target itself.
 
     Returns:
         At most 30 of each mode; not in order.
@@ -235,7 +250,21 @@ def find_matches(target: Target, library: Library, usable_N: np.ndarray) -> list
                 if match:
                     copies[sequence] += 1
                     found.append(match)
-    return found
+    if related is not None:
+        close = {match.template for match in found if match.identity >= related and library.folds_N[match.template] < 0}
+        found = [match for match in found if match.template not in close]
+    return _with_agreement(found)
+
+
+def _with_agreement(matches: list[Match]) -> list[Match]:
+    """Add the last feature: templates that give one and the same fold are seldom both wrong."""
+    if not matches:
+        return []
+    alike_MM = similarity([match.xyz_L3 for match in matches])
+    template_M = np.array([match.template for match in matches])
+    alike_MM[template_M[:, None] == template_M] = 0.0
+    rows = zip(matches, alike_MM.max(axis=1), strict=True)
+    return [replace(match, features_F=np.append(match.features_F, alike)) for match, alike in rows]
 
 
 def _words(tokens_L: np.ndarray) -> np.ndarray:
@@ -249,9 +278,7 @@ def _prefiltered(target: Target, library: Library, usable: np.ndarray) -> np.nda
     """Positions to align: all, or those with the most words in common and those of the most similar length."""
     if len(usable) <= 2 * _ALIGNED:
         return usable
-    own = _words(target.tokens)
-    shared_N = [len(np.intersect1d(own, library.words[n], assume_unique=True)) for n in usable]
-    share_N = np.array(shared_N) / np.sqrt(library.lengths[usable])
+    share_N = library.shared_words(target.tokens)[usable] / np.sqrt(library.lengths[usable])
     unlike_N = np.abs(np.log(library.lengths[usable] / len(target)))
     by_words = np.argsort(-share_N, kind="stable")[:_ALIGNED]
     by_length = np.argsort(unlike_N, kind="stable")[:_ALIGNED]

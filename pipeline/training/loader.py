@@ -8,10 +8,11 @@ polars. Processes, not threads: what a batch costs is Python, which a thread wou
 import contextlib
 import multiprocessing
 import pickle
+import queue
 import signal
+import threading
 import traceback
 from collections import deque
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
@@ -83,10 +84,36 @@ class BatchSource:
         self._epoch = epoch
 
 
-@dataclass
 class _Worker:
-    process: multiprocessing.process.BaseProcess
-    connection: Connection
+    """A process, and a thread that takes what it sends: a pipe holds 64 KiB, and a full one would keep it waiting."""
+
+    def __init__(self, source: BatchSource) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, source), daemon=True, name="loader")
+        self.process.start()
+        theirs.close()  # so that its end is seen
+        self.received: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()  # None: it sends no more
+        self._thread = threading.Thread(target=self._take_in, daemon=True)
+        self._thread.start()
+
+    def _take_in(self) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                self.received.put(self.connection.recv_bytes())
+        self.received.put(None)
+
+    def last_words(self) -> str:
+        """How it ended."""
+        self.process.join(timeout=5.0)
+        return f"died (exit code {self.process.exitcode}; -9 is what a machine out of memory does)"
+
+    def stop(self) -> None:
+        """End it now."""
+        self.process.kill()
+        self.process.join()
+        self._thread.join()
+        self.connection.close()
 
 
 class _LostError(Exception):
@@ -151,14 +178,14 @@ class Loader:
 
     def _ask(self, place: Place) -> None:
         if not self._workers:
-            self._workers = [_start(self.source) for _ in range(self._count)]
+            self._workers = [_Worker(self.source) for _ in range(self._count)]
             for worker in self._workers:
                 self._hear(worker, patience=_PATIENCE_S)
         worker = self._workers[place.batch % self._count]
         try:
             worker.connection.send(place)
         except OSError as err:
-            raise _LostError(_last_words(worker)) from err
+            raise _LostError(worker.last_words()) from err
         self._ahead.append((place, worker))
 
     def _receive(self, worker: _Worker) -> list[Packed]:
@@ -169,33 +196,18 @@ class Loader:
 
     def _hear(self, worker: _Worker, *, patience: float) -> bytes:
         try:
-            if not worker.connection.poll(patience):
-                raise _LostError(f"said nothing for {patience:.0f} s")
-            return worker.connection.recv_bytes()
-        except (EOFError, OSError) as err:
-            raise _LostError(_last_words(worker)) from err
+            heard = worker.received.get(timeout=patience)
+        except queue.Empty:
+            raise _LostError(f"said nothing for {patience:.0f} s") from None
+        if heard is None:
+            raise _LostError(worker.last_words())
+        return heard
 
     def _stop(self) -> None:
         for worker in self._workers:
-            worker.process.kill()
-            worker.process.join()
-            worker.connection.close()
+            worker.stop()
         self._workers.clear()
         self._ahead.clear()
-
-
-def _start(source: BatchSource) -> _Worker:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, source), daemon=True, name="loader")
-    process.start()
-    theirs.close()  # so that its end is seen
-    return _Worker(process, ours)
-
-
-def _last_words(worker: _Worker) -> str:
-    worker.process.join(timeout=5.0)
-    return f"died (exit code {worker.process.exitcode}; -9 is what a machine out of memory does)"
 
 
 def _work(connection: Connection, source: BatchSource) -> None:

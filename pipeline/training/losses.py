@@ -4,7 +4,7 @@ Letters: B batch, L length (nt), C target channel, K distance or lDDT bin, P pai
 
 A loss has two halves. ``weight(batch)`` needs no network: it says how much the batch counts. ``total(outputs, batch)``
 is the weighted sum of errors. The loss of an optimiser step is the sum of totals over the sum of weights of all its
-micro-batches (and, one day, of all devices): 2 x 16 sequences give the gradient of 32.
+micro-batches in all processes: 2 x 16 sequences give the gradient of 32.
 """
 
 from collections.abc import Iterator

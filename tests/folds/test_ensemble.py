@@ -1,4 +1,5 @@
 import json
+import zlib
 
 import numpy as np
 import polars as pl
@@ -298,38 +299,80 @@ def test_description_has_every_run_and_the_choice(paths):
 # -- structures
 
 
-def candidates(source: str, confidences: list[float]) -> pl.DataFrame:
+def trace(seed: int) -> np.ndarray:
+    return np.cumsum(np.random.default_rng(seed).normal(0.0, 4.0, size=(40, 3)), axis=0)
+
+
+def candidates(source: str, confidences: list[float], *, seeds: list[int] | None = None) -> pl.DataFrame:
+    seeds = seeds or [zlib.crc32(f"{source}{number}".encode()) for number in range(len(confidences))]
+    traces = [trace(seed) for seed in seeds]
     return pl.DataFrame(
         {
             "sequence_id": ["R1"] * len(confidences),
             "candidate": list(range(1, len(confidences) + 1)),
             "confidence": confidences,
             "name": [f"{source}{number}" for number in range(1, len(confidences) + 1)],
+            **{axis: [each[:, k].tolist() for each in traces] for k, axis in enumerate("xyz")},
         }
     )
 
 
-def test_sources_take_turns_and_the_most_confident_goes_first():
-    chosen = choose_candidates({"a": candidates("a", [0.9, 0.8, 0.7]), "b": candidates("b", [0.2, 0.95, 0.1])})
-    assert chosen["name"].to_list() == ["b2", "a1", "a2", "b1", "a3"]
+def test_the_most_promising_go_first_whatever_their_source():
+    chosen = choose_candidates({"a": candidates("a", [0.9, 0.8, 0.1]), "b": candidates("b", [0.2, 0.95, 0.5, 0.6])})
+    assert chosen["name"].to_list() == ["b2", "a1", "a2", "b4", "b3"]
     assert chosen["candidate"].to_list() == [1, 2, 3, 4, 5]
 
 
-def test_one_source_keeps_its_five_best():
-    chosen = choose_candidates({"a": candidates("a", [0.1, 0.6, 0.3, 0.4, 0.5, 0.2])})
-    assert chosen["name"].to_list() == ["a2", "a5", "a4", "a3", "a6"]
+def test_copies_are_not_taken_while_there_is_anything_else():
+    table = candidates("a", [0.9, 0.89, 0.88, 0.3, 0.2, 0.1, 0.0], seeds=[1, 1, 1, 2, 3, 4, 5])
+    assert choose_candidates({"a": table}, novelty=0.0)["name"].to_list() == ["a1", "a4", "a5", "a6", "a7"]
+
+
+def test_five_copies_are_taken_if_there_is_nothing_else():
+    assert choose_candidates({"a": candidates("a", [0.5] * 6, seeds=[1] * 6)}).height == 5
+
+
+def test_what_is_new_is_worth_a_little_expected_score():
+    close = trace(1) + np.random.default_rng(9).normal(0.0, 1.0, size=(40, 3))
+    table = candidates("a", [0.9, 0.8, 0.75], seeds=[1, 1, 2])
+    columns = {
+        axis: [trace(1)[:, k].tolist(), close[:, k].tolist(), trace(2)[:, k].tolist()] for k, axis in enumerate("xyz")
+    }
+    table = table.with_columns(**{axis: pl.Series(column) for axis, column in columns.items()})
+    assert choose_candidates({"a": table}, keep=2, novelty=0.0)["name"].to_list() == ["a1", "a2"]
+    assert choose_candidates({"a": table}, keep=2, novelty=0.4)["name"].to_list() == ["a1", "a3"]
 
 
 def test_more_candidates_than_a_byte_counts_are_no_trouble():
     """Was: InvalidOperationError from 255 candidates on, such as 11 runs of 5 folds."""
     chosen = choose_candidates({f"run{k:02d}": candidates(f"run{k:02d}_", [0.5] * 5) for k in range(60)})
-    assert chosen["name"].to_list() == [f"run{k:02d}_1" for k in range(5)]
+    assert chosen.height == 5
     assert chosen["candidate"].dtype == pl.UInt8
 
 
-def test_equal_confidence_goes_by_the_order_of_sources_and_candidates():
-    chosen = choose_candidates({"b": candidates("b", [0.5] * 3), "a": candidates("a", [0.5] * 3)})
-    assert chosen["name"].to_list() == ["b1", "a1", "b2", "a2", "b3"]
+def test_a_source_that_boasts_is_taken_at_its_out_of_fold_worth(tmp_path, rng):
+    """Run good is near the truth and says 0.3, run bad is noise and says 0.9."""
+    paths = make_paths(tmp_path, "rna3d")
+    write_structure_data(paths, rng, targets=8)
+    write_structure_run(paths, "bad.s", rng, confidences=[0.9, 0.9, 0.9, 0.9, 0.9])
+    write_structure_run(paths, "good.s", rng, confidences=[0.3, 0.3, 0.3, 0.3, 0.3])
+    train = pl.read_parquet(paths.clean("train"))
+    for fold in range(2):
+        table = pl.read_parquet(paths.oof("good.s", fold))
+        known = table.select("sequence_id").join(train, on="sequence_id", how="left", maintain_order="left")
+        noise = [pl.Series(axis, known[axis]) for axis in "xyz"]
+        table.with_columns(noise).write_parquet(paths.oof("good.s", fold))
+
+    def closeness(pairs):
+        return np.array([np.mean(1.0 / (1.0 + np.sum((a - b) ** 2, axis=1))) for a, b in pairs])
+
+    facts = join(paths, runs=["bad.s", "good.s"], comp=RNA3D, score=closeness).facts
+    first = pl.read_parquet(paths.ensemble_dir("all") / "oof.parquet").filter(pl.col("candidate") == 1)
+    truth = first.select("sequence_id").join(train, on="sequence_id", how="left", maintain_order="left")
+    assert first["x"].to_list() == truth["x"].to_list()
+    assert facts["policy"]["best_of_five_of_runs"]["good.s"] == 1.0
+    taken = {source: count for source, count in facts["taken_from"].items() if source.startswith("good")}
+    assert sum(taken.values()) == facts["test_rows"], "good.s has five or more candidates for every test target"
 
 
 @pytest.fixture

@@ -25,8 +25,19 @@ def million_parameters(model: nn.Module) -> float:
     return sum(p.numel() for p in model.parameters()) / 1e6
 
 
+OTHERS = {"small_structure": "ribonanza_mamba"}  # besides: configuration -> network
+
+
 def test_every_network_comes_in_four_sizes():
-    assert sorted(CONFIGS) == sorted(f"{size}{name}" for size in SIZES for name in list_models())
+    assert sorted(CONFIGS) == sorted([*(f"{size}{name}" for size in SIZES for name in list_models()), *OTHERS])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_config_for_structures_has_coordinates_and_a_pair_track(name: str):
+    arguments = load_config(name).model.kwargs
+    assert load_config(name).model.name == OTHERS[name]
+    assert arguments["coordinates"] is True
+    assert arguments["pair_width"]
 
 
 @pytest.mark.parametrize("name", list_models())

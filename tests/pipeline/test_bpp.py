@@ -52,6 +52,13 @@ def test_a_hairpin_pairs_as_it_must_and_its_loop_and_tail_stay_free():
     assert (folded.unpaired_L[[8, 9, *range(18, 24)]] > 0.95).all()
 
 
+def test_a_sequence_whose_positions_do_not_fit_is_refused_before_any_work(paths):
+    """Part 2 of the 3D competition has one of 125,000 nt; positions beyond 65,535 would have wrapped around."""
+    write_clean(paths, [HAIRPIN], test=["ACGU" * 31_250])
+    with pytest.raises(DataError, match=r"a sequence of 125,000 nt; expected at most 65,535\. Next: give its domains"):
+        bpp.run(paths)
+
+
 def test_probabilities_are_viennas_own_above_the_cutoff(rng):
     for sequence in random_sequences(rng, 5, length=80):
         compound = RNA.fold_compound(sequence)

@@ -153,7 +153,7 @@ def test_more_patience_opens_a_run_that_had_lost_it(paths):
 def test_a_checkpoint_knows_every_argument_of_its_network(paths):
     fit(paths, tiny.config(model={"width": 12}))
     meta = CheckpointStore(paths.fold_dir(tiny.RUN, 0) / "checkpoints").newest_meta()
-    assert meta["config"]["model"]["kwargs"] == {"width": 12, "dropout": 0.1, "use_bpp": False}
+    assert meta["config"]["model"]["kwargs"] == {"width": 12, "dropout": 0.1, "use_bpp": False, "coordinates": False}
 
 
 def test_a_default_that_changed_in_the_code_is_noticed(paths, monkeypatch):

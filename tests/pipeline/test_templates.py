@@ -21,7 +21,7 @@ from pipeline.paths import Paths
 from pipeline.schema import ALPHABET, encode
 from pipeline.stage import sha256_file
 from pipeline.structure.geometry import helix_strand, trace_from_pairs
-from pipeline.templates import predict
+from pipeline.templates import predict, search
 from pipeline.templates.align import Costs, align_all, letter_scores, state_scores
 from pipeline.templates.gate import allowed, allowed_mask
 from pipeline.templates.msa import find_alignments, read_profiles
@@ -236,6 +236,21 @@ def test_a_relative_is_found_before_strangers_and_its_fold_is_copied() -> None:
         assert tm_scores([(best.xyz_L3, trace_L3)])[0] > 0.5
 
 
+def test_of_a_large_library_relatives_and_chains_of_like_length_are_aligned(
+    monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    library, sequences = undated_library(), family_library()[1]
+    target = Target.of("query", sequences[8])
+    shared_N = library.shared_words(target.tokens)
+    words = [{sequence[k : k + 6] for k in range(len(sequence) - 5)} for sequence in sequences]
+    assert shared_N.tolist() == [len(words[8] & other) for other in words]
+    monkeypatch.setattr(search, "_ALIGNED", 2)
+    found = {match.template for match in find_matches(target, library, np.ones(12, dtype=bool))}
+    most = set(np.argsort(-shared_N / np.sqrt(library.lengths), kind="stable")[:2].tolist())
+    assert most <= found
+    assert found - most <= {6, 7}  # the first of those that are as long as the target
+
+
 def test_features_are_finite_for_any_target(rng: np.random.Generator) -> None:
     library = undated_library()
     for length in (1, 3, 4, 11, 90):
@@ -287,7 +302,15 @@ def test_profiles_mix_the_own_letter_with_the_relatives(tmp_path: Path) -> None:
     assert (again == profile_L4).all()
 
 
-def test_an_alignment_of_another_sequence_is_refused(tmp_path: Path) -> None:
+def test_an_alignment_of_another_sequence_is_left_out_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "R1.MSA.fasta").write_text(">R1\nGACU\n>a\nGACC\n")
+    assert read_profiles(find_alignments(tmp_path, ["R1"]), {"R1": "GAC"}) == {}
+    assert "1 alignments are of another sequence than their target's" in capsys.readouterr().err
+
+
+def test_a_damaged_alignment_is_refused(tmp_path: Path) -> None:
     (tmp_path / "R1.MSA.fasta").write_text(">R1\nGAC\n>a\nGACC\n")
     with pytest.raises(DataError, match=r"R1\.MSA\.fasta \(R1\): row 2 has 4 aligned columns; expected 3"):
         read_profiles(find_alignments(tmp_path, ["R1"]), {"R1": "GAC"})
@@ -442,6 +465,14 @@ def test_other_competitions_and_other_folds_are_refused(finished: tuple[Paths, d
     pl.read_parquet(paths.fold_table(SPLIT)).head(5).write_parquet(paths.fold_table(SPLIT))
     with pytest.raises(DataError, match="a fold table from other data"):
         run(paths)
+
+
+def test_two_folds_are_enough(tmp_path: Path) -> None:
+    paths = Paths(comp="rna3d", root=tmp_path)
+    write_tables(paths)
+    table = pl.read_parquet(paths.fold_table(SPLIT))
+    table.with_columns(pl.col("fold") % 2).write_parquet(paths.fold_table(SPLIT))
+    assert run(paths)["oof"]["best_of_five"] > 0.4
 
 
 def test_no_usable_template_at_all_is_refused(tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def structure_paths(tmp_path, rng) -> Paths:
 def structure_table(paths: Paths) -> pl.DataFrame:
     sample = pl.read_parquet(paths.clean("sample"))
     names = [f"{axis}_{number}" for number in range(1, 6) for axis in "xyz"]
-    return sample.with_columns(pl.lit(float(place)).alias(name) for place, name in enumerate(names))
+    return sample.with_columns((5.5 * pl.col("resid") + place).alias(name) for place, name in enumerate(names))
 
 
 def test_good_structure_submission_is_accepted(structure_paths, tmp_path):
@@ -267,7 +267,7 @@ def test_good_structure_submission_is_accepted(structure_paths, tmp_path):
         (lambda t: t.with_columns(resid=pl.lit(1)), r"data row 2 \(line 3\): resid is 1; expected 2"),
         (
             lambda t: t.with_columns(y_3=pl.lit(-1e18)),
-            r"y_3 of ID 'Q2_B_1' is -1e\+18; expected .* -9999.999 to 9999.999",
+            r"y_3 of ID 'Q2_B_1' is -1e\+18; expected .* -999.999 to 9999.999",
         ),
         (lambda t: t.with_columns(z_5=pl.lit(float("nan"))), r"z_5 of ID 'Q2_B_1' is nan"),
         (lambda t: t.with_columns(x_1=pl.lit(None)), r"x_1 of ID 'Q2_B_1' is empty"),
@@ -278,6 +278,24 @@ def test_structure_faults_are_refused_with_their_row(structure_paths, tmp_path, 
     change(structure_table(structure_paths)).write_csv(tmp_path / "bad.csv")
     with pytest.raises(DataError, match=message):
         run(structure_paths, tmp_path / "bad.csv", RNA3D)
+
+
+def test_neighbours_at_impossible_distances_are_refused_as_another_unit(structure_paths, tmp_path):
+    table = structure_table(structure_paths)
+    for factor, median in ((0.1, "0.953"), (0.0, "0"), (100.0, "953")):
+        names = ["x_2", "y_2", "z_2"]
+        table.with_columns(pl.col(names) * factor).write_csv(tmp_path / "nm.csv")
+        with pytest.raises(DataError, match=f"candidate 2: C1' atoms of neighbours are {median} Å apart"):
+            run(structure_paths, tmp_path / "nm.csv", RNA3D)
+
+
+def test_a_torn_candidate_is_accepted_with_a_warning(structure_paths, tmp_path, capsys):
+    torn = pl.when(pl.col("ID") == "Q1_4").then(90.0).otherwise(pl.col("x_4"))
+    structure_table(structure_paths).with_columns(x_4=torn).write_csv(tmp_path / "torn.csv")
+    run(structure_paths, tmp_path / "torn.csv", RNA3D)
+    said = capsys.readouterr().err
+    assert "1 candidates have neighbouring C1'" in said
+    assert "Q1 candidate 4" in said
 
 
 def test_structure_sample_alone_is_enough(structure_paths, tmp_path):

@@ -1,0 +1,307 @@
+"""Predicted structures as files: PDB and mmCIF of every target (C1' only), and a page that shows them.
+
+The page needs no network: it draws on a plain canvas with the script beside this module.
+
+Letters: M candidates, R references, L length (nt), 3 xyz. Lengths in Å.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from pipeline.competitions.base import Competition
+from pipeline.errors import ConfigError, DataError
+from pipeline.paths import Paths
+from pipeline.stage import Report, run_stage
+from pipeline.structure.geometry import rotation_onto
+from pipeline.tables import open_parquet
+from submissions import page
+from submissions.layout import LOWEST_SUBMITTED, MAX_SUBMITTED
+from submissions.tm_score import d0_rna, tm_matrix
+
+#: Raised when the same tables give other files than before.
+VERSION = 1
+
+_SCRIPT = Path(__file__).with_name("viewer.js")
+_LONGEST_PDB = 9_999  # residues: four columns
+_FITS = 12  # rounds of superposition, each weighting residues by their TM-score of the round before
+_CIF_COLUMNS = (
+    *("group_PDB", "id", "type_symbol", "label_atom_id", "label_alt_id", "label_comp_id", "label_asym_id"),
+    *("label_entity_id", "label_seq_id", "pdbx_PDB_ins_code", "Cartn_x", "Cartn_y", "Cartn_z", "occupancy"),
+    *("B_iso_or_equiv", "auth_seq_id", "auth_asym_id", "pdbx_PDB_model_num"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """The candidates of one target."""
+
+    name: str
+    sequence: str
+    xyz_ML3: np.ndarray  # Å
+    confidence_M: np.ndarray  # expected TM-score
+
+
+def run(paths: Paths, *, competition: Competition, name: str, table: str = "test") -> Report:
+    """Write ``ensembles/<name>/structures-<table>/``: ``<target>.pdb``, ``<target>.cif`` and ``viewer.html``.
+
+    Args:
+        paths: where ensembles and clean tables are.
+        competition: one whose task is a structure.
+        name: of the ensemble.
+        table: its test candidates, or the out-of-fold ones of the training targets.
+
+    Raises:
+        ConfigError: the competition is not about structures, or there is no such table.
+        DataError: a table is missing or damaged, or a coordinate does not fit into a PDB file.
+    """
+    if competition.task != "structure":
+        raise ConfigError(f"structures: {competition.name} is not about structures. Next: COMP=rna3d.")
+    if table not in ("test", "oof"):
+        raise ConfigError(f"structures: table {table!r}; expected test or oof.")
+    predictions = paths.ensemble_dir(name) / f"{table}.parquet"
+    clean = paths.clean("test" if table == "test" else "train")
+    inputs = {"predictions": predictions, "sequences": clean, "script": _SCRIPT}
+    if paths.clean("references").is_file():
+        inputs["references"] = paths.clean("references")
+    home = paths.ensemble_dir(name) / f"structures-{table}"
+
+    def build(parts: dict[str, Path]) -> dict[str, Any]:
+        found = read_structures(predictions, clean)
+        home.mkdir(parents=True, exist_ok=True)
+        skipped = []
+        for structure in found:
+            (home / f"{structure.name}.cif").write_text(to_cif(structure), encoding="ascii")
+            if len(structure.sequence) > _LONGEST_PDB:
+                skipped.append(structure.name)
+            else:
+                (home / f"{structure.name}.pdb").write_text(to_pdb(structure), encoding="ascii")
+        known = _references(inputs["references"]) if "references" in inputs else {}
+        parts["viewer"].write_text(viewer_page(found, known, title=f"{name}, {table}"), encoding="utf-8")
+        facts = {"targets": len(found), "with_reference": sum(each.name in known for each in found)}
+        return facts | ({"too_long_for_pdb": skipped} if skipped else {})
+
+    return run_stage(
+        "structures",
+        inputs=inputs,
+        outputs={"viewer": home / "viewer.html"},
+        params={"version": VERSION, "table": table},
+        build=build,
+    )
+
+
+def read_structures(predictions: Path, sequences: Path) -> list[Structure]:
+    """Candidates of all targets, sorted by name.
+
+    Args:
+        predictions: parquet with ``sequence_id, candidate, confidence, x, y, z``.
+        sequences: clean table with ``sequence_id, sequence``.
+
+    Raises:
+        DataError: a table is missing or damaged, or they are not of the same targets.
+    """
+    open_parquet(predictions, ("sequence_id", "candidate", "confidence", "x", "y", "z")).close()
+    open_parquet(sequences, ("sequence_id", "sequence")).close()
+    letters = dict(pl.read_parquet(sequences, columns=["sequence_id", "sequence"]).iter_rows())
+    table = pl.read_parquet(predictions).sort("sequence_id", "candidate")
+    found = []
+    for rows in table.partition_by("sequence_id", maintain_order=True):
+        name = rows["sequence_id"][0]
+        xyz_ML3 = np.stack([np.array(axes, dtype=np.float64).T for axes in rows.select("x", "y", "z").iter_rows()])
+        if len(letters.get(name, "")) != xyz_ML3.shape[1]:
+            raise DataError(
+                f"{predictions}: {name} has {xyz_ML3.shape[1]} residues, {sequences} "
+                f"{len(letters.get(name, ''))}. Next: predict again from the present clean tables."
+            )
+        _check_limits(name, xyz_ML3, predictions)
+        confidence_M = rows["confidence"].cast(pl.Float64).to_numpy()
+        found.append(Structure(name=name, sequence=letters[name], xyz_ML3=xyz_ML3, confidence_M=confidence_M))
+    return found
+
+
+def _check_limits(name: str, xyz_ML3: np.ndarray, where: Path) -> None:
+    bad = ~((xyz_ML3 >= LOWEST_SUBMITTED) & (xyz_ML3 <= MAX_SUBMITTED))
+    if bad.any():
+        raise DataError(
+            f"{where}: {name} has the coordinate {xyz_ML3[bad][0]:.3f} Å; expected {LOWEST_SUBMITTED:.3f} to "
+            f"{MAX_SUBMITTED:.3f}, which a PDB file holds. Next: move the structure to the origin."
+        )
+
+
+def to_pdb(structure: Structure) -> str:
+    """A PDB file with a model for each candidate, C1' only; the B factor is 100 times the expected TM-score.
+
+    >>> one = Structure(name="R1", sequence="G", xyz_ML3=np.array([[[1.0, -2.5, 30.0]]]), confidence_M=np.array([0.3]))
+    >>> to_pdb(one).splitlines()[3]
+    "ATOM      1  C1'   G A   1       1.000  -2.500  30.000  1.00 30.00           C  "
+    """
+    lines = ["REMARK   1 C1' TRACES ONLY; B FACTOR = 100 X EXPECTED TM-SCORE OF THE MODEL"]
+    lines.append(f"REMARK   1 TARGET {structure.name}")
+    for number, (xyz_L3, confidence) in enumerate(zip(structure.xyz_ML3, structure.confidence_M, strict=True), start=1):
+        lines.append(f"MODEL     {number:4d}")
+        for i, (letter, (x, y, z)) in enumerate(zip(structure.sequence, xyz_L3.tolist(), strict=True), start=1):
+            lines.append(
+                f"ATOM  {i:5d}  C1'   {letter} A{i:4d}    {x:8.3f}{y:8.3f}{z:8.3f}  1.00{100 * confidence:6.2f}"
+                "           C  "
+            )
+        last = len(structure.sequence)
+        lines += [f"TER   {last + 1:5d}        {structure.sequence[-1]} A{last:4d}", "ENDMDL"]
+    return "\n".join([*lines, "END", ""])
+
+
+def to_cif(structure: Structure) -> str:
+    """An mmCIF file with a model for each candidate, C1' only; the B factor is 100 times the expected TM-score."""
+    lines = [f"data_{structure.name}", "#", f"_entry.id {structure.name}", "#"]
+    lines += ["_entity.id 1", "_entity.type polymer", "_entity_poly.entity_id 1"]
+    lines += [
+        "_entity_poly.type polyribonucleotide",
+        "#",
+        "_struct_asym.id A",
+        "_struct_asym.entity_id 1",
+        "#",
+        "loop_",
+    ]
+    lines += ["_entity_poly_seq.entity_id", "_entity_poly_seq.num", "_entity_poly_seq.mon_id"]
+    lines += [f"1 {i} {letter}" for i, letter in enumerate(structure.sequence, start=1)]
+    lines += ["#", "loop_", *(f"_atom_site.{column}" for column in _CIF_COLUMNS)]
+    serial = 0
+    for number, (xyz_L3, confidence) in enumerate(zip(structure.xyz_ML3, structure.confidence_M, strict=True), start=1):
+        for i, (letter, (x, y, z)) in enumerate(zip(structure.sequence, xyz_L3.tolist(), strict=True), start=1):
+            serial += 1
+            lines.append(
+                f'ATOM {serial} C "C1\'" . {letter} A 1 {i} ? {x:.3f} {y:.3f} {z:.3f} 1.00 {100 * confidence:.2f} '
+                f"{i} A {number}"
+            )
+    return "\n".join([*lines, "#", ""])
+
+
+def _references(path: Path) -> dict[str, np.ndarray]:
+    """sequence_id -> [R, L, 3] Å, NaN where unresolved."""
+    open_parquet(path, ("sequence_id", "conformer", "x", "y", "z")).close()
+    table = pl.read_parquet(path, columns=["sequence_id", "conformer", "x", "y", "z"]).sort("sequence_id", "conformer")
+    return {
+        rows["sequence_id"][0]: np.stack(
+            [np.array(axes, dtype=np.float64).T for axes in rows.select("x", "y", "z").iter_rows()]
+        )
+        for rows in table.partition_by("sequence_id", maintain_order=True)
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- viewer
+
+
+def viewer_page(structures: Sequence[Structure], known: dict[str, np.ndarray], *, title: str) -> str:
+    """A self-contained page: candidates over the known structure, coloured by error, expected score or position.
+
+    Args:
+        structures: of all targets to show.
+        known: target -> [R, L, 3] Å of its known conformations, NaN where unresolved.
+        title: of the page.
+    """
+    data = {"targets": [_shown(each, known.get(each.name)) for each in structures]}
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    element, markup = page.element, page.Markup
+    options = [
+        element("option", label, value=value, id=anchor)
+        for value, label, anchor in (
+            ("candidate", "candidate", ""),
+            ("error", "error", "error"),
+            ("confidence", "expected TM-score", ""),
+            ("position", "position in the chain", ""),
+        )
+    ]
+    controls = element(
+        "div",
+        element("label", "Target ", element("select", id="target")),
+        element("label", "Colour by ", element("select", *options, id="colour")),
+        element("label", markup('<input type="checkbox" id="reference">'), " known structure"),
+        element("label", markup('<input type="checkbox" id="spin">'), " turn"),
+        class_="controls",
+    )
+    scale = element("div", element("span", id="low"), element("i", id="bar"), element("span", id="high"), id="legend")
+    canvas = element(
+        "canvas", id="view", tabindex="0", role="img", aria_label="C1' traces; arrow keys turn, + and - zoom"
+    )
+    body = page.join(
+        element("div", "C1' traces", class_="kicker"),
+        element("h1", title),
+        controls,
+        element("div", canvas, element("div", id="hover"), class_="stage"),
+        scale,
+        element("div", id="candidates"),
+        element("p", id="facts", class_="note"),
+        element("p", "Drag to turn, scroll to zoom, point at a residue to read its name.", class_="note"),
+        markup(f'<script type="application/json" id="data">{text}</script>'),
+    )
+    return page.page(title, body, style=_STYLE, script=_SCRIPT.read_text(encoding="utf-8"))
+
+
+_STYLE = """
+.controls { display: flex; flex-wrap: wrap; gap: .6rem 1.4rem; align-items: center; margin: 1rem 0; }
+.controls select { font: inherit; max-width: 14rem; color: var(--ink); background: var(--card);
+  border: 1px solid var(--line); border-radius: 4px; padding: .2rem .4rem; }
+.stage { position: relative; background: var(--card); border: 1px solid var(--line); border-radius: 6px; }
+#view { display: block; width: 100%; height: min(68vh, 40rem); touch-action: none; cursor: grab; }
+#view:focus-visible { outline: 2px solid var(--accent); }
+#hover { position: absolute; top: .6rem; left: .9rem; font-size: .86rem; color: var(--muted); pointer-events: none; }
+#legend { display: flex; align-items: center; gap: .6rem; font-size: .84rem; color: var(--muted); margin: .7rem 0; }
+#legend[hidden] { display: none; }
+#bar { width: 12rem; height: .7rem; border-radius: 3px; }
+#candidates { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; margin: .8rem 0; font-size: .92rem; }
+#candidates i { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin: 0 .35rem; }
+"""
+
+
+def _shown(structure: Structure, references_RL3: np.ndarray | None) -> dict[str, Any]:
+    """What the page needs of one target, centred, with the candidates superposed."""
+    scores_M: list[float | None] = [None] * len(structure.xyz_ML3)
+    fixed_L3, is_known = structure.xyz_ML3[0], False
+    if references_RL3 is not None and np.isfinite(references_RL3).all(axis=2).sum(axis=1).max() >= 3:
+        scores_MR = tm_matrix(structure.xyz_ML3, references_RL3)
+        fixed_L3, is_known = references_RL3[int(np.argmax(scores_MR.max(axis=0)))], True
+        scores_M = [round(score, 4) for score in scores_MR.max(axis=1).tolist()]
+    fixed_L3 = fixed_L3 - np.nanmean(fixed_L3, axis=0)
+    moved_ML3 = np.stack([_superposed(xyz_L3, fixed_L3) for xyz_L3 in structure.xyz_ML3])
+    far_ML = np.linalg.norm(moved_ML3 - fixed_L3, axis=2)
+    return {
+        "name": structure.name,
+        "sequence": structure.sequence,
+        "reach": round(float(np.nanmax(np.linalg.norm(fixed_L3, axis=1))), 1) + 5.0,
+        "reference": _listed(fixed_L3) if is_known else None,
+        "candidates": [
+            {
+                "number": m + 1,
+                "confidence": round(float(structure.confidence_M[m]), 4),
+                "score": scores_M[m],
+                "xyz": _listed(moved_ML3[m]),
+                "error": [None if np.isnan(far) else round(far, 1) for far in far_ML[m].tolist()] if is_known else None,
+            }
+            for m in range(len(moved_ML3))
+        ],
+    }
+
+
+def _listed(xyz_L3: np.ndarray) -> list[list[float] | None]:
+    return [None if np.isnan(row).any() else [round(value, 1) for value in row.tolist()] for row in xyz_L3]
+
+
+def _superposed(mobile_L3: np.ndarray, fixed_L3: np.ndarray) -> np.ndarray:
+    """A trace moved onto another so that what fits does: least squares, then weighted by closeness."""
+    common_L = np.isfinite(fixed_L3).all(axis=1)
+    scale = max(d0_rna(int(common_L.sum())), 2.0)
+    weight_L1 = common_L.astype(np.float64)[:, None]
+    fixed_L3 = np.where(common_L[:, None], fixed_L3, 0.0)
+    for _ in range(_FITS):
+        centre = (mobile_L3 * weight_L1).sum(axis=0) / weight_L1.sum()
+        target = (fixed_L3 * weight_L1).sum(axis=0) / weight_L1.sum()
+        root_L1 = np.sqrt(weight_L1)
+        turn = rotation_onto((mobile_L3 - centre) * root_L1, (fixed_L3 - target) * root_L1)
+        moved_L3 = (mobile_L3 - centre) @ turn + target
+        square_L1 = np.sum((moved_L3 - fixed_L3) ** 2, axis=1, keepdims=True)
+        weight_L1 = common_L[:, None] / (1.0 + square_L1 / scale**2) ** 2
+    return moved_L3
