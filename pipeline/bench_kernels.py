@@ -19,7 +19,6 @@ from pipeline.measure import Bar
 
 _BATCH, _INNER, _STATE = 8, 512, 16
 _HEAD = 64  # channels that share a decay in the SSD
-_CONV_WIDTH = 32  # 256 channels, as in Hyena's tables, take 11 GiB at a million positions
 _CONV_CAUSAL_BATCH = 1
 _LONG_TOKENS = 2**16  # of a CUDA batch: longer sequences come in smaller ones
 _OURS, _ATTENTION = "ours", "torch SDPA, bf16"
@@ -201,12 +200,18 @@ def _ssd(u_BLE: Tensor, delta_BLE: Tensor, A_EN: Tensor, B_BLN: Tensor, C_BLN: T
     return ssd(x_BLHP, delta_BLH, A_H, B_BLN, C_BLN, D_H).flatten(-2)
 
 
+def _conv_width(length: int) -> int:
+    """Channels of a convolution: the peer needs 11 GiB for 256 of them at a million positions, forward alone."""
+    return 256 if length <= 2**14 else 64
+
+
 def _prepare_conv(who: str, length: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
     from models.layers.long_conv import fft_conv
 
     torch.manual_seed(0)
-    u_BLD = torch.randn(_CONV_CAUSAL_BATCH, length, _CONV_WIDTH)
-    operands = [u_BLD, torch.randn(_CONV_WIDTH, length) / length**0.5, torch.randn(_CONV_WIDTH)]
+    width = _conv_width(length)
+    u_BLD = torch.randn(_CONV_CAUSAL_BATCH, length, width)
+    operands = [u_BLD, torch.randn(width, length) / length**0.5, torch.randn(width)]
 
     def ours(u_BLD: Tensor, after_DL: Tensor, skip_D: Tensor) -> Tensor:
         return fft_conv(u_BLD, after_DL, None, skip_D)
@@ -263,7 +268,7 @@ def _place(cell: Cell) -> tuple[Any, ...]:
 def _shape(cell: Cell) -> str:
     length = cell["length"]
     if cell["what"] == "conv":
-        return f"B{_CONV_CAUSAL_BATCH} L{length} D{_CONV_WIDTH}"
+        return f"B{_CONV_CAUSAL_BATCH} L{length} D{_conv_width(length)}"
     return f"B{_batch(length)} L{length} E{_INNER}" + (f" N{_STATE}" if cell["what"] == "scan" else "")
 
 
@@ -305,14 +310,15 @@ def _conv_bars(rows: Sequence[dict[str, Any]]) -> list[Bar]:
 
 
 def _slope_bars(found: Sequence[tuple[Cell, dict[str, Any]]]) -> list[Bar]:
-    """Exponent of time in length between the two longest: of the convolution and, on a GPU, of the scan."""
+    """Exponent of time in length, over the top octave and from 65,536 on: of the convolution; on a GPU, of the scan."""
     bars = []
     for what in ("conv", "scan") if torch.cuda.is_available() else ("conv",):
         times = {c["length"]: r["both_ms"] / _batch_of(c) for c, r in found if (c["what"], c["who"]) == (what, _OURS)}
         if len(times) > 1:
-            *_, short, long = sorted(times)
-            slope = math.log(times[long] / times[short]) / math.log(long / short)
-            bars.append(Bar(f"slope of our {what}'s time from L {short:,} to {long:,}", slope, 1.15, at_most=True))
+            *_, octave, long = sorted(times)
+            for short in sorted({octave, 2**16} & times.keys() - {long}):
+                slope = math.log(times[long] / times[short]) / math.log(long / short)
+                bars.append(Bar(f"slope of our {what}'s time from L {short:,} to {long:,}", slope, 1.15, at_most=True))
     return bars
 
 

@@ -285,15 +285,17 @@ class _Assembly:
         while loops:
             closing = loops.pop()
             branches = self._branches(closing)
-            if closing and self._arranged(closing, branches):
-                pass
-            elif closing and len(branches) == 1:
-                self._place_across(closing, branches[0])
-            else:
-                self._place_branches(closing, branches)
+            if not (closing and self._arranged(closing, branches)):
+                self._place_by_rule(closing, branches)
             if closing and not branches and np.isnan(self.xyz_L3[closing.inner[0] + 1, 0]):
                 self._fill_hairpin(closing)
             loops.extend(reversed(branches))
+
+    def _place_by_rule(self, closing: Stem | None, branches: list[Stem]) -> None:
+        if closing and len(branches) == 1:
+            self._place_across(closing, branches[0])
+        else:
+            self._place_branches(closing, branches)
 
     def _arranged(self, closing: Stem, branches: list[Stem]) -> bool:
         """Place a loop as the arranger says; False if it says nothing."""

@@ -33,7 +33,7 @@ from pipeline.templates.library import collect, library_path
 
 #: Raised when the same tables give other candidates than before.
 VERSION = 1
-#: Longest sequence that is folded, nt: 4,640 nt took 27 s and 120 MiB beside what the program itself takes; the table
+#: Longest sequence that is folded, nt: 4,640 nt took 16 s and 120 MiB beside what the program itself takes; the table
 #: of nested structures grows with the square.
 LONGEST = 10_000
 
