@@ -93,7 +93,7 @@ class TrainConfig:
     process_timeout: float = 300.0  # seconds after which one of several training processes that is silent is lost
     max_skips: int = 5  # batches in a row that may be skipped for non-finite values or loss spikes
     max_rollbacks: int = 3
-    # of the terms of a structure's loss, beside distances, which weigh 1; they count where model.kwargs.coordinates is on
+    # terms of a structure's loss, beside distances, which weigh 1; they count where model.kwargs.coordinates is on
     frame_weight: float = 1.0  # of coordinates as seen from local frames
     tm_weight: float = 1.0  # of coordinates after superposition
     confidence_weight: float = 0.1  # of the confidence in them

@@ -66,12 +66,12 @@ def _plain(u_BLD: Tensor, after_DL: Tensor, before_DL: Tensor | None, skip_D: Te
     """Real transforms of twice the length, all channels at once."""
     length = u_BLD.shape[1]
     size = 2 * _points(length)  # nothing wraps around
-    kernel_DT = F.pad(after_DL, (0, size - length))
+    kernel_DT = after_DL
     if before_DL is not None:  # negative lags stand at the end of the circle
-        kernel_DT = kernel_DT + F.pad(before_DL[:, 1:].flip(-1), (size - length + 1, 0))
+        kernel_DT = F.pad(after_DL, (0, size - length)) + F.pad(before_DL[:, 1:].flip(-1), (size - length + 1, 0))
     spectrum = torch.fft.rfft(u_BLD.transpose(1, 2), size) * torch.fft.rfft(kernel_DT, size)
     y_BDL = torch.fft.irfft(spectrum, size)[..., :length]
-    return y_BDL.transpose(1, 2) + skip_D * u_BLD
+    return torch.addcmul(y_BDL.transpose(1, 2), u_BLD, skip_D)
 
 
 class _Ring:

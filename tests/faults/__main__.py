@@ -6,12 +6,15 @@ python -m tests.faults [--kills 240] [--damages 8] [--seed N] [--out tests/bench
 import argparse
 import contextlib
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from models.registry import register_model
 from pipeline import runlog
@@ -117,6 +120,8 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=("kills", "damages", "nan", "others"), help="repeatable")
     parser.add_argument("--out", type=Path, default=Path("tests/benchmarks"))
     chosen = parser.parse_args()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, by what is tested too
+    torch.set_num_threads(1)  # a forked child of a process with OpenMP threads waits for ever
     for model in (tiny.TinyModel, PartsModel):
         register_model(model)
     runlog.console.quiet = True
