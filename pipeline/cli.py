@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -69,6 +70,7 @@ Kernels = Annotated[
     ),
 ]
 
+_WIDEST = 400  # columns of a table in a file or a pipe, where no line has to be broken
 _INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended, and what typer makes of it
 _COMP, _ARTIFACTS, _SPLIT, _NAME = "ribonanza", Path("artifacts"), "sim80_k5", "all"
 
@@ -309,7 +311,8 @@ def status(
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     elif rows:
-        output.print(jobs.status_table(rows))
+        wide = output if output.is_terminal else Console(width=_WIDEST, highlight=False)
+        wide.print(jobs.status_table(rows, width=wide.width))
         for row in rows:
             if row["state"] in ("failed", "diverged"):
                 say(f"{row['run']} fold{row['fold']}: {row['message']}")
@@ -697,6 +700,8 @@ def plan(
     from pipeline.train import build_model
 
     config, competition = load_config(model, set_ or ()), _competition(comp)
+    if length is not None and length > config.data.max_length:
+        say(f"LENGTH={length}: training crops to data.max_length = {config.data.max_length} nt, which is what counts")
     found = planning.make_plan(config, lambda: build_model(config.model, competition), length=length)
     output.print(found.table())
     found.require_fit()

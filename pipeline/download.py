@@ -73,9 +73,10 @@ def _fetch(competition: Competition, raw: Path, name: str) -> list[Path]:
 
         def watch() -> None:
             nonlocal shown
-            size = sum(path.stat().st_size for path in incoming.iterdir()) >> 20
-            bar.advance(size - shown)
-            shown = size
+            with contextlib.suppress(FileNotFoundError):  # the client removes its marker between listing and looking
+                size = sum(path.stat().st_size for path in incoming.iterdir()) >> 20
+                bar.advance(size - shown)
+                shown = size
 
         request = ["competitions", "download", competition.slug, *only, "-p", str(incoming), "-q"]
         answer = kaggle_cli.call(*request, timeout=_TIMEOUT_S, on_wait=watch)

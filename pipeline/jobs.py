@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -29,6 +30,8 @@ _LOG = "run.log"
 _POLL_S = 0.1
 _BEGIN_S = 20.0  # after it took the lock, a job that still reads its tables is left to itself
 _STOP_S = 40.0
+_NUMBERS = ("step", "%", "metric", "best", "loss", "nt/s", "left", "memory", "pid", "last sign")
+_DISPENSABLE = ("loss", "memory", "%", "nt/s", "last sign", "metric", "pid")  # in a narrow terminal, in this order
 _TAIL_BYTES = 65_536  # of a log, in which its last lines are looked for
 _COLORS = {"running": "green", "done": "green", "stopped": "yellow", "lost": "red", "failed": "red", "diverged": "red"}
 
@@ -162,6 +165,8 @@ def stop(folder: Path, *, patience: float = _STOP_S) -> str:
         state = _state(folder, status)[0] if status else "never begun"
         above = worker(folder.parent)
         hint = f" Next: make stop ALL=1 stops process {above}, which trains all folds." if above is not None else ""
+        if not (status or hint):
+            hint = " Next: make status shows all runs; MODEL, SPLIT, FOLD and TAG say which one is meant."
         return f"{folder}: nothing is running here ({state}).{hint}"
     if pid:
         _terminate(pid, folder)
@@ -292,17 +297,27 @@ def _phase(status: dict[str, Any], pid: int | None) -> str:
     return str(status.get("phase", "training")) if status.get("pid") == pid else "preparing"
 
 
-def status_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The survey for people."""
+def status_table(rows: Sequence[dict[str, Any]], *, width: int) -> Table:
+    """The survey for people; where a terminal has no room for all columns, the least telling ones are left out."""
+    for count in range(len(_DISPENSABLE) + 1):
+        table = _table(rows, without=_DISPENSABLE[:count])
+        if Console(width=10_000).measure(table).maximum <= width:
+            break
+    return table
+
+
+def _table(rows: Sequence[dict[str, Any]], *, without: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
     for name in ("competition", "run", "fold", "state"):
         table.add_column(name, overflow="fold")
-    for name in ("step", "%", "metric", "best", "loss", "nt/s", "left", "memory", "pid", "last sign"):
-        table.add_column(name, justify="right")
+    for name in _NUMBERS:
+        if name not in without:
+            table.add_column(name, justify="right")
     for row in rows:
         phase = "" if row["phase"] in (None, "training") else f": {row['phase']}"
         state = Text(row["state"] + phase, style=_COLORS.get(row["state"], ""))
-        table.add_row(row["competition"], row["run"], str(row["fold"]), state, *_numbers(row))
+        numbers = [text for name, text in zip(_NUMBERS, _numbers(row), strict=True) if name not in without]
+        table.add_row(row["competition"], row["run"], str(row["fold"]), state, *numbers)
     return table
 
 

@@ -41,6 +41,7 @@ _VERSION = {"values": 1, "structure": 2}
 _ROWS = 8192  # of a row group of value predictions
 _STRUCTURE_ROWS = 320  # of a row group of structures: 64 sequences
 _CANDIDATES = 5
+_TRIES = 5  # with a checkpoint that a training at work removes for a better one
 _SAMPLES, _SAMPLE_S = 5, 10.0  # batches of a table that an estimate times, and seconds after which it takes no more
 #: Longest sequence for which distances between all pairs are predicted, nt; longer ones are built from pairing alone.
 MAX_PAIR_LENGTH = 1000
@@ -95,8 +96,28 @@ def run(
         StoppedError: asked to stop; nothing is left half-written.
     """
     store = CheckpointStore(paths.fold_dir(run, fold) / "checkpoints")
-    path = store.best_folder()
+    for tries_left in reversed(range(_TRIES)):
+        path = store.best_folder()
+        try:
+            return _run(store, path, competition=competition, paths=paths, which=which, batch_tokens=batch_tokens)
+        except (DataError, StorageError):
+            if path.is_dir() or not tries_left:
+                raise
+            say(f"{path}: replaced meanwhile by the training that goes on; predicting with its better one")
+    raise AssertionError
+
+
+def _run(
+    store: CheckpointStore,
+    path: Path,
+    *,
+    competition: Competition,
+    paths: Paths,
+    which: Sequence[Which],
+    batch_tokens: int,
+) -> Report:
     meta = _read(path)
+    run, fold = meta["run"], meta["fold"]
     if meta["competition"] != competition.name:
         raise ConfigError(f"{path}: trained on {meta['competition']}; expected {competition.name}. Next: COMP=….")
     newest = store.newest_meta()

@@ -11,8 +11,9 @@ import math
 import statistics
 import time
 import tomllib
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,11 @@ from pipeline.errors import BusyError, ConfigError, DivergedError
 from pipeline.paths import Paths
 from pipeline.runlog import say
 from pipeline.stage import Report, write_json
+from pipeline.training.stop import lock_holder, run_lock
 
 _CONFIDENCE = 0.95
+_POLL_S = 1.0  # between two looks at a job that another process does
+_UNSIGNED_S = 60.0  # after which a trial that no worker signed counts as left behind
 TAG = "sweep-"  # a run of a sweep is <config>+sweep-<name>-<cell>-s<seed>.<split>; ensembles leave it out
 
 Settings = tuple[tuple[str, Any], ...]
@@ -106,6 +110,20 @@ class Sweep:
             return None
         return report.facts["metric"]
 
+    def awaited_metric(self, job: Job) -> float | None:
+        """As `metric`, but a job that another process does is waited for, as long as there is time."""
+        waits = False
+        while True:
+            try:
+                return self.metric(job)
+            except BusyError as err:
+                if self.deadline is not None and time.monotonic() >= self.deadline:
+                    raise
+                if not waits:
+                    say(f"{err} Here its result is waited for.")
+                waits = True
+                time.sleep(_POLL_S)
+
 
 def parse_axis(text: str) -> Axis:
     """One ``section.key=[value, …]`` or ``section.key={low = …, high = …, log = true}``, as TOML.
@@ -123,11 +141,20 @@ def parse_axis(text: str) -> Axis:
         value = None
     if isinstance(value, list) and value:
         return Axis(key=key.strip(), values=value)
-    if isinstance(value, dict) and {"low", "high"} <= value.keys() <= {"low", "high", "log"}:
+    if _is_range(value):
         return Axis(key=key.strip(), **value)
     raise ConfigError(
-        f"--over {text!r}: expected section.key=[value, ...] or section.key={{low=..., high=..., log=true}}, as TOML."
+        f"--over {text!r}: expected section.key=[value, ...] or section.key={{low=..., high=..., log=true}}, as TOML "
+        "(in make without spaces), numbers with low below high, and with log above 0."
     )
+
+
+def _is_range(value: Any) -> bool:
+    if not isinstance(value, dict) or not {"low", "high"} <= value.keys() <= {"low", "high", "log"}:
+        return False
+    low, high, log = value["low"], value["high"], value.get("log", False)
+    numbers = all(type(end) in (int, float) and math.isfinite(end) for end in (low, high))
+    return type(log) is bool and numbers and low < high and (low > 0 or not log)
 
 
 def grid(axes: Sequence[Axis]) -> list[Settings]:
@@ -161,7 +188,9 @@ def run(sweep: Sweep, axes: Sequence[Axis], *, trials: int = 0) -> Report:
         StoppedError: asked to stop; what is done is kept.
     """
     started = time.monotonic()
-    cells = grid(axes) if not trials else []
+    if any(axis.key == "train.seed" for axis in axes):
+        raise ConfigError("--over train.seed: every cell is trained with several seeds. Next: --seeds <number>.")
+    cells = grid([replace(axis, values=axis.values or [axis.low]) for axis in axes] if trials else axes)
     for cell in cells:  # a typo is answered before the first job
         load_config(sweep.model, [*sweep.overrides, *(f"{key}={_toml(value)}" for key, value in cell)])
     results: dict[Job, float | None] = {}
@@ -204,27 +233,58 @@ def _study(sweep: Sweep, axes: Sequence[Axis], trials: int, results: dict[Job, f
     sweep.folder.mkdir(parents=True, exist_ok=True)
     storage = JournalStorage(JournalFileBackend(str(sweep.folder / "study.log")))  # a file, fit for network folders
     study = optuna.create_study(study_name=sweep.name, storage=storage, load_if_exists=True)
+    _require_same(study, sweep, axes)
     complete = optuna.trial.TrialState.COMPLETE
-    _requeue(study, optuna.trial.TrialState)
-    while len(study.get_trials(deepcopy=False, states=(complete,))) < trials:
-        trial = study.ask()
-        cell = tuple((axis.key, _suggest(trial, axis)) for axis in axes)
-        trial.set_user_attr("cell", [list(item) for item in cell])
-        metrics = {job: sweep.metric(job) for job in sweep.jobs(cell)}
-        results |= metrics
-        finite = [value for value in metrics.values() if value is not None]
-        study.tell(trial, statistics.fmean(finite) if len(finite) == len(metrics) else math.inf)
-        yield 0
+    _requeue(study, optuna.trial.TrialState, sweep.folder)
+    me = f".worker-{uuid.uuid4().hex[:12]}"
+    with run_lock(sweep.folder, name=me):
+        while len(study.get_trials(deepcopy=False, states=(complete,))) < trials:
+            trial = study.ask()
+            trial.set_user_attr("worker", me)
+            cell = tuple((axis.key, _suggest(trial, axis)) for axis in axes)
+            trial.set_user_attr("cell", [list(item) for item in cell])
+            metrics = {job: sweep.awaited_metric(job) for job in sweep.jobs(cell)}
+            results |= metrics
+            finite = [value for value in metrics.values() if value is not None]
+            study.tell(trial, statistics.fmean(finite) if len(finite) == len(metrics) else math.inf)
+            yield 0
+    (sweep.folder / me).unlink(missing_ok=True)
     for done in study.get_trials(deepcopy=False, states=(complete,)):  # also what other workers did
         cell = tuple((key, value) for key, value in done.user_attrs["cell"])
-        results |= {job: sweep.metric(job) for job in sweep.jobs(cell)}
+        results |= {job: sweep.awaited_metric(job) for job in sweep.jobs(cell)}
     yield 0
 
 
-def _requeue(study: Any, states: Any) -> None:
+def _require_same(study: Any, sweep: Sweep, axes: Sequence[Axis]) -> None:
+    """A study goes on with what it was begun with; seeds and the number of trials may change."""
+    asked = {
+        "model": Path(sweep.model).stem,
+        "set": sorted(sweep.overrides),
+        "split": sweep.split,
+        "folds": list(sweep.folds),
+        "over": {axis.key: axis.values or [axis.low, axis.high, axis.log] for axis in axes},
+    }
+    begun = study.user_attrs.get("asked", asked)
+    changed = [f"{key} {begun[key]} -> {asked[key]}" for key in asked if begun[key] != asked[key]]
+    if changed:
+        raise ConfigError(
+            f"{sweep.folder}: this study was begun with other settings: {', '.join(changed)}. "
+            "Next: the same settings again, or another --name."
+        )
+    study.set_user_attr("asked", asked)
+
+
+def _requeue(study: Any, states: Any, folder: Path) -> None:
     """Propose again what a killed worker left behind; its finished jobs are found finished."""
     for trial in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
-        study.tell(trial.number, state=states.FAIL)
+        worker, began = trial.user_attrs.get("worker"), trial.datetime_start
+        fresh = began is not None and time.time() - began.timestamp() < _UNSIGNED_S
+        if (lock_holder(folder, name=worker) is not None) if worker else fresh:
+            continue  # somebody is at it
+        try:
+            study.tell(trial.number, state=states.FAIL)
+        except (ValueError, RuntimeError):  # another worker was faster
+            continue
         study.enqueue_trial(trial.params)
 
 

@@ -54,6 +54,8 @@ def test_every_verb_explains_itself_and_each_of_its_options(verb, capsys):
         (["logs"], 3, "nothing was started here in the background"),
         (["predict", "--kernels", "fast"], 2, "--kernels 'fast' (or RNA_KERNELS): expected auto or reference. Next:"),
         (["demo", "--seed", "-1"], 2, "--seed"),
+        (["sweep", "--over", "train.lr={low=1e-2, high=1e-4}", "--trials", "1"], 2, "low below high"),
+        (["kernel-check", "--python", "absent"], 2, "absent: expected a Python interpreter"),
         (["no-such-verb"], 2, "no-such-verb"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -99,6 +101,12 @@ def test_make_clean_spares_a_folder_that_is_more_than_artefacts(tmp_path):
     command = ["make", "clean", f"ARTIFACTS={tmp_path}"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 2
     assert (tmp_path / "Makefile").is_file()
+
+
+def test_a_plan_says_that_longer_sequences_are_cropped(capsys):
+    """`make plan LENGTH=10000` answered for 512 nt without a word."""
+    assert call("plan", "--model", "tiny_hyena", "--length", "10000") == 0
+    assert "LENGTH=10000: training crops to data.max_length = 512 nt" in capsys.readouterr().err
 
 
 def test_help_starts_without_torch():

@@ -162,6 +162,8 @@ class Room:
 
     def _furnish(self, python: Path) -> dict[str, str]:
         """Make the environment; returns the versions in it."""
+        if not (python.is_file() and os.access(python, os.X_OK)):
+            raise ConfigError(f"{python}: expected a Python interpreter. Next: IMAGE=<folder>/bin/python (--python).")
         listed = subprocess.run([python, "-c", _LIST, *IMAGE, "pip"], capture_output=True, text=True, check=False)
         if listed.returncode:
             raise ConfigError(f"{python}: does not run: {listed.stderr.strip().splitlines()[-1:]}. Next: another one.")

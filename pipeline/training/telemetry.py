@@ -109,8 +109,8 @@ class Telemetry:
         if step % self._row_every == 0:
             self._write_row(step=step, epoch=epoch, lr=lr)
         self._show(step, note=self._note())
+        self._state |= {"step": step, "epoch": epoch}
         if time.monotonic() - self._said >= _STATUS_INTERVAL_S:
-            self._state |= {"step": step, "epoch": epoch}
             self.set_state("running")
 
     def epoch(self, *, step: int, epoch: int, train_loss: float, metric: float, best: bool, **facts: Any) -> None:

@@ -1,5 +1,6 @@
 """Runs in the background: they outlive their terminal, are found by their lock, and stop when they are asked to."""
 
+import io
 import json
 import os
 import pty
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from pipeline import jobs
 from pipeline.cli import finished_runs, run_verb
@@ -80,8 +82,11 @@ def endless(tmp_path, monkeypatch) -> Iterator[Endless]:
         os.kill(pid, signal.SIGKILL)
 
 
-def in_a_terminal(command: list[str], *, until: Callable[[], Any]) -> str:
-    """Run a command from a shell in a terminal of its own, close that when `until` says so; what was on it."""
+def in_a_terminal(command: list[str], *, until: Callable[[], Any], shows: str = "") -> str:
+    """Run a command from a shell in a terminal of its own, close that when `until` says so; what was on it.
+
+    With `shows`, not before that text is on it.
+    """
     pid, terminal = pty.fork()
     if pid == 0:
         shell = ["bash", "-c", f"{shlex.join(command)}; true"]  # "; true": the shell stays in between
@@ -97,7 +102,7 @@ def in_a_terminal(command: list[str], *, until: Callable[[], Any]) -> str:
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        wait_until(until)
+        wait_until(lambda: until() and shows.encode() in b"".join(shown))
     finally:
         os.close(terminal)
         os.waitpid(pid, 0)
@@ -166,9 +171,11 @@ def test_killing_make_stops_the_trainer_with_its_state_saved(endless):
 @pytest.mark.slow
 def test_a_terminal_shows_a_bar_with_everything_and_closing_it_saves_and_ends_the_run(endless):
     def has_validated() -> bool:
-        return read_status(endless.folder).get("metric") is not None and read_status(endless.folder)["step"] > 20
+        return {"metric", "loss"} <= read_status(endless.folder).keys() and read_status(endless.folder)["step"] > 20
 
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", in_a_terminal(endless.make("train"), until=has_validated))
+    shown = re.sub(
+        r"\x1b\[[0-9;?]*[A-Za-z]", "", in_a_terminal(endless.make("train"), until=has_validated, shows="MAE 0")
+    )
     trainer = read_status(endless.folder)["pid"]
     bars = re.findall(r"endless\.sim80_k2 fold0 \S+ +\d+/200000 steps (?:\d+:)*\d+:\d\d", shown)
     notes = re.findall(r"loss \d\.\d{4} MAE \d\.\d{4} lr \d\.\de-\d\d [\d,]+ nt/s \d+\.\d GiB", shown)
@@ -205,10 +212,25 @@ def test_a_number_is_believed_only_together_with_its_lock(tmp_path):
     assert lock_holder(tmp_path / "absent") is None
 
 
+@pytest.mark.parametrize("width", [80, 110, 400])
+def test_a_status_in_a_narrow_terminal_leaves_columns_out_rather_than_breaking_names(tmp_path, width):
+    """At 80 columns the name of a run stood in pieces of four letters, one below the other."""
+    name = "ribonanza_mamba.sim80_k5"
+    status = {"step": 20_000, "steps": 80_000, "metric": 0.16, "best_metric": 0.16, "loss": 0.1, "tokens_per_s": 60_000}
+    write_status(tmp_path / "ribonanza" / "runs" / name / "fold0", {"state": "stopped", "memory_mib": 500, **status})
+    table = jobs.status_table(jobs.survey(tmp_path), width=width)
+    lines = Console(width=width, record=True, file=io.StringIO())
+    lines.print(table)
+    head, row = lines.export_text().rstrip().split("\n")
+    assert name in row
+    assert "best" in head
+    assert ("loss" in head) == (width == 400)
+
+
 def test_no_signal_is_sent_to_a_process_that_does_not_hold_the_folder(tmp_path):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
         (tmp_path / ".job").write_text(f"{stranger.pid}\n")
-        assert "nothing is running here (never begun)" in jobs.stop(tmp_path)
+        assert "nothing is running here (never begun). Next: make status" in jobs.stop(tmp_path)
         with run_lock(tmp_path, name=".job"):
             (tmp_path / ".job").write_text(f"{stranger.pid}\n")
             with pytest.raises(StoppedError, match=r"process \(unknown\) was asked to stop and is still at work"):

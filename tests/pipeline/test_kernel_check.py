@@ -31,6 +31,12 @@ def test_a_room_has_the_images_packages_and_neither_our_code_nor_a_network(
     assert "No module named 'ninja'" in within(room, "import ninja").stderr
 
 
+def test_an_interpreter_that_is_none_is_refused(tmp_path: Path):
+    """It said "Permission denied. Next: check the path, its permissions and the disk." and left with exit code 5."""
+    with pytest.raises(ConfigError, match=r"absent: expected a Python interpreter. Next: IMAGE="):
+        Room(tmp_path / "room", tmp_path / "absent")
+
+
 def test_an_environment_without_the_images_packages_is_refused(tmp_path: Path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     with pytest.raises(ConfigError, match=r"without torch, .*pip; expected 3.11 or 3.12"):

@@ -106,6 +106,16 @@ def test_a_second_prediction_is_current_and_a_rebuilt_one_identical(paths):
     assert {name: path.read_bytes() for name, path in again.outputs.items()} == data
 
 
+def test_a_checkpoint_that_a_training_at_work_replaces_is_no_failure(paths, monkeypatch, capsys):
+    """It said "checkpoint file …/meta.json is missing. Next: make train COMP=ribonanza." and left with exit code 3."""
+    fit(paths)
+    store = CheckpointStore(paths.fold_dir(tiny.RUN, 0) / "checkpoints")
+    best, folders = store.best_folder(), iter([store.folder / "step-99999999"])
+    monkeypatch.setattr(CheckpointStore, "best_folder", lambda _: next(folders, best))
+    assert predict_all(paths).status == "built"
+    assert "replaced meanwhile by the training" in capsys.readouterr().err
+
+
 def test_one_table_can_be_asked_for_alone(paths):
     fit(paths)
     assert set(predict_all(paths, which=("test",)).outputs) == {"test"}

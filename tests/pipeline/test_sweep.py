@@ -7,7 +7,7 @@ import pytest
 
 from models import registry
 from pipeline import sweep
-from pipeline.errors import ConfigError
+from pipeline.errors import BusyError, ConfigError
 from pipeline.paths import Paths
 from pipeline.sweep import Axis, Job, Sweep, grid, parse_axis, summarise
 from pipeline.training.stop import run_lock
@@ -80,6 +80,66 @@ def test_a_study_stops_at_its_number_of_trials_and_goes_on_from_them(small: Swee
     assert all(1e-4 <= row["cell"][0][1] <= 1e-1 for row in again.facts["cells"])
 
 
+def test_a_second_worker_neither_takes_a_living_workers_trial_nor_leaves_at_a_busy_job(
+    small: Sweep, monkeypatch: pytest.MonkeyPatch
+):
+    """The first worker died with "ValueError: Cannot tell a FAIL trial", the second with exit code 75."""
+    pytest.importorskip("optuna")
+    axes = [parse_axis("train.lr=[1e-3]")]  # both can only propose the same cell
+    train_job, looks = Sweep.awaited_metric, []
+
+    def with_company(self: Sweep, job: Job) -> float | None:
+        if not looks:
+            looks.append(job)
+            sweep.run(small, axes, trials=1)  # starts, and is done, while the first is at its trial
+        return train_job(self, job)
+
+    monkeypatch.setattr(Sweep, "awaited_metric", with_company)
+    assert sweep.run(small, axes, trials=1).facts["cells"][0]["n"] == 2
+    busy = iter([BusyError("somebody"), 0.5])
+
+    def metric(_self: Sweep, _job: Job) -> float:
+        found = next(busy)
+        if isinstance(found, float):
+            return found
+        raise found
+
+    monkeypatch.setattr(sweep, "_POLL_S", 0.0)
+    monkeypatch.setattr(Sweep, "metric", metric)
+    assert train_job(small, small.jobs(())[0]) == 0.5
+    assert not list(small.folder.glob(".worker-*"))
+
+
+def test_what_a_killed_worker_left_is_proposed_again(small: Sweep, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("optuna")
+    axes = [parse_axis("train.lr={low=1e-4, high=1e-1, log=true}")]
+    seen: list[float] = []
+
+    def die(_self: Sweep, job: Job) -> float | None:
+        seen.append(job.cell[0][1])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Sweep, "metric", die)
+        with pytest.raises(KeyboardInterrupt):
+            sweep.run(small, axes, trials=1)
+    assert sweep.run(small, axes, trials=1).facts["cells"][0]["cell"][0][1] == seen[0]
+
+
+def test_a_study_is_not_mixed_with_another_of_its_name(small: Sweep):
+    """It said "Cannot set different distribution kind to the same parameter name" and left with exit code 1."""
+    pytest.importorskip("optuna")
+    sweep.run(small, [parse_axis("train.lr=[1e-3]")], trials=1)
+    with pytest.raises(ConfigError, match=r"begun with other settings: over .* another --name"):
+        sweep.run(small, [parse_axis("train.lr=[1e-3, 2e-3]")], trials=1)
+
+
+def test_a_seed_is_no_setting(small: Sweep):
+    """Cells of different seeds had equal results: a job's own seed replaced them."""
+    with pytest.raises(ConfigError, match="--seeds"):
+        sweep.run(small, [parse_axis("train.seed=[1, 2]")])
+
+
 def test_cells_whose_intervals_overlap_share_a_rank():
     rows = summarise(results(a=[0.10, 0.11, 0.12], b=[0.11, 0.12, 0.13], c=[0.50, 0.51, 0.52]))
     assert [row["cell"][0][1] for row in rows] == ["a", "b", "c"]
@@ -113,7 +173,11 @@ def test_the_grid_is_every_combination():
 
 
 @pytest.mark.parametrize(
-    "text", ["train.lr", "train.lr=3", "train.lr=[]", "train.lr={low=1}", "train.lr=[1", "x={a=1}"]
+    "text",
+    [
+        *("train.lr", "train.lr=3", "train.lr=[]", "train.lr={low=1}", "train.lr=[1", "x={a=1}"),
+        *("x={low=1e-2, high=1e-4}", 'x={low="a", high=1}', "x={low=0, high=1, log=true}", "x={low=0, high=inf}"),
+    ],
 )
 def test_an_axis_that_is_none_is_refused(text: str):
     with pytest.raises(ConfigError, match=r"expected section\.key"):

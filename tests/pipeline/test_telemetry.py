@@ -101,6 +101,15 @@ def test_a_resumed_run_keeps_its_metric_in_view(tmp_path):
     assert read_status(tmp_path)["state"] == "done"
 
 
+def test_the_last_status_names_the_step_at_which_a_run_stopped(tmp_path):
+    """Stopped at step 445, the status said 444: it was told of steps only from time to time."""
+    telemetry = Telemetry(tmp_path, label="a", steps=2000, first_step=0, metric="MAE")
+    with telemetry:
+        for step in (1, 2):
+            telemetry.step(step=step, epoch=0, loss=0.5, weight=1.0, norm=1.0, lr=1e-3, tokens=10)
+    assert read_status(tmp_path)["step"] == 2
+
+
 def test_rows_that_a_full_disk_does_not_take_are_written_later_and_whole(tmp_path, capsys):
     """A write that is cut short, as on a full disk, made by the limit on the size of files."""
     path = tmp_path / "metrics.jsonl"
