@@ -49,7 +49,7 @@ override PY := $(strip $(PY))
 override EXTRAS := $(strip $(EXTRAS))
 override RAW := $(strip $(RAW))
 
-ifneq ($(and $(strip $(SET)),$(if $(TAG)$(ALLOW_CHANGES),,untagged)),)
+ifneq ($(and $(strip $(SET)),$(if $(TAG)$(ALLOW_CHANGES)$(filter plan sweep,$(MAKECMDGOALS)),,untagged)),)
 $(error SET changes what a run is, so name the variant: add TAG=some-name)
 endif
 
@@ -113,15 +113,16 @@ train-all: $(ENVIRONMENT) ## train every fold of SPLIT, one after the other
 	@exec $(RNA) train $(AT) $(RUN) --all-folds $(TRAIN)
 train-bg: $(ENVIRONMENT) ## train in the background, also with the terminal closed (ALL=1 for every fold)
 	@exec $(RNA) train $(AT) $(RUN) $(JOB) $(TRAIN) --background
-status: $(ENVIRONMENT) ## all runs: state, step, metric, tokens/s, time left, process
+status: $(ENVIRONMENT) ## all runs: state, step, metric, tokens/s, time left, process (JSON=1 for programs)
 	@exec $(RNA) status --artifacts "$(ARTIFACTS)" $(if $(JSON),--json)
 logs: $(ENVIRONMENT) ## the last lines of a background run (FOLLOW=1 goes on until it ends)
 	@exec $(RNA) logs $(AT) $(NAMED) $(JOB) $(if $(FOLLOW),--follow)
 stop: $(ENVIRONMENT) ## let a run save its state and end (ALL=1: the one that trains every fold)
 	@exec $(RNA) stop $(AT) $(NAMED) $(JOB)
 sweep: $(ENVIRONMENT) ## compare settings: make sweep NAME=lr OVER="train.lr=[1e-3,2e-3]" SEEDS=3 (again, or elsewhere: helps)
-	@exec $(RNA) sweep $(AT) --model "$(MODEL)" --split $(SPLIT) --fold $(FOLD) --name $(NAME) --seeds $(strip $(SEEDS)) \
-	  $(foreach axis,$(OVER),--over '$(axis)') $(if $(TRIALS),--trials $(strip $(TRIALS)))
+	@exec $(RNA) sweep $(AT) --model "$(MODEL)" --split $(SPLIT) $(JOB) --name $(NAME) --seeds $(strip $(SEEDS)) \
+	  $(foreach axis,$(OVER),--over '$(axis)') $(if $(TRIALS),--trials $(strip $(TRIALS))) $(foreach item,$(SET),--set '$(item)') \
+	  $(if $(strip $(BUDGET)),--time-budget $(strip $(BUDGET)))
 replay: $(ENVIRONMENT) ## run a batch that training left out again: where it breaks, what cures it (STEP=<step>)
 	@exec $(RNA) replay $(AT) $(NAMED) --fold $(FOLD) $(if $(STEP),--step $(strip $(STEP)))
 predict: $(ENVIRONMENT) ## out-of-fold and test predictions of one trained fold
@@ -135,7 +136,7 @@ ensemble: $(ENVIRONMENT) ## folds and models -> one prediction table, weights le
 submit: $(ENVIRONMENT) ## ensemble -> submission file, checked before it gets its name
 	@$(RNA) submit $(AT) --name $(NAME) --format $(strip $(FORMAT))
 	@$(if $(KAGGLE),exec $(RNA) submit-kaggle $(AT) --name $(NAME),:)
-submit-kaggle: $(ENVIRONMENT) ## send the submission to Kaggle once, and wait for its score (KAGGLE=1 lets submit do it)
+submit-kaggle: $(ENVIRONMENT) ## send the submission to Kaggle once, and wait for its score (KAGGLE=1 lets submit do it; KERNEL=owner/slug VERSION=1)
 	@exec $(RNA) submit-kaggle $(AT) --name $(NAME) $(if $(FILE),--file "$(FILE)") $(if $(KERNEL),--kernel $(KERNEL) --version $(VERSION))
 check: $(ENVIRONMENT) ## check any submission file: make check FILE=my.csv
 	@exec $(RNA) check $(AT) "$(FILE)"

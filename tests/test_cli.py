@@ -87,6 +87,17 @@ def test_make_refuses_settings_without_a_name():
     assert "TAG=some-name" in done.stderr
 
 
+def test_make_hands_settings_budget_and_folds_to_plan_and_sweep():
+    """`make sweep SET=… BUDGET=… ALL=1` left all three out without a word; `make plan SET=…` asked for a TAG."""
+    told = ["SET=train.epochs=2", "BUDGET=8h", "ALL=1", "OVER=train.lr=[1e-3]", "PY=python3"]
+    sweep = subprocess.run(["make", "-n", "sweep", *told], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "--set 'train.epochs=2'" in sweep
+    assert "--time-budget 8h" in sweep
+    assert "--all-folds" in sweep
+    plan = subprocess.run(["make", "-n", "plan", *told], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "--set 'train.epochs=2'" in plan
+
+
 def test_make_takes_folders_with_blanks(tmp_path):
     """ARTIFACTS="my folder" ended with "Got unexpected extra argument (folder)"."""
     write_ribonanza(tmp_path / "raw data", sequences=12, test=3)
