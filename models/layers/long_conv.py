@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from models.layers.precision import at_least_float32
 
@@ -171,7 +171,7 @@ def _grads_like(*inputs: Tensor | None) -> list[Tensor]:
     return [torch.empty_like(x) for x in inputs if x is not None]
 
 
-@torch.library.custom_op("rna::long_conv", mutates_args=())
+@library.custom_op("rna::long_conv", mutates_args=())
 def _long_conv(u_BLD: Tensor, after_DL: Tensor, before_DL: Tensor | None, skip_D: Tensor) -> Tensor:
     ring, y_BLD = _Ring(u_BLD), torch.empty_like(u_BLD)
     slab_BCN, after_1CN = ring.slab(u_BLD, u_BLD.shape[0]), ring.slab(u_BLD)
@@ -190,7 +190,7 @@ def _long_conv(u_BLD: Tensor, after_DL: Tensor, before_DL: Tensor | None, skip_D
     return y_BLD
 
 
-@torch.library.custom_op("rna::long_conv_backward", mutates_args=())
+@library.custom_op("rna::long_conv_backward", mutates_args=())
 def _long_conv_backward(
     grad_BLD: Tensor, u_BLD: Tensor, after_DL: Tensor, before_DL: Tensor | None, skip_D: Tensor
 ) -> list[Tensor]:

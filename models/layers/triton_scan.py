@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from models.layers.compiled_scan import register_gradient
 
@@ -232,7 +232,7 @@ def _backward_kernel(
     tl.store(dD + (b.to(tl.int64) * tl.num_programs(1) + group) * E + channels, skip_grad, mask=real)
 
 
-@torch.library.custom_op("rna_scan_triton::forward", mutates_args=())
+@library.custom_op("rna_scan_triton::forward", mutates_args=())
 def forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -268,7 +268,7 @@ def forward(
     return y, starts
 
 
-@torch.library.custom_op("rna_scan_triton::backward", mutates_args=())
+@library.custom_op("rna_scan_triton::backward", mutates_args=())
 def backward(
     dy: Tensor,
     u: Tensor,
