@@ -192,11 +192,11 @@ def templates(
 ) -> None:
     """Read structure files into a dated library of RNA chains (needs gemmi: the extra templates)."""
     from pipeline.preprocess import describe
-    from pipeline.templates import library
+    from pipeline.templates import collection
 
     if not raw:
         raise ConfigError("templates: RAW is empty. Next: RAW=<folder> with mmCIF or PDB files.")
-    report = library.run(_paths(comp, artifacts), raw=Path(raw).expanduser(), workers=workers)
+    report = collection.run(_paths(comp, artifacts), raw=Path(raw).expanduser(), workers=workers)
     show(report, describe(report.facts))
 
 

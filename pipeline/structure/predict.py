@@ -28,8 +28,8 @@ from pipeline.structure.geometry import similarity
 from pipeline.structure.motifs import Motif, MotifLibrary, find_loops
 from pipeline.structure.secondary import stacking_pairs
 from pipeline.tables import open_parquet
+from pipeline.templates.collection import collect, library_path
 from pipeline.templates.gate import allowed
-from pipeline.templates.library import collect, library_path
 
 #: Raised when the same tables give other candidates than before.
 VERSION = 1
@@ -79,7 +79,7 @@ class _Loops:
             ]
         )
 
-    def library(self, *, held_out: int | None, cutoff: date | None) -> MotifLibrary:
+    def usable(self, *, held_out: int | None, cutoff: date | None) -> MotifLibrary:
         """Loops outside a fold that were released by a target's cutoff; nothing of unknown fold if one is held out."""
         key = (held_out, cutoff)
         if key not in self._made:
@@ -265,7 +265,7 @@ def _assemblies(target: _Target, loops: _Loops, *, held_out: int | None) -> list
             "their own."
         )
     rng = np.random.default_rng(zlib.crc32(target.target_id.encode()))
-    library = loops.library(held_out=held_out, cutoff=target.cutoff)
+    library = loops.usable(held_out=held_out, cutoff=target.cutoff)
     return assemble_drawn(target.sequence, target.likely, count=_CANDIDATES, library=library, rng=rng)
 
 

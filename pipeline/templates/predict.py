@@ -19,8 +19,8 @@ from pipeline.runlog import Bar
 from pipeline.stage import Report, read_result, run_stage
 from pipeline.structure.geometry import rotation_onto
 from pipeline.tables import open_parquet
+from pipeline.templates.collection import collect, library_path, make_library
 from pipeline.templates.gate import allowed_mask
-from pipeline.templates.library import collect, library_path, make_library
 from pipeline.templates.msa import find_alignments, read_profiles
 from pipeline.templates.ranker import Calibration, Ranker, reliability
 from pipeline.templates.search import Library, Match, Target, find_matches
@@ -247,7 +247,7 @@ class _Known:
     """Matches of the training targets, what they are worth, and the models that learned from it."""
 
     targets: list[Target]
-    library: Library
+    known: Library
     folds: list[int]  # of the targets
     matches: list[list[Match]]
     scores: list[np.ndarray]  # of the matches, by a ranker that never saw the target's fold
@@ -296,7 +296,7 @@ class _Known:
         }
         return _Known(
             targets=targets,
-            library=library,
+            known=library,
             folds=folds,
             matches=matches,
             scores=[score_N[table.owner_N == owner] for owner in range(len(targets))],
@@ -306,11 +306,11 @@ class _Known:
 
     def write_oof(self, parts: dict[str, Path], *, score: Scorer) -> dict[str, Any]:
         """Write every fold's held-out targets; returns how good the candidates and their expected scores are."""
-        truth = {name: self.library.xyz_T3[self.library.part(n)] for n, name in enumerate(self.library.ids)}
+        truth = {name: self.known.xyz_T3[self.known.part(n)] for n, name in enumerate(self.known.ids)}
         rows: dict[int, list[dict[str, Any]]] = {fold: [] for fold in self.models}
         expected, found, best, top = [], [], [], []
         for target, fold, matches, scores in zip(self.targets, self.folds, self.matches, self.scores, strict=True):
-            chosen = _choose(target, self.library, matches, scores, self.models[fold].calibration, count=_CANDIDATES)
+            chosen = _choose(target, self.known, matches, scores, self.models[fold].calibration, count=_CANDIDATES)
             rows[fold] += [_row(target, m, each, fold=fold) for m, each in enumerate(chosen, start=1)]
             known = truth.get(target.target_id)
             top.append(max((each.expected for each in chosen), default=0.0))

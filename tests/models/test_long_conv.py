@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.checkpoint import checkpoint
 
 from models.layers import long_conv
@@ -102,7 +102,7 @@ def test_it_is_deterministic_and_survives_gradient_checkpointing(path):
 def test_the_operator_can_be_traced_and_compiled_whole(path, both: bool):
     args = arguments(40, both=both, dtype=torch.float32)
     if path != "plain":
-        torch.library.opcheck(long_conv._long_conv, tuple(args))
+        library.opcheck(long_conv._long_conv, tuple(args))
     compiled = torch.compile(fft_conv, backend="aot_eager", fullgraph=True)
     weight = torch.randn(2, 40, 3)
     for a, b in zip(gradients(compiled(*args), args, weight), gradients(fft_conv(*args), args, weight), strict=True):

@@ -229,15 +229,15 @@ def test_what_was_learned_predicts_the_same_where_there_is_no_training_data(path
 
 
 def test_loops_come_from_other_folds_and_from_before_the_cutoff(paths: Paths) -> None:
-    from pipeline.templates.library import collect
+    from pipeline.templates.collection import collect
 
     folds = {f"{k}ABC_A": k % 2 for k in range(6)}
     loops = predict._Loops.of(collect(paths)[0], folds)
     each = len(find_loops(*known(INTERNAL, 0)))
     turned = each + 1  # the internal loop is there from both sides
-    assert len(loops.library(held_out=0, cutoff=None)) == 3 * turned
-    assert len(loops.library(held_out=None, cutoff=None)) == 7 * turned
-    by_cutoff = len(loops.library(held_out=None, cutoff=date(2022, 5, 27)))
+    assert len(loops.usable(held_out=0, cutoff=None)) == 3 * turned
+    assert len(loops.usable(held_out=None, cutoff=None)) == 7 * turned
+    by_cutoff = len(loops.usable(held_out=None, cutoff=date(2022, 5, 27)))
     assert by_cutoff == 6 * turned - turned * ("0ABC_A" in folds), "the later one, and one without a date, are not used"
 
 

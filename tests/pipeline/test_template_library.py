@@ -12,7 +12,8 @@ from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.stage import sha256_file
 from pipeline.structure.geometry import helix_strand
-from pipeline.templates import library
+from pipeline.templates import collection
+from pipeline.templates.collection import library_path
 from pipeline.templates.structure_file import read_chains
 
 pytest.importorskip("gemmi")
@@ -176,10 +177,10 @@ def test_a_damaged_file_is_refused_by_name_in_one_sentence(tmp_path: Path, case:
     write(tmp_path / "raw" / "good.cif", cif("8ABC"))
     write(tmp_path / "raw" / "9xyz.cif", DAMAGED[case])
     with pytest.raises(DataError, match=r"9xyz\.cif: (not a whole mmCIF|no atoms)") as caught:
-        library.run(Paths(comp="rna3d", root=tmp_path), raw=tmp_path / "raw")
+        collection.run(Paths(comp="rna3d", root=tmp_path), raw=tmp_path / "raw")
     assert caught.value.exit_code == 3
     assert "\n" not in str(caught.value)
-    assert not library.library_path(Paths(comp="rna3d", root=tmp_path)).exists()
+    assert not library_path(Paths(comp="rna3d", root=tmp_path)).exists()
 
 
 def test_a_cut_gzip_is_refused(tmp_path: Path) -> None:
@@ -194,7 +195,7 @@ def test_the_library_is_a_dated_table_and_two_builds_are_identical(tmp_path: Pat
     write(tmp_path / "raw" / "1abc.pdb", pdb())
     digests = []
     for root in (tmp_path / "one", tmp_path / "two"):
-        report = library.run(Paths(comp="rna3d", root=root), raw=tmp_path / "raw")
+        report = collection.run(Paths(comp="rna3d", root=root), raw=tmp_path / "raw")
         digests.append(sha256_file(report.outputs["library"]))
     assert digests[0] == digests[1]
     table = pl.read_parquet(report.outputs["library"])
@@ -203,17 +204,17 @@ def test_the_library_is_a_dated_table_and_two_builds_are_identical(tmp_path: Pat
     assert table["x"].list.len().to_list() == table["sequence"].str.len_chars().to_list() == [16, 13]
     assert table["z"].list.eval(pl.element().is_null()).list.sum().to_list() == [2, 1]
     assert report.facts["undated"] == 0
-    assert library.run(Paths(comp="rna3d", root=tmp_path / "one"), raw=tmp_path / "raw").status == "current"
+    assert collection.run(Paths(comp="rna3d", root=tmp_path / "one"), raw=tmp_path / "raw").status == "current"
 
 
 def test_an_entry_in_two_files_and_a_folder_without_structures_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "raw" / "9xyz.cif", cif())
     write(tmp_path / "raw" / "again.cif", cif())
     with pytest.raises(DataError, match="two files hold 9XYZ_R"):
-        library.run(Paths(comp="rna3d", root=tmp_path), raw=tmp_path / "raw")
+        collection.run(Paths(comp="rna3d", root=tmp_path), raw=tmp_path / "raw")
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match=r"no \.cif, \.pdb or \.ent file"):
-        library.run(Paths(comp="rna3d", root=tmp_path), raw=tmp_path / "none")
+        collection.run(Paths(comp="rna3d", root=tmp_path), raw=tmp_path / "none")
 
 
 def test_an_entry_without_a_release_date_is_undated(tmp_path: Path) -> None:
