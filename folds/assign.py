@@ -55,14 +55,16 @@ def parse_split(name: str) -> Split:
     """
     found = re.fullmatch(r"(?:sim(\d{1,3})|(length|random))_k(\d{1,3})", name)
     if not found:
-        raise ConfigError(f"SPLIT={name!r}: expected sim<percent>_k<folds>, length_k<folds> or random_k<folds>.")
+        raise ConfigError(
+            f"SPLIT={name!r} is no split. Next: sim<percent>_k<folds>, length_k<folds> or random_k<folds>."
+        )
     folds = int(found[3])
     if not 2 <= folds <= 255:
-        raise ConfigError(f"SPLIT={name!r}: {folds} folds; expected 2 to 255.")
+        raise ConfigError(f"SPLIT={name!r}: {folds} folds. Next: 2 to 255.")
     if found[1]:
         percent = int(found[1])
         if not MIN_PERCENT <= percent <= 100:
-            raise ConfigError(f"SPLIT={name!r}: expected {MIN_PERCENT} to 100 %; unrelated sequences reach 60 %.")
+            raise ConfigError(f"SPLIT={name!r}: unrelated sequences reach 60 %. Next: {MIN_PERCENT} to 100 %.")
         return Split(kind="sim", percent=percent, folds=folds)
     if found[2] == "length":
         return Split(kind="length", percent=LENGTH_PERCENT, folds=folds)

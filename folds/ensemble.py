@@ -130,13 +130,13 @@ def apply(
 def _check_names(name: str, runs: Sequence[str]) -> None:
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise ConfigError(
-            f"NAME={name!r}: expected a letter or digit, then letters, digits and . _ + - only, as it names files."
+            f"NAME={name!r} is no name for files. Next: a letter or digit, then letters, digits and . _ + - only."
         )
     if not runs:
         raise ConfigError("ensemble: no runs given. Next: make train FOLD=0 MODEL=…, and the other folds.")
     twice = sorted({each for each in runs if list(runs).count(each) > 1})
     if twice:
-        raise ConfigError(f"ensemble: run {twice[0]!r} is given twice; expected each run once.")
+        raise ConfigError(f"ensemble: run {twice[0]!r} is given twice. Next: each run once.")
 
 
 def _find_folds(paths: Paths, runs: Sequence[str], *, split: str, allow_partial: bool) -> tuple[list[int], list[int]]:

@@ -194,7 +194,7 @@ def _spawn(code: str, *arguments: str) -> str:
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise PipelineError(f"bench-data: a program ended with code {done.returncode}: {last}.")
+        raise PipelineError(f"bench-data: a program ended with code {done.returncode}: {last}. Next: install it anew.")
     return done.stdout
 
 

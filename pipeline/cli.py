@@ -538,7 +538,7 @@ def kernel(
     from pipeline.kernel import bundle
 
     if mode not in ("train", "predict"):
-        raise ConfigError(f"KERNEL={mode!r}: expected train or predict.")
+        raise ConfigError(f"KERNEL={mode!r}. Next: KERNEL=train or KERNEL=predict.")
     if mode == "train":
         _config(model, split=split, tag=tag, overrides=set_ or ())
     order = bundle.Order(
@@ -778,7 +778,7 @@ def run_name(model: str, *, split: str, tag: str = "") -> str:
     'hyena+wide.sim80_k5'
     """
     if tag and not re.fullmatch(r"[\w.-]+", tag):
-        raise ConfigError(f"TAG={tag!r}: expected letters, digits and . _ - only, as it names a folder.")
+        raise ConfigError(f"TAG={tag!r} is no name for a folder. Next: letters, digits and . _ - only.")
     return f"{Path(model).stem}{'+' + tag if tag else ''}.{split}"
 
 
@@ -833,7 +833,7 @@ def _slug(paths: Paths, slug: str) -> str:
     if not known:
         raise DataError(f"{paths.home / 'kernels'}: no bundle. Next: make kernel COMP={paths.comp} OWNER=<user>.")
     got = f"SLUG={slug!r} is not there" if slug else "there are several bundles"
-    raise ConfigError(f"{paths.home / 'kernels'}: {got}; expected SLUG= one of {', '.join(known)}.")
+    raise ConfigError(f"{paths.home / 'kernels'}: {got}. Next: SLUG= one of {', '.join(known)}.")
 
 
 def _config(model: str, *, split: str, tag: str, overrides: Sequence[str], resumes: bool = False) -> tuple[Any, str]:
@@ -862,7 +862,7 @@ def _same_words(context: typer.Context, *, without: str) -> list[str]:
 def _fold_count(split: str) -> int:
     found = re.fullmatch(r"\w+_k([1-9]\d*)", split)
     if not found:
-        raise ConfigError(f"SPLIT={split!r}: expected <kind>_k<folds>, such as sim80_k5.")
+        raise ConfigError(f"SPLIT={split!r}: expected <kind>_k<folds>. Next: a name such as sim80_k5.")
     return int(found.group(1))
 
 
@@ -880,7 +880,7 @@ def _seconds(text: str, *, option: str = "--time-budget") -> float | None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
     if not found:
-        raise ConfigError(f"{option} {text!r}: expected a number with s, m or h, such as 8h.")
+        raise ConfigError(f"{option} {text!r}: expected a number with s, m or h. Next: 8h, for example.")
     return float(found.group(1)) * {"s": 1, "m": 60, "h": 3600}[found.group(2)]
 
 

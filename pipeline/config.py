@@ -141,8 +141,8 @@ def find_config(name: str) -> Path:
     path = CONFIG_DIR / f"{name}.toml"
     if not path.is_file():
         near = difflib.get_close_matches(name, list_configs(), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"MODEL={name!r} is not known; expected one of {', '.join(list_configs())}.{hint}")
+        hint = f"MODEL={near[0]}" if near else "one of these, or the path of a TOML file"
+        raise ConfigError(f"MODEL={name!r} is not known; expected one of {', '.join(list_configs())}. Next: {hint}.")
     return path
 
 
@@ -156,7 +156,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         tree = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as err:
-        raise ConfigError(f"{path.name}: not valid TOML: {err}.") from err
+        raise ConfigError(f"{path.name}: not valid TOML: {err}. Next: correct that line.") from err
     for item in overrides:
         _apply_override(tree, item)
     return config_from_dict(tree, where=path.name)
@@ -170,17 +170,17 @@ def config_from_dict(tree: dict, *, where: str) -> RunConfig:
 def _apply_override(tree: dict, item: str) -> None:
     dotted, sep, raw = item.partition("=")
     if not sep:
-        raise ConfigError(f"--set {item!r}: expected section.key=value.")
+        raise ConfigError(f"--set {item!r}: no value. Next: section.key=value, such as train.lr=1e-3.")
     try:
         (value,) = tomllib.loads(f"v = {raw}").values()
     except ValueError as err:  # no TOML, or more than one value
-        raise ConfigError(f"--set {item!r}: {raw!r} is no TOML value; quote strings.") from err
+        raise ConfigError(f"--set {item!r}: {raw!r} is no TOML value. Next: quote strings.") from err
     *parents, leaf = dotted.strip().split(".")
     node = tree
     for name in parents:
         node = node.setdefault(name, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"--set {item!r}: {name!r} is a value, not a section.")
+            raise ConfigError(f"--set {item!r}: {name!r} is a value, not a section. Next: section.key=value.")
     node[leaf] = value
 
 
@@ -189,15 +189,15 @@ def _build(cls: type, tree: dict, *, where: str) -> typing.Any:
     for key in tree:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}."
-            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+            hint = f"Did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(f"{where}: unknown key {key!r}. {hint}Next: one of {', '.join(sorted(known))}.")
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in tree.items():
         kind, spot = hints[key], f"{where}: {key}"
         if is_dataclass(kind):
             if not isinstance(value, dict):
-                raise ConfigError(f"{spot}: got {value!r}; expected a section.")
+                raise ConfigError(f"{spot}: got {value!r}; expected a section. Next: [{key}] and its settings below.")
             values[key] = _build(typing.cast(type, kind), value, where=spot)
         else:
             values[key] = _check(value, kind, where=spot)
@@ -205,7 +205,7 @@ def _build(cls: type, tree: dict, *, where: str) -> typing.Any:
     try:
         return cls(**values)
     except TypeError as err:
-        raise ConfigError(f"{where}: {err}.") from err
+        raise ConfigError(f"{where}: {err}. Next: add what is missing.") from err
 
 
 def _check(value: object, kind: typing.Any, *, where: str) -> object:
@@ -215,7 +215,7 @@ def _check(value: object, kind: typing.Any, *, where: str) -> object:
     if any(_is_of(value, one) for one in kinds):
         return value
     expected = " or ".join(map(_name, kinds))
-    raise ConfigError(f"{where}: got {value!r} ({type(value).__name__}); expected {expected}.")
+    raise ConfigError(f"{where}: got {value!r} ({type(value).__name__}); expected {expected}. Next: correct the value.")
 
 
 def _is_of(value: object, kind: typing.Any) -> bool:
@@ -236,4 +236,4 @@ def _check_limits(key: str, value: object, *, where: str) -> None:
     if not (low <= value <= high and math.isfinite(value)):
         least = f" of at least {low:g}" if math.isfinite(low) else ""
         most = f" and at most {high:g}" if math.isfinite(high) else ""
-        raise ConfigError(f"{where}: got {value}; expected a finite number{least}{most}.")
+        raise ConfigError(f"{where}: got {value}; expected a finite number{least}{most}. Next: correct the value.")

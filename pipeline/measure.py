@@ -94,7 +94,9 @@ def spawn(module: str, cell: dict[str, Any], *, python: str | Path = sys.executa
         return None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise PipelineError(f"{module}: {cell}: ended with code {done.returncode}: {last}.")
+        raise PipelineError(
+            f"{module}: {cell}: ended with code {done.returncode}: {last}. Next: run it alone to see why."
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 

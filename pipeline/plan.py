@@ -310,7 +310,7 @@ def _set_gradient_checkpointing(model: RnaModel, every: int) -> None:
     try:
         model.set_gradient_checkpointing(every)
     except ValueError as err:
-        raise ConfigError(f"[train] {err}") from err
+        raise ConfigError(f"[train] {err} Next: correct it there.") from err
 
 
 def _inputs(step: Step, *, with_bpp: bool) -> RnaInputs:

@@ -52,7 +52,7 @@ def encode(sequence: str) -> np.ndarray:
     """
     tokens_L = _TOKEN_OF_BYTE[np.frombuffer(sequence.encode("ascii", "replace"), dtype=np.uint8)]
     if tokens_L.size and tokens_L.max() == 255:
-        raise DataError(f"encode: {sequence[:20]!r}… holds a letter outside {ALPHABET}; normalise it first.")
+        raise DataError(f"encode: {sequence[:20]!r}… holds a letter outside {ALPHABET}. Next: normalise it.")
     return tokens_L
 
 
@@ -73,5 +73,5 @@ def split_id(row_id: str) -> tuple[str, int]:
     """
     target_id, _, resid = row_id.rpartition("_")
     if not target_id or not resid.isdigit():
-        raise DataError(f"ID {row_id!r}: expected <target_id>_<residue number>, such as R1107_1.")
+        raise DataError(f"ID {row_id!r}: expected <target_id>_<residue number>. Next: R1107_1, for example.")
     return target_id, int(resid)

@@ -144,8 +144,8 @@ def parse_axis(text: str) -> Axis:
     if _is_range(value):
         return Axis(key=key.strip(), **value)
     raise ConfigError(
-        f"--over {text!r}: expected section.key=[value, ...] or section.key={{low=..., high=..., log=true}}, as TOML "
-        "(in make without spaces), numbers with low below high, and with log above 0."
+        f"--over {text!r}: no values and no range. Next: section.key=[value, ...] or section.key={{low=..., high=..., "
+        "log=true}}, as TOML (in make without spaces), numbers with low below high, and with log above 0."
     )
 
 
@@ -165,7 +165,9 @@ def grid(axes: Sequence[Axis]) -> list[Settings]:
     """
     keys = [axis.key for axis in axes]
     if len(set(keys)) < len(keys):
-        raise ConfigError(f"--over: a setting is given twice: {', '.join(sorted(keys))}.")
+        raise ConfigError(
+            f"--over: a setting is given twice: {', '.join(sorted(keys))}. Next: once, with all its values."
+        )
     for axis in axes:
         if not axis.values:
             raise ConfigError(f"--over {axis.key}: a range needs a study. Next: --trials <number>, or list values.")

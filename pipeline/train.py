@@ -128,14 +128,14 @@ def build_model(config: ModelConfig, competition: Competition) -> RnaModel:
     kwargs = {key: value for key, value in config.kwargs.items() if is_structure or key != _COORDINATES}
     for key, value in kwargs.items():
         if key in heads:
-            raise ConfigError(f"[model] kwargs: {key} follows from the competition; expected it left out.")
+            raise ConfigError(f"[model] kwargs: {key} follows from the competition. Next: leave it out.")
         least = 1 if key == "width" else 0  # 0 means "none" for several of the others
         if type(value) is int and value < least:
-            raise ConfigError(f"[model] kwargs: {key}: got {value}; expected a whole number of at least {least}.")
+            raise ConfigError(f"[model] kwargs: {key}: got {value}. Next: a whole number of at least {least}.")
     try:
         return create_model(config.name, **heads, **kwargs)
     except (TypeError, ValueError) as err:
-        raise ConfigError(f"[model] {err}") from err
+        raise ConfigError(f"[model] {err} Next: correct it there.") from err
 
 
 def resolved_config(config: RunConfig, model: RnaModel) -> dict[str, Any]:
@@ -328,7 +328,7 @@ def _set_gradient_checkpointing(model: RnaModel, every: int) -> None:
     try:
         model.set_gradient_checkpointing(every)
     except ValueError as err:
-        raise ConfigError(f"[train] {err}") from err
+        raise ConfigError(f"[train] {err} Next: correct it there.") from err
 
 
 def _outcome(progress: dict[str, Any]) -> dict[str, Any]:

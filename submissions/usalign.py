@@ -71,7 +71,10 @@ def run_program(program: Path, model: Path, native: Path, *, by_residue: bool) -
     scores = re.findall(r"^TM-score= *([0-9.]+)", done.stdout, flags=re.MULTILINE)
     if done.returncode or len(scores) < 2:
         said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
-        raise ConfigError(f"{program}: ended with code {done.returncode} and said {said!r}; expected two scores.")
+        raise ConfigError(
+            f"{program}: ended with code {done.returncode} and said {said!r}; expected two scores. Next: use the "
+            "built-in engine."
+        )
     return float(scores[1])
 
 

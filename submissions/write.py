@@ -70,7 +70,7 @@ def run(paths: Paths, *, competition: Competition, name: str, fmt: str = "csv") 
             Nothing is left under the final name then that was not there before.
     """
     if fmt not in ("csv", "parquet"):
-        raise ConfigError(f"FORMAT={fmt!r}: expected csv or parquet.")
+        raise ConfigError(f"FORMAT={fmt!r} is not known. Next: FORMAT=csv or FORMAT=parquet.")
     home = paths.ensemble_dir(name)
     inputs = {"predictions": home / "test.parquet", "test": paths.clean("test")}
     if competition.task == "structure":

@@ -23,6 +23,7 @@ def get_competition(name: str) -> Competition:
     known = competitions()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"COMP={name!r} is not known; expected one of {', '.join(known)}.{hint}")
+        raise ConfigError(
+            f"COMP={name!r} is not known; expected one of {', '.join(known)}. Next: COMP={(near or list(known))[0]}."
+        )
     return known[name]

@@ -199,9 +199,9 @@ def _check(order: Order) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][\w-]{2,}", order.owner):
         raise ConfigError(f"OWNER={order.owner!r}: expected your user name on Kaggle. Next: make kernel OWNER=<user>.")
     if order.resume and not re.fullmatch(r"[\w-]+/[\w-]{5,}", order.resume):
-        raise ConfigError(f"RESUME={order.resume!r}: expected owner/slug of a notebook.")
+        raise ConfigError(f"RESUME={order.resume!r} names no notebook. Next: RESUME=owner/slug.")
     if order.limit_s < 60:
-        raise ConfigError(f"LIMIT of {order.limit_s:.0f} s: expected at least 1m.")
+        raise ConfigError(f"LIMIT of {order.limit_s:.0f} s is too short. Next: at least LIMIT=1m.")
 
 
 # --- what each mode brings ---

@@ -157,7 +157,10 @@ class Room:
         if done.returncode or not (work / "KERNEL.json").is_file():
             raise DataError(f"{work}: the notebook ended with {done.returncode}. Next: read what it printed above.")
         if _listing(inputs) != before:
-            raise DataError(f"{inputs}: the notebook wrote to its inputs, which are read-only on Kaggle.")
+            raise DataError(
+                f"{inputs}: the notebook wrote to its inputs, which are read-only on Kaggle. Next: look for what it "
+                "writes beside the results; on Kaggle it would fail."
+            )
         return seconds
 
     def _furnish(self, python: Path) -> dict[str, str]:
@@ -202,7 +205,10 @@ class Room:
             within = [*self.prefix, str(self.python), "-c", ask]
             from_within = subprocess.run(within, capture_output=True, env=self._environment(), check=False)
         if from_here.returncode or not from_within.returncode:
-            raise DataError("kernel-check: the rehearsal's network could not be cut off; nothing was proved.")
+            raise DataError(
+                "kernel-check: the rehearsal's network could not be cut off; nothing was proved. Next: make "
+                "kernel-check as root, or where `unshare --net` works."
+            )
 
 
 def _listing(folder: Path) -> list[tuple[str, int, int]]:

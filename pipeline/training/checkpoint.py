@@ -95,7 +95,10 @@ class CheckpointStore:
         """
         for name, tensor in [*weights.items(), *(training or {}).items()]:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise DivergedError(f"step {step}: {name} is not finite; such a checkpoint is never written.")
+                raise DivergedError(
+                    f"step {step}: {name} is not finite; such a checkpoint is never written. Next: the same command "
+                    "goes on from the checkpoint before."
+                )
         payload = {"model.safetensors": _tensor_bytes(weights), "state.pt": _state_bytes(state)}
         if training is not None:
             payload["training.safetensors"] = _tensor_bytes(training)

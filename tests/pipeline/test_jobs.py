@@ -73,7 +73,7 @@ class Endless:
 
 
 @pytest.fixture
-def endless(tmp_path, monkeypatch) -> Iterator[Endless]:
+def endless(tmp_path, monkeypatch, usual_signals) -> Iterator[Endless]:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run = Endless(tmp_path)
     yield run

@@ -351,7 +351,7 @@ def test_a_spent_time_budget_stops_before_the_next_step(paths):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_in_a_step_stops_after_it(paths, inject, number):
+def test_a_signal_in_a_step_stops_after_it(paths, inject, number, usual_signals):
     count = itertools.count(1)
 
     def send(x_BLD: Tensor) -> Tensor:
