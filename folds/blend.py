@@ -49,8 +49,8 @@ class _Totals:
         return float(self.competition.score(self.sums_C, self.counts_C))
 
     def named(self) -> dict[str, float]:
-        means_C = self.sums_C / self.counts_C
-        return {"score": self.score()} | dict(zip(self.competition.targets, means_C.tolist(), strict=True))
+        errors_C = self.competition.target_errors(self.sums_C, self.counts_C)
+        return {"score": self.score()} | dict(zip(self.competition.targets, errors_C.tolist(), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,11 +172,11 @@ def _named(job: Job, weights_CM: np.ndarray) -> dict[str, dict[str, float]]:
 def _learn(job: Job, sample: _Sample) -> tuple[np.ndarray, _FoldWeights, float]:
     """Weights from all folds, weights for each fold from the others, and the largest optimality gap of the former."""
     low, high = job.competition.target_range or (-np.inf, np.inf)
-    truth_TC = np.clip(sample.truth_TC, low, high)
+    truth_TC, power = np.clip(sample.truth_TC, low, high), job.competition.error_power
 
     def fit(here_T: np.ndarray) -> tuple[np.ndarray, float]:
         fits = [
-            learn_weights(sample.predictions_TMC[here_T, :, place], truth_TC[here_T, place])
+            learn_weights(sample.predictions_TMC[here_T, :, place], truth_TC[here_T, place], power=power)
             for place in range(truth_TC.shape[1])
         ]
         return np.stack([each.values_M for each in fits]), max(each.gap for each in fits)

@@ -22,7 +22,7 @@ _NAME = "demo"
 
 
 def run(folder: Path, *, seed: int = 0) -> None:
-    """Make raw data, run every stage for reactivity and for structure, and print what came of it.
+    """Make raw data of every competition, run all stages on them, and print what came of it.
 
     Args:
         folder: everything goes below it: raw files, artefacts, submissions, the experiment log.
@@ -30,6 +30,7 @@ def run(folder: Path, *, seed: int = 0) -> None:
     """
     started = time.monotonic()
     synthetic.write_ribonanza(folder / "raw" / "ribonanza", seed=seed)
+    synthetic.write_openvaccine(folder / "raw" / "openvaccine", seed=seed)
     synthetic.write_rna3d(folder / "raw" / "rna3d", seed=seed)
     has_bpp, reason = bpp.available()
     if not has_bpp:
@@ -37,6 +38,7 @@ def run(folder: Path, *, seed: int = 0) -> None:
     models = ("tiny_ribonanza_mamba", "tiny_transformer_sepconv")
     scores = [
         _chain(folder, "ribonanza", models=models, use_bpp=has_bpp),
+        _chain(folder, "openvaccine", models=models[1:], use_bpp=has_bpp),
         _chain(folder, "rna3d", models=models[1:], use_bpp=has_bpp),
     ]
     _summary(scores, seconds=time.monotonic() - started)

@@ -8,9 +8,11 @@ Letters: L length (nt), 3 xyz.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -307,6 +309,83 @@ def _measure(truth_L: np.ndarray, signal_to_noise: float, rng: np.random.Generat
     value_L = np.full(len(truth_L), np.nan)
     value_L[read] = (truth_L + error_L * rng.standard_normal(len(truth_L)))[read]
     return value_L, np.where(np.isfinite(value_L), error_L, np.nan)
+
+
+#: Ends of an OpenVaccine construct, and how much of it is read: the first 68 of 107 nt, 91 of 130.
+_VACCINE_5, _VACCINE_3 = "GGAAA", "AAAAGAAACAACAACAACAAC"
+_SCORED = {107: 68, 130: 91}
+#: How fast a target's condition acts on a fully open A, C, G, U, relative to 1M7 reactivity.
+_VACCINE_OPEN = {
+    "reactivity": (0.9, 0.45, 0.75, 0.65),
+    "deg_Mg_pH10": (0.9, 0.6, 1.0, 0.8),
+    "deg_pH10": (1.0, 0.6, 0.9, 0.9),
+    "deg_Mg_50C": (0.8, 0.6, 0.9, 0.8),
+    "deg_50C": (0.8, 0.7, 0.9, 0.8),
+}
+
+
+def write_openvaccine(folder: Path, *, sequences: int = 160, test: int = 24, seed: int = 0) -> dict[str, Path]:
+    """Write a small OpenVaccine: train.json and test.json (JSON lines), sample_submission.csv.
+
+    Designs come in families of mutants; some molecules fail SN_filter; five in six test sequences are longer.
+
+    Args:
+        folder: made if needed; its files of these names are replaced.
+        sequences: different sequences in train.json.
+        test: different sequences in test.json, none of them in train.
+        seed: two calls with equal arguments write the same bytes.
+
+    Returns:
+        File name -> path.
+    """
+    rng = np.random.default_rng(seed)
+    library = _take(_vaccines(rng, lengths=[107]), sequences, taken=set())
+    held_out = _take(_vaccines(rng, lengths=[107, *[130] * 5]), test, taken={one.sequence for one in library})
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("train.json", "test.json", "sample_submission.csv")
+    files = {name: folder / name for name in names}
+    train = [_facts(construct, place) | _degradation(construct, rng) for place, construct in enumerate(library)]
+    asked = [_facts(construct, place) for place, construct in enumerate(held_out)]
+    for name, rows in zip(names, (train, asked), strict=False):
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = [f"{row['id']}_{position}" for row in asked for position in range(row["seq_length"])]
+    sample = pl.DataFrame({"id_seqpos": keys}).with_columns(pl.lit(0.0).alias(target) for target in _VACCINE_OPEN)
+    sample.write_csv(files["sample_submission.csv"])
+    return files
+
+
+def _vaccines(rng: np.random.Generator, *, lengths: Sequence[int]) -> Iterator[_Construct]:
+    """Designs, each with up to three mutants, without end."""
+    while True:
+        inner = int(rng.choice(lengths)) - len(_VACCINE_5) - len(_VACCINE_3)
+        parent = designs(rng, length=inner)
+        for one in (parent, *(_mutate(*parent, rng) for _ in range(int(rng.integers(0, 4))))):
+            yield _Construct(*_join([(_VACCINE_5, []), one, (_VACCINE_3, [])]), group="", dataset="")
+
+
+def _facts(construct: _Construct, place: int) -> dict[str, Any]:
+    length = len(construct.sequence)
+    letters = ["."] * length
+    for i, j in construct.pairs:
+        letters[i], letters[j] = "(", ")"
+    row = {"index": place, "id": f"id_{construct.sequence_id[:9]}", "sequence": construct.sequence}
+    return row | {"structure": "".join(letters), "seq_length": length, "seq_scored": _SCORED[length]}
+
+
+def _degradation(construct: _Construct, rng: np.random.Generator) -> dict[str, Any]:
+    """Measured values of all targets; the molecule's signal_to_noise is that of its reactivity."""
+    scored = _SCORED[len(construct.sequence)]
+    token_L = np.array(["ACGU".index(letter) for letter in construct.sequence])
+    open_L = _openness(construct.sequence, construct.pairs)
+    signal_to_noise = float(rng.lognormal(np.log(5.0), 0.7))
+    row: dict[str, Any] = {"signal_to_noise": round(signal_to_noise, 3), "SN_filter": int(signal_to_noise > 1.5)}
+    for target, rates in _VACCINE_OPEN.items():
+        truth_L = 0.03 + np.take(rates, token_L) * open_L * np.exp(0.2 * rng.standard_normal(len(token_L)))
+        error_L = np.sqrt(0.1 + truth_L) * truth_L.mean() / signal_to_noise
+        value_L = truth_L + error_L * rng.standard_normal(len(token_L))
+        error_name = "reactivity_error" if target == "reactivity" else target.replace("deg_", "deg_error_", 1)
+        row |= {target: value_L[:scored].round(4).tolist(), error_name: error_L[:scored].round(4).tolist()}
+    return row
 
 
 def write_rna3d(folder: Path, *, targets: int = 40, test: int = 6, seed: int = 0) -> dict[str, Path]:

@@ -50,7 +50,7 @@ class Groups:
         return float(self.competition.score(*self._total()))
 
     def summary(self) -> dict[str, Any]:
-        """Score and means per target of all groups together."""
+        """Score and errors per target of all groups together."""
         return self._named(*self._total())
 
     def table(self, label_name: str) -> list[dict[str, Any]]:
@@ -65,10 +65,10 @@ class Groups:
 
     def _named(self, sums_C: np.ndarray, counts_C: np.ndarray) -> dict[str, Any]:
         assert self.competition.score is not None
-        means_C = [total / count if count else math.nan for total, count in zip(sums_C, counts_C, strict=True)]
+        errors_C = self.competition.target_errors(sums_C, counts_C)
         return {
             "score": float(self.competition.score(sums_C, counts_C)),
-            "per_target": dict(zip(self.competition.targets, map(float, means_C), strict=True)),
+            "per_target": dict(zip(self.competition.targets, map(float, errors_C), strict=True)),
             "positions": int(counts_C.max(initial=0)),
         }
 
@@ -110,7 +110,7 @@ class Breakdown:
         names = ("length", "signal_to_noise", "dataset", "position")
         self._groups = {name: Groups(competition) for name in names}
         self._clipped = Groups(competition)
-        self._own = [(0.0, 0) for _ in competition.targets]
+        self._own_sums_C, self._own_counts_C = np.zeros((2, len(competition.targets)))
         self._sequences = {"in_folds": 0, "predicted": 0, "scored": 0, "scored_without_prediction": 0}
 
     @property
@@ -166,7 +166,8 @@ class Breakdown:
             here_T = there_T & passed_T & np.isfinite(measured_TC[:, place])
             one = slice(place, place + 1)
             sums_C, counts_C = self.competition.error_sums(prediction_TC[here_T, one], measured_TC[here_T, one])
-            self._own[place] = self._own[place][0] + float(sums_C[0]), self._own[place][1] + int(counts_C[0])
+            self._own_sums_C[place] += sums_C[0]
+            self._own_counts_C[place] += counts_C[0]
 
     def _labels(self, batch: OofBatch) -> dict[str, np.ndarray]:
         labels = {
@@ -180,12 +181,12 @@ class Breakdown:
         return labels
 
     def summary(self) -> dict[str, Any]:
-        """JSON-able: coverage, the score of clipped predictions, own-filter means, and a table per kind of group."""
-        own = zip(self.competition.targets, self._own, strict=True)
+        """JSON-able: coverage, the score of clipped predictions, own-filter errors, and a table per kind of group."""
+        own_C = self.competition.target_errors(self._own_sums_C, self._own_counts_C).tolist()
         return {
             "sequences": self._sequences,
             "score_clipped": self._clipped.score(),
-            "per_target_own_filter": {name: total / count if count else math.nan for name, (total, count) in own},
+            "per_target_own_filter": dict(zip(self.competition.targets, own_C, strict=True)),
             "by_length": _ranges(self._groups["length"].table("from"), step=LENGTH_STEP),
             "by_signal_to_noise": _ranges(self._groups["signal_to_noise"].table("from"), edges=SIGNAL_EDGES),
             "by_dataset": self._groups["dataset"].table("dataset_name"),

@@ -10,6 +10,7 @@ import gzip
 import io
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
@@ -31,6 +32,7 @@ from submissions.layout import (
     IdRuns,
     Keys,
     Layout,
+    PositionKeys,
     ResidueKeys,
     layout_of,
     other_competition,
@@ -43,7 +45,7 @@ _STEPS = (3.5, 10.0)
 _CHAIN = (1.0, 100.0)  # Å: a candidate whose median is outside is no chain of nucleotides, or not in Å
 _BLOCK_BYTES = 1 << 24
 _BATCH_ROWS = 1 << 18
-_TEXT = {"ID", "resname"}
+_TEXT = {"ID", "resname", "id_seqpos"}
 _WHOLE = {"id", "resid"}
 
 FileFormat = Literal["csv", "csv.gz", "parquet"]
@@ -370,9 +372,12 @@ def _wrong(file: Path, row: int, what: str, *, fmt: FileFormat = "csv", advice: 
 def _layout_from_sample(sample: Path, competition: Competition) -> Layout:
     """Layout with the keys that a sample submission has, when there is no clean test table."""
     blocks = read_blocks(sample, submission_columns(competition), fmt=sniff(sample))
-    if competition.task == "structure":
+    keys: Keys
+    if competition.row_key == "ID":
         parts = [pl.DataFrame(block.select(ResidueKeys.names)) for block in blocks]
-        keys: Keys = ResidueKeys(pl.concat(parts) if parts else pl.DataFrame(schema=ResidueKeys.names))
+        keys = ResidueKeys(pl.concat(parts) if parts else pl.DataFrame(schema=ResidueKeys.names))
+    elif competition.row_key == "id_seqpos":
+        keys = _positions([name for block in blocks for name in block["id_seqpos"].to_pylist()], sample)
     else:
         none = np.zeros(0, dtype=np.int64)
         first, count = zip((none, none), *(_runs(block["id"], sample) for block in blocks), strict=True)
@@ -380,6 +385,16 @@ def _layout_from_sample(sample: Path, competition: Competition) -> Layout:
     if not keys.rows:
         raise DataError(f"{sample}: no rows below the header. Next: give the competition's own sample submission.")
     return layout_of(competition, keys)
+
+
+def _positions(names: list[str | None], sample: Path) -> PositionKeys:
+    counts = Counter((name or "").rpartition("_")[0] for name in names)
+    keys = PositionKeys(pl.Series(list(counts), dtype=pl.String), np.array(list(counts.values()), dtype=np.int64))
+    for row, (got, wanted) in enumerate(zip(names, keys.block(0, keys.rows)["id_seqpos"], strict=True), start=1):
+        if got != wanted:
+            advice = "give the competition's own sample submission"
+            raise _wrong(sample, row, f"id_seqpos {got!r}; expected {wanted!r}", advice=advice)
+    return keys
 
 
 def _runs(column: pa.ChunkedArray, sample: Path) -> tuple[np.ndarray, np.ndarray]:

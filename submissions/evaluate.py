@@ -57,7 +57,7 @@ def run(
         DataError: predictions missing, not out of fold, not finite, or of other data; or none of them is scored.
     """
     if (name is None) == (run is None):
-        raise ConfigError("evaluate: nothing, or two things, to score. Next: the name of an ensemble or that of a run.")
+        raise ConfigError("evaluate: not both and not neither. Next: give the name of an ensemble or that of a run.")
     subject = _read_ensemble(paths, str(name), split) if run is None else _find_run(paths, run, split)
     inputs = {"train": paths.clean("train"), "folds": paths.fold_table(split)} | subject.inputs()
     values = competition.task == "values"
@@ -119,7 +119,9 @@ def _read_ensemble(paths: Paths, name: str, split: str) -> _Subject:
     hint = f"make ensemble NAME={name}"
     facts = read_result(home / "weights.json", manifest=home / "ensemble.manifest.json", hint=hint)
     if facts["split"] != split:
-        raise ConfigError(f"ensemble {name!r} has another split than {split}. Next: SPLIT={facts['split']}.")
+        raise ConfigError(
+            f"ensemble {name!r} was made with split {facts['split']}; got SPLIT={split}. Next: SPLIT={facts['split']}."
+        )
     runs = {f"run {each}": [paths.oof(each, fold) for fold in facts["folds"]] for each in facts["runs"]}
     sources = {name: [home / "oof.parquet"]} | runs
     return _Subject(

@@ -1,21 +1,25 @@
-"""Scores that need no model: medians of the truth by what stands around a nucleotide, fitted on the other folds.
+"""Scores that need no model: the usual truth around a nucleotide, fitted on the other folds.
 
-A model that does not beat the last of them has learned less than a lookup table (5-mer and chance of being unpaired).
-All floors come from one histogram of the clipped truth over (fold, target, 5-mer, unpaired bin): shorter contexts are
+The usual is the median where the metric's errors are absolute, the mean where they are squared: what no other constant
+beats. A model that does not beat the last floor has learned less than a lookup table (5-mer and chance of being
+unpaired). All floors come from one table of statistics over (fold, target, 5-mer, unpaired bin): shorter contexts are
 sums over longer ones, and what is left of all folds without one is the training data of that fold.
 
-The truth is counted in `STEPS` bins and a bin each for the two ends of its range, where clipping piles values up. A
-median is exact to the width of a bin (0.004 for [0, 1]). On the 1,259,923 scored positions of 13,075 real sequences, in
-five clustered folds, the floors differ from those of exact medians by 3.8e-5 (constant) and 1.3e-5 (nucleotide).
+For medians the statistics are a histogram: the clipped truth is counted in `STEPS` bins and a bin each for the two ends
+of its range, where clipping piles values up. A median is exact to the width of a bin (0.004 for [0, 1]). On the
+1,259,923 scored positions of 13,075 real sequences, in five clustered folds, the floors differ from those of exact
+medians by 3.8e-5 (constant) and 1.3e-5 (nucleotide).
 
-Letters: T positions, C targets, F folds, K 5-mers, U unpaired bins, S histogram bins.
+Letters: T positions, C targets, F folds, K 5-mers, U unpaired bins, S statistics (histogram bins; count and sum).
 """
 
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import polars as pl
 
+from pipeline.competitions.base import Competition
 from pipeline.errors import DataError
 from pipeline.schema import ALPHABET
 from pipeline.tables import flat_lists, read_batches
@@ -35,18 +39,90 @@ _LETTERS = len(ALPHABET)
 _KMERS = _LETTERS**CONTEXT
 
 
-class FloorTables:
-    """Counts of the truth per context, and the medians that follow from them.
+class Usual(Protocol):
+    """Statistics that add up, and the one value that stands for what they count."""
 
-    Memory: folds x targets x 1,024 x 11 x 252 counts of 4 bytes, 114 MB for five folds of two targets, and as much
-    again while fitting; a tenth without unpaired probabilities.
+    shape: tuple[int, np.dtype]  #: how many statistics, and their type
+
+    def add(self, flat: np.ndarray, cell_T: np.ndarray, truth_T: np.ndarray) -> None:
+        """Count values: `flat` holds the statistics of all cells one after the other."""
+
+    def examples(self, stats_S: np.ndarray) -> np.ndarray:
+        """[...] how many values were counted."""
+
+    def value(self, stats_S: np.ndarray) -> np.ndarray:
+        """[...] the value that stands for them; 0 where nothing was counted."""
+
+
+class Medians:
+    """Histograms over a range, values outside it at its ends."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
+        self.shape = STEPS + 2, np.dtype(np.uint32)
+        self._width = (high - low) / STEPS
+
+    def add(self, flat: np.ndarray, cell_T: np.ndarray, truth_T: np.ndarray) -> None:
+        np.add.at(flat, cell_T * self.shape[0] + self._step(truth_T), 1)
+
+    def _step(self, truth_T: np.ndarray) -> np.ndarray:
+        """Histogram bin of a value: 0 at or below the range, 1 … STEPS inside, STEPS + 1 at or above it."""
+        steps_T = np.floor((truth_T.astype(np.float64) - self.low) / self._width) + 1
+        steps_T = np.clip(steps_T, 1, STEPS).astype(np.intp)
+        return np.where(truth_T <= self.low, 0, np.where(truth_T >= self.high, STEPS + 1, steps_T))
+
+    def examples(self, stats_S: np.ndarray) -> np.ndarray:
+        return stats_S.sum(axis=-1)
+
+    def value(self, stats_S: np.ndarray) -> np.ndarray:
+        """Medians along the last axis, straight lines inside a bin."""
+        below_S = np.cumsum(stats_S, axis=-1)
+        half = below_S[..., -1:] / 2.0
+        step = np.minimum((below_S < half).sum(axis=-1, keepdims=True), STEPS + 1)
+        inside = np.take_along_axis(stats_S, step, axis=-1)
+        share = (half - (np.take_along_axis(below_S, step, axis=-1) - inside)) / np.maximum(inside, 1)
+        value = np.where(step == 0, self.low, self.low + (step - 1 + share) * self._width)
+        return np.minimum(value, self.high)[..., 0]
+
+
+class Means:
+    """Counts and sums of values within a range."""
+
+    def __init__(self, low: float = -np.inf, high: float = np.inf) -> None:
+        self.low, self.high = low, high
+        self.shape = 2, np.dtype(np.float64)
+
+    def add(self, flat: np.ndarray, cell_T: np.ndarray, truth_T: np.ndarray) -> None:
+        np.add.at(flat, cell_T * 2, 1.0)
+        np.add.at(flat, cell_T * 2 + 1, np.clip(truth_T.astype(np.float64), self.low, self.high))
+
+    def examples(self, stats_S: np.ndarray) -> np.ndarray:
+        return stats_S[..., 0]
+
+    def value(self, stats_S: np.ndarray) -> np.ndarray:
+        return stats_S[..., 1] / np.maximum(stats_S[..., 0], 1.0)
+
+
+def usual_of(competition: Competition) -> Usual:
+    """Which constant has the least error in a competition's metric."""
+    if competition.error_power == 2:
+        return Means(*(competition.target_range or ()))
+    assert competition.target_range is not None, "a median needs a range to count in"
+    return Medians(*competition.target_range)
+
+
+class FloorTables:
+    """Statistics of the truth per context, and the usual values that follow from them.
+
+    Memory of medians: folds x targets x 1,024 x 11 x 252 counts of 4 bytes, 114 MB for five folds of two targets, and
+    as much again while fitting; a tenth without unpaired probabilities. Of means: 5 MB for five folds of five targets.
     """
 
-    def __init__(self, *, folds: list[int], num_targets: int, low: float, high: float, unpaired: bool) -> None:
-        self.folds, self.low, self.high, self.unpaired = folds, low, high, unpaired
-        self._width = (high - low) / STEPS
+    def __init__(self, usual: Usual, *, folds: list[int], num_targets: int, unpaired: bool) -> None:
+        self.usual, self.folds, self.unpaired = usual, folds, unpaired
         bins = UNPAIRED_BINS + 1 if unpaired else 1
-        self._counts_FCKUS = np.zeros((len(folds), num_targets, _KMERS, bins, STEPS + 2), dtype=np.uint32)
+        statistics, kind = usual.shape
+        self._stats_FCKUS = np.zeros((len(folds), num_targets, _KMERS, bins, statistics), dtype=kind)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -62,39 +138,27 @@ class FloorTables:
             truth_TC: [T, C]; NaN is not counted.
             fold_T: [T] fold that holds the position out.
         """
-        flat = self._counts_FCKUS.reshape(-1)
+        flat = self._stats_FCKUS.reshape(-1)
         place_T = np.searchsorted(self.folds, fold_T)
         for target in range(truth_TC.shape[1]):
             here_T = np.isfinite(truth_TC[:, target])
-            cell = np.ravel_multi_index(
-                (
-                    place_T[here_T],
-                    np.full(int(here_T.sum()), target),
-                    kmer_T[here_T],
-                    bin_T[here_T] if self.unpaired else np.zeros(int(here_T.sum()), dtype=np.intp),
-                    self._step(truth_TC[here_T, target]),
-                ),
-                self._counts_FCKUS.shape,
-            )
-            np.add.at(flat, cell, 1)
-
-    def _step(self, truth_T: np.ndarray) -> np.ndarray:
-        """Histogram bin of a value: 0 at or below the range, 1 … STEPS inside, STEPS + 1 at or above it."""
-        steps_T = np.floor((truth_T.astype(np.float64) - self.low) / self._width) + 1
-        steps_T = np.clip(steps_T, 1, STEPS).astype(np.intp)
-        return np.where(truth_T <= self.low, 0, np.where(truth_T >= self.high, STEPS + 1, steps_T))
+            many = int(here_T.sum())
+            unpaired_T = bin_T[here_T] if self.unpaired else np.zeros(many, dtype=np.intp)
+            where = (place_T[here_T], np.full(many, target), kmer_T[here_T], unpaired_T)
+            cell_T = np.ravel_multi_index(where, self._stats_FCKUS.shape[:-1])
+            self.usual.add(flat, cell_T, truth_TC[here_T, target])
 
     def fit(self) -> dict[str, np.ndarray]:
-        """Medians by fold that is left out.
+        """Usual values by fold that is left out.
 
         Returns:
             floor -> [F, C, K, U] float32, the prediction in every context. Where there is too little of a context,
             what a shorter one says; the unpaired bin is kept as long as the context is at least a nucleotide.
         """
         tables: dict[str, list[np.ndarray]] = {name: [] for name in self.names}
-        total_CKUS = self._counts_FCKUS.sum(axis=0, dtype=np.int64)
-        for counts_CKUS in self._counts_FCKUS:
-            for name, table_CKU in self._fit_one(total_CKUS - counts_CKUS).items():
+        total_CKUS = self._stats_FCKUS.sum(axis=0)
+        for stats_CKUS in self._stats_FCKUS:
+            for name, table_CKU in self._fit_one(total_CKUS - stats_CKUS).items():
                 tables[name].append(table_CKU)
         return {name: np.stack(parts).astype(np.float32) for name, parts in tables.items()}
 
@@ -102,47 +166,36 @@ class FloorTables:
         """[T, C] float32: what a table of `fit` predicts at some positions."""
         return table_FCKU[np.searchsorted(self.folds, fold_T), :, kmer_T, bin_T if self.unpaired else 0]
 
-    def _fit_one(self, counts_CKUS: np.ndarray) -> dict[str, np.ndarray]:
-        plain_CKS = counts_CKUS.sum(axis=2)
-        constant_CK = np.repeat(self._medians(plain_CKS.sum(axis=1, keepdims=True)), _KMERS, axis=1)
+    def _fit_one(self, stats_CKUS: np.ndarray) -> dict[str, np.ndarray]:
+        plain_CKS = stats_CKUS.sum(axis=2)
+        constant_CK = np.repeat(self.usual.value(plain_CKS.sum(axis=1, keepdims=True)), _KMERS, axis=1)
         nucleotide_CK = self._backed_off(plain_CKS, constant_CK, contexts=(1,))
         kmer_CK = self._backed_off(plain_CKS, nucleotide_CK, contexts=(3, 5))
         fitted = {"constant": constant_CK, "nucleotide": nucleotide_CK, "5-mer": kmer_CK}
-        shape = counts_CKUS.shape[:-1]
+        shape = stats_CKUS.shape[:-1]
         tables = {name: np.broadcast_to(table_CK[:, :, None], shape) for name, table_CK in fitted.items()}
         if self.unpaired:
             by_bin = [
-                self._backed_off(counts_CKUS[:, :, place], kmer_CK, contexts=(1, 3, 5)) for place in range(shape[2])
+                self._backed_off(stats_CKUS[:, :, place], kmer_CK, contexts=(1, 3, 5)) for place in range(shape[2])
             ]
             tables[FLOORS[-1]] = np.stack(by_bin, axis=2)
         return tables
 
-    def _backed_off(self, counts_CKS: np.ndarray, fallback_CK: np.ndarray, *, contexts: tuple[int, ...]) -> np.ndarray:
-        """[C, K] medians: each longer context answers where it has enough examples."""
+    def _backed_off(self, stats_CKS: np.ndarray, fallback_CK: np.ndarray, *, contexts: tuple[int, ...]) -> np.ndarray:
+        """[C, K] usual values: each longer context answers where it has enough examples."""
         table_CK = fallback_CK
         for context in contexts:
-            counts = _narrow(counts_CKS, context)
-            enough = counts.sum(axis=-1) >= MIN_EXAMPLES
-            medians = _widen(self._medians(counts), context)
-            table_CK = np.where(_widen(enough, context), medians, table_CK)
+            stats = _narrow(stats_CKS, context)
+            enough = self.usual.examples(stats) >= MIN_EXAMPLES
+            table_CK = np.where(_widen(enough, context), _widen(self.usual.value(stats), context), table_CK)
         return table_CK
 
-    def _medians(self, counts_S: np.ndarray) -> np.ndarray:
-        """Medians of histograms along the last axis, straight lines inside a bin; 0 where nothing was counted."""
-        below_S = np.cumsum(counts_S, axis=-1)
-        half = below_S[..., -1:] / 2.0
-        step = np.minimum((below_S < half).sum(axis=-1, keepdims=True), STEPS + 1)
-        inside = np.take_along_axis(counts_S, step, axis=-1)
-        share = (half - (np.take_along_axis(below_S, step, axis=-1) - inside)) / np.maximum(inside, 1)
-        value = np.where(step == 0, self.low, self.low + (step - 1 + share) * self._width)
-        return np.minimum(value, self.high)[..., 0]
 
-
-def _narrow(counts_CKS: np.ndarray, context: int) -> np.ndarray:
-    """Counts of 5-mers summed to shorter contexts around the same middle: [C, 4**context, S]."""
-    targets, _, steps = counts_CKS.shape
+def _narrow(stats_CKS: np.ndarray, context: int) -> np.ndarray:
+    """Statistics of 5-mers summed to shorter contexts around the same middle: [C, 4**context, S]."""
+    targets, _, steps = stats_CKS.shape
     side = _LETTERS ** ((CONTEXT - context) // 2)
-    return counts_CKS.reshape(targets, side, _LETTERS**context, side, steps).sum(axis=(1, 3))
+    return stats_CKS.reshape(targets, side, _LETTERS**context, side, steps).sum(axis=(1, 3))
 
 
 def _widen(table: np.ndarray, context: int) -> np.ndarray:

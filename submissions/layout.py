@@ -1,7 +1,7 @@
 """What a submission must look like: its columns, and the key of every row in order.
 
-The keys come from the clean test tables; a sample submission can stand in for them. Keys of values are runs of
-consecutive numbers, so that 269,796,671 of them are known without being held.
+The keys come from the clean test tables; a sample submission can stand in for them. Keys of values are counted up
+within a sequence, so that 269,796,671 of them are known without being held.
 """
 
 from dataclasses import dataclass
@@ -66,6 +66,33 @@ class IdRuns:
         return int(self._before[run]) + step if step < self._count[run] else None
 
 
+class PositionKeys:
+    """``<sequence_id>_<position from 0>``: [K] sequences one after the other, and how many positions each has."""
+
+    names: tuple[str, ...] = ("id_seqpos",)
+
+    def __init__(self, ids: pl.Series, count_K: np.ndarray) -> None:
+        self._ids, self._count = ids.to_numpy(), count_K
+        self._before = np.cumsum(count_K) - count_K
+        self._place = {name: place for place, name in enumerate(ids.to_list())}
+        self.rows = int(count_K.sum())
+
+    def block(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        row_T = np.arange(start, stop)
+        place_T = np.searchsorted(self._before, row_T, side="right") - 1
+        position_T = row_T - self._before[place_T]
+        pairs = zip(self._ids[place_T], position_T.tolist(), strict=True)
+        return {"id_seqpos": np.array([f"{name}_{position}" for name, position in pairs], dtype=object)}
+
+    def row_of(self, key: Any) -> int | None:
+        name, _, position = str(key).rpartition("_")
+        place = self._place.get(name)
+        if place is None or not position.isdecimal() or int(position) >= self._count[place]:
+            return None
+        row = int(self._before[place]) + int(position)
+        return row if self.block(row, row + 1)["id_seqpos"][0] == key else None  # "x_07" is not "x_7"
+
+
 class ResidueKeys:
     """``ID, resname, resid`` of a structure submission: a few thousand rows, held in memory."""
 
@@ -111,13 +138,17 @@ class TestIndex:
         """[K] int64: rows of the submission before each sequence."""
         return np.cumsum(self.length_K) - self.length_K
 
-    def keys(self) -> IdRuns:
+    def keys(self, competition: Competition) -> "IdRuns | PositionKeys":
+        """First column of a submission of values."""
+        if competition.row_key == "id_seqpos":
+            return PositionKeys(self.ids, self.length_K)
         return IdRuns(self.first_K, self.length_K)
 
 
 def submission_columns(competition: Competition) -> list[str]:
     """Header of a competition's submission."""
-    names = IdRuns.names if competition.task == "values" else ResidueKeys.names
+    kinds: tuple[type[Keys], ...] = (IdRuns, PositionKeys, ResidueKeys)
+    (names,) = (kind.names for kind in kinds if kind.names[0] == competition.row_key)
     return [*names, *value_columns(competition)]
 
 
@@ -141,7 +172,7 @@ def read_layout(paths: Paths, competition: Competition) -> Layout:
         DataError: they are missing or contradict themselves.
     """
     if competition.task == "values":
-        return layout_of(competition, read_test_index(paths.clean("test")).keys())
+        return layout_of(competition, read_test_index(paths.clean("test")).keys(competition))
     return layout_of(competition, ResidueKeys(read_sample(paths.clean("sample"))))
 
 
@@ -152,7 +183,8 @@ def layout_of(competition: Competition, keys: Keys) -> Layout:
 
 
 def _range(competition: Competition) -> tuple[float, float]:
-    return competition.target_range or (-np.finfo(np.float64).max, np.finfo(np.float64).max)
+    most = float(np.finfo(np.float32).max)
+    return competition.target_range or (-most, most)
 
 
 def read_sample(path: Path) -> pl.DataFrame:

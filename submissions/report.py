@@ -44,7 +44,7 @@ def run(paths: Paths, *, competition: Competition, name: str | None = None, run:
         DataError: there are no scores, or predictions and tables do not belong together.
     """
     if (name is None) == (run is None):
-        raise ConfigError("report: nothing, or two things, to tell of. Next: the name of an ensemble or that of a run.")
+        raise ConfigError("report: not both and not neither. Next: give the name of an ensemble or that of a run.")
     home = paths.run_dir(run) if run is not None else paths.ensemble_dir(str(name))
     subject = Subject(paths=paths, competition=competition, home=home, scores=read_scores(home))
     return run_stage(

@@ -61,7 +61,7 @@ def run(traces: Path, out: Path, *, engine: str = BUILT_IN) -> Report:
         DataError: a table is missing, damaged or contradicts another.
     """
     if engine not in (BUILT_IN, US_ALIGN):
-        raise ConfigError(f"score-tm: engine {engine!r} is not known. Next: {BUILT_IN} or {US_ALIGN}.")
+        raise ConfigError(f"score-tm: engine {engine!r}; expected {BUILT_IN} or {US_ALIGN}. Next: leave out ENGINE.")
     if engine == US_ALIGN and usalign.find_program() is None:
         raise ConfigError(f"score-tm: USalign is not on the PATH. Next: install it, or leave out ENGINE={US_ALIGN}.")
     if not traces.is_dir():

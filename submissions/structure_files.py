@@ -63,7 +63,7 @@ def run(paths: Paths, *, competition: Competition, name: str, table: str = "test
     if competition.task != "structure":
         raise ConfigError(f"structures: {competition.name} is not about structures. Next: COMP=rna3d.")
     if table not in ("test", "oof"):
-        raise ConfigError(f"structures: no table {table!r}. Next: TABLE=test or TABLE=oof.")
+        raise ConfigError(f"structures: table {table!r}; expected test or oof. Next: TABLE=oof or none.")
     predictions = paths.ensemble_dir(name) / f"{table}.parquet"
     clean = paths.clean("test" if table == "test" else "train")
     inputs = {"predictions": predictions, "sequences": clean, "script": _SCRIPT}

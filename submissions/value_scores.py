@@ -17,7 +17,7 @@ from pipeline.paths import Paths
 from pipeline.runlog import Bar, warn
 from pipeline.tables import OofBatch, out_of_fold, truth_that_counts
 from submissions.breakdown import Breakdown, Groups, fold_summary
-from submissions.floors import FLOORS, FloorTables, UnpairedBins, kmers
+from submissions.floors import FLOORS, FloorTables, UnpairedBins, kmers, usual_of
 
 
 def evaluate_values(
@@ -109,11 +109,9 @@ class _Floors:
     def __init__(self, paths: Paths, competition: Competition, split: str) -> None:
         table = pl.read_parquet(paths.fold_table(split), columns=["fold"])
         folds = table["fold"].unique().sort().to_list()
-        assert competition.target_range is not None, "a competition of values says where they are clipped"
-        low, high = competition.target_range
         self._bins = UnpairedBins(paths.bpp, paths.clean("train")) if paths.bpp.is_file() else None
         self._tables = FloorTables(
-            folds=folds, num_targets=len(competition.targets), low=low, high=high, unpaired=self._bins is not None
+            usual_of(competition), folds=folds, num_targets=len(competition.targets), unpaired=self._bins is not None
         )
         self.notes = self._notes(paths)
         for batch in _batches(paths, competition, split, folds, {}, label="fit floors"):

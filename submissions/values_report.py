@@ -29,7 +29,7 @@ class _Gathered:
 
     def __init__(self, competition: Competition) -> None:
         self.competition = competition
-        self.low, self.high = competition.target_range or (0.0, 1.0)
+        self.low, self.high = competition.shown_range
         self.counts_CBB = np.zeros((len(competition.targets), _BINS, _BINS))
         self.nucleotides = Groups(competition)
         self.ids: list[str] = []
@@ -49,14 +49,14 @@ class _Gathered:
         sequence_T = batch.spread(np.arange(batch.rows.height))[here_T]
         of_N, sums_NC, counts_NC = sums_by(self.competition, sequence_T, prediction_TC, truth_TC)
         self.ids += batch.rows["sequence_id"][of_N].to_list()
-        self.errors += (sums_NC.sum(axis=1) / counts_NC.sum(axis=1)).tolist()
+        self.errors += self.competition.target_errors(sums_NC, counts_NC).mean(axis=1).tolist()
 
     def _bin(self, values_TC: np.ndarray) -> np.ndarray:
         share_TC = (values_TC - self.low) / (self.high - self.low)
         return np.clip(share_TC * _BINS, 0, _BINS - 1).astype(np.intp)
 
     def spread_out(self, count: int) -> dict[str, float]:
-        """Sequences from the best to the worst predicted one, evenly by rank: id -> mean absolute error."""
+        """Sequences from the best to the worst predicted one, evenly by rank: id -> error, mean of the targets."""
         order = sorted(range(len(self.ids)), key=lambda at: (self.errors[at], self.ids[at]))
         chosen = np.unique(np.linspace(0.01, 0.99, count) * (len(order) - 1) + 0.5).astype(int)
         return {self.ids[order[at]]: self.errors[order[at]] for at in np.unique(chosen)}
@@ -84,25 +84,25 @@ def values_sections(subject: Subject) -> dict[str, tuple[str, Markup]]:
 
 
 def _calibration_section(gathered: _Gathered) -> Markup:
-    names = [short_name(target) for target in gathered.competition.targets]
-    drawings = [
-        page.figure(
-            figures.calibration(counts_BB, low=gathered.low, high=gathered.high, unit="reactivity", colour=place),
-            title=name,
-        )
-        for place, (name, counts_BB) in enumerate(zip(names, gathered.counts_CBB, strict=True))
-    ]
+    drawings = []
+    for place, (target, counts_BB) in enumerate(zip(gathered.competition.targets, gathered.counts_CBB, strict=True)):
+        unit = "degradation" if target.startswith("deg_") else "reactivity"
+        drawing = figures.calibration(counts_BB, low=gathered.low, high=gathered.high, unit=unit, colour=place)
+        drawings.append(page.figure(drawing, title=short_name(target)))
     words = (
         "Points: mean of the measured values whose prediction falls into a bin; band: their middle half; grey: density "
-        "of positions; dashed: perfect calibration. A model trained on absolute error predicts medians, so a skewed "
-        "truth has its mean above the dashed line. Both axes are clipped as in the metric."
+        "of positions; dashed: perfect calibration. Values outside the axes are drawn at their ends. "
     )
+    if gathered.competition.error_power == 1:
+        words += (
+            "A model trained on absolute error predicts medians, so a skewed truth has its mean above the dashed line."
+        )
     return page.join(page.element("p", words, class_="note"), page.panels(drawings))
 
 
 def _errors_section(subject: Subject, gathered: _Gathered) -> Markup:
     scores, targets = subject.scores, subject.competition.targets
-    ylabel = "mean absolute error"
+    ylabel = subject.competition.error_name
 
     def series(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
         return [[row["per_target"][target] or 0.0 for row in rows] for target in targets]
@@ -113,7 +113,7 @@ def _errors_section(subject: Subject, gathered: _Gathered) -> Markup:
         "By signal-to-noise": (
             scores["by_signal_to_noise"],
             [row["label"].replace(" to ", "–").replace(" or more", "+") for row in scores["by_signal_to_noise"]],
-            "lower signal-to-noise of the two profiles",
+            "lowest signal-to-noise of the profiles",
         ),
         "By length": (
             scores["by_length"],

@@ -33,6 +33,9 @@ from pipeline.stage import Report, run_stage
 from pipeline.tables import finite_values, read_batches
 from submissions.check import check_file
 from submissions.layout import (
+    LOWEST_SUBMITTED,
+    MAX_SUBMITTED,
+    IdRuns,
     Layout,
     ResidueKeys,
     TestIndex,
@@ -41,6 +44,7 @@ from submissions.layout import (
     read_test_index,
     value_columns,
 )
+from submissions.structure_scores import trivial_shapes
 
 VERSION = 1
 
@@ -55,7 +59,7 @@ _SCRATCH_ROWS = 1 << 21
 _CHUNK_ROWS = 1 << 16
 
 
-def run(paths: Paths, *, competition: Competition, name: str, fmt: str = "csv") -> Report:
+def run(paths: Paths, *, competition: Competition, name: str, fmt: str = "csv", fill: bool = False) -> Report:
     """Write ``submissions/csv/<comp>-<name>.<fmt>`` from ``ensembles/<name>/test.parquet``.
 
     Args:
@@ -63,36 +67,42 @@ def run(paths: Paths, *, competition: Competition, name: str, fmt: str = "csv") 
         competition: columns, range, and whether values or structures are submitted.
         name: of the ensemble.
         fmt: "csv" or "parquet".
+        fill: of structures, complete what is not predicted with hairpin, helix and random walks; the ensemble may be
+            absent then. For a notebook that must have a file before it has predictions.
 
     Raises:
-        ConfigError: an unknown format.
+        ConfigError: an unknown format, or values are to be filled.
         DataError: predictions missing, twice, of another length, not finite; or the written file fails its check.
             Nothing is left under the final name then that was not there before.
     """
     if fmt not in ("csv", "parquet"):
-        raise ConfigError(f"FORMAT={fmt!r} is not known. Next: FORMAT=csv or FORMAT=parquet.")
+        raise ConfigError(f"FORMAT={fmt!r}: expected csv or parquet. Next: one of these.")
     home = paths.ensemble_dir(name)
     inputs = {"predictions": home / "test.parquet", "test": paths.clean("test")}
     if competition.task == "structure":
         inputs["sample"] = paths.clean("sample")
-    build = partial(_build, paths, competition, inputs["predictions"], fmt=fmt)
+    elif fill:
+        raise ConfigError(f"submit: {competition.name} has no shapes to fill in. Next: leave --fill out.")
+    build = partial(_build, paths, competition, inputs["predictions"], fmt=fmt, fill=fill)
+    if fill and not inputs["predictions"].is_file():
+        del inputs["predictions"]
     return run_stage(
         "submit",
         inputs=inputs,
         outputs={"submission": paths.submission(name, suffix=fmt)},
-        params={"version": VERSION, "competition": competition.name, "format": fmt, "decimals": DECIMALS},
+        params={"version": VERSION, "competition": competition.name, "format": fmt, "decimals": DECIMALS, "fill": fill},
         build=build,
         manifest=home / f"submit-{fmt}.manifest.json",
     )
 
 
 def _build(
-    paths: Paths, competition: Competition, predictions: Path, parts: dict[str, Path], *, fmt: str
+    paths: Paths, competition: Competition, predictions: Path, parts: dict[str, Path], *, fmt: str, fill: bool
 ) -> dict[str, Any]:
     part = parts["submission"]
     started = time.monotonic()
     if competition.task == "structure":
-        layout, facts = _write_structures(paths, competition, predictions, part, fmt=fmt)
+        layout, facts = _write_structures(paths, competition, predictions, part, fmt=fmt, fill=fill)
     else:
         layout, facts = _write_values(paths, competition, predictions, part, fmt=fmt)
     rows, seconds = layout.keys.rows, time.monotonic() - started
@@ -116,7 +126,7 @@ def _write_values(
     paths: Paths, competition: Competition, predictions: Path, part: Path, *, fmt: str
 ) -> tuple[Layout, dict[str, Any]]:
     index = read_test_index(paths.clean("test"))
-    layout = layout_of(competition, index.keys())
+    layout = layout_of(competition, index.keys(competition))
     scratch = part.with_name(f"{part.name}.scratch")
     scratch.mkdir()
     try:
@@ -223,31 +233,33 @@ _Chunks = Iterator[tuple[int, np.ndarray, int]]
 
 def _write_csv(chunks: _Chunks, layout: Layout, part: Path) -> int:
     clipped = 0
-    formatter = FixedWidth(layout) if layout.low >= 0.0 and layout.high < 10.0 else format_rows
+    fixed = isinstance(layout.keys, IdRuns) and layout.low >= 0.0 and layout.high < 10.0
+    formatter = FixedWidth(layout) if fixed else format_rows
     with part.open("wb") as handle:
         handle.write((",".join(layout.columns) + "\n").encode())
         for start, values_TC, outside in chunks:
-            ids_T = layout.keys.block(start, start + len(values_TC))["id"]
-            handle.write(formatter(ids_T, values_TC))
+            (key_T,) = layout.keys.block(start, start + len(values_TC)).values()
+            handle.write(formatter(key_T, values_TC))
             clipped += outside
     return clipped
 
 
 def _write_parquet(chunks: _Chunks, layout: Layout, part: Path) -> int:
     clipped = 0
-    kinds = [("id", pa.uint32()), *((name, pa.float32()) for name in layout.values)]
+    (key,), is_number = layout.keys.names, isinstance(layout.keys, IdRuns)
+    kinds = [(key, pa.uint32() if is_number else pa.string()), *((name, pa.float32()) for name in layout.values)]
     with pq.ParquetWriter(part, pa.schema(kinds), compression="zstd", write_page_checksum=True) as writer:
         for start, values_TC, outside in chunks:
-            ids = pa.array(layout.keys.block(start, start + len(values_TC))["id"], pa.int64()).cast(pa.uint32())
+            keys = pa.array(layout.keys.block(start, start + len(values_TC))[key], kinds[0][1])
             columns = [pa.array(np.ascontiguousarray(values_TC[:, place])) for place in range(values_TC.shape[1])]
-            writer.write_table(pa.Table.from_arrays([ids, *columns], schema=writer.schema))
+            writer.write_table(pa.Table.from_arrays([keys, *columns], schema=writer.schema))
             clipped += outside
     return clipped
 
 
-def format_rows(ids_T: np.ndarray, values_TC: np.ndarray) -> bytes:
-    """CSV lines of integer ids and values with `DECIMALS` decimals, for any range: the reference of `FixedWidth`."""
-    columns = {"id": ids_T} | {str(place): values_TC[:, place] for place in range(values_TC.shape[1])}
+def format_rows(key_T: np.ndarray, values_TC: np.ndarray) -> bytes:
+    """CSV lines of keys and values with `DECIMALS` decimals, for any range: the reference of `FixedWidth`."""
+    columns = {"key": key_T} | {str(place): values_TC[:, place] for place in range(values_TC.shape[1])}
     return pl.DataFrame(columns).write_csv(include_header=False, float_precision=DECIMALS).encode()
 
 
@@ -297,12 +309,13 @@ class FixedWidth:
 
 
 def _write_structures(
-    paths: Paths, competition: Competition, predictions: Path, part: Path, *, fmt: str
+    paths: Paths, competition: Competition, predictions: Path, part: Path, *, fmt: str, fill: bool
 ) -> tuple[Layout, dict[str, Any]]:
     sample = read_sample(paths.clean("sample"))
     layout = layout_of(competition, ResidueKeys(sample))
     tests = pl.concat(list(read_batches(paths.clean("test"), ["sequence_id", "sequence"])))
-    coordinates = _wide_coordinates(predictions, tests, competition)
+    long = _read_candidates(predictions, tests, competition, fill=fill)
+    coordinates = _wide_coordinates(long, predictions, tests, competition)
     targets = [split_id(key) for key in sample["ID"].to_list()]
     keyed = sample.with_columns(
         pl.Series("sequence_id", [target for target, _ in targets]),
@@ -330,11 +343,42 @@ def _write_structures(
     return layout, {"sequences": tests.height}
 
 
-def _wide_coordinates(predictions: Path, tests: pl.DataFrame, competition: Competition) -> pl.DataFrame:
+def _read_candidates(predictions: Path, tests: pl.DataFrame, competition: Competition, *, fill: bool) -> pl.DataFrame:
+    """sequence_id, candidate, x, y, z, sequence: a row per candidate of the test sequences."""
+    columns = ["sequence_id", "candidate", *competition.targets]
+    frames = list(read_batches(predictions, columns)) if predictions.is_file() or not fill else []
+    if fill:
+        known = pl.concat([*frames, pl.DataFrame(schema=dict.fromkeys(columns[:2], pl.Null))], how="diagonal_relaxed")
+        frames.append(_fill(tests, dict(known.group_by("sequence_id").len().iter_rows()), competition))
+    return pl.concat(frames, how="vertical_relaxed").join(tests, on="sequence_id", how="inner", validate="m:1")
+
+
+def _fill(tests: pl.DataFrame, known: Mapping[str, int], competition: Competition) -> pl.DataFrame:
+    """Candidates that every sequence lacks, of which `known` has so many: shapes that know nothing but the length."""
+    rows: list[dict[str, Any]] = []
+    for name, sequence in tests.select("sequence_id", "sequence").iter_rows():
+        have = known.get(name, 0)
+        shapes = _plain_shapes(len(sequence)) if have < CANDIDATES else []
+        for number, xyz_L3 in enumerate(shapes[: CANDIDATES - have], start=have + 1):
+            axes = dict(zip(competition.targets, xyz_L3.T.tolist(), strict=True))
+            rows.append({"sequence_id": name, "candidate": number} | axes)
+    kinds = {"sequence_id": pl.String, "candidate": pl.UInt8} | dict.fromkeys(competition.targets, pl.List(pl.Float32))
+    return pl.DataFrame(rows, schema=kinds)
+
+
+def _plain_shapes(length: int) -> list[np.ndarray]:
+    """Hairpin, helix and five walks, the best of them first; without those too long for the file's coordinates."""
+    shapes = trivial_shapes(length)
+    traces = [*shapes["hairpin"], *shapes["A-form helix"], *shapes["random walks"]]
+    moved = [xyz_L3 - np.minimum(xyz_L3.min(axis=0) - LOWEST_SUBMITTED, 0.0) for xyz_L3 in traces]
+    return [xyz_L3 for xyz_L3 in moved if xyz_L3.max() < MAX_SUBMITTED]
+
+
+def _wide_coordinates(
+    long: pl.DataFrame, predictions: Path, tests: pl.DataFrame, competition: Competition
+) -> pl.DataFrame:
     """sequence_id, position (1-based), x_1 … z_5: a row per residue of every predicted sequence."""
     axes = competition.targets
-    long = pl.concat(list(read_batches(predictions, ["sequence_id", "candidate", *axes])))
-    long = long.join(tests, on="sequence_id", how="inner", validate="m:1")
     wide: pl.DataFrame | None = None
     for number in range(1, CANDIDATES + 1):
         one = long.filter(pl.col("candidate") == number).sort("sequence_id")

@@ -8,10 +8,11 @@ from pipeline.errors import ConfigError
 
 def competitions() -> dict[str, Competition]:
     """Every known competition by name."""
+    from pipeline.competitions.openvaccine import OPENVACCINE
     from pipeline.competitions.ribonanza import RIBONANZA
     from pipeline.competitions.rna3d import RNA3D
 
-    return {comp.name: comp for comp in (RIBONANZA, RNA3D)}
+    return {comp.name: comp for comp in (RIBONANZA, OPENVACCINE, RNA3D)}
 
 
 def get_competition(name: str) -> Competition:
@@ -23,7 +24,6 @@ def get_competition(name: str) -> Competition:
     known = competitions()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        raise ConfigError(
-            f"COMP={name!r} is not known; expected one of {', '.join(known)}. Next: COMP={(near or list(known))[0]}."
-        )
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"COMP={name!r} is not known; expected one of {', '.join(known)}.{hint} Next: correct COMP.")
     return known[name]

@@ -20,7 +20,8 @@ class Competition:
     Clean tables, whatever the competition, are sorted by and unique in ``sequence_id``:
 
     - train: ``sequence_id, sequence, dataset_name, group`` (null = no known relatives), ``scored`` (bool: counts in
-      the metric), the `targets` as lists of length L (null = not measured) and the `signal_to_noise` columns.
+      the metric), the `targets` as lists of length L (null = not measured) and the `signal_to_noise` columns; where
+      not everything may be learned from, ``teaches`` (bool).
     - test: ``sequence_id, sequence``, and what the submission needs (``id_min, id_max``).
     """
 
@@ -29,10 +30,14 @@ class Competition:
     slug: str  #: in Kaggle's addresses
     files: tuple[str, ...]  #: names on Kaggle of what the data stage reads
     task: Literal["values", "structure"]  #: values per nucleotide, or C1' coordinates
+    #: the submission's first column: running numbers, ``<sequence_id>_<position from 0>``, or ``<target>_<resid>``
+    row_key: Literal["id", "id_seqpos", "ID"]
     targets: tuple[str, ...]  #: list columns of the clean train table, in the submission's column order
     target_range: tuple[float, float] | None  #: truth is clipped to it in loss and metric, predictions on the way out
     signal_to_noise: tuple[str, ...] | None  #: float column per target that weights its loss
     metric: str  #: name of the organisers' metric, lower is better for "values"
+    #: the metric's errors are absolute differences to this power, and a target's error is that root of their mean
+    error_power: Literal[1, 2] = 1
     error_sums: ErrorSums | None  #: None for structures: their score is in submissions.tm_score
     score: Score | None
     tables: tuple[str, ...]  #: clean tables that `clean` writes, as ``clean/<table>.parquet``
@@ -43,3 +48,15 @@ class Competition:
     #: raw labels -> tables of the test set alone, for a machine that only predicts; `clean` writes what it is asked for
     test_inputs: tuple[str, ...] = ()
     test_tables: tuple[str, ...] = ()
+    shown_range: tuple[float, float] = (0.0, 1.0)  #: of values in figures
+
+    @property
+    def error_name(self) -> str:
+        """What a target's error is called in words."""
+        return "mean absolute error" if self.error_power == 1 else "root mean square error"
+
+    def target_errors(self, sums_C: np.ndarray, counts_C: np.ndarray) -> np.ndarray:
+        """[..., C] float64: each target's own error; NaN where nothing counts."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means_C = np.asarray(sums_C, dtype=np.float64) / np.asarray(counts_C)
+        return np.where(np.asarray(counts_C) > 0, means_C, np.nan) ** (1 / self.error_power)

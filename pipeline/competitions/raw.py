@@ -1,11 +1,13 @@
 """Raw competition tables, as Kaggle or a user's own export gives them, read in batches with every doubt named.
 
 A table ``train_data`` is a file ``train_data.csv``, ``.csv.gz`` or ``.parquet``, or a member ``train_data.csv`` of a
-zip archive. What a file holds is decided by its first bytes, since downloads often carry the wrong ending.
+zip archive; JSON lines likewise, but for parquet. What a file holds is decided by its first bytes, since downloads
+often carry the wrong ending.
 """
 
 import csv
 import gzip
+import json
 import re
 import typing
 import zipfile
@@ -13,7 +15,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Literal, NoReturn
+from typing import IO, Any, Literal, NoReturn
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -35,39 +37,48 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|infinity|
 Kind = Literal["csv", "parquet", "zip", "gzip"]
 
 
-def find_table(folder: Path, stem: str) -> Path | None:
+def find_table(folder: Path, stem: str, *, suffix: str = ".csv") -> Path | None:
     """The file that holds a raw table, or None.
 
     A file of its own wins over a member of an archive: who unpacked a download keeps both.
+
+    Args:
+        folder: of the raw files.
+        stem: the table's name.
+        suffix: ``.csv``, which a parquet file may stand in for, or ``.json`` for JSON lines.
 
     Raises:
         DataError: `folder` is no folder, two files of equal rank are there, or an archive cannot be opened.
     """
     if not folder.is_dir():
         raise DataError(f"RAW={folder}: no such folder. Next: give the folder that holds the competition's files.")
-    loose = [folder / f"{stem}{ending}" for ending in (".csv", ".csv.gz", ".parquet")]
-    found = [path for path in loose if path.is_file()]
+    found = [path for ending in _endings(suffix) if (path := folder / f"{stem}{ending}").is_file()]
     if not found:
-        found = [path for path in sorted(folder.glob("*.zip")) if _members(path, f"{stem}.csv")]
+        found = [path for path in sorted(folder.glob("*.zip")) if _members(path, f"{stem}{suffix}")]
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise DataError(f"{folder}: {names} all hold {stem}; expected one of them. Next: move the others away.")
     return found[0] if found else None
 
 
-def need_table(folder: Path, stem: str) -> Path:
+def need_table(folder: Path, stem: str, *, suffix: str = ".csv") -> Path:
     """The file that holds a raw table.
 
     Raises:
         DataError: there is none, or `find_table` refuses.
     """
-    path = find_table(folder, stem)
+    path = find_table(folder, stem, suffix=suffix)
     if path is None:
+        *first, last = _endings(suffix)
         raise DataError(
-            f"{folder}: no {stem}.csv, .csv.gz or .parquet, and no zip that holds {stem}.csv. "
+            f"{folder}: no {stem}{', '.join(first)} or {last}, and no zip that holds {stem}{suffix}. "
             "Next: download the competition's files into that folder."
         )
     return path
+
+
+def _endings(suffix: str) -> list[str]:
+    return [suffix, f"{suffix}.gz", *([".parquet"] if suffix == ".csv" else [])]
 
 
 def kind_of(path: Path) -> Kind:
@@ -153,12 +164,12 @@ def read_table(path: Path, stem: str, types: Mapping[str, pa.DataType], *, multi
     return pa.Table.from_batches(read_batches(path, stem, types, multiline=multiline))
 
 
-class CsvBytes:
-    """Unpacked bytes of a CSV file, plain, gzipped or in an archive; remembers what the checks at its end need."""
+class RawBytes:
+    """Unpacked bytes of a text file, plain, gzipped or in an archive; remembers what the checks at its end need."""
 
     closed = False  # part of what Arrow expects of a file
 
-    def __init__(self, path: Path, stem: str) -> None:
+    def __init__(self, path: Path, stem: str, suffix: str = ".csv") -> None:
         self.path, self.last = path, b""
         kind = kind_of(path)
         self._disk: IO[bytes] = path.open("rb")
@@ -169,7 +180,7 @@ class CsvBytes:
             self._bytes = typing.cast(IO[bytes], gzip.GzipFile(fileobj=self._disk))
         elif kind == "zip":
             archive = zipfile.ZipFile(self._disk)
-            member = archive.getinfo(_member(path, f"{stem}.csv"))
+            member = archive.getinfo(_member(path, f"{stem}{suffix}"))
             self._bytes = self._gauge = archive.open(member)
             self.total = member.file_size
 
@@ -201,9 +212,9 @@ class CsvBytes:
 
 
 @contextmanager
-def open_csv_bytes(path: Path, stem: str) -> Iterator[CsvBytes]:
-    """Unpacked bytes of a CSV file, closed at the end."""
-    source = CsvBytes(path, stem)
+def open_raw_bytes(path: Path, stem: str, *, suffix: str = ".csv") -> Iterator[RawBytes]:
+    """Unpacked bytes of a CSV file, or of one with another suffix, closed at the end."""
+    source = RawBytes(path, stem, suffix)
     try:
         yield source
     finally:
@@ -226,20 +237,51 @@ def _member(archive: Path, name: str) -> str:
 
 
 def _csv_header(path: Path, stem: str) -> list[str]:
-    with open_csv_bytes(path, stem) as source:
+    with open_raw_bytes(path, stem) as source:
         head = source.read(_HEAD_BYTES)
     if not head.strip():
         raise DataError(f"{path.name}: the file is empty. Next: download it again.")
     if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
-        raise DataError(
-            f"{path.name}: a web page (HTML), not a table; Kaggle sends one when nobody is logged in. "
-            "Next: log in, accept the competition's rules, and download it again."
-        )
+        raise _web_page(path)
     try:
         line = head.splitlines()[0].decode("utf-8-sig")
     except UnicodeDecodeError as err:
         raise DataError(f"{path.name}: the first line is no UTF-8 text: {err}. Next: download it again.") from err
     return _cells(line)
+
+
+def _web_page(path: Path) -> DataError:
+    return DataError(
+        f"{path.name}: a web page (HTML), not a table; Kaggle sends one when nobody is logged in. "
+        "Next: log in, accept the competition's rules, and download it again."
+    )
+
+
+def read_json_lines(path: Path, stem: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row, record) of a file with one JSON object a line, rows from 1; blank lines do not count.
+
+    Raises:
+        DataError: a line that is no JSON object, a cut or damaged file, a web page, or no row at all.
+    """
+    row = 0
+    with open_raw_bytes(path, stem, suffix=".json") as source:
+        for line, is_last in _lines(source):
+            row += 1
+            try:
+                record = json.loads(line)
+            except ValueError as err:
+                if row == 1 and line.lstrip().startswith("<"):
+                    raise _web_page(path) from err
+                what = ", the last one: the file was cut short" if is_last else ""
+                raise DataError(f"{path.name}: row {row} is no JSON ({err}){what}. Next: download it again.") from err
+            if not isinstance(record, dict):
+                raise DataError(
+                    f"{path.name}: row {row} is a {type(record).__name__}; expected one JSON object a line. "
+                    "Next: download it again."
+                )
+            yield row, record
+    if not row:
+        raise DataError(f"{path.name}: the file is empty. Next: download it again.")
 
 
 def _cells(line: str) -> list[str]:
@@ -259,7 +301,7 @@ def _csv_batches(
         column_types=dict(types), include_columns=list(types), null_values=_NULLS, strings_can_be_null=False
     )
     done = 0
-    with open_csv_bytes(path, stem) as source, Bar(f"read {stem}", total=source.total // _MIB, unit="MiB") as bar:
+    with open_raw_bytes(path, stem) as source, Bar(f"read {stem}", total=source.total // _MIB, unit="MiB") as bar:
         shown = 0
         try:
             file = pa.PythonFile(source, mode="r")
@@ -282,7 +324,7 @@ def _explain(
     """Raise the sentence for Arrow's refusal: it names a value or a line, and only a second look names the row."""
     numbers = [name for name, kind in types.items() if not pa.types.is_string(kind)]
     names = _csv_header(path, stem)
-    with open_csv_bytes(path, stem) as source:
+    with open_raw_bytes(path, stem) as source:
         for row, line, is_last in _data_lines(source, skip=good_rows):
             cells = _cells(line)
             if len(cells) != len(names):
@@ -300,19 +342,23 @@ def _explain(
     raise DataError(f"{path.name}: after row {good_rows}: {str(err)[:200]}. Next: download it again.") from err
 
 
-def _data_lines(source: CsvBytes, *, skip: int) -> Iterator[tuple[int, str, bool]]:
+def _data_lines(source: RawBytes, *, skip: int) -> Iterator[tuple[int, str, bool]]:
     """(row, line, is it the file's last) below the header, from row `skip` + 1 on; blank lines do not count."""
-    row, rest = -1, b""
+    for row, (line, is_last) in enumerate(_lines(source)):
+        if row > skip:
+            yield row, line, is_last
+
+
+def _lines(source: RawBytes) -> Iterator[tuple[str, bool]]:
+    """(line, is it the file's last), blank ones left out."""
+    rest = b""
     while True:
         block = source.read(BLOCK_BYTES)
         lines = (rest + block).splitlines(keepends=True)
         rest = lines.pop() if lines and block else b""
         for position, line in enumerate(lines):
             if line.strip():
-                row += 1
-                if row > skip:
-                    is_last = not block and position == len(lines) - 1
-                    yield row, line.decode("utf-8", "replace").rstrip("\r\n"), is_last
+                yield line.decode("utf-8", "replace").rstrip("\r\n"), not block and position == len(lines) - 1
         if not block:
             return
 

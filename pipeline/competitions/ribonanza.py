@@ -21,8 +21,8 @@ from pipeline.competitions.raw import (
     find_table,
     kind_of,
     need_table,
-    open_csv_bytes,
     open_parquet,
+    open_raw_bytes,
     read_batches,
     read_table,
     require_columns,
@@ -372,7 +372,7 @@ def _check_sample(path: Path, test: pa.Table) -> int:
 def _csv_ends(path: Path) -> tuple[str, str, int]:
     """First id, last id and number of rows, from the lines' ends alone: 270 million rows pass at the disk's speed."""
     rows, head, tail = -1, b"", b""
-    with open_csv_bytes(path, _SAMPLE) as source, Bar(f"read {_SAMPLE}", total=source.total >> 20, unit="MiB") as bar:
+    with open_raw_bytes(path, _SAMPLE) as source, Bar(f"read {_SAMPLE}", total=source.total >> 20, unit="MiB") as bar:
         shown = 0
         while block := source.read(1 << 22):
             head = head or block[:4096]
@@ -431,7 +431,7 @@ def _need_room(train: Path, folder: Path) -> None:
         with open_parquet(train) as file:
             needed = file.metadata.num_rows * file.metadata.num_columns * 4
     else:
-        with open_csv_bytes(train, _TRAIN) as source:
+        with open_raw_bytes(train, _TRAIN) as source:
             needed = source.total * (4 if kind == "gzip" else 1)
     needed += needed // 3
     free = shutil.disk_usage(folder).free
@@ -453,6 +453,7 @@ RIBONANZA = Competition(
     slug="stanford-ribonanza-rna-folding",
     files=("train_data.csv", "test_sequences.csv", "sample_submission.csv"),
     task="values",
+    row_key="id",
     targets=TARGETS,
     target_range=(0.0, 1.0),
     signal_to_noise=tuple(f"signal_to_noise_{probe}" for probe in PROBES),

@@ -3,8 +3,11 @@
 Labels are wide (1 to 40 conformations side by side), in any row order, with -1e18 or empty cells where a residue was
 not resolved. Clean tables have one row per target (train, later, test) or per known conformation (references).
 
-What no test target with a cutoff may have seen is kept out of the train table: targets dated after the earliest of
-these cutoffs are in ``later``, from which templates are taken for the test targets that may use them.
+What no test target with a cutoff may have seen teaches nothing. Targets dated after the earliest of these cutoffs are
+in ``later``, from which templates are taken for the test targets that may use them. Targets that no date shows to be
+old enough stay in ``train``, to be predicted and scored, but ``teaches`` is false there: no network, ranker or policy
+learns from them. Dates are those of ``temporal_cutoff``, else of ``pdb_release_dates_NA.csv`` (part 2 ships it), else
+what the PDB id tells.
 """
 
 import re
@@ -19,7 +22,9 @@ import pyarrow as pa
 from pipeline.competitions.base import Competition
 from pipeline.competitions.raw import column_names, find_table, need_table, read_table, require_columns
 from pipeline.errors import DataError
+from pipeline.runlog import warn
 from pipeline.schema import ALPHABET, MAX_COORDINATE, split_id
+from pipeline.templates.gate import allowed_mask, released_by
 
 #: Candidates per target that a submission holds.
 CANDIDATES = 5
@@ -33,6 +38,8 @@ MIN_RESOLVED = 3
 _AXES = ("x", "y", "z")
 _NEEDED = ("train_sequences", "train_labels", "test_sequences", "sample_submission")
 _OPTIONAL = ("validation_sequences", "validation_labels", "train_clusters")
+_RELEASES, _RELEASES_IN = "pdb_release_dates_NA", "PDB_RNA"  # the file, and the folder that part 2 has it in
+_RELEASE_COLUMNS = {"Entry ID": pa.string(), "Release Date": pa.string()}
 _SAMPLE_COLUMNS = [f"{axis}_{number}" for number in range(1, CANDIDATES + 1) for axis in _AXES]
 _ODD = f"[^{ALPHABET}]"
 _ID = r"^(.+)_(\d+)$"  # as `split_id`, for a whole column
@@ -43,7 +50,7 @@ _KEY = {"ID": pa.string(), "resname": pa.string(), "resid": pa.int64()}
 
 
 def raw_files(folder: Path) -> dict[str, Path]:
-    """Label -> raw file in a folder or its zip; the validation and cluster files may be absent.
+    """Label -> raw file in a folder or its zip; those of validation, clusters and release dates may be absent.
 
     Raises:
         DataError: a needed file is missing, or validation labels came without their sequences.
@@ -53,6 +60,9 @@ def raw_files(folder: Path) -> dict[str, Path]:
         path = find_table(folder, label)
         if path is not None:
             found[label] = path
+    for place in (folder, folder / _RELEASES_IN):
+        if "release_dates" not in found and place.is_dir() and (path := find_table(place, _RELEASES)) is not None:
+            found["release_dates"] = path
     if "validation_labels" in found and "validation_sequences" not in found:
         raise DataError(f"{folder}: validation_labels came without validation_sequences.csv. Next: add that file.")
     return found
@@ -80,10 +90,12 @@ def clean(raw: dict[str, Path], out: dict[str, Path]) -> dict[str, Any]:
     dropped = facts["train"]["odd_letter_ids"]
     labels = _read_labels(raw["train_labels"], "train_labels", sequences=train, ignore=dropped)
     references = _conformers(labels)
-    train = _train_table(train, references, raw.get("train_clusters"))
+    train = _train_table(_dated(train, raw.get("release_dates")), references, raw.get("train_clusters"))
     facts["train"] |= {"rows": train.height, "without_labels": facts["train"]["sequences"] - train.height}
     train, later = _split_by_date(train, test, raw["train_sequences"])
-    facts["train"] |= {"later": later.height, "undated": train["temporal_cutoff"].null_count()}
+    teaches_nothing = train.filter(~pl.col("teaches"))["sequence_id"].to_list()
+    undated = train["temporal_cutoff"].null_count()
+    facts["train"] |= {"later": later.height, "undated": undated, "teaches_nothing": teaches_nothing}
     if "validation_labels" in raw:
         known = _validation(raw, train_ids=pl.concat([train, later])["sequence_id"])
         references = pl.concat([references, known]).sort("sequence_id", "conformer")
@@ -309,22 +321,62 @@ def _train_table(sequences: pl.DataFrame, references: pl.DataFrame, clusters: Pa
     ).sort("sequence_id")
 
 
-def _split_by_date(train: pl.DataFrame, test: pl.DataFrame, path: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Targets that every test target may use, and those dated after the earliest cutoff of a test target.
+def _dated(sequences: pl.DataFrame, releases: Path | None) -> pl.DataFrame:
+    """Training sequences with the release date of their PDB entry where they have no temporal_cutoff."""
+    if releases is None:
+        return sequences
+    table = _read(releases, _RELEASES, _RELEASE_COLUMNS)
+    entry, day = (pl.col(name).str.strip_chars() for name in _RELEASE_COLUMNS)
+    table = table.select(
+        "row",
+        entry.str.to_uppercase().alias("entry"),
+        day.str.slice(0, 10).str.to_date("%Y-%m-%d", strict=False).alias("released"),
+    )
+    _refuse(table, pl.col("released").is_null(), releases, "Release Date is no date; expected YYYY-MM-DD")
+    table = table.unique(["entry", "released"], maintain_order=True, keep="first")
+    _refuse(table, pl.col("entry").is_first_distinct().not_(), releases, "this Entry ID had another date before")
+    entry_of = pl.col("sequence_id").str.split("_").list.first().str.to_uppercase().alias("entry")
+    dated = sequences.with_columns(entry_of).join(
+        table.drop("row"), on="entry", how="left", validate="m:1", maintain_order="left"
+    )
+    return dated.with_columns(pl.coalesce("temporal_cutoff", "released").alias("temporal_cutoff"))
 
-    Targets without a date are not known to be later and stay; their number is in the report.
+
+def _split_by_date(train: pl.DataFrame, test: pl.DataFrame, path: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Targets not known to be newer than the earliest cutoff of a test target, and those dated after it.
+
+    Of both, ``teaches`` says whether they are known to be old enough for every test target.
     """
-    earliest = test["temporal_cutoff"].min()
+    earliest = test["temporal_cutoff"].drop_nulls().min()
+    days = zip(train["sequence_id"], train["temporal_cutoff"], strict=True)
+    known_N = np.array([day or released_by(name) for name, day in days], dtype="datetime64[D]")
+    train = train.with_columns(pl.Series("teaches", allowed_mask(earliest, known_N)))  # type: ignore[arg-type]
     if earliest is None:
         return train, train.clear()
     is_later = (pl.col("temporal_cutoff") > earliest).fill_null(False)
     kept, later = train.filter(is_later.not_()), train.filter(is_later)
-    if kept.is_empty():
+    doubtful = int((~kept["teaches"]).sum())
+    if doubtful == kept.height:
         raise DataError(
-            f"{path.name}: all {train.height} labelled targets are dated after {earliest!s}, the earliest "
-            "temporal_cutoff of test_sequences. Next: use files of the same release."
+            f"{path.name}: none of {train.height} labelled targets is known to be of {earliest!s} or before, the "
+            f"earliest temporal_cutoff of test_sequences ({later.height} are dated after it). Next: give them a "
+            f"temporal_cutoff, or put {_RELEASES}.csv beside it."
+        )
+    if doubtful:
+        warn(
+            f"{path.name}: {doubtful} of {kept.height} labelled targets have no date that shows them to be of "
+            f"{earliest!s} or before; they are predicted and scored, and nothing learns from them. Next: give them a "
+            f"temporal_cutoff, or put {_RELEASES}.csv (Entry ID, Release Date) beside it."
         )
     return kept, later
+
+
+def read_teaching(train: Path) -> set[str]:
+    """Ids of the targets of a clean train table from which something may be learned for the test targets."""
+    table = pl.scan_parquet(train)
+    if "teaches" in table.collect_schema().names():
+        table = table.filter("teaches")
+    return set(table.select("sequence_id").collect()["sequence_id"])
 
 
 def _read_clusters(path: Path) -> pl.DataFrame:
@@ -411,6 +463,7 @@ RNA3D = Competition(
         "sample_submission.csv",
     ),
     task="structure",
+    row_key="ID",
     targets=_AXES,
     target_range=None,
     signal_to_noise=None,

@@ -38,16 +38,18 @@ class Loss(Protocol):
 
 
 @dataclass(frozen=True)
-class MaskedMae:
-    """Mean absolute error on clipped targets, each profile with its weight.
+class MaskedError:
+    """Mean absolute or square error on clipped targets, each profile with its weight.
 
     Predictions are not clipped: beyond the range they keep a gradient that brings them back.
 
     Source:
-        Ribonanza's metric, MAE after clipping to [0, 1]; weights by signal to noise are this project's.
+        Ribonanza's metric, MAE after clipping to [0, 1]; OpenVaccine's, without the roots, which do not add up over
+        micro-batches. Weights by signal to noise are this project's.
     """
 
     target_range: tuple[float, float] | None
+    power: Literal[1, 2] = 1
 
     def weight(self, batch: RnaBatch) -> float:
         assert batch.target_BLC is not None
@@ -62,7 +64,9 @@ class MaskedMae:
         # nucleotide was not measured the error is multiplied by 0, so that a NaN prediction is seen even there.
         predicted_BLC = torch.where(real_BL1, outputs.values_BLC.float(), 0.0)
         target_BLC = torch.where(torch.isnan(target_BLC), 0.0, target_BLC)
-        return ((predicted_BLC - target_BLC).abs() * _element_weights(batch)).sum()
+        difference_BLC = predicted_BLC - target_BLC
+        error_BLC = difference_BLC.abs() if self.power == 1 else difference_BLC.square()
+        return (error_BLC * _element_weights(batch)).sum()
 
 
 def _element_weights(batch: RnaBatch) -> Tensor:
@@ -191,7 +195,7 @@ def training_loss(competition: Competition, settings: TrainConfig) -> Loss:
     """The loss that a competition's network is trained with."""
     if competition.task == "structure":
         return StructureLoss(settings.frame_weight, settings.tm_weight, settings.confidence_weight)
-    return MaskedMae(competition.target_range)
+    return MaskedError(competition.target_range, competition.error_power)
 
 
 def profile_weights(

@@ -58,9 +58,8 @@ class ErrorMeter:
 
     def result(self) -> dict[str, float]:
         assert self._competition.score is not None
-        with np.errstate(invalid="ignore"):
-            means_C = self._sums_C / self._counts_C
-        values = dict(zip(self._competition.targets, map(float, means_C), strict=True))
+        errors_C = self._competition.target_errors(self._sums_C, self._counts_C)
+        values = dict(zip(self._competition.targets, map(float, errors_C), strict=True))
         return {"metric": float(self._competition.score(self._sums_C, self._counts_C)), **values}
 
 

@@ -10,7 +10,7 @@ from torch.nn.functional import log_softmax
 from models.interface import RnaInputs, RnaOutputs
 from pipeline.batch import RnaBatch
 from pipeline.training import traces
-from pipeline.training.losses import DistanceCrossEntropy, MaskedMae, StructureLoss, profile_weights, training_loss
+from pipeline.training.losses import DistanceCrossEntropy, MaskedError, StructureLoss, profile_weights, training_loss
 from tests.pipeline import tiny
 
 
@@ -46,7 +46,7 @@ def test_the_loss_is_the_weighted_mean_error_on_clipped_targets(generator):
                 target = min(max(float(batch.target_BLC[b, k, c]), 0.0), 1.0)
                 total += float(batch.weight_BC[b, c]) * abs(float(predicted_BLC[b, k, c]) - target)
                 weight += float(batch.weight_BC[b, c])
-    loss = MaskedMae((0.0, 1.0))
+    loss = MaskedError((0.0, 1.0))
     assert float(loss.total(RnaOutputs(predicted_BLC), batch)) == pytest.approx(total, rel=1e-5)
     assert loss.weight(batch) == pytest.approx(weight, rel=1e-6)
 
@@ -54,7 +54,7 @@ def test_the_loss_is_the_weighted_mean_error_on_clipped_targets(generator):
 def test_two_halves_give_loss_and_gradient_of_the_whole(generator):
     batch = value_batch(generator, [9, 3, 7, 4])
     predicted_BLC = torch.randn(4, 9, 2, generator=generator, requires_grad=True)
-    loss = MaskedMae((0.0, 1.0))
+    loss = MaskedError((0.0, 1.0))
     whole = loss.total(RnaOutputs(predicted_BLC), batch) / loss.weight(batch)
     (expected,) = torch.autograd.grad(whole, predicted_BLC)
     halves = [slice(0, 2), slice(2, 4)]
@@ -68,7 +68,7 @@ def test_two_halves_give_loss_and_gradient_of_the_whole(generator):
 def test_unmeasured_and_padded_positions_have_neither_loss_nor_gradient(generator):
     batch = value_batch(generator, [9, 5])
     predicted_BLC = torch.randn(2, 9, 2, generator=generator, requires_grad=True)
-    loss = MaskedMae((0.0, 1.0))
+    loss = MaskedError((0.0, 1.0))
     total = loss.total(RnaOutputs(predicted_BLC), batch)
     (grad_BLC,) = torch.autograd.grad(total, predicted_BLC)
     silent_BLC = torch.isnan(batch.target_BLC)
@@ -86,7 +86,7 @@ def test_a_prediction_beyond_the_range_keeps_a_gradient_back():
         torch.ones(1, 1),
     )
     predicted_BLC = torch.tensor([[[2.0], [-1.0]]], requires_grad=True)
-    total = MaskedMae((0.0, 1.0)).total(RnaOutputs(predicted_BLC), batch)
+    total = MaskedError((0.0, 1.0)).total(RnaOutputs(predicted_BLC), batch)
     (grad_BLC,) = torch.autograd.grad(total, predicted_BLC)
     assert total == 2.0
     assert grad_BLC.flatten().tolist() == [1.0, -1.0]
@@ -98,14 +98,14 @@ def test_a_bad_prediction_at_a_real_nucleotide_is_seen(generator, bad, place):
     batch = value_batch(generator, [9, 5])
     predicted_BLC = torch.zeros(2, 9, 2)
     predicted_BLC[*place, 1] = bad
-    assert not torch.isfinite(MaskedMae((0.0, 1.0)).total(RnaOutputs(predicted_BLC), batch))
+    assert not torch.isfinite(MaskedError((0.0, 1.0)).total(RnaOutputs(predicted_BLC), batch))
 
 
 def test_a_bad_prediction_under_the_padding_harms_nobody(generator):
     batch = value_batch(generator, [9, 5])
     predicted_BLC = torch.zeros(2, 9, 2, requires_grad=True)
     poisoned = torch.where(batch.inputs.mask_BL.unsqueeze(-1), predicted_BLC, math.nan)
-    total = MaskedMae((0.0, 1.0)).total(RnaOutputs(poisoned), batch)
+    total = MaskedError((0.0, 1.0)).total(RnaOutputs(poisoned), batch)
     (grad_BLC,) = torch.autograd.grad(total, predicted_BLC)
     assert torch.isfinite(total)
     assert torch.isfinite(grad_BLC).all()
@@ -114,7 +114,7 @@ def test_a_bad_prediction_under_the_padding_harms_nobody(generator):
 def test_a_batch_without_any_measurement_weighs_nothing(generator):
     batch = value_batch(generator, [9, 5])
     batch.target_BLC.fill_(math.nan)
-    loss = MaskedMae((0.0, 1.0))
+    loss = MaskedError((0.0, 1.0))
     assert loss.weight(batch) == 0
     assert loss.total(RnaOutputs(torch.ones(2, 9, 2)), batch) == 0
 
@@ -303,5 +303,5 @@ def test_a_coordinate_that_is_not_finite_is_seen(generator, bad):
 
 def test_the_loss_follows_the_task_and_its_settings():
     settings = tiny.config(frame_weight=2.0, tm_weight=0.0, confidence_weight=0.5).train
-    assert training_loss(tiny.TINY, settings) == MaskedMae((0.0, 1.0))
+    assert training_loss(tiny.TINY, settings) == MaskedError((0.0, 1.0))
     assert training_loss(tiny.TINY3D, settings) == StructureLoss(2.0, 0.0, 0.5)

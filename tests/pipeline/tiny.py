@@ -47,6 +47,7 @@ def _competition(**changes: Any) -> Competition:
         "slug": "tiny",
         "files": ("train.csv",),
         "task": "values",
+        "row_key": "id",
         "targets": TARGETS,
         "target_range": (0.0, 1.0),
         "signal_to_noise": NOISE,
@@ -64,6 +65,7 @@ TINY = _competition()
 TINY3D = _competition(
     name="tiny3d",
     task="structure",
+    row_key="ID",
     targets=("x", "y", "z"),
     target_range=None,
     signal_to_noise=None,

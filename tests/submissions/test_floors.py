@@ -4,13 +4,23 @@ import pytest
 
 from pipeline.competitions import get_competition
 from pipeline.errors import DataError
-from submissions.floors import CONTEXT, FLOORS, MIN_EXAMPLES, UNPAIRED_BINS, FloorTables, UnpairedBins, kmers
+from submissions.floors import (
+    CONTEXT,
+    FLOORS,
+    MIN_EXAMPLES,
+    UNPAIRED_BINS,
+    FloorTables,
+    Means,
+    Medians,
+    UnpairedBins,
+    kmers,
+)
 
 RIBONANZA = get_competition("ribonanza")
 
 
 def tables(folds: int = 2, *, unpaired: bool = True) -> FloorTables:
-    return FloorTables(folds=list(range(folds)), num_targets=2, low=0.0, high=1.0, unpaired=unpaired)
+    return FloorTables(Medians(0.0, 1.0), folds=list(range(folds)), num_targets=2, unpaired=unpaired)
 
 
 def random_positions(rng: np.random.Generator, size: int, *, folds: int = 2):
@@ -87,6 +97,20 @@ def test_piles_at_the_ends_of_the_range_give_exact_medians():
     kmer_T = np.zeros(50, dtype=int)
     floors.add(kmer_T, kmer_T, truth_TC, np.ones(50, dtype=int))
     assert floors.fit()["constant"][0, :, 0, 0].tolist() == [0.0, 1.0]
+
+
+def test_floors_of_a_square_error_are_means_of_the_other_folds(rng):
+    kmer_T, bin_T, truth_TC, fold_T = random_positions(rng, 30_000)
+    truth_TC = truth_TC * 5 - 2
+    floors = FloorTables(Means(), folds=[0, 1], num_targets=2, unpaired=True)
+    floors.add(kmer_T, bin_T, truth_TC, fold_T)
+    fitted = floors.fit()
+    middle_T = kmer_T // 16 % 4
+    for fold in (0, 1):
+        train_T = fold_T != fold
+        assert fitted["constant"][fold, :, 7, 3] == pytest.approx(truth_TC[train_T].mean(axis=0), abs=1e-6)
+        wanted = truth_TC[train_T & (middle_T == 2)].mean(axis=0)
+        assert fitted["nucleotide"][fold, :, 2 * 16 + 5, 0] == pytest.approx(wanted, abs=1e-6)
 
 
 def test_unpaired_floor_is_only_there_with_probabilities():

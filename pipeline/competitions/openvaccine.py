@@ -1,0 +1,262 @@
+"""Stanford OpenVaccine (Kaggle 2020): reactivity and degradation rates of mRNA vaccine candidates, per nucleotide.
+
+The first 68 of 107 nucleotides were measured (91 of 130 in the longer test constructs); a submission has rows for all.
+
+Source: eternagame/DegScore and DasLab/KaggleOpenVaccine (MIT); Wayment-Steele et al. 2022, Nat. Mach. Intell. 4:1174.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.competitions.base import Competition
+from pipeline.competitions.raw import column_names, find_table, need_table, read_batches, read_json_lines
+from pipeline.errors import DataError
+from pipeline.schema import normalise_sequence
+
+#: In the submission's order: 1M7 reactivity, then degradation at pH 10 and at 50 °C, each with and without magnesium.
+TARGETS = ("reactivity", "deg_Mg_pH10", "deg_pH10", "deg_Mg_50C", "deg_50C")
+#: Columns that the organisers' metric is the mean of; the others are submitted and not looked at.
+COUNTED = ("reactivity", "deg_Mg_pH10", "deg_Mg_50C")
+
+_COUNTED_C = np.isin(TARGETS, COUNTED)
+_ROW_GROUP = 4096
+_PARQUET: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+_SAMPLE = "sample_submission"
+
+
+def _error_column(target: str) -> str:
+    """Name of a target's errors in the raw file: ``deg_error_pH10`` for ``deg_pH10``.
+
+    >>> [_error_column(target) for target in ("reactivity", "deg_Mg_50C")]
+    ['reactivity_error', 'deg_error_Mg_50C']
+    """
+    return "reactivity_error" if target == "reactivity" else target.replace("deg_", "deg_error_", 1)
+
+
+def error_sums(prediction_LC: np.ndarray, truth_LC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and counts of square errors over positions where all targets were measured.
+
+    Args:
+        prediction_LC: [L, C] float, in the order of `TARGETS`.
+        truth_LC: [L, C] float, NaN = not measured.
+
+    Returns:
+        [C] float64 sums of square errors and [C] int64 counts of positions.
+
+    Raises:
+        DataError: a prediction is NaN or infinite, measured position or not.
+        ValueError: the shapes differ.
+
+    >>> sums, counts = error_sums(np.array([[0.5, 1.5], [0.5, 0.5]]), np.array([[2.5, -0.5], [np.nan, 0.5]]))
+    >>> sums.tolist(), counts.tolist()
+    ([4.0, 4.0], [1, 1])
+    """
+    if prediction_LC.shape != truth_LC.shape:
+        raise ValueError(f"error_sums: prediction {prediction_LC.shape} and truth {truth_LC.shape} differ in shape.")
+    if not np.isfinite(prediction_LC).all():
+        position, channel = np.argwhere(~np.isfinite(prediction_LC))[0]
+        raise DataError(
+            f"prediction of {TARGETS[channel]} is {prediction_LC[position, channel]} at position {position + 1}; "
+            "expected finite values. Next: predict again, and look into the run's log for non-finite values."
+        )
+    counted_L = ~np.isnan(truth_LC).any(axis=1)
+    difference_LC = prediction_LC[counted_L].astype(np.float64) - truth_LC[counted_L].astype(np.float64)
+    return np.square(difference_LC).sum(axis=0), np.full(truth_LC.shape[1], counted_L.sum(), dtype=np.int64)
+
+
+def score(sums_C: np.ndarray, counts_C: np.ndarray) -> float:
+    """MCRMSE: the mean over the counted columns of the root mean square error; NaN if no position counts.
+
+    >>> score(np.array([4.0, 36.0, 1e9, 64.0, 1e9]), np.full(5, 4))
+    2.6666666666666665
+    """
+    if not np.all(counts_C):
+        return math.nan
+    means_C = np.asarray(sums_C, dtype=np.float64) / counts_C
+    return float(np.sqrt(means_C[_COUNTED_C]).mean())
+
+
+def raw_files(raw: Path) -> dict[str, Path]:
+    """``train`` and ``test`` (JSON lines), and ``sample``, the sample submission, if it is there.
+
+    Raises:
+        DataError: train or test is missing, or there are two of a kind.
+    """
+    files = {name: need_table(raw, name, suffix=".json") for name in ("train", "test")}
+    sample = find_table(raw, _SAMPLE)
+    return files | ({"sample": sample} if sample else {})
+
+
+def clean(files: dict[str, Path], parts: dict[str, Path]) -> dict[str, Any]:
+    """Write the clean train and test tables (test alone, if `parts` has no train); the facts are the report.
+
+    Beside what every competition has, train holds ``reactivity_error`` …, and per target the molecule's
+    ``signal_to_noise_<target>`` and ``SN_filter_<target>``, the same for all; test holds ``seq_scored``.
+
+    Raises:
+        DataError: a raw file is not what it should be.
+    """
+    test = [_read_test(record, where) for where, record in _records(files["test"], "test")]
+    first = 0
+    for row in test:
+        row |= {"id_min": first, "id_max": first + len(row["sequence"]) - 1}
+        first = row["id_max"] + 1
+    facts: dict[str, Any] = {"test": {"sequences": len(test), "positions": first, "lengths": _lengths(test)}}
+    if "sample" in files:
+        facts["test"]["sample_submission_rows"] = _check_sample(files["sample"], test)
+    _write(parts["test"], test, _test_schema())
+    if "train" not in parts:
+        return facts
+    train = [_read_train(record, where) for where, record in _records(files["train"], "train")]
+    train.sort(key=lambda row: row["sequence_id"])
+    _write(parts["train"], train, _train_schema())
+    sequences = {row["sequence"] for row in train}
+    facts["test"]["copies_of_train"] = sum(row["sequence"] in sequences for row in test)
+    return {
+        "sequences": len(train),
+        "scored": sum(row["scored"] for row in train),
+        "lengths": _lengths(train),
+        "targets": {target: _range(train, target) for target in TARGETS},
+        **facts,
+    }
+
+
+def _records(path: Path, stem: str) -> list[tuple[str, dict[str, Any]]]:
+    """(place for messages, record) of a raw file, every id once."""
+    seen: dict[str, int] = {}
+    records = []
+    for row, record in read_json_lines(path, stem):
+        name = str(record.get("id", ""))
+        where = f"{path.name}: row {row} (id {name})"
+        if not name:
+            raise DataError(f"{path.name}: row {row} has no id; expected one. Next: download it again.")
+        if name in seen:
+            raise DataError(f"{where}: the id of row {seen[name]} again; expected each once. Next: repair the file.")
+        seen[name] = row
+        records.append((where, record))
+    return records
+
+
+def _read_test(record: dict[str, Any], where: str) -> dict[str, Any]:
+    sequence = normalise_sequence(str(record.get("sequence", "")), where=where)
+    length, scored = record.get("seq_length", len(sequence)), record.get("seq_scored")
+    if length != len(sequence):
+        raise DataError(
+            f"{where}: seq_length {length} for a sequence of {len(sequence)} letters; expected the same. "
+            "Next: download it again."
+        )
+    if not isinstance(scored, int) or not 0 < scored <= len(sequence):
+        raise DataError(f"{where}: seq_scored {scored!r}; expected 1 to {len(sequence)}. Next: download it again.")
+    return {"sequence_id": str(record["id"]), "sequence": sequence, "seq_scored": scored}
+
+
+def _read_train(record: dict[str, Any], where: str) -> dict[str, Any]:
+    row = _read_test(record, where)
+    length, scored = len(row["sequence"]), row.pop("seq_scored")
+    signal, passes = record.get("signal_to_noise"), record.get("SN_filter")
+    if not isinstance(signal, int | float) or not math.isfinite(signal):
+        raise DataError(f"{where}: signal_to_noise {signal!r}; expected a finite number. Next: repair the row.")
+    if passes not in (0, 1):
+        raise DataError(f"{where}: SN_filter {passes!r}; expected 0 or 1. Next: repair the row.")
+    row |= {"dataset_name": f"{length} nt", "group": None, "scored": bool(passes)}
+    for target in TARGETS:
+        for column in (target, _error_column(target)):
+            values = _floats(record.get(column), scored, where=f"{where}: {column}")
+            row[column] = values + [None] * (length - scored)
+        row |= {f"signal_to_noise_{target}": float(signal), f"SN_filter_{target}": bool(passes)}
+    return row
+
+
+def _floats(values: Any, count: int, *, where: str) -> list[float | None]:
+    """A measured list; null and NaN are what was not measured."""
+    got = f"{len(values)} values" if isinstance(values, list) else type(values).__name__
+    if not isinstance(values, list) or len(values) != count:
+        raise DataError(f"{where} is {got}; expected a list of seq_scored = {count} numbers. Next: download it again.")
+    for place, value in enumerate(values, start=1):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or math.isinf(value)):
+            raise DataError(f"{where} holds {value!r} at position {place}; expected a number. Next: repair the row.")
+    return [None if value is None or math.isnan(value) else float(value) for value in values]
+
+
+def _test_schema() -> pa.Schema:
+    text, whole = pa.string(), pa.int64()
+    names = {"sequence_id": text, "sequence": text, "id_min": whole, "id_max": whole, "seq_scored": whole}
+    return pa.schema(list(names.items()))
+
+
+def _train_schema() -> pa.Schema:
+    fields = [("sequence_id", pa.string()), ("sequence", pa.string()), ("dataset_name", pa.string())]
+    fields += [("group", pa.string()), ("scored", pa.bool_())]
+    for target in TARGETS:
+        fields += [(name, pa.list_(pa.float32())) for name in (target, _error_column(target))]
+        fields += [(f"signal_to_noise_{target}", pa.float32()), (f"SN_filter_{target}", pa.bool_())]
+    return pa.schema(fields)
+
+
+def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    with pq.ParquetWriter(path, schema, **_PARQUET) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema=schema), row_group_size=_ROW_GROUP)
+
+
+def _check_sample(path: Path, test: list[dict[str, Any]]) -> int:
+    """Number of rows of a sample submission, whose keys must be those of `test`, in its order."""
+    names = column_names(path, _SAMPLE)
+    if names != ["id_seqpos", *TARGETS]:
+        raise DataError(
+            f"{path.name}: columns {', '.join(names[:6])}; expected id_seqpos, {', '.join(TARGETS)}: it is from "
+            "another competition. Next: put OpenVaccine's sample_submission there, or none."
+        )
+    expected = (f"{row['sequence_id']}_{position}" for row in test for position in range(len(row["sequence"])))
+    rows = 0
+    for batch in read_batches(path, _SAMPLE, {"id_seqpos": pa.string()}):
+        for got in batch["id_seqpos"].to_pylist():
+            rows += 1
+            if got != (wanted := next(expected, "the end")):
+                raise DataError(
+                    f"{path.name}: row {rows}: id_seqpos {got!r}; expected {wanted!r}, as test.json has it. "
+                    "Next: download both again."
+                )
+    if left := next(expected, ""):
+        raise DataError(f"{path.name}: ends after row {rows:,}; expected {left!r} next. Next: download it again.")
+    return rows
+
+
+def _lengths(rows: list[dict[str, Any]]) -> dict[str, int]:
+    lengths, counts = np.unique([len(row["sequence"]) for row in rows], return_counts=True)
+    return {str(length): count for length, count in zip(lengths.tolist(), counts.tolist(), strict=True)}
+
+
+def _range(rows: list[dict[str, Any]], target: str) -> dict[str, float]:
+    values = np.array([value for row in rows for value in row[target] if value is not None])
+    if not values.size:
+        return {}
+    edges = np.quantile(values, (0.0, 0.01, 0.5, 0.99, 1.0)).round(3).tolist()
+    return dict(zip(("min", "q01", "q50", "q99", "max"), edges, strict=True))
+
+
+OPENVACCINE = Competition(
+    name="openvaccine",
+    title="OpenVaccine: COVID-19 mRNA Vaccine Degradation Prediction",
+    slug="stanford-covid-vaccine",
+    files=("train.json", "test.json", "sample_submission.csv"),
+    task="values",
+    row_key="id_seqpos",
+    targets=TARGETS,
+    target_range=None,
+    signal_to_noise=tuple(f"signal_to_noise_{target}" for target in TARGETS),
+    metric="MCRMSE",
+    error_power=2,
+    error_sums=error_sums,
+    score=score,
+    tables=("train", "test"),
+    raw_files=raw_files,
+    clean=clean,
+    test_inputs=("test", "sample"),
+    test_tables=("test",),
+    shown_range=(0.0, 2.0),  # 99 % of the reactivities, 97 to 98 % of the degradation rates
+)
