@@ -4,6 +4,7 @@ Letters: T positions, C targets, N sequences, L length (nt), B bins.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -139,9 +140,11 @@ def _errors_section(subject: Subject, gathered: _Gathered) -> Markup:
     by_set = page.table(["data set", scores["metric"], *names, "positions"], sets)
     return page.join(
         page.legend([(name, figures.series_colour(place)) for place, name in enumerate(names)]),
-        page.panels([*drawings, page.element("div", page.element("h4", "By data set"), by_set)]),
+        page.panels(drawings),
         page.element("p", "Small numbers under the labels: positions scored.", class_="note"),
         page.figure(along, title="Along the sequence", wide=True),
+        page.element("h4", "By data set"),
+        by_set,
     )
 
 
@@ -164,9 +167,8 @@ def _examples_section(subject: Subject, gathered: _Gathered) -> Markup:
         for kind in ("measured", "predicted"):
             rows = [_padded(examples[name], kind, place, first, last) for name in mapped]
             maps.append((f"{short_name(target)}, {kind}", np.stack(rows)))
-    overview = figures.heat_maps(
-        maps, first=first + 1, low=gathered.low, high=gathered.high, ylabel="sequences, best predicted on top"
-    )
+    draw = partial(figures.heat_maps, first=first + 1, low=gathered.low, high=gathered.high)
+    overview = [draw(maps[at : at + 4], ylabel="sequences, best predicted on top") for at in range(0, len(maps), 4)]
     drawings = [
         page.figure(
             _strip(examples[name], competition, gathered),
@@ -182,7 +184,7 @@ def _examples_section(subject: Subject, gathered: _Gathered) -> Markup:
     return page.join(
         page.element("p", words, class_="note"),
         key,
-        page.figure(overview, wide=True),
+        *(page.figure(drawing, wide=True) for drawing in overview),
         page.element("h3", "Letter by letter"),
         key,
         *drawings,
@@ -199,7 +201,7 @@ def _read_examples(subject: Subject, ids: Sequence[str]) -> dict[str, dict[str, 
     joined = train.join(predicted, on="sequence_id", suffix="_predicted", validate="1:1").collect()
     examples = {}
     for row in joined.iter_rows(named=True):
-        signal = ", ".join(f"{row[name]:.1f}" for name in signals)
+        signal = ", ".join(dict.fromkeys(f"{row[name]:.1f}" for name in signals))
         examples[row["sequence_id"]] = {
             "sequence": row["sequence"],
             "about": f"{row['dataset_name']}, fold {row['fold']}" + (f", signal-to-noise {signal}" if signal else ""),
