@@ -3,10 +3,10 @@
 # Each target is one verb of the program `rna` (pipeline/cli.py), which decides by hash whether there is work to do:
 # running a target twice is safe. make itself exits with 2 whatever a verb's exit code; the verb prints its own.
 
-COMP  ?= ribonanza#        competition: ribonanza, rna3d
+COMP  ?= ribonanza#        competition: ribonanza, openvaccine, rna3d, rna3d2 (part 2)
 RAW   ?=#                  folder with the competition's files; empty = where download puts them
 FILES ?=#                  names on Kaggle that download fetches; empty = what data reads, all = everything
-MODEL ?= ribonanza_mamba#  a config in pipeline/configs, or a path to a TOML file
+MODEL ?=#                  a config in pipeline/configs, or a path to a TOML file; empty = ribonanza_mamba, for rna3d small_structure
 SPLIT ?= sim80_k5#         <kind><identity %>_k<folds>: sim80_k5, length_k5, random_k5
 FOLD  ?= 0#                fold to hold out, from 0
 NAME  ?= all#              name of an ensemble
@@ -22,7 +22,7 @@ TRACK ?=#                  who else listens: tensorboard, wandb (offline)
 FILE  ?=#                  submission that make check reads
 TRACES ?=#                 folder of C1' traces for score-tm and bench-tm: models, model_traces, native_traces.parquet
 OUT   ?= scores.parquet#   what score-tm writes
-ENGINE ?=#                 of score-tm: usalign for the installed program; empty = built-in
+ENGINE ?=#                 of TM-scores: usalign for the program, auto: it where installed; empty = built-in
 OWNER ?=#                  your user name on Kaggle, for make kernel
 KERNEL ?=#                 make kernel: train (as when empty) or predict; make submit-kaggle: owner/slug of a notebook
 SLUG  ?=#                  which bundle of make kernel is meant, where there are several
@@ -54,8 +54,10 @@ $(error SET changes what a run is, so name the variant: add TAG=some-name)
 endif
 
 RNA := $(PY) -m pipeline
+GPU := models/test_kernels models/test_causal_conv models/test_triton_scan models/test_ssd models/test_long_conv models/test_contract \
+  models/test_compile pipeline/test_plan pipeline/test_training_gpu
 AT := --comp $(COMP) --artifacts "$(ARTIFACTS)"
-NAMED := --model "$(MODEL)" --split $(SPLIT) $(if $(TAG),--tag $(TAG))
+NAMED := $(if $(MODEL),--model "$(MODEL)") --split $(SPLIT) $(if $(TAG),--tag $(TAG))
 RUN := $(NAMED) $(foreach item,$(SET),--set '$(item)')
 BUNDLE := $(if $(strip $(SLUG)),--slug $(strip $(SLUG)))
 JOB := $(if $(ALL),--all-folds,--fold $(FOLD))
@@ -63,15 +65,39 @@ TRAIN := $(if $(RESTART),--restart) $(if $(ALLOW_CHANGES),--allow-changes) $(if 
   $(foreach tracker,$(TRACK),--track $(tracker)) $(if $(filter-out 1,$(strip $(NPROC))),--nproc $(strip $(NPROC)))
 ENVIRONMENT := $(if $(filter .venv/bin/python,$(PY)),.venv/.ready)
 
-.PHONY: help setup doctor demo test test-faults lint download data bpp templates folds audit train train-all train-bg status logs stop sweep \
+.PHONY: help setup doctor demo test test-faults test-gpu lint download data bpp templates folds audit train train-all train-bg status logs stop sweep \
         replay predict templates-predict denovo structures ensemble submit submit-kaggle \
         kernel kernel-push kernel-status kernel-pull kernel-check handover check evaluate score-tm report plan bench bench-data bench-folds bench-loader bench-kernels bench-models bench-tm clean
 
-help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
-	@echo; echo "Variables (make train FOLD=0 MODEL=hyena):"
-	@sed -nE 's/^([A-Z]+) +\?= *([^#]*)# *(.*)/  \1\t\2\t\3/p' $(MAKEFILE_LIST) | expand -t 14,34
+# Targets and variables in two columns within 100 characters, longer texts on lines of their own below.
+define HELP
+function show(head, text,    words, count, k, line) {
+  count = split(text, words, " "); line = head
+  for (k = 1; k <= count; k++) {
+    if (length(line) + length(words[k]) >= 100) { print line; line = sprintf("%" length(head) "s", "") }
+    line = line " " words[k]
+  }
+  print line
+}
+/^$$/ { gap = "\n" }
+/^[a-z-]+:.*## / {
+  name = text = $$0; sub(/:.*/, "", name); sub(/.*## /, "", text)
+  if (shown++) printf "%s", gap
+  gap = ""; show(sprintf("%-18s", name), text)
+}
+/^[A-Z]+ *\?=/ {
+  name = preset = text = $$0; sub(/ *\?=.*/, "", name); sub(/^[^=]*= */, "", preset); sub(/ *#.*/, "", preset)
+  sub(/^[^#]*# */, "", text); variables[++known] = sprintf("%-10s %-17s", name, preset); told[known] = text
+}
+END {
+  print "\nVariables and what they are unless given (make train FOLD=0 MODEL=hyena):"
+  for (k = 1; k <= known; k++) show(variables[k], told[k])
+}
+endef
+export HELP
 
+help: ## list the targets
+	@awk "$$HELP" $(firstword $(MAKEFILE_LIST))
 setup: $(ENVIRONMENT) ## create .venv with pinned packages
 .venv/.ready: pyproject.toml .ci/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -80,7 +106,6 @@ setup: $(ENVIRONMENT) ## create .venv with pinned packages
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[$(EXTRAS)]"
 	touch $@
-
 doctor: $(ENVIRONMENT) ## say what this machine has and what will be used
 	@exec $(RNA) doctor
 demo: $(ENVIRONMENT) ## the whole chain on a small synthetic data set, on the CPU
@@ -90,6 +115,8 @@ test: $(ENVIRONMENT) ## lint, types and all tests that need no GPU
 	@exec $(PY) -m pytest -q -m "not gpu"
 test-faults: $(ENVIRONMENT) ## kill, damage and poison runs at random, and write the table of what happened
 	@OMP_NUM_THREADS=1 $(PY) -m tests.faults
+test-gpu: $(ENVIRONMENT) ## tests that need a GPU, the cheapest first (PY=python3: with what is installed there)
+	@exec $(PY) -m pytest -q -m gpu $(GPU:%=tests/%.py)
 lint: $(ENVIRONMENT) ## format the code and fix what ruff can fix
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
@@ -106,10 +133,10 @@ folds: $(ENVIRONMENT) ## clean tables -> fold of every sequence, verified by its
 audit: $(ENVIRONMENT) ## measure how much of a split leaks (SPLITS="sim80_k5 random_k5")
 	@exec $(RNA) audit $(AT) $(foreach split,$(or $(SPLITS),$(SPLIT)),--split $(split))
 plan: $(ENVIRONMENT) ## memory that training MODEL takes, and what would fit (LENGTH=<longest sequence>)
-	@exec $(RNA) plan --comp $(COMP) --model "$(MODEL)" $(foreach item,$(SET),--set '$(item)') $(if $(LENGTH),--length $(LENGTH))
+	@exec $(RNA) plan --comp $(COMP) $(if $(MODEL),--model "$(MODEL)") $(foreach item,$(SET),--set '$(item)') $(if $(LENGTH),--length $(LENGTH)) --nproc $(strip $(NPROC))
 train: $(ENVIRONMENT) ## train one fold of MODEL and predict; starting again resumes (RESTART=1: anew; ALLOW_CHANGES=1: e.g. with more epochs)
 	@exec $(RNA) train $(AT) $(RUN) --fold $(FOLD) $(TRAIN)
-train-all: $(ENVIRONMENT) ## train every fold of SPLIT, one after the other
+train-all: $(ENVIRONMENT) $(if $(filter rna3d%,$(COMP)),denovo templates-predict) ## train every fold of SPLIT, one after the other; rna3d: after denovo and templates-predict
 	@exec $(RNA) train $(AT) $(RUN) --all-folds $(TRAIN)
 train-bg: $(ENVIRONMENT) ## train in the background, also with the terminal closed (ALL=1 for every fold)
 	@exec $(RNA) train $(AT) $(RUN) $(JOB) $(TRAIN) --background
@@ -117,10 +144,10 @@ status: $(ENVIRONMENT) ## all runs: state, step, metric, tokens/s, time left, pr
 	@exec $(RNA) status --artifacts "$(ARTIFACTS)" $(if $(JSON),--json)
 logs: $(ENVIRONMENT) ## the last lines of a background run (FOLLOW=1 goes on until it ends)
 	@exec $(RNA) logs $(AT) $(NAMED) $(JOB) $(if $(FOLLOW),--follow)
-stop: $(ENVIRONMENT) ## let a run save its state and end (ALL=1: the one that trains every fold)
+stop: $(ENVIRONMENT) ## let the run of a FOLD save its state and end (ALL=1: the one that trains every fold)
 	@exec $(RNA) stop $(AT) $(NAMED) $(JOB)
 sweep: $(ENVIRONMENT) ## compare settings: make sweep NAME=lr OVER="train.lr=[1e-3,2e-3]" SEEDS=3 (again, or elsewhere: helps)
-	@exec $(RNA) sweep $(AT) --model "$(MODEL)" --split $(SPLIT) $(JOB) --name $(NAME) --seeds $(strip $(SEEDS)) \
+	@exec $(RNA) sweep $(AT) $(if $(MODEL),--model "$(MODEL)") --split $(SPLIT) $(JOB) --name $(NAME) --seeds $(strip $(SEEDS)) \
 	  $(foreach axis,$(OVER),--over '$(axis)') $(if $(TRIALS),--trials $(strip $(TRIALS))) $(foreach item,$(SET),--set '$(item)') \
 	  $(if $(strip $(BUDGET)),--time-budget $(strip $(BUDGET)))
 replay: $(ENVIRONMENT) ## run a batch that training left out again: where it breaks, what cures it (STEP=<step>)
@@ -140,8 +167,8 @@ submit-kaggle: $(ENVIRONMENT) ## send the submission to Kaggle once, and wait fo
 	@exec $(RNA) submit-kaggle $(AT) --name $(NAME) $(if $(FILE),--file "$(FILE)") $(if $(KERNEL),--kernel $(KERNEL) --version $(VERSION))
 check: $(ENVIRONMENT) ## check any submission file: make check FILE=my.csv
 	@exec $(RNA) check $(AT) "$(FILE)"
-evaluate: $(ENVIRONMENT) ## score out-of-fold predictions beside the trivial floors
-	@exec $(RNA) evaluate $(AT) --split $(SPLIT) --name $(NAME)
+evaluate: $(ENVIRONMENT) ## score out-of-fold predictions beside the trivial floors (ENGINE=usalign or auto: TM-scores by the program)
+	@exec $(RNA) evaluate $(AT) --split $(SPLIT) --name $(NAME) $(if $(ENGINE),--engine $(strip $(ENGINE)))
 score-tm: $(ENVIRONMENT) ## both TM-scores of a folder of C1' traces: make score-tm TRACES=<folder> OUT=scores.parquet (ENGINE=usalign)
 	@exec $(RNA) score-tm --traces "$(TRACES)" --out "$(strip $(OUT))" $(if $(ENGINE),--engine $(strip $(ENGINE)))
 structures: $(ENVIRONMENT) ## PDB and mmCIF files of an ensemble, and a page that shows them offline (TABLE=oof: training targets)
@@ -158,8 +185,8 @@ kernel-status: $(ENVIRONMENT) ## how the notebook is doing (WAIT=12h: until it e
 	@exec $(RNA) kernel-status $(AT) $(BUNDLE) $(if $(WAIT),--wait $(strip $(WAIT)))
 kernel-pull: $(ENVIRONMENT) ## fetch what the notebook left, verified; trained folds become local runs
 	@exec $(RNA) kernel-pull $(AT) $(BUNDLE)
-kernel-check: $(ENVIRONMENT) ## rehearse both kinds of notebook: bare Python, no network, read-only inputs (IMAGE=<python with the versions of the image>)
-	@exec $(RNA) kernel-check --artifacts "$(ARTIFACTS)" $(if $(IMAGE),--python $(IMAGE))
+kernel-check: $(ENVIRONMENT) ## rehearse notebooks: bare Python (IMAGE=<python>), no network, read-only inputs (RAW=<folder>: the bundle on its test set)
+	@exec $(RNA) kernel-check $(AT) $(if $(IMAGE),--python $(IMAGE)) $(if $(RAW),--raw "$(RAW)" $(BUNDLE) $(if $(LIMIT),--limit $(strip $(LIMIT))))
 handover: $(ENVIRONMENT) ## the files that Kaggle asks of winners, from the ensemble and its settings
 	@exec $(RNA) handover $(AT) --name $(NAME)
 

@@ -56,15 +56,18 @@ def parse_split(name: str) -> Split:
     found = re.fullmatch(r"(?:sim(\d{1,3})|(length|random))_k(\d{1,3})", name)
     if not found:
         raise ConfigError(
-            f"SPLIT={name!r} is no split. Next: sim<percent>_k<folds>, length_k<folds> or random_k<folds>."
+            f"SPLIT={name!r}: expected sim<percent>_k<folds>, length_k<folds> or random_k<folds>. Next: sim80_k5, for "
+            "example."
         )
     folds = int(found[3])
     if not 2 <= folds <= 255:
-        raise ConfigError(f"SPLIT={name!r}: {folds} folds. Next: 2 to 255.")
+        raise ConfigError(f"SPLIT={name!r}: {folds} folds; expected 2 to 255. Next: {name.partition('_')[0]}_k5.")
     if found[1]:
         percent = int(found[1])
         if not MIN_PERCENT <= percent <= 100:
-            raise ConfigError(f"SPLIT={name!r}: unrelated sequences reach 60 %. Next: {MIN_PERCENT} to 100 %.")
+            raise ConfigError(
+                f"SPLIT={name!r}: expected {MIN_PERCENT} to 100 %; unrelated ones reach 60 %. Next: sim80_k{folds}."
+            )
         return Split(kind="sim", percent=percent, folds=folds)
     if found[2] == "length":
         return Split(kind="length", percent=LENGTH_PERCENT, folds=folds)

@@ -74,7 +74,7 @@ def run(
         DataError: a table is missing, or a fold table is from other data.
     """
     if not splits:
-        raise ConfigError("audit: no splits. Next: at least one, such as SPLITS=sim80_k5.")
+        raise ConfigError("audit: no splits; expected at least one. Next: SPLITS=sim80_k5, for example.")
     inputs = {"train": paths.clean("train")} | {split: paths.fold_table(split) for split in splits}
     output = paths.home / "folds" / "audit.json"
     params = {"version": [VERSION, FOLDS_VERSION], "seed": seed, "exhaustive": exhaustive, "splits": list(splits)}

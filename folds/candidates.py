@@ -17,7 +17,7 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from folds.job import Job, list_missing
-from pipeline.competitions.rna3d import CANDIDATES
+from pipeline.competitions.rna3d import CANDIDATES, read_teaching
 from pipeline.errors import DataError
 from pipeline.structure.geometry import similarity
 from pipeline.tables import read_batches
@@ -92,9 +92,9 @@ def _traces(rows: pl.DataFrame) -> list[np.ndarray]:
 
 
 def _features(table: pl.DataFrame) -> np.ndarray:
-    """[N, F] what a source's expected TM-score is computed from: its confidence and the length."""
+    """[N, F] what a source's expected TM-score is computed from: its confidence and, of short sequences, the length."""
     confidence_N = table["confidence"].cast(pl.Float64).to_numpy()
-    log_N = np.log(table["x"].list.len().cast(pl.Float64).clip(15.0, 400.0).to_numpy() / 60.0)
+    log_N = np.log(table["x"].list.len().cast(pl.Float64).clip(15.0, 60.0).to_numpy() / 60.0)
     return np.stack([np.ones(len(log_N)), confidence_N, log_N, confidence_N * log_N], axis=1)
 
 
@@ -135,9 +135,9 @@ def choose(job: Job, parts: dict[str, Path], *, score: Scorer | None = None) -> 
     held_out = pl.read_parquet(job.paths.fold_table(job.split), columns=["sequence_id", "fold"])
     held_out = held_out.filter(pl.col("fold").is_in(job.folds))
     lost = held_out.join(oof, on="sequence_id", how="anti")["sequence_id"].sort().to_list()
-    columns = ["sequence_id", "fold", *_COLUMNS[1:]]
+    columns = ["sequence_id", "fold", *_COLUMNS[1:], "source"]
     _write_structures(oof.select(columns), parts["oof"])
-    _write_structures(test.select(_COLUMNS), parts["test"])
+    _write_structures(test.select(*_COLUMNS, "source"), parts["test"])
     facts = job.facts() | {
         "chosen": "highest expected TM-score, then what is good and new",
         "policy": learned,
@@ -160,7 +160,8 @@ def _learn(job: Job, tables: Mapping[str, pl.DataFrame], score: Scorer) -> dict[
     """Weights of every run, the largest novelty that does no harm, and its five (``oof``); None if none is known."""
     known = _references(job.paths.clean("references"))
     tables = {each: table.with_columns(pl.Series("_tm", _score(table, known, score))) for each, table in tables.items()}
-    judged = {each: table.filter(pl.col("_tm").is_not_nan()) for each, table in tables.items()}
+    teaches = pl.col("sequence_id").is_in(sorted(read_teaching(job.paths.clean("train"))))
+    judged = {each: table.filter(pl.col("_tm").is_not_nan(), teaches) for each, table in tables.items()}
     if any(not table.height or table["fold"].n_unique() < 2 for table in judged.values()):
         return None
     held_out = {
@@ -182,7 +183,7 @@ def _learn(job: Job, tables: Mapping[str, pl.DataFrame], score: Scorer) -> dict[
             for fold in job.folds
         ]
         choices[novelty] = pl.concat(folds).sort("sequence_id", "candidate")
-    best = {novelty: _mean_best(table) for novelty, table in choices.items()}
+    best = {novelty: _mean_best(table.filter(teaches)) for novelty, table in choices.items()}
     novelty = max(each for each, value in best.items() if value >= max(best.values()) - _AS_GOOD)
     return {
         "oof": choices[novelty].drop("_tm"),
@@ -222,14 +223,18 @@ def _score(table: pl.DataFrame, known: Mapping[str, list[np.ndarray]], score: Sc
 
 
 def choose_test(job: Job, policy: Mapping[str, Any] | None, parts: dict[str, Path]) -> dict[str, Any]:
-    """Write the chosen candidates of the test set alone, by the policy that `choose` learned (None: as they are)."""
+    """Write the chosen candidates of the test set alone, by the policy that `choose` learned (None: as they are).
+
+    Among the tables that are there: a machine whose time was up has not predicted with every run and fold.
+    """
     test = _choose_test(job, policy)
-    _write_structures(test.select(_COLUMNS), parts["test"])
+    _write_structures(test.select(*_COLUMNS, "source"), parts["test"])
     return job.facts() | {"test_rows": test.height}
 
 
 def _choose_test(job: Job, policy: Mapping[str, Any] | None) -> pl.DataFrame:
-    sources = {f"{each}/fold{fold}": (each, fold) for each in job.runs for fold in job.folds}
+    places = {f"{each}/fold{fold}": (each, fold) for each in job.runs for fold in job.folds}
+    sources = {source: place for source, place in places.items() if job.paths.test(*place).is_file()}
     tables = {source: _read_structures(job.paths.test(*place)) for source, place in sources.items()}
     if policy is None:
         return choose_candidates(tables)

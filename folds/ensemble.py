@@ -16,13 +16,13 @@ from folds.blend import blend, blend_test
 from folds.candidates import Scorer, choose, choose_test
 from folds.job import Job
 from pipeline.competitions.base import Competition
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.runlog import warn
 from pipeline.stage import Report, read_result, run_stage
 from pipeline.tables import open_parquet
 
-VERSION = 1
+VERSION = 2
 
 
 def run(
@@ -57,6 +57,8 @@ def run(
     _check_names(name, runs)
     folds, skipped = _find_folds(paths, runs, split=split, allow_partial=allow_partial)
     inputs = {"train": paths.clean("train"), "folds": paths.fold_table(split)}
+    if competition.task == "structure" and score is not None:
+        inputs["references"] = paths.clean("references")  # what the policy learns from
     for each in runs:
         for fold in folds:
             inputs |= {
@@ -90,7 +92,13 @@ def run(
 
 
 def apply(
-    paths: Paths, *, competition: Competition, name: str, weights: Path, folds: Sequence[int] | None = None
+    paths: Paths,
+    *,
+    competition: Competition,
+    name: str,
+    weights: Path,
+    folds: Sequence[int] | None = None,
+    partial_runs: bool = False,
 ) -> Report:
     """Join test predictions alone, as an earlier ensemble did, into ``ensembles/<name>/test.parquet``.
 
@@ -102,9 +110,10 @@ def apply(
         name: of the ensemble that is written.
         weights: ``weights.json`` of the earlier one: its runs, folds and weights.
         folds: use these of its folds alone.
+        partial_runs: of structures, choose among the predictions that are there: some folds of some runs.
 
     Raises:
-        ConfigError: the weights are of another competition, or a fold is not theirs.
+        ConfigError: the weights are of another competition, a fold is not theirs, or values lack a run.
         DataError: `weights` or a table of predictions is missing or damaged, or two of them are of other data.
     """
     _check_names(name, ("any",))
@@ -118,9 +127,16 @@ def apply(
     runs = tuple(told["runs"])
     job = Job(paths=paths, competition=competition, runs=runs, split=told["split"], folds=chosen, skipped=left_out)
     is_values = competition.task == "values"
+    if partial_runs and is_values:
+        raise ConfigError(f"ensemble: a mean of {competition.name} needs every run. Next: leave --partial out.")
+    tables = {f"{each}/fold{k}/test": paths.test(each, k) for each in runs for k in chosen}
+    if partial_runs:
+        tables = {label: path for label, path in tables.items() if path.is_file()}
+        if not tables:
+            raise DataError(f"{paths.home / 'runs'}: no predictions of {weights}. Next: make predict.")
     return run_stage(
         "ensemble",
-        inputs={"weights": weights} | {f"{each}/fold{k}/test": paths.test(each, k) for each in runs for k in chosen},
+        inputs={"weights": weights} | tables,
         outputs={"test": paths.ensemble_dir(name) / "test.parquet"},
         params={"version": VERSION, "competition": competition.name, "test_only": True, "folds": chosen},
         build=partial(blend_test, job, told["weights"]) if is_values else partial(choose_test, job, told.get("policy")),
@@ -130,13 +146,14 @@ def apply(
 def _check_names(name: str, runs: Sequence[str]) -> None:
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise ConfigError(
-            f"NAME={name!r} is no name for files. Next: a letter or digit, then letters, digits and . _ + - only."
+            f"NAME={name!r}: expected a letter or digit, then letters, digits and . _ + - only, as it names files. "
+            "Next: NAME=all, for example."
         )
     if not runs:
         raise ConfigError("ensemble: no runs given. Next: make train FOLD=0 MODEL=…, and the other folds.")
     twice = sorted({each for each in runs if list(runs).count(each) > 1})
     if twice:
-        raise ConfigError(f"ensemble: run {twice[0]!r} is given twice. Next: each run once.")
+        raise ConfigError(f"ensemble: run {twice[0]!r} is given twice; expected each run once. Next: leave it out.")
 
 
 def _find_folds(paths: Paths, runs: Sequence[str], *, split: str, allow_partial: bool) -> tuple[list[int], list[int]]:

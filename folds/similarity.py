@@ -109,7 +109,9 @@ def find_clusters(table: pl.DataFrame, *, percent: int, method: Method = "auto")
 
 def _check_options(percent: int, method: str) -> None:
     if method not in get_args(Method):
-        raise ConfigError(f"METHOD={method!r} is not known. Next: one of {', '.join(get_args(Method))}.")
+        raise ConfigError(
+            f"METHOD={method!r} is not known; expected one of {', '.join(get_args(Method))}. Next: METHOD=auto."
+        )
     if not MIN_PERCENT <= percent <= 100:
         raise ConfigError(
             f"identity threshold {percent} %: expected {MIN_PERCENT} to 100, as unrelated sequences reach 60 %. "

@@ -25,7 +25,7 @@ from models.layers.embedding import NUM_NUCLEOTIDES
 from models.layers.masked import zero_pads
 from models.layers.sepconv import conv1d
 from models.layers.shrinkage import Shrink, Shrinkage
-from models.registry import register_model
+from models.registry import refuse_without_effect, register_model
 
 _PAIR_KERNEL = 3
 
@@ -126,6 +126,8 @@ class Drsn(RnaEncoder):
             )
 
         super().__init__(width, kernel, NUM_NUCLEOTIDES, pair_width if pair_depth else 0, **common)
+        if not pair_depth:
+            refuse_without_effect(self, "without blocks over pairs (pair_depth)", pair_width=pair_width)
         self.blocks = blocks(depth, width, kernel=kernel)
         self.pairs = PairEmbedding(width, pair_width=pair_width, use_bpp=self.uses_bpp) if pair_depth else None
         self.pair_blocks = blocks(pair_depth, pair_width, kernel=_PAIR_KERNEL, axes=2)

@@ -16,6 +16,7 @@ from models.layers.checkpointing import run_blocks
 from models.layers.embedding import NUM_NUCLEOTIDES, InputEmbedding
 from models.layers.masked import clean_inputs
 from models.layers.pair import PairBlock, PairStart, PairUpdate
+from models.registry import refuse_without_effect
 
 
 class RnaEncoder(RnaModel):
@@ -59,6 +60,10 @@ class RnaEncoder(RnaModel):
         pool: Pool = "mean",
     ) -> None:
         super().__init__()
+        if not num_channels:
+            refuse_without_effect(self, "without values per nucleotide (num_channels)", gru_head=gru_head)
+        if not num_classes:
+            refuse_without_effect(self, "without classes (num_classes)", pool=pool)
         self.uses_bpp = use_bpp
         self.checkpoint_every = 0
         self.embedding = InputEmbedding(width, use_bpp=use_bpp, stem_kernel=stem_kernel, vocabulary=vocabulary)
@@ -82,10 +87,6 @@ class RnaEncoder(RnaModel):
         if every < 0:
             raise ValueError(f"gradient_checkpointing: got {every}; expected 0 (off) or a number of blocks.")
         self.checkpoint_every = every
-
-    def encode(self, inputs: RnaInputs) -> Tensor:
-        """Last hidden layer, normalised: [B, L, D]; what stands under the padding means nothing."""
-        return self._encode(clean_inputs(inputs, needs_bpp=self.uses_bpp))[0]
 
     def forward(self, inputs: RnaInputs) -> RnaOutputs:
         """Predict; see `RnaInputs` and `RnaOutputs`.
@@ -170,6 +171,11 @@ class BlockEncoder(RnaEncoder):
             return PairBlock(block, update)
 
         super().__init__(width, kernel, NUM_NUCLEOTIDES, pair_width, **common)
+        if not kernel:
+            shape = {"multi_kernel": multi_kernel, "glu": glu, "squeeze_excite": squeeze_excite}
+            refuse_without_effect(self, "without convolutions (kernel)", **shape)
+        if not pair_width:
+            refuse_without_effect(self, "without a pair track (pair_width)", pair_every=pair_every, triangle=triangle)
         if pair_width:
             self.pair_start = PairStart(pair_width, use_bpp=self.uses_bpp)
         elif any(attends):

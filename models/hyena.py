@@ -31,25 +31,6 @@ _FILTER_FLOOR = 1e-2  # to which the window decays, over 0.3 (fast channels) to 
 _INIT_STD = 0.02
 _TWO_SIDED = ("use_bpp", "gru_head", "num_distance_bins", "coordinates")
 
-_HYENADNA = {
-    "num_channels": 0,
-    "vocabulary": 16,
-    "bidirectional": False,
-    "stem_kernel": 0,
-    "kernel": 0,
-    "ffn_expand": 4,
-    "filter_shift": 0.05,
-    "dropout": 0.0,
-}
-#: arguments of `Hyena` for HyenaDNA's published sizes: 436,096, 1,641,088, 3,277,568 and twice 6,550,528 parameters
-HYENADNA_PRESETS: dict[str, dict[str, int | float | bool]] = {
-    "tiny-1k": _HYENADNA | {"width": 128, "depth": 2, "l_max": 1026},
-    "tiny-1k-d256": _HYENADNA | {"width": 256, "depth": 2, "l_max": 1026},
-    "small-32k": _HYENADNA | {"width": 256, "depth": 4, "l_max": 32_770},
-    "medium-160k": _HYENADNA | {"width": 256, "depth": 8, "l_max": 160_002},
-    "large-1m": _HYENADNA | {"width": 256, "depth": 8, "l_max": 1_000_002},
-}
-
 
 class HyenaFilter(nn.Module):
     """Long kernels as a function of time: a sine network times an exponentially decaying window.
@@ -142,7 +123,7 @@ class HyenaOperator(nn.Module):
 
 @register_model
 class Hyena(RnaEncoder):
-    """Blocks of a Hyena operator and a feed-forward network; HyenaDNA's sizes are `HYENADNA_PRESETS`.
+    """Blocks of a Hyena operator and a feed-forward network; HyenaDNA's sizes are ``pipeline/configs/hyenadna_*.toml``.
 
     Args:
         width: of the hidden layers.

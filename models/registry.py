@@ -67,6 +67,26 @@ def model_arguments(cls: type[RnaModel]) -> Mapping[str, inspect.Parameter]:
     return found
 
 
+def refuse_without_effect(model: RnaModel, where: str, **given: object) -> None:
+    """Refuse arguments that nothing reads, unless they are at their default.
+
+    Args:
+        model: whose constructor calls this.
+        where: what makes them idle, as in "without a pair track (pair_width)".
+        **given: arguments of the constructor.
+
+    Raises:
+        ValueError: one of them differs from its default.
+    """
+    known = model_arguments(type(model))
+    for key, value in given.items():
+        if value != known[key].default:
+            raise ValueError(
+                f"model {model.name!r}: got {key}={value!r}, which has no effect {where}; expected its default, "
+                f"{known[key].default!r}."
+            )
+
+
 def create_model(name: str, **kwargs: int | float | str | bool) -> RnaModel:
     """Build a network by name.
 

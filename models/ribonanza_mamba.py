@@ -10,7 +10,7 @@ from typing import Any
 
 from models.encoder import BlockEncoder
 from models.layers.mamba import BidirectionalMamba
-from models.registry import register_model
+from models.registry import refuse_without_effect, register_model
 
 
 @register_model
@@ -59,5 +59,10 @@ class RibonanzaMamba(BlockEncoder):
                 head_width=head_width,
             )
 
-        letters = itertools.islice(itertools.cycle(pattern), depth)
+        letters = list(itertools.islice(itertools.cycle(pattern), depth))
         super().__init__(width, ffn_expand, [mamba() if letter == "M" else None for letter in letters], **common)
+        if "M" not in letters:
+            kinds = {"mamba_version": mamba_version, "tie_directions": tie_directions, "head_width": head_width}
+            refuse_without_effect(self, "without Mamba (pattern, depth)", **kinds)
+        elif mamba_version == 1:
+            refuse_without_effect(self, "in version 1 (mamba_version)", head_width=head_width)

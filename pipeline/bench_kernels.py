@@ -1,12 +1,16 @@
 """Mamba's scan and Hyena's long convolution beside what a user would run instead: time, peak memory, slopes.
 
 Every measurement is a process of its own, in turn with the others; peers from packages run in an environment of their
-own (`.ci/bench-constraints.txt`). ``python -m pipeline.bench_kernels`` needs this repository and torch alone.
+own (`.ci/bench-constraints.txt`). Of the convolution, whose ratios are small, both also run in turn in one process, and
+the median of the ratios counts; so do two lengths for its slope. ``python -m pipeline.bench_kernels`` needs this
+repository and torch alone.
 """
 
 import math
+import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +25,8 @@ _BATCH, _INNER, _STATE = 8, 512, 16
 _HEAD = 64  # channels that share a decay in the SSD
 _CONV_CAUSAL_BATCH = 1
 _LONG_TOKENS = 2**16  # of a CUDA batch: longer sequences come in smaller ones
-_OURS, _ATTENTION = "ours", "torch SDPA, bf16"
+_OURS, _ATTENTION, _RFFT = "ours", "torch SDPA, bf16", "torch rfft"
+_IN_TURN, _SLOPE = "ours and torch rfft in turn", "slope"  # contestants in one process
 _PYTHONS = {"peers": measure.PEER_PYTHON}
 _QUADRATIC_MIB = 40_000  # that a peer with a state for each position may need before it is left out
 
@@ -60,8 +65,8 @@ def run(*, size: Size = "full", rounds: int = 2, record: Path | None = None) -> 
         record: JSON file; None = ``tests/benchmarks/kernels-<class>.json``.
 
     Returns:
-        One dict a comparison: what, shape, threads, ours and peer (ms), peer_name, ratio (peer / ours), peak_mib,
-        peer_peak_mib.
+        One dict a comparison: what, shape, threads, ours and peer (ms), peer_name, ratio (peer / ours), its quartiles
+        where both ran in turn, peak_mib, peer_peak_mib.
     """
     cells = _cuda_cells(size) if torch.cuda.is_available() else _cpu_cells(size)
     results = measure.interleave(cells, module="pipeline.bench_kernels", rounds=rounds, pythons=_PYTHONS)
@@ -90,8 +95,22 @@ def _cpu_cells(size: Size) -> list[Cell]:
         for name in names
         if length <= _LONGEST.get(name, length)
     ]
-    positions = (256, 1024, 4096, 2**14, 2**16, 2**18, 2**19, 2**20) if size == "full" else (64,)
-    return cells + [_cell("conv", name, length, 2) for length in positions for name in (_OURS, "torch rfft")]
+    positions = (128, 256, 1024, 4096, 2**14, 2**16, 2**18, 2**19, 2**20) if size == "full" else (64,)
+    return cells + _conv_cells(positions, threads)
+
+
+def _conv_cells(positions: Sequence[int], threads: Sequence[int]) -> list[Cell]:
+    """Each alone for its memory, both in turn, and slopes to the longest: over the top octave and from 65,536 on."""
+    *others, longest = positions
+    starts = sorted({*others[-1:], 2**16} & set(others))
+    return [
+        cell
+        for count in threads
+        for cell in (
+            *(_cell("conv", who, length, count) for length in positions for who in (_OURS, _RFFT, _IN_TURN)),
+            *(_cell("conv", _SLOPE, longest, count) | {"start": start} for start in starts),
+        )
+    ]
 
 
 def _cuda_cells(size: Size) -> list[Cell]:
@@ -102,8 +121,7 @@ def _cuda_cells(size: Size) -> list[Cell]:
         _scan_cell(name, n, 0) for n in lengths for name in names if name in quick or _states_mib(n) < _QUADRATIC_MIB
     ]
     cells = [cell for cell in cells if cell["who"] != "ours, plain PyTorch" or cell["length"] <= 2048]
-    positions = (256, 4096, 2**16, 2**19, 2**20) if size == "full" else (64, 128)
-    cells += [_cell("conv", name, length, 0) for length in positions for name in (_OURS, "torch rfft")]
+    cells += _conv_cells((256, 4096, 2**16, 2**19, 2**20) if size == "full" else (64, 128), (0,))
     return cells + [_cell("attention", _ATTENTION, length, 0) for length in lengths]
 
 
@@ -133,9 +151,13 @@ def _cell(what: str, who: str, length: int, threads: int) -> Cell:
 
 
 def measure_cell(cell: Cell) -> dict[str, float]:
-    """Milliseconds and extra peak MiB of forward alone, and of forward and backward."""
+    """Milliseconds and extra peak MiB of forward alone, and of both ways; or what contestants in turn give."""
     if cell["threads"]:
         torch.set_num_threads(cell["threads"])
+    in_turn = {_IN_TURN: _ratios, _SLOPE: _slope}.get(cell["who"])
+    if in_turn:
+        with measure.device():
+            return in_turn(cell)
     prepare = {"scan": _prepare_scan, "conv": _prepare_conv, "attention": _prepare_attention}[cell["what"]]
     with measure.device():
         short, operands = prepare(cell["who"], 8), prepare(cell["who"], cell["length"])
@@ -144,15 +166,38 @@ def measure_cell(cell: Cell) -> dict[str, float]:
 
 
 def _times(call: Callable[..., Tensor], operands: Sequence[Tensor]) -> dict[str, float]:
-    def forward() -> None:
-        with torch.inference_mode():
-            call(*operands)
-
     before = measure.held_mib()
-    found = {"forward_ms": 1000 * measure.seconds(forward), "forward_mib": measure.peak_mib() - before}
+    found = {"forward_ms": 1000 * measure.seconds(lambda: _forward(call, operands))}
+    found["forward_mib"] = measure.peak_mib() - before
     found["both_ms"] = 1000 * measure.seconds(lambda: _both(call, operands))
     found["both_mib"] = measure.peak_mib() - before
     return found
+
+
+def _ratios(cell: Cell) -> dict[str, float]:
+    """Milliseconds of both contestants, and quartiles of the ratios of one turn."""
+    (ours, operands), (peer, _) = (_prepare_conv(who, cell["length"]) for who in (_OURS, _RFFT))
+    found: dict[str, float] = {}
+    for name, way in (("forward", _forward), ("both", _both)):
+        turns = measure.in_turn(partial(way, ours, operands), partial(way, peer, operands))
+        found |= {f"{name}_ms": 1000 * statistics.median(mine for mine, _ in turns)}
+        found |= {f"{name}_peer_ms": 1000 * statistics.median(theirs for _, theirs in turns)}
+        quartiles = statistics.quantiles((theirs / mine for mine, theirs in turns), n=4)
+        found |= {f"{name}_{key}": x for key, x in zip(("low", "ratio", "high"), quartiles, strict=True)}
+    return found
+
+
+def _slope(cell: Cell) -> dict[str, float]:
+    """Median exponent of time in length, forward and backward, of turns with both lengths."""
+    lengths = cell["start"], cell["length"]
+    turns = measure.in_turn(*(partial(_both, *_prepare_conv(_OURS, length)) for length in lengths))
+    slopes = [math.log(long / short) / math.log(lengths[1] / lengths[0]) for short, long in turns]
+    return {"slope": statistics.median(slopes)}
+
+
+def _forward(call: Callable[..., Tensor], operands: Sequence[Tensor]) -> None:
+    with torch.inference_mode():
+        call(*operands)
 
 
 def _both(call: Callable[..., Tensor], operands: Sequence[Tensor]) -> None:
@@ -238,11 +283,13 @@ def _prepare_attention(who: str, length: int) -> tuple[Callable[..., Tensor], li
 
 def _compare(found: Sequence[tuple[Cell, dict[str, Any]]]) -> list[dict[str, Any]]:
     """Every peer beside ours of the same shape; attention, measured for its slope, beside nothing."""
-    ours = {_place(cell): result for cell, result in found if cell["who"] == _OURS}
+    ours, in_turn = (
+        {_place(cell): result for cell, result in found if cell["who"] == who} for who in (_OURS, _IN_TURN)
+    )
     rows = []
     for cell, result in found:
-        mine = ours.get(_place(cell))
-        if cell["who"] == _OURS:
+        mine, turns = ours.get(_place(cell)), in_turn.get(_place(cell))
+        if cell["who"] in (_OURS, _IN_TURN, _SLOPE):
             continue
         for key, suffix in (("forward", "forward"), ("both", "forward + backward")):
             rows.append(
@@ -250,10 +297,12 @@ def _compare(found: Sequence[tuple[Cell, dict[str, Any]]]) -> list[dict[str, Any
                     "what": f"{cell['what']}, {suffix}",
                     "shape": _shape(cell),
                     "threads": cell["threads"],
-                    "ours": mine and round(mine[f"{key}_ms"], 3),
-                    "peer": round(result[f"{key}_ms"], 3),
+                    "ours": mine and round((turns or mine)[f"{key}_ms"], 3),
+                    "peer": round(turns[f"{key}_peer_ms"] if turns else result[f"{key}_ms"], 3),
                     "peer_name": cell["who"],
-                    "ratio": mine and round(result[f"{key}_ms"] / mine[f"{key}_ms"], 3),
+                    "ratio": mine
+                    and round(turns[f"{key}_ratio"] if turns else result[f"{key}_ms"] / mine[f"{key}_ms"], 3),
+                    "quartiles": turns and [round(turns[f"{key}_{end}"], 3) for end in ("low", "high")],
                     "peak_mib": mine and round(mine[f"{key}_mib"], 1),
                     "peer_peak_mib": round(result[f"{key}_mib"], 1),
                 }
@@ -278,7 +327,7 @@ def _scan_bars(rows: Sequence[dict[str, Any]]) -> list[Bar]:
     for threads in sorted({row["threads"] for row in scans}):
         for shape in dict.fromkeys(row["shape"] for row in scans):
             here = [row for row in scans if row["shape"] == shape and row["threads"] == threads]
-            where = f"{shape}, {threads} thread{'s' * (threads != 1)}" if threads else shape
+            where = _where(shape, threads)
             bars += _cuda_scan_bars(here, where) if threads == 0 else _cpu_scan_bars(here, where)
     return bars
 
@@ -305,25 +354,35 @@ def _cuda_scan_bars(rows: Sequence[dict[str, Any]], where: str) -> list[Bar]:
 
 
 def _conv_bars(rows: Sequence[dict[str, Any]]) -> list[Bar]:
-    convs = [row for row in rows if row["what"].startswith("conv") and row["peer_name"] == "torch rfft"]
-    return [Bar(f"{row['what']} at {row['shape']}, times as fast as torch rfft", row["ratio"], 1.0) for row in convs]
+    return [
+        Bar(f"{row['what']} at {_where(row['shape'], row['threads'])}, times as fast as {_RFFT}", row["ratio"], 1.0)
+        for row in rows
+        if row["peer_name"] == _RFFT and row["ratio"]
+    ]
 
 
 def _slope_bars(found: Sequence[tuple[Cell, dict[str, Any]]]) -> list[Bar]:
     """Exponent of time in length, over the top octave and from 65,536 on: of the convolution; on a GPU, of the scan."""
-    bars = []
-    for what in ("conv", "scan") if torch.cuda.is_available() else ("conv",):
-        times = {c["length"]: r["both_ms"] / _batch_of(c) for c, r in found if (c["what"], c["who"]) == (what, _OURS)}
-        if len(times) > 1:
-            *_, octave, long = sorted(times)
-            for short in sorted({octave, 2**16} & times.keys() - {long}):
-                slope = math.log(times[long] / times[short]) / math.log(long / short)
-                bars.append(Bar(f"slope of our {what}'s time from L {short:,} to {long:,}", slope, 1.15, at_most=True))
-    return bars
+    slopes = [
+        (_where("conv", c["threads"]), c["start"], c["length"], r["slope"]) for c, r in found if c["who"] == _SLOPE
+    ]
+    if torch.cuda.is_available():
+        times = {
+            c["length"]: r["both_ms"] / _batch(c["length"])
+            for c, r in found
+            if (c["what"], c["who"]) == ("scan", _OURS)
+        }
+        *_, octave, long = sorted(times)
+        starts = sorted({octave, 2**16} & times.keys() - {long})
+        slopes += [("scan", n, long, math.log(times[long] / times[n]) / math.log(long / n)) for n in starts]
+    return [
+        Bar(f"slope of our time, {what}, from L {short:,} to {long:,}", slope, 1.15, at_most=True)
+        for what, short, long, slope in slopes
+    ]
 
 
-def _batch_of(cell: Cell) -> int:
-    return _CONV_CAUSAL_BATCH if cell["what"] == "conv" else _batch(cell["length"])
+def _where(what: str, threads: int) -> str:
+    return f"{what}, {threads} thread{'s' * (threads != 1)}" if threads else what
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ and no torch. A core folds 44 sequences of 170 nt a second.
 Letters: L length (nt), K pairs of one sequence, N sequences.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -44,6 +45,7 @@ MAX_WHOLE = 1200
 #: to WINDOW / 2 apart lie in that window, none beyond WINDOW is found. 4,640 nt take 20 s instead of two minutes.
 WINDOW = 1000
 
+_LENGTH = "longest"  # parameter of a result that other calls complete
 _LONGEST = 65_535  # nt: positions take two bytes
 _ROWS = 1024  # of a row group of the result
 _MAX_PART_ROWS = 2048
@@ -82,13 +84,20 @@ def _installed_version() -> str:
         return str(rna.__version__)
 
 
-def run(paths: Paths, *, workers: int | None = None, tables: Sequence[str] = ("train", "test")) -> Report:
+def run(
+    paths: Paths,
+    *,
+    workers: int | None = None,
+    tables: Sequence[str] = ("train", "test"),
+    longest: int | None = None,
+) -> Report:
     """Compute the base-pair probabilities of all sequences of the clean train and test tables.
 
     Args:
         paths: artefacts of one competition; ``clean/train`` and ``clean/test`` are read, ``bpp/bpp.parquet`` written.
         workers: processes; by default one per CPU this process may use.
         tables: clean tables whose sequences are folded; ``test`` alone where nothing is trained.
+        longest: nt; longer sequences are left out, for a first result that another call completes.
 
     Returns:
         Report with the output ``bpp``.
@@ -113,9 +122,11 @@ def run(paths: Paths, *, workers: int | None = None, tables: Sequence[str] = ("t
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
         with run_lock(paths.bpp.parent):  # only around work: folds that train at once all ask whether it is done
-            return _build(parts["bpp"], inputs=inputs, paths=paths, params=params, workers=workers)
+            wanted = [each for each in _unique_sequences(inputs.values()) if len(each) <= (longest or len(each))]
+            return _build(parts["bpp"], wanted, paths=paths, params=params, workers=workers)
 
-    report = run_stage("bpp", inputs=inputs, outputs={"bpp": paths.bpp}, params=params, build=build)
+    of_all = params if longest is None else params | {_LENGTH: longest}
+    report = run_stage("bpp", inputs=inputs, outputs={"bpp": paths.bpp}, params=of_all, build=build)
     if report.status == "built":
         shutil.rmtree(_parts_dir(paths), ignore_errors=True)
     return report
@@ -216,12 +227,11 @@ def _recorded(paths: Paths) -> dict[str, Any] | None:
 
 
 def _build(
-    out: Path, *, inputs: dict[str, Path], paths: Paths, params: dict[str, Any], workers: int | None
+    out: Path, wanted: list[str], *, paths: Paths, params: dict[str, Any], workers: int | None
 ) -> dict[str, Any]:
     usable, reason = available()
     if not usable:
         raise ConfigError(f"bpp: {reason}.")
-    wanted = _unique_sequences(inputs.values())
     longest = max(map(len, wanted), default=0)
     if longest > _LONGEST:
         raise DataError(
@@ -300,7 +310,7 @@ def _sources(paths: Paths, params: dict[str, Any]) -> list[_Source]:
     """Files with rows of these parameters: an earlier result, and the parts of an interrupted call."""
     found = []
     done = _recorded(paths)
-    if done and done["params"] == params:
+    if done and {name: value for name, value in done["params"].items() if name != _LENGTH} == params:
         found.append(_Source(paths.bpp))
     for path in sorted(_parts_dir(paths).glob("*")):
         try:
@@ -453,13 +463,13 @@ class _Crew:
         waiting = iter(jobs)
         busy: list[Connection] = []
         for pipe, job in zip(self._workers, waiting, strict=False):
-            pipe.send(job)
+            _send(pipe, job)
             busy.append(pipe)
         while busy and not stop.reason():
             for ready in cast(list[Connection], wait(busy, timeout=0.5)):
                 yield self._receive(ready)
                 for job in itertools.islice(waiting, 1):
-                    ready.send(job)
+                    _send(ready, job)
                     break
                 else:
                     busy.remove(ready)
@@ -467,7 +477,7 @@ class _Crew:
     def _receive(self, pipe: Connection) -> int:
         try:
             result = pipe.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):
             self._workers[pipe].join()
             raise StorageError(
                 f"bpp: a worker ended unexpectedly (exit code {self._workers[pipe].exitcode}; -9 mostly means that "
@@ -476,6 +486,12 @@ class _Crew:
         if isinstance(result, Exception):
             raise result
         return result
+
+
+def _send(pipe: Connection, job: tuple) -> None:
+    """Give a worker its next part; of one that is dead, `_Crew._receive` tells when it is listened to."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        pipe.send(job)
 
 
 def _serve(pipe: Connection) -> None:

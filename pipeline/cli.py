@@ -34,11 +34,28 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Comp = Annotated[str, typer.Option("--comp", help="Competition: ribonanza or rna3d.")]
+Comp = Annotated[
+    str, typer.Option("--comp", help="Competition: ribonanza, openvaccine, rna3d or rna3d2.", is_eager=True)
+]
 Artifacts = Annotated[
     Path, typer.Option("--artifacts", help="Folder where the stages write.", envvar="RNA_ARTIFACTS", file_okay=False)
 ]
-Model = Annotated[str, typer.Option("--model", help="A config of pipeline/configs by name, or a TOML file by path.")]
+
+
+def _model_or_default(context: typer.Context, model: str) -> str:
+    """The named model, or the competition's own; `Comp` is eager, so that it is known here."""
+    return model or str(_competition(context.params["comp"]).default_model)
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="A config of pipeline/configs by name, or a TOML file by path; unless given, the competition's own.",
+        show_default=False,
+        callback=_model_or_default,
+    ),
+]
 Split = Annotated[str, typer.Option("--split", help="Split: sim80_k5, length_k5 or random_k5.")]
 Fold = Annotated[int, typer.Option("--fold", help="Fold to hold out, from 0.", min=0)]
 Tag = Annotated[str, typer.Option("--tag", help="Names a variant of the model; needed with --set.")]
@@ -47,6 +64,13 @@ Sets = Annotated[
 ]
 Rounds = Annotated[int, typer.Option("--rounds", help="Measurements of each cell, in turn; the median counts.", min=1)]
 Name = Annotated[str, typer.Option("--name", help="Name of the ensemble.")]
+Engine = Annotated[
+    str, typer.Option("--engine", help="Of TM-scores: built-in, usalign (the program), or auto: it, where installed.")
+]
+Source = Annotated[
+    Path | None, typer.Option("--from", help="Folder of an earlier run: the test set alone, with what it learned.")
+]
+StageBudget = Annotated[str, typer.Option("--time-budget", help="With --from: begin no target after this time: 90s.")]
 TestOnly = Annotated[
     bool, typer.Option("--test-only", help="The test set alone: where checkpoints came from elsewhere.")
 ]
@@ -94,7 +118,7 @@ def demo(
     ),
     seed: Annotated[int, typer.Option("--seed", help="Of the synthetic data.", min=0)] = 0,
 ) -> None:
-    """Run the whole chain, reactivity and structure, on a small synthetic data set (CPU, under three minutes)."""
+    """Run the whole chain, all competitions, on small synthetic data sets (CPU, under three minutes)."""
     from pipeline.demo import run
 
     run(artifacts, seed=seed)
@@ -148,12 +172,15 @@ def bpp(
     artifacts: Artifacts = _ARTIFACTS,
     workers: Annotated[int | None, typer.Option("--workers", help="Processes; default: one per CPU.")] = None,
     test_only: TestOnly = False,
+    longest: Annotated[
+        int | None, typer.Option("--longest", help="Leave out longer sequences, nt; the next call adds them.", min=1)
+    ] = None,
 ) -> None:
     """Compute base-pair probabilities of all sequences with ViennaRNA (needed by models with use_bpp = true)."""
     from pipeline import bpp as stage
 
     tables = ("test",) if test_only else ("train", "test")
-    show(stage.run(_paths(comp, artifacts), workers=workers, tables=tables))
+    show(stage.run(_paths(comp, artifacts), workers=workers, tables=tables, longest=longest))
 
 
 @app.command()
@@ -206,15 +233,22 @@ def templates_predict(
     artifacts: Artifacts = _ARTIFACTS,
     split: Split = _SPLIT,
     msa: Annotated[
-        Path | None, typer.Option("--msa", help="Alignments: folder of <target>.MSA.fasta, or parquet target_id, msa.")
+        Path | None,
+        typer.Option("--msa", help="Undated alignments: folder of <target>.MSA.fasta, or parquet target_id, msa."),
     ] = None,
+    source: Source = None,
+    time_budget: StageBudget = "",
 ) -> None:
     """Predict structures from templates that a target's date and fold allow, as a run that ensemble takes."""
     from pipeline.templates import predict as stage
     from submissions.tm_score import tm_scores
 
-    paths = _paths(comp, artifacts)
-    report = stage.run(paths, competition=_competition(comp), split=split, score=tm_scores, msa=msa)
+    seconds = _stage_seconds(time_budget, source)
+    paths, what = _paths(comp, artifacts), {"competition": _competition(comp), "split": split, "msa": msa}
+    if source is None:
+        report = stage.run(paths, **what, score=tm_scores)
+    else:
+        report = stage.apply(paths, **what, source=source, seconds=seconds)
     show(report, stage.describe(report.facts))
 
 
@@ -223,12 +257,19 @@ def denovo(
     comp: Comp = "rna3d",
     artifacts: Artifacts = _ARTIFACTS,
     split: Split = _SPLIT,
+    source: Source = None,
+    time_budget: StageBudget = "",
 ) -> None:
     """Predict structures from pairing and from loops of known structures, as a run that ensemble takes."""
     from pipeline.structure import predict as stage
     from submissions.tm_score import tm_scores
 
-    report = stage.run(_paths(comp, artifacts), competition=_competition(comp), split=split, score=tm_scores)
+    seconds = _stage_seconds(time_budget, source)
+    paths, what = _paths(comp, artifacts), {"competition": _competition(comp), "split": split}
+    if source is None:
+        report = stage.run(paths, **what, score=tm_scores)
+    else:
+        report = stage.apply(paths, **what, source=source, seconds=seconds)
     show(report, stage.describe(report.facts))
 
 
@@ -237,7 +278,7 @@ def train(
     context: typer.Context,
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
-    model: Model = "ribonanza_mamba",
+    model: Model = "",
     split: Split = _SPLIT,
     fold: Fold = 0,
     all_folds: Annotated[bool, typer.Option("--all-folds", help="Train every fold of the split in turn.")] = False,
@@ -324,7 +365,7 @@ def status(
 def logs(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
-    model: Model = "ribonanza_mamba",
+    model: Model = "",
     split: Split = _SPLIT,
     fold: Fold = 0,
     all_folds: Annotated[bool, typer.Option("--all-folds", help="Of the job that trains all folds.")] = False,
@@ -349,7 +390,7 @@ def logs(
 def stop(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
-    model: Model = "ribonanza_mamba",
+    model: Model = "",
     split: Split = _SPLIT,
     fold: Fold = 0,
     all_folds: Annotated[bool, typer.Option("--all-folds", help="The job that trains all folds.")] = False,
@@ -371,7 +412,7 @@ def sweep(
     name: Annotated[str, typer.Option("--name", help="Of the sweep.")] = "sweep",
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
-    model: Model = "ribonanza_mamba",
+    model: Model = "",
     split: Split = _SPLIT,
     fold: Annotated[list[int] | None, typer.Option("--fold", help="Fold to hold out; repeatable.", min=0)] = None,
     all_folds: Annotated[bool, typer.Option("--all-folds", help="Every fold of the split.")] = False,
@@ -405,7 +446,7 @@ def sweep(
 def replay(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
-    model: Model = "ribonanza_mamba",
+    model: Model = "",
     split: Split = _SPLIT,
     fold: Fold = 0,
     tag: Tag = "",
@@ -425,7 +466,7 @@ def replay(
 def predict(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
-    model: Model = "ribonanza_mamba",
+    model: Model = "",
     split: Split = _SPLIT,
     fold: Fold = 0,
     tag: Tag = "",
@@ -459,6 +500,9 @@ def ensemble(
     fold: Annotated[
         list[int] | None, typer.Option("--fold", help="With --weights: use these folds; repeatable.", min=0)
     ] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="With --weights, of structures: choose among the predictions there are.")
+    ] = False,
 ) -> None:
     """Join folds and models into one prediction table, with weights learned on out-of-fold predictions."""
     from folds import ensemble as stage
@@ -466,7 +510,8 @@ def ensemble(
 
     paths = _paths(comp, artifacts)
     if weights is not None:
-        report = stage.apply(paths, competition=_competition(comp), name=name, weights=weights, folds=fold or None)
+        which: dict[str, Any] = {"weights": weights, "folds": fold or None, "partial_runs": partial}
+        report = stage.apply(paths, competition=_competition(comp), name=name, **which)
         show(report, f"{report.facts['test_rows']:,} test rows from folds {report.facts['folds']}")
         return
     runs = run or finished_runs(paths, split)
@@ -482,12 +527,13 @@ def submit(
     name: Name = _NAME,
     fmt: Annotated[str, typer.Option("--format", help="csv or parquet.")] = "csv",
     to: Annotated[Path | None, typer.Option("--to", help="Folder of the file; default: submissions/csv.")] = None,
+    fill: Annotated[bool, typer.Option("--fill", help="Structures: simple shapes where nothing is predicted.")] = False,
 ) -> None:
     """Write the submission file and check it; an invalid file never gets its final name."""
     from submissions import write
 
     paths = _paths(comp, artifacts) if to is None else Paths(comp=comp, root=artifacts, csv_dir=to)
-    report = write.run(paths, competition=_competition(comp), name=name, fmt=fmt)
+    report = write.run(paths, competition=_competition(comp), name=name, fmt=fmt, fill=fill)
     show(report, write.describe(report.facts))
 
 
@@ -523,7 +569,7 @@ def kernel(
     mode: Annotated[str, typer.Option("--mode", help="train, or predict: with an ensemble's checkpoints.")] = "train",
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
-    model: Model = "ribonanza_mamba",
+    model: Model = "",
     split: Split = _SPLIT,
     fold: Fold = 0,
     all_folds: Annotated[bool, typer.Option("--all-folds", help="Train every fold of the split in turn.")] = False,
@@ -601,15 +647,27 @@ def kernel_pull(comp: Comp = _COMP, artifacts: Artifacts = _ARTIFACTS, slug: Slu
 
 @app.command("kernel-check")
 def kernel_check(
+    comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
     python: Annotated[
         Path, typer.Option("--python", help="Of an environment with the packages of Kaggle's image; default: this one.")
     ] = Path(sys.executable),
+    slug: Slug = "",
+    raw: Annotated[
+        Path | None, typer.Option("--raw", help="Play the bundle on the test set of this folder; default: synthetic.")
+    ] = None,
+    limit: Annotated[str, typer.Option("--limit", help="With --raw: time for the notebook; default: its own.")] = "",
 ) -> None:
-    """Rehearse both kinds of notebook on synthetic data: bare Python, no network, read-only inputs."""
+    """Rehearse notebooks, both kinds on synthetic data or a bundle: bare Python, no network, read-only inputs."""
     from pipeline.kernel import check as rehearsal
 
-    report = rehearsal.run(artifacts / "kernel-check", python=python)
+    folder, paths = artifacts / "kernel-check", _paths(comp, artifacts)
+    if raw is None:
+        report = rehearsal.run(folder, python=python)
+    else:
+        home = paths.kernel_dir(_slug(paths, slug))
+        what: dict[str, Any] = {"home": home, "competition": _competition(comp), "raw": raw}
+        report = rehearsal.run_bundle(folder, python=python, **what, limit_s=_seconds(limit, option="--limit"))
     show(report, rehearsal.describe(report.facts))
 
 
@@ -643,11 +701,12 @@ def evaluate(
     artifacts: Artifacts = _ARTIFACTS,
     split: Split = _SPLIT,
     name: Name = _NAME,
+    engine: Engine = "built-in",
 ) -> None:
     """Score the out-of-fold predictions by the organisers' metric, beside the trivial floors."""
     from submissions import evaluate as stage
 
-    report = stage.run(_paths(comp, artifacts), competition=_competition(comp), name=name, split=split)
+    report = stage.run(_paths(comp, artifacts), competition=_competition(comp), name=name, split=split, engine=engine)
     show(report, stage.describe(report.facts))
 
 
@@ -655,7 +714,7 @@ def evaluate(
 def score_tm(
     traces: Annotated[Path, typer.Option("--traces", help="Folder with models, model_traces, native_traces.parquet.")],
     out: Annotated[Path, typer.Option("--out", help="Parquet file for model_id, tm_byresi, tm_seqindep.")],
-    engine: Annotated[str, typer.Option("--engine", help="built-in, or usalign: the program, installed.")] = "built-in",
+    engine: Engine = "built-in",
 ) -> None:
     """Score a folder of C1' traces by both TM-scores: residues matched by number, and by the shapes alone."""
     from submissions import score_traces as stage
@@ -688,11 +747,12 @@ def report(comp: Comp = _COMP, artifacts: Artifacts = _ARTIFACTS, name: Name = _
 @app.command()
 def plan(
     comp: Comp = _COMP,
-    model: Model = "ribonanza_mamba",
+    model: Model = "",
     set_: Sets = None,
     length: Annotated[
         int | None, typer.Option("--length", help="Of the longest sequence, nt; default: data.max_length.", min=1)
     ] = None,
+    nproc: Annotated[int, typer.Option("--nproc", help="Processes that train together.", min=1)] = 1,
 ) -> None:
     """Say what memory a training step takes, counted without running it; refuse what cannot fit, and say what would."""
     from pipeline import plan as planning
@@ -702,7 +762,7 @@ def plan(
     config, competition = load_config(model, set_ or ()), _competition(comp)
     if length is not None and length > config.data.max_length:
         say(f"LENGTH={length}: training crops to data.max_length = {config.data.max_length} nt, which is what counts")
-    found = planning.make_plan(config, lambda: build_model(config.model, competition), length=length)
+    found = planning.make_plan(config, lambda: build_model(config.model, competition), length=length, processes=nproc)
     output.print(found.table())
     found.require_fit()
     output.print(found.line(), markup=False)
@@ -880,8 +940,15 @@ def _seconds(text: str, *, option: str = "--time-budget") -> float | None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
     if not found:
-        raise ConfigError(f"{option} {text!r}: expected a number with s, m or h. Next: 8h, for example.")
+        raise ConfigError(f"{option} {text!r}: expected a number with s, m or h, such as 8h. Next: correct it.")
     return float(found.group(1)) * {"s": 1, "m": 60, "h": 3600}[found.group(2)]
+
+
+def _stage_seconds(text: str, source: Path | None) -> float | None:
+    """Seconds of a time budget, which only `--from` has."""
+    if text and source is None:
+        raise ConfigError("--time-budget is of --from alone, which leaves out targets. Next: leave it out.")
+    return _seconds(text)
 
 
 def show(report: Report, details: Any = ()) -> None:
@@ -948,7 +1015,10 @@ def run_verb(arguments: Sequence[str] | None = None) -> int:
         if not hasattr(err, "format_message"):  # not one of the command line's own
             raise
         sentence = err.format_message()  # empty where no verb was given: the help is printed then
-        return _fail(sentence, ConfigError.exit_code) if sentence else ConfigError.exit_code
+        context = getattr(err, "ctx", None)
+        verb = f" {context.info_name}" if context is not None and context.parent is not None else ""
+        told = f"{sentence.rstrip('.')}. Next: rna{verb} --help."
+        return _fail(told, ConfigError.exit_code) if sentence else ConfigError.exit_code
 
 
 def _interrupted() -> int:

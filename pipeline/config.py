@@ -90,6 +90,8 @@ class TrainConfig:
     patience: int = 0  # epochs without improvement before stopping; 0 = never
     deterministic: bool = False
     workers: int = 0  # processes that read batches ahead, for each training process; 0 = none
+    # of the network: "none" = all of it in each training process, "fsdp2" = a part, see pipeline.training.sharding
+    sharding: typing.Literal["none", "fsdp2"] = "none"
     process_timeout: float = 300.0  # seconds after which one of several training processes that is silent is lost
     max_skips: int = 5  # batches in a row that may be skipped for non-finite values or loss spikes
     max_rollbacks: int = 3
@@ -141,8 +143,11 @@ def find_config(name: str) -> Path:
     path = CONFIG_DIR / f"{name}.toml"
     if not path.is_file():
         near = difflib.get_close_matches(name, list_configs(), n=1)
-        hint = f"MODEL={near[0]}" if near else "one of these, or the path of a TOML file"
-        raise ConfigError(f"MODEL={name!r} is not known; expected one of {', '.join(list_configs())}. Next: {hint}.")
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"MODEL={name!r} is not known; expected one of {', '.join(list_configs())}.{hint} Next: one of "
+            "these, or the path of a TOML file."
+        )
     return path
 
 
@@ -170,11 +175,11 @@ def config_from_dict(tree: dict, *, where: str) -> RunConfig:
 def _apply_override(tree: dict, item: str) -> None:
     dotted, sep, raw = item.partition("=")
     if not sep:
-        raise ConfigError(f"--set {item!r}: no value. Next: section.key=value, such as train.lr=1e-3.")
+        raise ConfigError(f"--set {item!r}: expected section.key=value. Next: train.lr=1e-3, for example.")
     try:
         (value,) = tomllib.loads(f"v = {raw}").values()
     except ValueError as err:  # no TOML, or more than one value
-        raise ConfigError(f"--set {item!r}: {raw!r} is no TOML value. Next: quote strings.") from err
+        raise ConfigError(f"--set {item!r}: {raw!r} is no TOML value; quote strings. Next: correct it.") from err
     *parents, leaf = dotted.strip().split(".")
     node = tree
     for name in parents:
@@ -189,8 +194,8 @@ def _build(cls: type, tree: dict, *, where: str) -> typing.Any:
     for key in tree:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"Did you mean {near[0]!r}? " if near else ""
-            raise ConfigError(f"{where}: unknown key {key!r}. {hint}Next: one of {', '.join(sorted(known))}.")
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ConfigError(f"{where}: unknown key {key!r}{hint} Next: one of {', '.join(sorted(known))}.")
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in tree.items():

@@ -86,7 +86,7 @@ class ExampleSet(_Mapped):
     offsets: np.ndarray  # int64 [N+1] into the nucleotides
     ids_N: np.ndarray  # bytes, unique; sorted in the train table
     targets_TC: np.ndarray | None = None  # float32, NaN = not measured
-    weights_NC: np.ndarray | None = None  # float32: signal_to_noise, or ones; NaN = no such profile
+    weights_NC: np.ndarray | None = None  # float32: signal_to_noise, or ones; NaN = no such profile, or none to learn
     scored_N: np.ndarray | None = None  # bool: counts in the organisers' metric
     bpp: BppArrays | None = None
 
@@ -261,8 +261,8 @@ def _build_set(
     for left in home.glob(".part-*"):  # by a killed process: as large as the arrays themselves
         if left == part or not is_alive(int(left.name.rpartition("-")[2])):
             shutil.rmtree(left, ignore_errors=True)
-    part.mkdir(parents=True)
     try:
+        part.mkdir(parents=True)
         facts = write(part)
         for path in part.glob("*.npy"):
             fsync(path)
@@ -295,7 +295,7 @@ def _write_table(
         targets_TC = create_mapped(folder / "targets.npy", np.float32, (offsets[-1], len(targets)))
         weights_NC = np.ones((len(ids), len(targets)), dtype=np.float32)
         scored_N = np.zeros(len(ids), dtype=bool)
-        columns += ["scored", *targets, *(signal_to_noise or ())]
+        columns += ["scored", *targets, *(signal_to_noise or ()), *_optional(clean, "teaches")]
     row = 0
     for batch in _batches(clean, columns):
         rows = slice(row, row + batch.num_rows)
@@ -307,10 +307,18 @@ def _write_table(
                 targets_TC[span, c] = _flat_values(batch, name, lengths[rows], where=clean)
             for c, name in enumerate(signal_to_noise or ()):
                 weights_NC[rows, c] = batch[name].to_numpy(zero_copy_only=False)
+            if "teaches" in columns:
+                weights_NC[rows][~batch["teaches"].to_numpy(zero_copy_only=False)] = np.nan
     if targets:
         np.save(folder / "weights.npy", weights_NC)
         np.save(folder / "scored.npy", scored_N)
     return {"examples": len(ids), "nucleotides": int(offsets[-1])}
+
+
+def _optional(path: Path, name: str) -> list[str]:
+    import pyarrow.parquet as pq
+
+    return [name] if name in _read_parquet(path, lambda: pq.read_schema(path)).names else []
 
 
 def _ids_and_lengths(clean: Path, *, sorted_by_id: bool) -> tuple[np.ndarray, np.ndarray]:

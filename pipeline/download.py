@@ -46,7 +46,7 @@ def run(competition: Competition, paths: Paths, *, files: Sequence[str] = ()) ->
     wanted = list(files or competition.files)
     for name in wanted:
         if Path(name).name != name:
-            raise ConfigError(f"FILES={name!r}: a name with a folder in it. Next: the name alone, or FILES=all.")
+            raise ConfigError(f"FILES={name!r}: expected names without folders, or all. Next: FILES={Path(name).name}.")
     paths.raw.mkdir(parents=True, exist_ok=True)
     manifest = _read_manifest(paths.raw)
     missing = [name for name in wanted if not _intact(paths.raw, manifest, name)]

@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.competitions.base import Competition
 from pipeline.errors import DataError
+from pipeline.kernel.bundle import STAGES, is_stage
 from pipeline.paths import REPOSITORY, Paths
 from pipeline.runlog import duration, read_metrics
 from pipeline.stage import Report, commit, read_result, versions, write_json
@@ -35,7 +36,8 @@ def run(paths: Paths, *, competition: Competition, name: str) -> Report:
     told = read_result(
         paths.ensemble_dir(name) / "weights.json", hint=f"make ensemble COMP={competition.name} NAME={name}"
     )
-    trained = {run: [_trained(paths, run, fold) for fold in told["folds"]] for run in told["runs"]}
+    networks = [run for run in told["runs"] if not is_stage(run)]
+    trained = {run: [_trained(paths, run, fold) for fold in told["folds"]] for run in networks}
     home = paths.home / "handover" / name
     home.mkdir(parents=True, exist_ok=True)
     steps = _steps(competition, paths, told, name, configs=home / "configs")
@@ -85,15 +87,19 @@ def _steps(
     """What happens -> the command, in order."""
     at = f"COMP={competition.name}"
     uses_bpp = paths.bpp.is_file()
-    trains = [
-        f"make train-all {at} SPLIT={told['split']} MODEL={_near(configs / _config_name(run))}" for run in told["runs"]
+    split = f"SPLIT={told['split']}"
+    makes = [
+        f"make {STAGES[run.partition('.')[0]].verb} {at} {split}"
+        if is_stage(run)
+        else f"make train-all {at} {split} MODEL={_near(configs / _config_name(run))}"
+        for run in told["runs"]
     ]
     return [
         ("Prepare the data", f"make data {at} RAW=<folder of SETTINGS.json's RAW_DATA_DIR>"),
         *([("Base-pair probabilities", f"make bpp {at}")] if uses_bpp else []),
-        ("Assign the folds", f"make folds {at} SPLIT={told['split']}"),
-        *((f"Train {run}", command) for run, command in zip(told["runs"], trains, strict=True)),
-        ("Join the predictions", f"make ensemble {at} SPLIT={told['split']} NAME={name}"),
+        ("Assign the folds", f"make folds {at} {split}"),
+        *((f"Make the predictions of {run}", command) for run, command in zip(told["runs"], makes, strict=True)),
+        ("Join the predictions", f"make ensemble {at} {split} NAME={name}"),
         ("Write and check the submission", f"make submit {at} NAME={name}"),
         ("Predict new test data in a notebook", f"make kernel {at} KERNEL=predict NAME={name} OWNER=<user>"),
     ]
@@ -147,6 +153,8 @@ def _readme(
             lines.append(
                 f"| {run} | {fold} | {facts['parameters']:,} | {did} | {device} | {facts['precision']} | {spent} |"
             )
+    stages = [run for run in told["runs"] if is_stage(run)]
+    lines += ["", *(f"{run}: without a network, from pairing and known structures." for run in stages)]
     lines += ["", "## Settings of the runs", ""]
     for run, folds in trained.items():
         lines += [f"{run}:", "", "```json", json.dumps(folds[0]["config"], indent=2, sort_keys=True), "```", ""]
@@ -201,8 +209,11 @@ def _settings(paths: Paths, told: Mapping[str, Any], name: str) -> dict[str, Any
         "CLEAN_DATA_DIR": str(paths.clean("train").parent),
         "FOLDS_DIR": str(paths.fold_table(told["split"]).parent),
         "MODEL_CHECKPOINT_DIRS": {
-            run: [str(paths.fold_dir(run, fold) / "checkpoints") for fold in told["folds"]] for run in told["runs"]
+            run: [str(paths.fold_dir(run, fold) / "checkpoints") for fold in told["folds"]]
+            for run in told["runs"]
+            if not is_stage(run)
         },
+        "LEARNED_DIRS": {run: str(paths.run_dir(run)) for run in told["runs"] if is_stage(run)},
         "ENSEMBLE_DIR": str(paths.ensemble_dir(name)),
         "LOGS_DIR": str(paths.home / "runs"),
         "SUBMISSION_DIR": str(_near(paths.csv_dir)),

@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.errors import DataError, StoppedError
+from pipeline.errors import BusyError, ConfigError, DataError, PipelineError, StoppedError
 from pipeline.paths import Paths
 from pipeline.runlog import duration, read_status, say
 from pipeline.training.stop import already_at_work, lock_holder, run_lock
 
 _JOB = ".job"
 _LOG = "run.log"
+_TRACES = (_JOB, ".lock", _LOG, "status.json")  # what a start leaves that ends before anything is begun
 _POLL_S = 0.1
 _BEGIN_S = 20.0  # after it took the lock, a job that still reads its tables is left to itself
 _STOP_S = 40.0
@@ -45,11 +46,35 @@ def job_folder(paths: Paths, run: str, fold: int | None) -> Path:
 def at_work(folder: Path) -> Iterator[None]:
     """Hold a job's folder, from before its first file is read until its last one is written.
 
+    A start that is refused leaves nothing behind where nothing was begun before; of one in the background, whose
+    sentence nobody may have seen, log and status stay until `start` has shown them.
+
     Raises:
         StoppedError: another process holds it.
     """
     with run_lock(folder, name=_JOB):
-        yield
+        try:
+            yield
+        except PipelineError:
+            if not ((folder / _LOG).exists() or (folder.parent / _LOG).exists()):
+                _forget(folder)
+            raise
+
+
+def _forget(folder: Path) -> None:
+    """Remove the traces of starts that were refused, and the folders that are empty then; for who holds the lock."""
+    for fold in folder.glob("fold*"):
+        with contextlib.suppress(BusyError), run_lock(fold, name=_JOB):
+            _forget(fold)
+    if any(path.name not in _TRACES for path in folder.iterdir()):
+        return
+    for name in _TRACES:
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the first one that is not empty stays, and all above it
+        for each in (folder, *folder.parents):
+            each.rmdir()
+            if each.name == "runs":
+                return
 
 
 def worker(folder: Path) -> int | None:
@@ -106,11 +131,15 @@ def start(arguments: Sequence[str], *, folder: Path) -> int:
         with log.open() as handle:
             handle.seek(begin)
             say(handle.read().rstrip())
+        with run_lock(folder, name=_JOB):
+            _forget(folder)
         return code
     process.returncode = 0  # it lives on: not to be warned of when this object goes
     say(f"training in the background as process {process.pid}; it goes on when this terminal closes")
     say(f"  its log   {log}")
-    say("  follow    make logs FOLLOW=1    all runs    make status    stop    make stop    (same MODEL, FOLD, TAG)")
+    which = " ALL=1" if "--all-folds" in arguments else ""
+    hint = f"make logs{which} FOLLOW=1    all runs    make status    stop    make stop{which}"
+    say(f"  follow    {hint}    (same MODEL, {'' if which else 'FOLD, '}TAG)")
     return 0
 
 
@@ -157,17 +186,17 @@ def stop(folder: Path, *, patience: float = _STOP_S) -> str:
         What became of it, a sentence.
 
     Raises:
+        ConfigError: the process at work trains this fold and others; nothing is stopped.
         StoppedError: it is still at work after that time.
     """
-    pid = worker(folder)
+    pid, above = worker(folder), lock_holder(folder.parent, name=_JOB)
     if pid is None:
-        status = read_status(folder)
-        state = _state(folder, status)[0] if status else "never begun"
-        above = worker(folder.parent)
-        hint = f" Next: make stop ALL=1 stops process {above}, which trains all folds." if above is not None else ""
-        if not (status or hint):
-            hint = " Next: make status shows all runs; MODEL, SPLIT, FOLD and TAG say which one is meant."
-        return f"{folder}: nothing is running here ({state}).{hint}"
+        return _nothing_to_stop(folder, above)
+    if above is not None:
+        raise ConfigError(
+            f"{folder}: process {above or '(unknown)'} trains all folds of this run in turn, this one now; nothing was "
+            "stopped. Next: make stop ALL=1 ends it; the same make train-all or train-bg goes on from there."
+        )
     if pid:
         _terminate(pid, folder)
     give_up = time.monotonic() + patience
@@ -179,6 +208,20 @@ def stop(folder: Path, *, patience: float = _STOP_S) -> str:
             )
         time.sleep(_POLL_S)
     return _last_words(folder, pid)
+
+
+def _nothing_to_stop(folder: Path, above: int | None) -> str:
+    status, folds = read_status(folder), [fold for fold in sorted(folder.glob("fold*")) if worker(fold) is not None]
+    hint = ""
+    if above is not None:
+        hint = f" Next: make stop ALL=1 stops process {above or '(unknown)'}, which trains all folds in turn."
+    elif folds:
+        numbers = ", ".join(fold.name.removeprefix("fold") for fold in folds)
+        hint = f" Next: make stop FOLD=<one of {numbers}>, which are jobs of their own."
+    elif not status:
+        hint = " Next: make status shows all runs; MODEL, SPLIT, FOLD and TAG say which one is meant."
+    state = _state(folder, status)[0] if status else "never begun"
+    return f"{folder}: nothing is running here{'' if folds else f' ({state})'}.{hint}"
 
 
 def _last_words(folder: Path, pid: int) -> str:

@@ -157,6 +157,21 @@ def seconds(call: Callable[[], Any], *, at_least: float = 0.6, most: int = 30) -
     return statistics.median(times[1:] or times)
 
 
+def in_turn(*calls: Callable[[], Any], at_least: float = 3.0, fewest: int = 5, most: int = 200) -> list[list[float]]:
+    """Wall seconds of calls that are made in turn, after one that is left out: ratios within a turn see one machine.
+
+    Returns:
+        One list a turn, the seconds in the order of the calls; the order in which they are made alternates.
+    """
+    turns: list[list[float]] = []
+    for call in calls:
+        call()
+    while len(turns) < fewest or (sum(map(sum, turns)) < at_least and len(turns) < most):
+        step = 1 if len(turns) % 2 else -1
+        turns.append([_once(call) for call in calls[::step]][::step])
+    return turns
+
+
 def _once(call: Callable[[], Any]) -> float:
     started = time.perf_counter()
     call()

@@ -76,5 +76,8 @@ class Paths:
     def ensemble_dir(self, name: str) -> Path:
         return self.home / "ensembles" / name
 
+    def kernel_dir(self, slug: str) -> Path:
+        return self.home / "kernels" / slug  # a notebook's bundle and, once fetched, its output
+
     def submission(self, name: str, *, suffix: str = "csv") -> Path:
         return self.csv_dir / f"{self.comp}-{name}.{suffix}"

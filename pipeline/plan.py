@@ -19,7 +19,7 @@ from weakref import ref
 
 import torch
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -45,40 +45,46 @@ Build = Callable[[], RnaModel]
 class Step:
     """What the memory of a training step depends on, besides the network."""
 
-    micro_batch: int  # sequences of one forward pass
+    micro_batch: int  # sequences of one forward pass in one process
     length: int  # nt
     gradient_checkpointing: int  # recompute every k blocks; 0 = keep activations
     accumulates: bool  # whether gradients of earlier micro-batches are there already
+    processes: int = 1  # that train together, each with its share of the batch
+    sharded: bool = False  # and of the network
 
     @classmethod
-    def of(cls, config: RunConfig, *, length: int, sequences: int | None = None) -> "Step":
-        """The largest step of a run with so many sequences, the longest of `length` nt."""
+    def of(cls, config: RunConfig, *, length: int, sequences: int | None = None, processes: int = 1) -> "Step":
+        """The largest step of a run with so many sequences, the longest of `length` nt, in the fullest process."""
         train = config.train
-        batch_size = min(train.batch_size, sequences or train.batch_size)
-        micro_batch = min(train.largest_micro_batch, batch_size)
+        share = -(-min(train.batch_size, sequences or train.batch_size) // processes)
+        micro_batch = min(train.largest_micro_batch, share)
         return cls(
             micro_batch=micro_batch,
             length=min(length, config.data.max_length),
             gradient_checkpointing=train.gradient_checkpointing,
-            accumulates=micro_batch < batch_size,
+            accumulates=micro_batch < share,
+            processes=processes,
+            sharded=train.sharding == "fsdp2" and processes > 1,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """Bytes of a training step at its peak."""
+    """Bytes of a training step at its peak, in one process."""
 
     parameters: int  # a number, not bytes
     weights: int
     gradients: int
     optimizer: int
     average: int
+    together: int  # weights and gradients that a sharded network has whole at one time
     activations: int  # and what the backward pass holds besides
     heap: int  # freed, and not given back to the system
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.average + self.activations + self.heap
+        states = self.weights + self.gradients + self.optimizer + self.average + self.together
+        return states + self.activations + self.heap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +105,10 @@ class Plan:
     def line(self) -> str:
         """One line: need, of what, for what."""
         step, checkpointing = self.step, self.step.gradient_checkpointing
+        each = f" in each of {step.processes} processes" if step.processes > 1 else ""
+        part = f"1/{step.processes} of the network, " if step.sharded else ""
         return (
-            f"needs about {_gib(self.need.total)} of {_gib(self.available)} free on {self.device.type}: "
+            f"needs about {_gib(self.need.total)} of {_gib(self.available)} free on {self.device.type}{each}: {part}"
             f"{step.micro_batch} sequences of {step.length} nt, {self.precision.name}"
             f"{f', gradient checkpointing every {checkpointing}' if checkpointing else ''}"
         )
@@ -130,6 +138,7 @@ class Plan:
         table.add_column(justify="right")
         table.add_row("parameters", f"{self.need.parameters:,}")
         names = {"optimizer": "optimiser (two moments)", "average": "averaged weights", "heap": "heap that stays"}
+        names |= {"together": "blocks that are whole at one time"}
         for part, size in asdict(self.need).items():
             if part != "parameters" and size:
                 table.add_row(names.get(part, part), _gib(size))
@@ -144,6 +153,7 @@ def make_plan(
     *,
     length: int | None = None,
     sequences: int | None = None,
+    processes: int = 1,
     device: torch.device | None = None,
     available: int | None = None,
 ) -> Plan:
@@ -154,6 +164,7 @@ def make_plan(
         build: makes its network.
         length: of the longest sequence in nt, as far as known; the run's ``max_length`` crops it.
         sequences: that train, which no batch exceeds; None = more than a batch.
+        processes: that train together; what is counted is one's need.
         device: where it trains; None = where `choose_device` would.
         available: bytes that it may take; None = what is free.
 
@@ -168,7 +179,7 @@ def make_plan(
     def count(step: Step) -> Need:
         return estimate(build, step, precision=precision, device=device, averaged=averaged)
 
-    step = Step.of(config, length=length or config.data.max_length, sequences=sequences)
+    step = Step.of(config, length=length or config.data.max_length, sequences=sequences, processes=processes)
     plan = Plan(step=step, need=count(step), available=available, precision=precision, device=device)
     if plan.fits:
         return plan
@@ -176,7 +187,7 @@ def make_plan(
     return replace(plan, fitting=next((found for found in smaller if found[1].total <= available), None))
 
 
-def check(config: RunConfig, build: Build, *, length: int, sequences: int, device: torch.device) -> str:
+def check(config: RunConfig, build: Build, *, length: int, sequences: int, processes: int, device: torch.device) -> str:
     """Refuse a run that cannot fit, and say of another what it needs; arguments as for `make_plan`.
 
     A run on a GPU with ``micro_batch = "auto"`` is let go: it halves its batches by itself when memory runs out.
@@ -184,7 +195,7 @@ def check(config: RunConfig, build: Build, *, length: int, sequences: int, devic
     Raises:
         StorageError: with the settings that would fit.
     """
-    plan = make_plan(config, build, length=length, sequences=sequences, device=device)
+    plan = make_plan(config, build, length=length, sequences=sequences, processes=processes, device=device)
     if not (config.train.micro_batch == "auto" and plan.device.type == "cuda"):
         plan.require_fit()
     return plan.line()
@@ -226,12 +237,15 @@ def estimate(build: Build, step: Step, *, precision: Precision, device: torch.de
     # planning leaves the run's random numbers alone, and anomaly mode is no business of fake numbers
     with torch.random.fork_rng(), torch.autograd.set_detect_anomaly(False):
         counted = _count(build, step, precision=precision, device=device)
+    parts = step.processes if step.sharded else 1
+    weights, gradients = -(-counted.weights // parts), -(-counted.gradients // parts)
     return Need(
         parameters=counted.parameters,
-        weights=counted.weights,
-        gradients=counted.gradients,
-        optimizer=_MOMENTS * counted.gradients,
-        average=counted.weights if averaged else 0,
+        weights=weights,
+        gradients=gradients,
+        optimizer=_MOMENTS * gradients,
+        average=weights if averaged else 0,
+        together=2 * counted.together if step.sharded else 0,
         activations=counted.activations,
         heap=_HEAP_LEAST + int(_HEAP_SHARE * counted.allocated) if device.type == "cpu" else 0,
     )
@@ -242,6 +256,7 @@ class _Counted:
     parameters: int
     weights: int
     gradients: int
+    together: int  # bytes of the parameters outside of blocks, of a block and of the next one
     activations: int
     allocated: int  # by the forward pass on the heap, whether it was freed or not
 
@@ -301,9 +316,20 @@ def _run(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         weights=weights,
         gradients=gradients,
+        together=_together(model),
         activations=max(0, live.peak - weights - gradients),
         allocated=allocated,
     )
+
+
+def _together(model: RnaModel) -> int:
+    """Bytes of the parameters that `pipeline.training.sharding` has put together while it computes a block."""
+
+    def size(module: nn.Module) -> int:
+        return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+    blocks = [size(block) for block in getattr(model, "blocks", ())]
+    return size(model) - sum(blocks) + 2 * max(blocks, default=0)
 
 
 def _set_gradient_checkpointing(model: RnaModel, every: int) -> None:

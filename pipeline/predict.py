@@ -90,12 +90,13 @@ def run(
 
     Raises:
         ConfigError: the run is of another competition.
-        DataError: clean or fold table changed since training.
+        DataError: this fold was never trained, or clean or fold table changed since.
         DivergedError: a prediction is not finite.
-        StorageError: no readable checkpoint, or a single sequence does not fit into memory.
+        StorageError: every checkpoint is damaged, or a single sequence does not fit into memory.
         StoppedError: asked to stop; nothing is left half-written.
     """
     store = CheckpointStore(paths.fold_dir(run, fold) / "checkpoints")
+    _require_begun(store, paths)
     for tries_left in reversed(range(_TRIES)):
         path = store.best_folder()
         try:
@@ -105,6 +106,21 @@ def run(
                 raise
             say(f"{path}: replaced meanwhile by the training that goes on; predicting with its better one")
     raise AssertionError
+
+
+def _require_begun(store: CheckpointStore, paths: Paths) -> None:
+    if any(store.folder.glob("step-*")) or any(store.folder.glob("bad/step-*")):
+        return
+    trained: dict[str, list[str]] = {}
+    for folder in sorted({path.parents[1] for path in paths.home.glob("runs/*/fold*/checkpoints/step-*")}):
+        if "+sweep-" not in folder.parent.name:
+            trained.setdefault(folder.parent.name, []).append(folder.name)
+    there = ", ".join(f"{run} ({', '.join(folds)})" for run, folds in trained.items()) or "no run at all"
+    raise DataError(
+        f"{store.folder}: no checkpoint, this fold was never trained; trained so far: {there}. Next: make train "
+        f"COMP={paths.comp} FOLD={store.folder.parent.name.removeprefix('fold')} with the same MODEL, SPLIT and TAG, "
+        "or make predict with those of a trained fold."
+    )
 
 
 def _run(

@@ -61,7 +61,7 @@ def run(
         DataError: no batch was ever saved, or its file is damaged.
     """
     if precision not in (None, *_RUNGS):
-        raise ConfigError(f"--precision {precision!r} is not known. Next: one of {', '.join(_RUNGS)}.")
+        raise ConfigError(f"--precision: got {precision!r}; expected {', '.join(_RUNGS)}. Next: one of these, or none.")
     path = _choose(paths, run=run, fold=fold, step=step)
     bad = load_bad_batch(path)
     if bad.meta["competition"] != competition.name:
@@ -142,7 +142,9 @@ def _choose(paths: Paths, *, run: str, fold: int, step: int | None) -> Any:
         )
     if step is not None and step not in found:
         kept = ", ".join(map(str, sorted(found)))
-        raise ConfigError(f"STEP={step}: no batch of that step in {folder}. Next: STEP= one of {kept}.")
+        raise ConfigError(
+            f"--step {step}: no batch of that step in {folder}; expected one of {kept}. Next: STEP=<one of these>."
+        )
     return found[next(iter(found)) if step is None else step]
 
 

@@ -15,9 +15,11 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from pipeline.stage import write_json
@@ -29,6 +31,7 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 output = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 _PLAIN_INTERVAL_S = 15.0
+_BAR_WIDTH = 8  # characters that a bar has at least
 _Item = TypeVar("_Item")
 
 
@@ -43,8 +46,10 @@ class Bar:
         self.label, self.total, self.unit = label, total, unit
         self._done, self._note, self._said = 0, "", time.monotonic()
         self._live = console.is_terminal
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
-        tail = (TextColumn(unit), TimeRemainingColumn(compact=True))
+        whole, rest = Column(no_wrap=True), Column(no_wrap=True, ratio=1, width=_BAR_WIDTH)
+        name = _LabelColumn("{task.description}", table_column=Column())
+        columns = (SpinnerColumn(), name, BarColumn(None, table_column=rest), MofNCompleteColumn(table_column=whole))
+        tail = (TextColumn(unit), TimeRemainingColumn(compact=True, table_column=whole))
         options: dict[str, Any] = {"transient": True, "disable": not self._live, "expand": True}
         self._progress = _NotedProgress(*columns, *tail, console=console, **options)
         self._task = self._progress.add_task(label, total=total, note="")
@@ -65,6 +70,15 @@ class Bar:
             self._said = time.monotonic()
             of_total = f"/{self.total}" if self.total is not None else ""
             console.print(f"{self.label}: {self._done}{of_total} {self.unit} {self._note}".rstrip(), markup=False)
+
+
+class _LabelColumn(TextColumn):
+    """What a narrow terminal cuts first: the numbers say more."""
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
 
 
 class _NotedProgress(Progress):
@@ -162,19 +176,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics log; a torn last line, as a killed run leaves it, is dropped.
 
     Raises:
-        ValueError: a line before the last one is not JSON (somebody edited the file).
+        ValueError: a line before the last one is no JSON row (somebody edited the file, or the disk lost a part of it).
     """
-    lines = path.read_text().split("\n") if path.exists() else []
+    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as err:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}: line {number} is not JSON: {line[:60]!r}") from err
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if isinstance(row, dict) and "event" in row:
+            rows.append(row)
+        elif number < len(lines):
+            raise ValueError(f"{path}: line {number} is not JSON with an event: {line[:60]!r}")
     return rows
 
 

@@ -52,7 +52,7 @@ def encode(sequence: str) -> np.ndarray:
     """
     tokens_L = _TOKEN_OF_BYTE[np.frombuffer(sequence.encode("ascii", "replace"), dtype=np.uint8)]
     if tokens_L.size and tokens_L.max() == 255:
-        raise DataError(f"encode: {sequence[:20]!r}… holds a letter outside {ALPHABET}. Next: normalise it.")
+        raise DataError(f"encode: {sequence[:20]!r}… holds a letter outside {ALPHABET}. Next: normalise it first.")
     return tokens_L
 
 

@@ -12,14 +12,16 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pipeline.errors import DataError, StorageError
 from pipeline.paths import REPOSITORY, how_to_make
+
+Item = TypeVar("Item")
 
 _VERSIONED = ("numpy", "polars", "pyarrow", "torch", "numba", "ViennaRNA")
 
@@ -112,14 +114,12 @@ def _build(outputs: Mapping[str, Path], build: Callable[[dict[str, Path]], dict[
             raise StorageError(f"{err.filename or path}: the disk is full. Next: free space and run again.") from err
         raise
     finally:
-        for part in parts.values():
-            if part.is_dir():
-                shutil.rmtree(part, ignore_errors=True)
-            part.unlink(missing_ok=True)
+        for path in outputs.values():
+            _sweep(path)
 
 
 def _sweep(path: Path) -> None:
-    """Remove what a killed process left half-written beside `path`; a living one keeps its own.
+    """Remove what this process or a killed one left half-written beside `path`; another living one keeps its own.
 
     A part may be a folder, and may have scratch of its own beside it, named ``<part>.<anything>``. In containers a
     process often has the number of the one before it, so what bears this process's own is swept too.
@@ -158,6 +158,29 @@ def _intact(done: Mapping[str, Any], outputs: Mapping[str, Path]) -> bool:
     return set(recorded) == set(outputs) and all(
         path.is_file() and sha256_file(path) == recorded[label] for label, path in outputs.items()
     )
+
+
+def take_until(items: Sequence[Item], end: float | None) -> Iterator[Item]:
+    """Items as long as there is time: none is begun after `end`, on `time.monotonic`'s clock (None = no end).
+
+    >>> list(take_until([3, 1, 2], None)), list(take_until([3, 1, 2], time.monotonic()))
+    ([3, 1, 2], [])
+    """
+    for item in items:
+        if end is not None and time.monotonic() >= end:
+            return
+        yield item
+
+
+def tell_left_out(facts: Mapping[str, Any]) -> str:
+    """Which targets a stage had no time for, in one line.
+
+    >>> tell_left_out({"targets": 3, "left_out": ["R1", "R2"]})
+    '1 of 3 targets predicted; left out: R1, R2'
+    """
+    left = facts["left_out"]
+    some = f"; left out: {', '.join(left[:5])}{', …' if len(left) > 5 else ''}" if left else ""
+    return f"{facts['targets'] - len(left)} of {facts['targets']} targets predicted{some}"
 
 
 def read_result(path: Path, *, hint: str, manifest: Path | None = None) -> dict[str, Any]:

@@ -144,8 +144,8 @@ def parse_axis(text: str) -> Axis:
     if _is_range(value):
         return Axis(key=key.strip(), **value)
     raise ConfigError(
-        f"--over {text!r}: no values and no range. Next: section.key=[value, ...] or section.key={{low=..., high=..., "
-        "log=true}}, as TOML (in make without spaces), numbers with low below high, and with log above 0."
+        f"--over {text!r}: expected section.key=[value, ...] or section.key={{low=..., high=..., log=true}}, as TOML, "
+        "numbers with low below high, and with log above 0. Next: make sweep OVER='train.lr=[1e-3,2e-3]' (no spaces)."
     )
 
 
@@ -301,8 +301,8 @@ def _suggest(trial: Any, axis: Axis) -> Any:
 def summarise(results: Mapping[Job, float | None]) -> list[dict[str, Any]]:
     """Mean, spread and rank of every cell, best first; lower metrics are better.
 
-    A cell is ranked below another only if their 95 % intervals of the mean do not overlap; those that cannot be told
-    apart share a rank, and a cell with fewer than two results, or with one that diverged, has none.
+    A cell is ranked below another only if their 95 % intervals of the mean do not overlap; those that overlap share a
+    rank, also by way of a third one. A cell with fewer than two results, or with one that diverged, has none.
 
     Returns:
         One dict a cell: ``cell``, ``n``, ``diverged``, ``mean``, ``sd``, ``low``, ``high``, ``rank``, and ``p``: of a
@@ -310,16 +310,15 @@ def summarise(results: Mapping[Job, float | None]) -> list[dict[str, Any]]:
     """
     rows = [_summarise_cell(cell, results) for cell in dict.fromkeys(job.cell for job in results)]
     rows.sort(key=lambda row: (row["diverged"] > 0, math.inf if row["mean"] is None else row["mean"]))
-    leader: dict[str, Any] | None = None
-    for place, row in enumerate(rows, start=1):
-        row["p"] = _paired_p(rows[0]["cell"], row["cell"], results) if place > 1 else None
-        if row["low"] is None or row["diverged"]:
-            row["rank"] = None
-            continue
-        if leader is None or row["low"] > leader["high"]:
-            leader, row["rank"] = row, place
-        else:
-            row["rank"] = leader["rank"]
+    for row in rows:
+        row["p"] = _paired_p(rows[0]["cell"], row["cell"], results) if row is not rows[0] else None
+        row["rank"] = None
+    ranked = sorted((row for row in rows if row["low"] is not None and not row["diverged"]), key=lambda row: row["low"])
+    rank, reach = 1, -math.inf
+    for place, row in enumerate(ranked, start=1):
+        if row["low"] > reach:
+            rank = place
+        row["rank"], reach = rank, max(reach, row["high"])
     return rows
 
 
@@ -379,7 +378,8 @@ def _write(sweep: Sweep, results: Mapping[Job, float | None]) -> Path:
 
 
 def _label(cell: Iterable[tuple[str, Any]]) -> str:
-    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in cell)
+    shown = ((key.rpartition(".")[2], f"{value:.4g}" if isinstance(value, float) else value) for key, value in cell)
+    return ", ".join(f"{name} {value}" for name, value in shown)
 
 
 def _toml(value: Any) -> str:

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from models.layers import kernels
 from models.registry import create_model, model_arguments
 from pipeline import plan
 from pipeline.competitions.base import Competition
-from pipeline.config import ModelConfig, RunConfig
+from pipeline.config import ModelConfig, RunConfig, TrainConfig
 from pipeline.dataset import fold_members, open_examples, read_folds
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
@@ -131,11 +132,19 @@ def build_model(config: ModelConfig, competition: Competition) -> RnaModel:
             raise ConfigError(f"[model] kwargs: {key} follows from the competition. Next: leave it out.")
         least = 1 if key == "width" else 0  # 0 means "none" for several of the others
         if type(value) is int and value < least:
-            raise ConfigError(f"[model] kwargs: {key}: got {value}. Next: a whole number of at least {least}.")
+            raise ConfigError(
+                f"[model] kwargs: {key}: got {value}; expected a whole number of at least {least}. Next: correct it."
+            )
+    if kwargs.get("num_classes"):
+        got = f"num_classes: got {kwargs['num_classes']}"
+        raise ConfigError(
+            f"[model] kwargs: {got}; no competition here has classes to train them on. Next: leave it out."
+        )
     try:
         return create_model(config.name, **heads, **kwargs)
     except (TypeError, ValueError) as err:
-        raise ConfigError(f"[model] {err} Next: correct it there.") from err
+        hint = "" if "Next:" in str(err) else " Next: correct it there."
+        raise ConfigError(f"[model] {err}{hint}") from err
 
 
 def resolved_config(config: RunConfig, model: RnaModel) -> dict[str, Any]:
@@ -153,7 +162,7 @@ def load_data(
 ) -> tuple[TrainingData, dict[str, Any]]:
     """Open examples and fold table, and decide who trains and who validates.
 
-    Profiles that weigh nothing do not train; only scored examples validate.
+    Profiles that weigh nothing do not train; only scored examples validate, and those that teach nothing do neither.
 
     Returns:
         The data, and the digests by which a resumed run knows that they are the same.
@@ -171,7 +180,7 @@ def load_data(
     weighting = config.data.weighting if competition.signal_to_noise else "uniform"
     weights_NC = profile_weights(examples.weights_NC, weighting=weighting, minimum=minimum)
     train = np.flatnonzero(~held_out_N & (weights_NC > 0).any(axis=1))
-    valid = np.flatnonzero(held_out_N & examples.scored_N)
+    valid = np.flatnonzero(held_out_N & examples.scored_N & np.isfinite(examples.weights_NC).any(axis=1))
     for name, members in (("training", train), ("validation", valid)):
         if not len(members):
             raise DataError(
@@ -217,8 +226,10 @@ def _train(
     meta = meta | {"environment": checkpoint.meta.get("environment", here) if checkpoint else here}
     meta |= {"initial": initial} if initial else {}
     _set_gradient_checkpointing(model, config.train.gradient_checkpointing)
+    _check_sharding(config.train, world)
     size = {"length": int(data.examples.lengths[data.train].max()), "sequences": len(data.train)}
-    needs = plan.check(config, lambda: build_model(config.model, competition), **size, device=device)
+    build = partial(build_model, config.model, competition)
+    needs = plan.check(config, build, **size, device=device, processes=world.size)
     trainer = Trainer(
         model.to(device),
         config=config,
@@ -322,6 +333,19 @@ def _load_initial(model: RnaModel, config: ModelConfig, meta: dict[str, Any]) ->
     told = "; ".join(f"{fate} {', '.join(facts[fate]) or 'nothing'}" for fate in ("loaded", "fresh", "ignored"))
     say(f"initial weights of {source.get('run')} fold{source.get('fold')}: {found.share:.0%} of the backbone; {told}")
     return {"run": source.get("run"), "fold": source.get("fold"), "step": source.get("step"), **facts}
+
+
+def _check_sharding(settings: TrainConfig, world: World) -> None:
+    """Say where there is nobody to share a network with, and refuse what a shared one cannot do."""
+    if settings.sharding == "none":
+        return
+    if world.is_alone:
+        say("train.sharding = 'fsdp2': a single process keeps the whole network; NPROC=2 or more share it")
+    elif settings.micro_batch == "auto":
+        raise ConfigError(
+            "[train] micro_batch = 'auto' with sharding = 'fsdp2': a process whose memory runs out cannot call the "
+            "others out of the pass that they share. Next: a number (make plan finds one), or sharding = 'none'."
+        )
 
 
 def _set_gradient_checkpointing(model: RnaModel, every: int) -> None:

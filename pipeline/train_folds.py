@@ -32,7 +32,7 @@ class Budget:
     """A span of time that training and predictions of all folds have to fit into."""
 
     seconds: float
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=lambda: time.monotonic())
 
     def left(self) -> float:
         return self.started + self.seconds - time.monotonic()
@@ -193,6 +193,7 @@ def _status_told(folder: Path) -> Iterator[None]:
         before = read_status(folder)
         try:
             yield
+            write_status(folder, _without_phase(read_status(folder)) | {"state": "done", "exit_code": 0})
         except BusyError:  # the status is the other process's
             raise
         except BaseException as err:
@@ -201,7 +202,6 @@ def _status_told(folder: Path) -> Iterator[None]:
                 with contextlib.suppress(OSError):  # a full disk, say: must not hide why the run ends
                     write_status(folder, _without_phase(now) | {"pid": os.getpid()} | outcome(err))
             raise
-        write_status(folder, _without_phase(read_status(folder)) | {"state": "done", "exit_code": 0})
 
 
 def _without_phase(status: dict) -> dict:

@@ -64,6 +64,9 @@ def tm_align(model_X3: np.ndarray, native_Y3: np.ndarray, model_names: str, nati
 def tm_aligns(pairs: Sequence[tuple[np.ndarray, np.ndarray, str, str]]) -> np.ndarray:
     """Sequence-independent TM-scores of many pairs of traces, in parallel.
 
+    A pair of 1,460 nt takes 1.4 s of a thread, one of 2,400 nt 11 s; from there it grows with the fourth power, as many
+    fragments are superposed and each superposition is aligned.
+
     Args:
         pairs: (model, native, names of the model, names of the native), as in `tm_align`.
 

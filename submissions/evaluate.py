@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 from rich.console import Group, RenderableType
@@ -30,7 +30,10 @@ from pipeline.tables import open_parquet
 from submissions import log
 from submissions.value_scores import evaluate_values
 
-VERSION = 2
+if TYPE_CHECKING:
+    from submissions.engines import Engine
+
+VERSION = 3
 
 
 def run(
@@ -41,6 +44,7 @@ def run(
     name: str | None = None,
     run: str | None = None,
     note: str = "",
+    engine: str = "built-in",
 ) -> Report:
     """Score an ensemble (and each of its runs), or a single run, and add a line to the log if the result is new.
 
@@ -51,9 +55,10 @@ def run(
         name: of an ensemble; writes ``ensembles/<name>/scores.json``.
         run: of a single run instead; writes ``runs/<run>/scores.json``.
         note: for the log.
+        engine: what computes the TM-scores of structures, as in `submissions.engines.choose_engine`.
 
     Raises:
-        ConfigError: neither or both of `name` and `run`, or an ensemble of another split.
+        ConfigError: neither or both of `name` and `run`, an ensemble of another split, or an engine that is not there.
         DataError: predictions missing, not out of fold, not finite, or of other data; or none of them is scored.
     """
     if (name is None) == (run is None):
@@ -63,16 +68,29 @@ def run(
     values = competition.task == "values"
     extra = {"bpp": paths.bpp} if values else {"references": paths.clean("references"), "test": paths.clean("test")}
     inputs |= {label: path for label, path in extra.items() if label == "references" or path.is_file()}
-    build = partial(_score_values if values else _score_structures, paths, competition, subject)
+    if values and engine != "built-in":
+        raise ConfigError(f"evaluate: ENGINE={engine} is for structures. Next: leave out ENGINE.")
+    chosen = None if values else _choose_engine(engine)
+    if chosen and chosen.program:
+        inputs["program"] = chosen.program
+    build = partial(_score_values if values else partial(_score_structures, engine=chosen), paths, competition, subject)
     report = run_stage(
         "evaluate",
         inputs=inputs,
         outputs={"scores": subject.home / "scores.json"},
-        params={"version": VERSION, "competition": competition.name, "split": split, "subject": subject.name},
+        params={"version": VERSION, "competition": competition.name, "split": split, "subject": subject.name}
+        | ({"engine": chosen.matched_by} if chosen else {}),
         build=lambda parts: _write_scores(parts["scores"], build()),
     )
-    _log(paths, subject, report, note=note)
+    by = chosen.matched_by if chosen and chosen.program else ""
+    _log(paths, subject, report, note="; ".join(filter(None, [note, by])))
     return report
+
+
+def _choose_engine(name: str) -> "Engine":
+    from submissions.engines import choose_engine  # numba is slow to import
+
+    return choose_engine(name, where="evaluate")
 
 
 # ------------------------------------------------------------------------------------------------- what is scored
@@ -89,6 +107,7 @@ class _Subject:
     home: Path
     sources: dict[str, list[Path]]  #: the subject first, under its name
     runs: list[str]
+    test: Path | None = None  #: predictions of the test targets, some of which may be known
 
     @property
     def members(self) -> dict[str, str]:
@@ -109,9 +128,10 @@ class _Subject:
         }
 
     def inputs(self) -> dict[str, Path]:
-        return {
+        tables = {
             f"{source}/{place}": path for source, tables in self.sources.items() for place, path in enumerate(tables)
         }
+        return tables | ({"predictions of test": self.test} if self.test else {})
 
 
 def _read_ensemble(paths: Paths, name: str, split: str) -> _Subject:
@@ -125,7 +145,14 @@ def _read_ensemble(paths: Paths, name: str, split: str) -> _Subject:
     runs = {f"run {each}": [paths.oof(each, fold) for fold in facts["folds"]] for each in facts["runs"]}
     sources = {name: [home / "oof.parquet"]} | runs
     return _Subject(
-        name=name, kind="ensemble", split=split, folds=facts["folds"], home=home, sources=sources, runs=facts["runs"]
+        name=name,
+        kind="ensemble",
+        split=split,
+        folds=facts["folds"],
+        home=home,
+        sources=sources,
+        runs=facts["runs"],
+        test=home / "test.parquet" if facts["task"] == "structure" else None,
     )
 
 
@@ -171,26 +198,45 @@ def _score_values(paths: Paths, competition: Competition, subject: _Subject) -> 
     )
 
 
-def _score_structures(paths: Paths, competition: Competition, subject: _Subject) -> dict[str, Any]:
+def _score_structures(
+    paths: Paths, competition: Competition, subject: _Subject, *, engine: "Engine | None"
+) -> dict[str, Any]:
     from submissions.structure_scores import evaluate_structure  # numba is slow to import
 
+    score = partial(evaluate_structure, paths, competition=competition, engine=engine)
+    names = {subject.name: subject.name} | subject.members
     with tempfile.TemporaryDirectory() as folder:
         scored = {}
         for source, tables in subject.sources.items():
             joined = Path(folder) / "oof.parquet"
-            _read_structures(paths, subject.split, tables).write_parquet(joined)
-            scored[source] = evaluate_structure(paths, competition=competition, predictions=joined)
+            _read_structures(paths, subject.split, tables, run=names[source]).write_parquet(joined)
+            scored[source] = score(predictions=joined)
     main = scored[subject.name]
+    test = score(predictions=subject.test) if subject.test and _known_of(paths, subject.test) else None
     return subject.facts(competition) | {
         **main,
         **_structure_folds(paths, subject, main["targets"]),
-        "runs": {each: {"score": scored[source]["score"]} for source, each in subject.members.items()},
+        "runs": {each: _both_modes(scored[source]) for source, each in subject.members.items()},
+        "test": test,
         "floor_notes": [],
     }
 
 
-def _read_structures(paths: Paths, split: str, tables: Sequence[Path]) -> pl.DataFrame:
-    """Candidates of all folds, none of them of a checkpoint that saw its target."""
+def _both_modes(scores: Mapping[str, Any]) -> dict[str, Any]:
+    return {"score": scores["score"], "sequence_independent": {"score": scores["sequence_independent"]["score"]}}
+
+
+def _known_of(paths: Paths, predictions: Path) -> bool:
+    """Whether the structure of a predicted target is known."""
+    open_parquet(predictions, ["sequence_id"]).close()
+    predicted, known = (
+        pl.scan_parquet(path).select("sequence_id").unique() for path in (predictions, paths.clean("references"))
+    )
+    return predicted.join(known, on="sequence_id", how="semi").collect().height > 0
+
+
+def _read_structures(paths: Paths, split: str, tables: Sequence[Path], *, run: str) -> pl.DataFrame:
+    """Candidates of all folds, none of them of a checkpoint that saw its target; those of a run have its ``source``."""
     joined = pl.concat([pl.read_parquet(table) for table in tables]).sort("sequence_id", "candidate")
     held_out = pl.read_parquet(paths.fold_table(split), columns=["sequence_id", "fold"]).rename({"fold": "held_out"})
     beside = joined.join(held_out, on="sequence_id", how="left", maintain_order="left")
@@ -200,7 +246,7 @@ def _read_structures(paths: Paths, split: str, tables: Sequence[Path]) -> pl.Dat
             f"{tables[0].parent}: {seen['sequence_id'][0]} predicted by fold {seen['fold'][0]}; the split {split} "
             f"holds it out in fold {seen['held_out'][0]}. Next: train and predict again with this split."
         )
-    return joined
+    return joined if "source" in joined.columns else joined.with_columns(pl.lit(run).alias("source"))
 
 
 def _structure_folds(paths: Paths, subject: _Subject, targets: list[dict[str, Any]]) -> dict[str, Any]:
@@ -299,7 +345,10 @@ def describe(facts: Mapping[str, Any]) -> RenderableType:
         return table
     from submissions import structure_scores  # numba is slow to import
 
-    return Group(table, Text(structure_scores.describe(dict(facts))))
+    parts: list[RenderableType] = [table, Text(structure_scores.describe(dict(facts)))]
+    if facts["test"]:
+        parts.append(Text(f"\ntest targets of known structure\n{structure_scores.describe(facts['test'])}"))
+    return Group(*parts)
 
 
 def _cells(label: str, scores: Mapping[str, Any], targets: Sequence[str]) -> list[str]:

@@ -134,8 +134,8 @@ def curves(
         if level:
             axes.axhline(level[1], color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
             axes.annotate(
-                level[0], (1.0, level[1]), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
-                ha="right", color=MUTED, fontsize=9,
+                level[0], (0.0, level[1]), (4, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
+                ha="left", color=MUTED, fontsize=9,
             )  # fmt: skip
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)

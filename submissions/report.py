@@ -5,26 +5,21 @@ The page needs no network and runs no script. What an earlier stage has not left
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.competitions.base import Competition
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError
 from pipeline.paths import Paths
-from pipeline.runlog import read_metrics
 from pipeline.stage import Report, read_result, run_stage
-from submissions import figures, page
+from submissions import page
 from submissions.page import Markup
 from submissions.structure_report import structure_sections
 from submissions.subject import Subject, read_scores, score_cells, short_name
+from submissions.training_report import Training, duration, memory, read_training, training_section
 from submissions.values_report import values_sections
 
 VERSION = 1
-
-_POINTS = 200  # of a loss curve
 
 
 def run(paths: Paths, *, competition: Competition, name: str | None = None, run: str | None = None) -> Report:
@@ -58,11 +53,11 @@ def run(paths: Paths, *, competition: Competition, name: str | None = None, run:
 
 def _write(subject: Subject, path: Path) -> dict[str, Any]:
     values = subject.competition.task == "values"
-    training = _read_training(subject)
+    training = read_training(subject)
     middle = values_sections(subject) if values else structure_sections(subject)
     sections = {
         "folds": ("Scores by fold", _folds_section(subject)),
-        "training": ("Training", _training_section(subject, training)),
+        "training": ("Training", training_section(subject, training)),
         **middle,
         "settings": ("Settings", _settings_section(subject)),
         "provenance": ("Data and versions", _provenance_section(subject)),
@@ -87,14 +82,13 @@ def _write(subject: Subject, path: Path) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------- header
 
 
-def _header(subject: Subject, training: Mapping[tuple[str, int], "_Training"]) -> Markup:
+def _header(subject: Subject, training: Mapping[tuple[str, int], Training]) -> Markup:
     scores, competition = subject.scores, subject.competition
-    best = max if competition.task == "structure" else min
     rows = [(f"{subject.name} (this page)", scores["score"], True)]
     rows += [(run, told["score"], False) for run, told in sorted(scores["runs"].items())]
     rows += [(f"floor: {floor}", score, False) for floor, score in scores["floors"].items() if score is not None]
-    rows = sorted(rows, key=lambda row: (-row[1] if best is max else row[1], not row[2]))
-    direction = "higher is better" if best is max else "lower is better"
+    rows = sorted(rows, key=lambda row: (-row[1] if subject.higher_is_better else row[1], not row[2]))
+    direction = "higher is better" if subject.higher_is_better else "lower is better"
     hero = page.element(
         "div",
         page.element(
@@ -109,28 +103,22 @@ def _header(subject: Subject, training: Mapping[tuple[str, int], "_Training"]) -
         "header",
         page.element("div", f"{competition.title} · {scores['kind']} · split {subject.split}", class_="kicker"),
         page.element("h1", subject.name),
-        page.element("p", _verdict(scores, best), class_="lead"),
+        page.element("p", _verdict(subject), class_="lead"),
         hero,
         page.facts(_headline_facts(subject, training)),
     )
 
 
-def _verdict(scores: Mapping[str, Any], best: Any) -> str:
-    name, floor = _best_floor(scores, best)
-    change = scores["score"] / floor - 1
-    better = (change > 0) == (best is max)
+def _verdict(subject: Subject) -> str:
+    name, floor = subject.best_floor
+    change = subject.scores["score"] / floor - 1
+    better = (change > 0) == subject.higher_is_better
     where = "above" if change > 0 else "below"
     judgement = "better" if better else "worse: the model has learned less than the floor knows"
     return f"{abs(change):.1%} {where} the best floor, {name} ({floor:.4f}): {judgement}."
 
 
-def _best_floor(scores: Mapping[str, Any], best: Any) -> tuple[str, float]:
-    known = {name: score for name, score in scores["floors"].items() if score is not None}
-    name = best(known, key=lambda each: known[each])
-    return name, known[name]
-
-
-def _headline_facts(subject: Subject, training: Mapping[tuple[str, int], "_Training"]) -> dict[str, object]:
+def _headline_facts(subject: Subject, training: Mapping[tuple[str, int], Training]) -> dict[str, object]:
     scores = subject.scores
     told: dict[str, object] = {"made of": f"{_count(subject.runs, 'run')} × {_count(subject.folds, 'fold')}"}
     if "sequences" in scores:
@@ -140,23 +128,13 @@ def _headline_facts(subject: Subject, training: Mapping[tuple[str, int], "_Train
     if scores["fold_sd"] is not None:
         told["mean ± sd over folds"] = f"{scores['fold_mean']:.4f} ± {scores['fold_sd']:.4f}"
     if training:
-        told["training, all folds"] = _duration(sum(each.seconds for each in training.values()))
-        told["peak memory"] = _memory(max(each.memory_mib for each in training.values()))
+        told["training, all folds"] = duration(sum(each.seconds for each in training.values()))
+        told["peak memory"] = memory(max(each.memory_mib for each in training.values()))
     return told
 
 
 def _count(items: Sequence[Any], word: str) -> str:
     return f"{len(items)} {word}{'' if len(items) == 1 else 's'}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _memory(mib: float) -> str:
-    return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
 
 
 # ---------------------------------------------------------------------------------------------------------------- folds
@@ -201,112 +179,6 @@ def _coverage(scores: Mapping[str, Any]) -> Markup:
     if count["scored_without_prediction"]:
         text += f" {count['scored_without_prediction']:,} that count have no prediction and are left out."
     return page.element("p", text, class_="note")
-
-
-# ------------------------------------------------------------------------------------------------------------- training
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Training:
-    """One fold of one run, from its metrics log."""
-
-    rows: list[dict[str, Any]]
-
-    def of(self, event: str) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row["event"] == event]
-
-    @property
-    def start(self) -> dict[str, Any]:
-        return next(iter(self.of("start")), {})
-
-    @property
-    def seconds(self) -> float:
-        return sum(row.get("seconds") or 0.0 for row in self.of("epoch"))
-
-    @property
-    def memory_mib(self) -> float:
-        return max((row.get("memory_mib") or 0.0 for row in self.of("epoch")), default=0.0)
-
-    def curve(self, event: str, value: str) -> tuple[list[float], list[float]]:
-        """Steps and values, means of neighbours where there are many."""
-        points = [(row["step"], row[value]) for row in self.of(event) if row.get(value) is not None]
-        parts = np.array_split(np.array(points).reshape(-1, 2), max(1, min(_POINTS, len(points))))
-        means = [part.mean(axis=0) for part in parts if len(part)]
-        return [float(step) for step, _ in means], [float(level) for _, level in means]
-
-
-def _read_training(subject: Subject) -> dict[tuple[str, int], _Training]:
-    found = {}
-    for key, path in subject.fold_files("metrics.jsonl").items():
-        try:
-            found[key] = _Training(rows=read_metrics(path))
-        except ValueError as err:
-            raise DataError(f"{err}. Next: move the file away; the report says that it is missing.") from err
-    return found
-
-
-def _training_section(subject: Subject, training: Mapping[tuple[str, int], _Training]) -> Markup:
-    lost = [f"{run} fold {k}" for run in subject.runs for k in subject.folds if (run, k) not in training]
-    notes = [subject.without(f"No metrics log (metrics.jsonl) of {', '.join(lost)}.")] if lost else []
-    if len(subject.folds) == 1:
-        notes.append(subject.without(f"Only fold {subject.folds[0]} is trained: there is no spread over folds."))
-    if not training:
-        return page.join(*notes)
-    rows = [_training_row(run, fold, told) for (run, fold), told in training.items()]
-    head = ["run", "fold", "best", "at step", "steps", "epochs", "train", "validate", "time", "memory", "precision"]
-    runs = [run for run in subject.runs if any(key[0] == run for key in training)]
-    return page.join(
-        *notes,
-        *(
-            _curves(subject, run, {fold: told for (each, fold), told in training.items() if each == run})
-            for run in runs
-        ),
-        page.element("h3", "Folds, time and memory"),
-        page.table(head, rows),
-        page.element(
-            "p",
-            "best: metric of the averaged weights on the held-out fold; memory: peak of the process.",
-            class_="note",
-        ),
-    )
-
-
-def _training_row(run: str, fold: int, told: _Training) -> list[object]:
-    epochs = told.of("epoch")
-    best = [row for row in epochs if row.get("best")]
-    start = told.start
-    return [
-        run,
-        fold,
-        page.number(best[-1]["metric"] if best else None),
-        f"{best[-1]['step']:,}" if best else None,
-        f"{epochs[-1]['step']:,}" if epochs else None,
-        len(epochs),
-        f"{start['train']:,}" if "train" in start else None,
-        f"{start['valid']:,}" if "valid" in start else None,
-        _duration(told.seconds),
-        _memory(told.memory_mib) if epochs else None,
-        start.get("precision"),
-    ]
-
-
-def _curves(subject: Subject, run: str, folds: Mapping[int, _Training]) -> Markup:
-    metric = subject.scores["metric"]
-    level = None
-    if subject.competition.task == "values":
-        metric += " on the held-out fold"
-        name, floor = _best_floor(subject.scores, min)
-        level = (f"floor: {name}", floor)
-    else:
-        metric = "distance cross-entropy, nats"
-    loss = {fold: told.curve("step", "loss") for fold, told in folds.items()}
-    held_out = {fold: told.curve("epoch", "metric") for fold, told in folds.items()}
-    drawings = [
-        page.figure(figures.curves(loss, xlabel="step", ylabel="training loss, weighted"), title="Training loss"),
-        page.figure(figures.curves(held_out, xlabel="step", ylabel=metric, level=level), title="Validation"),
-    ]
-    keys = [(f"fold {fold}", figures.series_colour(place)) for place, fold in enumerate(folds)]
-    return page.join(page.element("h3", run), page.legend(keys), page.panels(drawings))
 
 
 # ----------------------------------------------------------------------------------------------------------- provenance

@@ -17,13 +17,13 @@ import numpy as np
 import polars as pl
 
 from pipeline import runlog
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import DataError
 from pipeline.stage import Report, run_stage
 from pipeline.tables import open_parquet
-from submissions import align, tm_score, usalign
+from submissions import tm_score
+from submissions.engines import BUILT_IN, Case, Engine, choose_engine
 
 VERSION = 1
-BUILT_IN, US_ALIGN = "built-in", "usalign"
 
 _TABLES = {
     "models": ["model_id", "benchmark", "target"],
@@ -44,6 +44,10 @@ class Pair:
     native_L3: np.ndarray
     names: str
 
+    @property
+    def case(self) -> Case:
+        return self.model_L3, self.native_L3, self.names
+
 
 def run(traces: Path, out: Path, *, engine: str = BUILT_IN) -> Report:
     """Write ``model_id, tm_byresi, tm_seqindep`` (residue-matched; by the default alignment), sorted by model.
@@ -51,7 +55,7 @@ def run(traces: Path, out: Path, *, engine: str = BUILT_IN) -> Report:
     Args:
         traces: folder with the three tables.
         out: parquet file.
-        engine: "built-in", or "usalign" for the program.
+        engine: as in `submissions.engines.choose_engine`.
 
     Returns:
         Report with the output ``scores``; its facts tell the number of models, the engine and the mean scores.
@@ -60,10 +64,7 @@ def run(traces: Path, out: Path, *, engine: str = BUILT_IN) -> Report:
         ConfigError: the engine is unknown or not installed.
         DataError: a table is missing, damaged or contradicts another.
     """
-    if engine not in (BUILT_IN, US_ALIGN):
-        raise ConfigError(f"score-tm: engine {engine!r}; expected {BUILT_IN} or {US_ALIGN}. Next: leave out ENGINE.")
-    if engine == US_ALIGN and usalign.find_program() is None:
-        raise ConfigError(f"score-tm: USalign is not on the PATH. Next: install it, or leave out ENGINE={US_ALIGN}.")
+    chosen = choose_engine(engine, where="score-tm")
     if not traces.is_dir():
         raise DataError(f"score-tm: {traces} is not a folder. Next: TRACES=<folder> with {', '.join(_TABLES)}.parquet.")
     for name in _TABLES:
@@ -72,10 +73,11 @@ def run(traces: Path, out: Path, *, engine: str = BUILT_IN) -> Report:
     out.parent.mkdir(parents=True, exist_ok=True)
     return run_stage(
         "score-tm",
-        inputs={name: traces / f"{name}.parquet" for name in _TABLES},
+        inputs={name: traces / f"{name}.parquet" for name in _TABLES}
+        | ({"program": chosen.program} if chosen.program else {}),
         outputs={"scores": out},
-        params={"version": VERSION, "engine": engine},
-        build=lambda parts: _write(read_pairs(traces), parts["scores"], engine),
+        params={"version": VERSION, "engine": chosen.matched_by},
+        build=lambda parts: _write(read_pairs(traces), parts["scores"], chosen),
         manifest=out.with_name(f"{out.name}.manifest.json"),
     )
 
@@ -90,44 +92,23 @@ def describe(facts: dict[str, Any]) -> str:
     return "\n".join(f"{facts['models']:,} models, {label}: mean {mean:.4f}; {by}" for label, mean, by in lines)
 
 
-def _write(pairs: Sequence[Pair], path: Path, engine: str) -> dict[str, Any]:
-    score = score_by_program if engine == US_ALIGN else score_built_in
+def _write(pairs: Sequence[Pair], path: Path, engine: Engine) -> dict[str, Any]:
     found = []
     with runlog.Bar("score-tm", total=len(pairs), unit="models") as bar:
         for start in range(0, len(pairs), _BATCH):
-            part = pairs[start : start + _BATCH]
-            found.append(score(part))
+            part = [pair.case for pair in pairs[start : start + _BATCH]]
+            found.append((engine.matched(part), engine.aligned(part)))
             bar.advance(len(part))
     by_residue, independent = np.concatenate(found, axis=1) if found else np.zeros((2, 0))
     table = {"model_id": [pair.model_id for pair in pairs], "tm_byresi": by_residue, "tm_seqindep": independent}
     pl.DataFrame(table, schema_overrides={"model_id": pl.String}).write_parquet(path)
-    names = [usalign.ENGINE] * 2 if engine == US_ALIGN else [tm_score.ENGINE, align.ENGINE]
     means = [float(values.mean()) if len(pairs) else None for values in (by_residue, independent)]
-    return {"models": len(pairs), "engines": names, "mean_byresi": means[0], "mean_seqindep": means[1]}
-
-
-def score_built_in(pairs: Sequence[Pair]) -> np.ndarray:
-    """[2, N] scores by this project's own code: residue-matched, sequence-independent."""
-    matched = tm_score.tm_scores([(pair.model_L3, pair.native_L3) for pair in pairs])
-    aligned = align.tm_aligns([(pair.model_L3, pair.native_L3, pair.names, pair.names) for pair in pairs])
-    return np.stack([matched, aligned])
-
-
-def score_by_program(pairs: Sequence[Pair]) -> np.ndarray:
-    """[2, N] scores by US-align, one process a pair and mode."""
-    program = usalign.find_program()
-    if program is None:
-        raise ConfigError("score-tm: USalign is no longer on the PATH. Next: leave out ENGINE.")
-    scores = [
-        [
-            usalign.usalign_score(
-                pair.model_L3, pair.native_L3, (pair.names, pair.names), by_residue=by_residue, program=program
-            )
-            for pair in pairs
-        ]
-        for by_residue in (True, False)
-    ]
-    return np.array(scores)
+    return {
+        "models": len(pairs),
+        "engines": [engine.matched_by, engine.aligned_by],
+        "mean_byresi": means[0],
+        "mean_seqindep": means[1],
+    }
 
 
 def read_pairs(traces: Path) -> list[Pair]:
@@ -177,6 +158,7 @@ def _by_key(path: Path, table: pl.DataFrame, key: list[str]) -> dict[tuple[Any, 
     there = table.filter(pl.all_horizontal(xyz.is_not_null() & ~(xyz <= tm_score.SENTINEL)))
     checks = {
         "a coordinate that is not finite": ~pl.all_horizontal(xyz.is_finite()),
+        f"a coordinate of {-tm_score.SENTINEL:,.0f} Å or more": pl.any_horizontal(xyz >= -tm_score.SENTINEL),
         f"a residue number below 0 or above {_LAST}": ~pl.col("resid").is_between(0, _LAST),
         "a residue number twice": pl.struct(*key, "resid").is_duplicated(),
     }

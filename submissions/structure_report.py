@@ -1,4 +1,4 @@
-"""Report on predicted structures: scores of the targets beside their floors, and traces on the known structures.
+"""Report on predicted structures: both scores of the targets beside their floors, and traces on the known structures.
 
 Letters: L length (nt), 3 xyz.
 """
@@ -16,15 +16,20 @@ from submissions.superpose import rmsd, superpose
 
 _TRACES = 8  # targets whose traces are drawn
 _TARGETS = 60  # targets in the figure of scores
+_MATCHED, _ALIGNED = "residue-matched", "sequence-independent"
 
 
 def structure_sections(subject: Subject) -> dict[str, tuple[str, Markup]]:
     """Anchor -> title and content of the parts that only predicted structures have."""
-    rows = sorted(subject.scores["targets"], key=lambda row: (-row["score"], row["sequence_id"]))
-    return {
-        "targets": ("Targets", _targets_section(subject, rows)),
-        "traces": ("Traces", _traces_section(subject, rows)),
-    }
+    rows = _by_rank(subject.scores)
+    sections = {"targets": ("Targets", _targets_section(subject.scores, rows))}
+    if test := subject.scores["test"]:
+        sections["test"] = ("Test targets of known structure", _targets_section(test, _by_rank(test)))
+    return sections | {"traces": ("Traces", _traces_section(subject, rows))}
+
+
+def _by_rank(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return sorted(scores["targets"], key=lambda row: (-row["score"], row["sequence_id"]))
 
 
 def _evenly(rows: Sequence[Any], count: int) -> list[Any]:
@@ -33,47 +38,107 @@ def _evenly(rows: Sequence[Any], count: int) -> list[Any]:
     return [rows[at] for at in places]
 
 
-def _targets_section(subject: Subject, rows: Sequence[Mapping[str, Any]]) -> Markup:
-    scores = subject.scores
+def _targets_section(scores: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Markup:
     shown = _evenly(rows, _TARGETS)
-    drawing = figures.target_scores(
-        [row["sequence_id"] for row in shown],
-        [row["score"] for row in shown],
-        [list(row["floors"].values()) for row in shown],
-        xlabel=f"{scores['metric']}, best of the candidates",
-    )
-    ahead = sum(row["score"] > max(row["floors"].values()) for row in rows)
+    modes = {_MATCHED: list(rows), _ALIGNED: [row | row["sequence_independent"] for row in rows]}
+    ahead = {mode: sum(row["score"] > _floor(row) for row in found) for mode, found in modes.items()}
     words = (
-        f"{ahead} of {len(rows)} targets beat every floor (filled dots). Ticks: what shapes that read no sequence "
-        f"score ({', '.join(scores['floors'])}). Candidate 1 alone scores {scores['first_candidate']:.4f}."
+        f"{ahead[_MATCHED]} of {len(rows)} targets beat every floor residue-matched (filled dots), {ahead[_ALIGNED]} "
+        f"sequence-independent. Ticks: what shapes that read no sequence score ({', '.join(scores['floors'])})."
     )
     if len(shown) < len(rows):
-        words += f" {len(shown)} targets are shown, evenly spaced by rank."
-    by_length = figures.scatter(
-        [row["length"] for row in rows],
-        [row["score"] for row in rows],
-        [max(row["floors"].values()) for row in rows],
-        xlabel="length, nt",
-        ylabel=scores["metric"],
-    )
-    lengths = [
-        [row["length"], row["targets"], page.number(row["score"]), page.number(row["best_floor"])]
-        for row in scores["by_length"]
+        words += f" {len(shown)} targets are drawn, evenly spaced by rank."
+    drawings = [
+        page.figure(_dots(_evenly(found, _TARGETS), f"{scores['metric']}, {mode}, best of the candidates"), wide=True)
+        for mode, found in modes.items()
     ]
-    notes = [page.element("p", scores["engine"], class_="note")]
+    by_length = [
+        page.figure(
+            figures.scatter(
+                [row["length"] for row in found],
+                [row["score"] for row in found],
+                [_floor(row) for row in found],
+                xlabel="length, nt",
+                ylabel=scores["metric"],
+            ),
+            title=f"By length, {mode}",
+            caption="filled: prediction; open: best floor of the target",
+        )
+        for mode, found in modes.items()
+    ]
+    notes = []
+    if copied := sum(row["copies"] > 0 for row in rows):
+        notes.append(f"Residue-matched, copies of a chain are in the order that scores best: {copied} targets.")
+    if unnamed := scores["sequence_independent"]["unnamed"]:
+        notes.append(f"Aligned without residue names, which no table tells: {len(unnamed)} targets.")
     if lost := scores["without_reference"]:
-        notes.append(page.element("p", f"No known structure, not scored: {len(lost):,} targets.", class_="note"))
+        notes.append(f"No known structure, not scored: {len(lost):,} targets.")
     return page.join(
+        _modes_table(scores),
         page.element("p", words, class_="note"),
-        page.figure(drawing, wide=True),
-        page.panels(
-            [
-                page.figure(by_length, title="By length", caption="filled: prediction; open: best floor of the target"),
-                page.table(["length", "targets", scores["metric"], "best floor"], lengths),
-            ]
-        ),
-        *notes,
+        *drawings,
+        page.panels(by_length),
+        _lengths_table(scores),
+        page.details(f"All {len(rows)} targets", _all_targets(rows)),
+        *(page.element("p", note, class_="note") for note in notes),
     )
+
+
+def _floor(row: Mapping[str, Any]) -> float:
+    return max(row["floors"].values())
+
+
+def _dots(rows: Sequence[Mapping[str, Any]], xlabel: str) -> Markup:
+    return figures.target_scores(
+        [row["sequence_id"] for row in rows],
+        [row["score"] for row in rows],
+        [list(row["floors"].values()) for row in rows],
+        xlabel=xlabel,
+    )
+
+
+def _modes_table(scores: Mapping[str, Any]) -> Markup:
+    """Both metrics, their floors, and who computed them."""
+    both = scores, scores["sequence_independent"]
+    rows = [
+        ["best of the candidates", *(page.number(each["score"]) for each in both)],
+        ["candidate 1 alone", *(page.number(each["first_candidate"]) for each in both)],
+        *([f"floor: {name}", *(page.number(each["floors"][name]) for each in both)] for name in scores["floors"]),
+        ["computed by", *(each["engine"] for each in both)],
+        ["floors by", *(each["floor_engine"] for each in both)],
+    ]
+    kinds = ["own", "", *["floor"] * len(scores["floors"]), "", ""]
+    return page.table(
+        [f"{scores['metric']}, {len(scores['targets'])} targets", _MATCHED, _ALIGNED], rows, classes=kinds
+    )
+
+
+def _lengths_table(scores: Mapping[str, Any]) -> Markup:
+    rows = [
+        [
+            matched["length"],
+            matched["targets"],
+            *(page.number(each[key]) for each in (matched, aligned) for key in ("score", "best_floor")),
+        ]
+        for matched, aligned in zip(scores["by_length"], scores["sequence_independent"]["by_length"], strict=True)
+    ]
+    return page.table(["length", "targets", _MATCHED, "best floor", _ALIGNED, "best floor"], rows)
+
+
+def _all_targets(rows: Sequence[Mapping[str, Any]]) -> Markup:
+    head = ["target", "length, nt", "resolved", "references", "from templates", _MATCHED, "candidate", "best floor"]
+    cells = [
+        [
+            *(row[key] for key in ("sequence_id", "length", "resolved", "references", "templates")),
+            page.number(row["score"]),
+            row["candidate"],
+            page.number(_floor(row)),
+            page.number(row["sequence_independent"]["score"]),
+            page.number(_floor(row["sequence_independent"])),
+        ]
+        for row in rows
+    ]
+    return page.table([*head, _ALIGNED, "best floor"], cells)
 
 
 def _traces_section(subject: Subject, rows: Sequence[Mapping[str, Any]]) -> Markup:

@@ -1,14 +1,16 @@
 """Score of predicted C1' traces: best of the candidates by TM-score, per target, beside shapes that read no sequence.
 
-Both metrics of the competition: residues matched by number (part 2, the score that counts here), and aligned by the
-shapes alone (part 1).
+Both metrics of the competition: residues matched by number (part 2, the score that counts here; of a target with
+several copies of a chain, the copies in the order that scores best), and aligned by the shapes alone (part 1). The
+floors are always computed by this project's own code: a straight line of 1,900 residues fits into no PDB file.
 
-Letters: M candidates, R references, L residues, 3 xyz; lengths in Å.
+Letters: N pairs of traces, M candidates, R references, L residues, 3 xyz; lengths in Å.
 """
 
 import itertools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,12 @@ import polars as pl
 from pipeline.competitions.base import Competition
 from pipeline.errors import DataError
 from pipeline.paths import Paths
+from pipeline.runlog import warn
 from pipeline.structure.geometry import STEP, helix_strand, trace_from_pairs
 from pipeline.tables import open_parquet
-from submissions import align, tm_score
+from submissions import tm_score
+from submissions.chains import permuted
+from submissions.engines import Case, Engine, built_in
 
 #: Lengths (nt) at which the table by length is cut.
 LENGTH_CUTS = (30, 80, 150)
@@ -29,23 +34,48 @@ _AXES = ["x", "y", "z"]
 _RANDOM_WALKS = 5
 _LOOP = 4  # nt at the end of the constant hairpin
 _BATCH = 64  # targets scored in one call
+_LONG = 2000  # nt: of the 14 pairs of a longer target, each takes 5 s or more to be aligned
+#: How the names of runs begin whose candidates are copied from templates.
+TEMPLATES = "templates."
 
 
-def evaluate_structure(paths: Paths, *, competition: Competition, predictions: Path) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class _Target:
+    """What is predicted of a target, and what is known."""
+
+    name: str
+    predicted_ML3: np.ndarray
+    known_RL3: np.ndarray
+    letters: str  # N where no clean table tells them
+    chains: list[str]  # their sequences; none where no order has to be chosen
+    templates: int | None  # candidates that were copied from templates
+
+    @property
+    def length(self) -> int:
+        return self.known_RL3.shape[1]
+
+
+def evaluate_structure(
+    paths: Paths, *, competition: Competition, predictions: Path, engine: Engine | None = None
+) -> dict[str, Any]:
     """Score the predicted targets whose structure is known, and the trivial shapes on the same targets.
 
     Args:
         paths: where the clean table ``references`` lies.
         competition: gives the metric's name.
-        predictions: parquet with ``sequence_id, candidate, x, y, z``, one row per candidate.
+        predictions: parquet with ``sequence_id, candidate, x, y, z``, one row per candidate; ``source``, if it is
+            there, names the run that a candidate is of.
+        engine: that computes the scores of the predictions; None = this project's own code.
 
     Returns:
         JSON-able: ``score`` (mean over targets of the best candidate against the reference that suits it best),
         ``first_candidate`` (mean if only candidate 1 counted), ``floors`` (name -> mean), ``by_length``, ``targets``
-        (one row each: length, resolved residues, references, score, the candidate that won, all candidates' scores,
-        the floors), ``without_reference`` (predicted targets that could not be scored), ``engine``, all of them
-        residue-matched; and ``sequence_independent`` with ``score``, ``first_candidate``, ``floors``, ``best_floor``,
-        ``engine`` and ``unnamed`` (targets whose sequence no clean table tells: scored without residue names).
+        (one row each: length, resolved residues, references, ``copies``, the number of chains whose order was chosen,
+        ``templates``, the candidates that are from templates, null = not told, score, the candidate that won, all
+        candidates' scores, the floors), ``without_reference`` (predicted targets that could not be scored),
+        ``engine``, ``floor_engine``, all of them residue-matched; and ``sequence_independent`` with ``score``,
+        ``first_candidate``, ``floors``, ``best_floor``, ``engine``, ``floor_engine``, ``by_length`` and ``unnamed``
+        (targets whose sequence no clean table tells: scored without residue names).
 
     Raises:
         DataError: a table is missing or damaged, the tables contradict each other, or no predicted target is known.
@@ -59,19 +89,40 @@ def evaluate_structure(paths: Paths, *, competition: Competition, predictions: P
             f"{paths.clean('references')}. Next: add validation_labels.csv to the raw files, or evaluate the folds."
         )
     _check_lengths(predicted, known, common, predictions)
-    letters = _sequences(paths)
+    letters, chains, templates = _sequences(paths), _chains(paths), _templates(predictions)
+    targets = [
+        _Target(
+            name=name,
+            predicted_ML3=predicted[name],
+            known_RL3=known[name],
+            letters=letters.get(name, "N" * known[name].shape[1]),
+            chains=_copies(chains.get(name, []), letters.get(name, ""), known[name].shape[1]),
+            templates=templates.get(name),
+        )
+        for name in common
+    ]
+    _check_letters(targets, predictions)
+    engine, floors = engine or built_in(), built_in()
+    if long := [target.name for target in targets if target.length > _LONG]:
+        warn(f"evaluate: {len(long)} targets of more than {_LONG:,} nt take minutes each to be aligned: {long[0]}")
     rows = []
-    for start in range(0, len(common), _BATCH):
-        rows += _score_targets(common[start : start + _BATCH], predicted, known, letters)
+    for start in range(0, len(targets), _BATCH):
+        rows += _score_targets(targets[start : start + _BATCH], engine, floors)
     independent = [row.pop("sequence_independent") for row in rows]
-    unnamed = [name for name in common if len(letters.get(name, "")) != known[name].shape[1]]
     for row, other in zip(rows, independent, strict=True):
         row["sequence_independent"] = {key: other[key] for key in ("score", "candidate", "floors")}
     return {
         "metric": competition.metric,
-        "engine": tm_score.ENGINE,
+        "engine": engine.matched_by,
+        "floor_engine": floors.matched_by,
         **_means(rows),
-        "sequence_independent": {"engine": align.ENGINE, **_means(independent), "unnamed": unnamed},
+        "sequence_independent": {
+            "engine": engine.aligned_by,
+            "floor_engine": floors.aligned_by,
+            **_means(independent),
+            "by_length": _by_length([row | row["sequence_independent"] for row in rows]),
+            "unnamed": [name for name in common if name not in letters],
+        },
         "by_length": _by_length(rows),
         "targets": rows,
         "without_reference": sorted(set(predicted) - set(known)),
@@ -96,6 +147,45 @@ def _sequences(paths: Paths) -> dict[str, str]:
             table = pl.read_parquet(path, columns=["sequence_id", "sequence"])
             found |= dict(table.iter_rows())
     return found
+
+
+def _chains(paths: Paths) -> dict[str, list[int]]:
+    """sequence_id -> length of every chain, of targets with several copies of one.
+
+    The labels of part 2 tell the copy of every residue; where they do not, the stoichiometry does.
+    """
+    found: dict[str, list[int]] = {}
+    for path in (paths.clean("test"), paths.clean("train")):
+        if path.is_file() and "chain_lengths" in pl.read_parquet_schema(path):
+            table = pl.read_parquet(path, columns=["sequence_id", "chain_lengths"])
+            found |= dict(table.filter(pl.col("chain_lengths").list.len() > 1).iter_rows())
+    path = paths.clean("references")
+    if {"chain", "copy"} <= set(pl.read_parquet_schema(path)):
+        table = pl.read_parquet(path, columns=["sequence_id", "chain", "copy"]).drop_nulls()
+        for name, chain, copy in table.unique("sequence_id", keep="first").iter_rows():
+            if max((number for number in copy if number is not None), default=1) > 1:
+                found[name] = [len(list(run)) for _, run in itertools.groupby(zip(chain, copy, strict=True))]
+            else:
+                found.pop(name, None)
+    return found
+
+
+def _copies(lengths: Sequence[int], letters: str, residues: int) -> list[str]:
+    """Sequences of the chains; none where no two are alike, or where the letters are not known."""
+    if sum(lengths) != residues or len(letters) != residues:
+        return []
+    ends = list(itertools.accumulate(lengths))
+    chains = [letters[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+    return chains if len(set(chains)) < len(chains) else []
+
+
+def _templates(predictions: Path) -> dict[str, int]:
+    """sequence_id -> candidates from templates; nothing if the table does not tell whose they are."""
+    if "source" not in pl.read_parquet_schema(predictions):
+        return {}
+    table = pl.read_parquet(predictions, columns=["sequence_id", "source"])
+    copied = pl.col("source").str.starts_with(TEMPLATES).sum().cast(pl.Int64)
+    return dict(table.group_by("sequence_id").agg(copied).iter_rows())
 
 
 def _traces(path: Path, *, member: str, finite: bool) -> dict[str, np.ndarray]:
@@ -137,33 +227,62 @@ def _check_lengths(
             )
 
 
-def _score_targets(
-    targets: list[str], predicted: dict[str, np.ndarray], known: dict[str, np.ndarray], letters: dict[str, str]
-) -> list[dict[str, Any]]:
+def _check_letters(targets: Sequence[_Target], path: Path) -> None:
+    for target in targets:
+        if len(target.letters) != target.length:
+            raise DataError(
+                f"{path}: {target.name} has {target.length} residues, its sequence {len(target.letters)}. "
+                "Next: make data, and predict again."
+            )
+
+
+def _score_targets(targets: Sequence[_Target], engine: Engine, floors: Engine) -> list[dict[str, Any]]:
     """Rows of some targets; all of their pairs go into one call, so that every thread has work."""
-    shapes = [{"prediction": predicted[name]} | trivial_shapes(known[name].shape[1]) for name in targets]
-    pairs: list[tuple[np.ndarray, np.ndarray]] = []
-    names: list[str] = []
-    for name, kinds in zip(targets, shapes, strict=True):
-        length = known[name].shape[1]
-        own = letters.get(name, "")
-        for traces in kinds.values():
-            pairs += [(trace, reference) for trace in traces for reference in known[name]]
-        names += [own if len(own) == length else "N" * length] * (len(pairs) - len(names))
-    matched = tm_score.tm_scores(pairs)
-    aligned = align.tm_aligns([(*pair, own, own) for pair, own in zip(pairs, names, strict=True)])
+    shapes = [{"prediction": target.predicted_ML3} | trivial_shapes(target.length) for target in targets]
+    matched: list[Case] = []
+    aligned: list[Case] = []
+    own = []
+    for target, kinds in zip(targets, shapes, strict=True):
+        for kind, traces in kinds.items():
+            for trace, known in itertools.product(traces, target.known_RL3):
+                ordered = permuted(trace, known, target.chains) if target.chains else trace
+                matched.append((ordered, known, target.letters))
+                aligned.append((trace, known, target.letters))
+                own.append(kind == "prediction")
+    own_N = np.array(own)
+    scores = (
+        _by_kind(matched, own_N, engine.matched, floors.matched),
+        _by_kind(aligned, own_N, engine.aligned, floors.aligned),
+    )
     start, rows = 0, []
-    for name, kinds in zip(targets, shapes, strict=True):
+    for target, kinds in zip(targets, shapes, strict=True):
+        references = len(target.known_RL3)
+        resolved = tm_score.resolved(target.known_RL3.reshape(-1, 3)).reshape(references, -1).sum(axis=1)
         row = {
-            "sequence_id": name,
-            "length": known[name].shape[1],
-            "resolved": int(tm_score.resolved(known[name].reshape(-1, 3)).reshape(len(known[name]), -1).sum(1).max()),
-            "references": len(known[name]),
+            "sequence_id": target.name,
+            "length": target.length,
+            "resolved": int(resolved.max()),
+            "references": references,
+            "copies": len(target.chains),
+            "templates": target.templates,
         }
-        both = [_best(scores[start:], kinds, len(known[name])) for scores in (matched, aligned)]
+        both = [_best(found[start:], kinds, references) for found in scores]
         rows.append(row | both[0] | {"sequence_independent": both[1]})
-        start += len(known[name]) * sum(map(len, kinds.values()))
+        start += references * sum(map(len, kinds.values()))
     return rows
+
+
+def _by_kind(
+    cases: Sequence[Case],
+    own_N: np.ndarray,
+    own: Callable[[Sequence[Case]], np.ndarray],
+    floor: Callable[[Sequence[Case]], np.ndarray],
+) -> np.ndarray:
+    """[N] scores of the predictions by one function, of the floors by another."""
+    found_N = np.empty(len(cases))
+    for score, part_N in ((own, own_N), (floor, ~own_N)):
+        found_N[part_N] = score([cases[n] for n in np.flatnonzero(part_N).tolist()])
+    return found_N
 
 
 def _best(scores: np.ndarray, kinds: dict[str, np.ndarray], references: int) -> dict[str, Any]:
@@ -234,36 +353,44 @@ def describe(scores: dict[str, Any], *, most: int = 20) -> str:
         most: targets shown, the best first.
     """
     rows = sorted(scores["targets"], key=lambda row: (-row["score"], row["sequence_id"]))
+    independent = scores["sequence_independent"]
+    heads = ("target", "length", "resolved", "references", "templates", "score", "candidate", "floor")
     lines = [
-        f"{scores['metric']}, best candidate of each of {len(rows)} targets: {scores['score']:.4f} "
-        f"(candidate 1 alone {scores['first_candidate']:.4f}); {scores['engine']}",
-        "floors: " + ", ".join(f"{name} {score:.4f}" for name, score in scores["floors"].items()),
-        *_describe_independent(scores["sequence_independent"]),
+        f"{scores['metric']}, best candidate of each of {len(rows)} targets: {_describe_mode(scores)}",
+        _describe_floors(scores),
+        f"sequence-independent: {_describe_mode(independent)}",
+        _describe_floors(independent),
         *(
             f"  {group['length']:<16} {group['targets']:>4} targets  {group['score']:.4f}  "
-            f"best floor {group['best_floor']:.4f}"
-            for group in scores["by_length"]
+            f"best floor {group['best_floor']:.4f}; sequence-independent {other['score']:.4f}, "
+            f"{other['best_floor']:.4f}"
+            for group, other in zip(scores["by_length"], independent["by_length"], strict=True)
         ),
-        f"{'target':<14} {'length':>6} {'resolved':>8} {'references':>10} {'score':>7} {'candidate':>9} {'floor':>7} "
-        f"{'seq.-ind.':>9} {'floor':>7}",
-        *(
-            f"{row['sequence_id']:<14} {row['length']:>6} {row['resolved']:>8} {row['references']:>10} "
-            f"{row['score']:>7.4f} {row['candidate']:>9} {max(row['floors'].values()):>7.4f} "
-            f"{row['sequence_independent']['score']:>9.4f} {max(row['sequence_independent']['floors'].values()):>7.4f}"
-            for row in rows[:most]
-        ),
+        "{:<14} {:>6} {:>8} {:>10} {:>9} {:>7} {:>9} {:>7} {:>9} {:>7}".format(*heads, "seq.-ind.", "floor"),
+        *map(_describe_target, rows[:most]),
     ]
+    if independent["unnamed"]:
+        lines.insert(4, f"aligned without residue names, which no table tells: {len(independent['unnamed'])} targets")
+    if copied := sum(row["copies"] > 0 for row in rows):
+        lines.insert(4, f"copies of a chain in the order that scores best (residue-matched): {copied} targets")
     if len(rows) > most:
         lines.append(f"… and {len(rows) - most} more")
     return "\n".join(lines)
 
 
-def _describe_independent(scores: dict[str, Any]) -> list[str]:
-    lines = [
-        f"sequence-independent: {scores['score']:.4f} (candidate 1 alone {scores['first_candidate']:.4f}); "
-        f"{scores['engine']}",
-        "floors: " + ", ".join(f"{name} {score:.4f}" for name, score in scores["floors"].items()),
-    ]
-    if scores["unnamed"]:
-        lines.append(f"aligned without residue names, whose sequences are not known: {len(scores['unnamed'])} targets")
-    return lines
+def _describe_mode(scores: dict[str, Any]) -> str:
+    return f"{scores['score']:.4f} (candidate 1 alone {scores['first_candidate']:.4f}); {scores['engine']}"
+
+
+def _describe_floors(scores: dict[str, Any]) -> str:
+    by = "" if scores["engine"] == scores["floor_engine"] else f"; {scores['floor_engine']}"
+    return "floors: " + ", ".join(f"{name} {score:.4f}" for name, score in scores["floors"].items()) + by
+
+
+def _describe_target(row: dict[str, Any]) -> str:
+    independent, templates = row["sequence_independent"], row["templates"]
+    return (
+        f"{row['sequence_id']:<14} {row['length']:>6} {row['resolved']:>8} {row['references']:>10} "
+        f"{'-' if templates is None else templates:>9} {row['score']:>7.4f} {row['candidate']:>9} "
+        f"{max(row['floors'].values()):>7.4f} {independent['score']:>9.4f} {max(independent['floors'].values()):>7.4f}"
+    )

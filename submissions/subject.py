@@ -49,6 +49,17 @@ class Subject:
         return sorted(self.scores["runs"]) if self.scores["kind"] == "ensemble" else [self.name]
 
     @property
+    def higher_is_better(self) -> bool:
+        return self.competition.task == "structure"
+
+    @property
+    def best_floor(self) -> tuple[str, float]:
+        """Name and score of the trivial predictor that is hardest to beat."""
+        known = {name: score for name, score in self.scores["floors"].items() if score is not None}
+        name = (max if self.higher_is_better else min)(known, key=lambda each: known[each])
+        return name, known[name]
+
+    @property
     def predictions(self) -> list[Path]:
         if self.scores["kind"] == "ensemble":
             return [self.home / "oof.parquet"]

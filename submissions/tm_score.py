@@ -158,8 +158,11 @@ def best_tm(candidates_ML3: np.ndarray, references_RL3: np.ndarray) -> tuple[flo
 
 
 def resolved(xyz_L3: np.ndarray) -> np.ndarray:
-    """[L] bool: the residues whose place is known, neither NaN nor a sentinel (-1e18 of part 1, -1e6 of part 2)."""
-    return np.isfinite(xyz_L3).all(axis=1) & (xyz_L3 > SENTINEL).all(axis=1)
+    """[L] bool: the residues whose place is known, neither NaN nor a sentinel (-1e18 of part 1, -1e6 of part 2).
+
+    What is as far off on the other side is no place either: no molecule reaches there, nor do the digits of float32.
+    """
+    return (np.abs(xyz_L3) < -SENTINEL).all(axis=1)  # NaN is not
 
 
 def _centred(xyz_L3: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ A submission costs a part of the day's budget, so nothing is ever sent twice: th
 ledger, an unclear end is looked up in Kaggle's list, and a failed sending is told, not tried again.
 """
 
+import hashlib
 import json
 import secrets
 import time
@@ -34,6 +35,25 @@ class Kernel:
     name: str  # owner/slug
     version: str
 
+    def output(self, paths: Paths) -> Path:
+        """The notebook's own submission, as it was fetched.
+
+        Raises:
+            ConfigError: it is not here, or of another version.
+        """
+        slug = self.name.rpartition("/")[2]
+        home = paths.kernel_dir(slug)
+        file, told = home / "output" / "submission.csv", home / "pulled.json"
+        how = f"Next: make kernel-pull COMP={paths.comp} SLUG={slug}"
+        if not file.is_file():
+            raise ConfigError(f"{file}: absent; expected the output of {self.name}, which is checked first. {how}.")
+        version = json.loads(told.read_text())["version"] if told.is_file() else None
+        if str(version) not in ("None", self.version):
+            raise ConfigError(
+                f"{file}: of version {version} of {self.name}; expected {self.version}. {how}, or VERSION={version}."
+            )
+        return file
+
 
 def run(
     paths: Paths,
@@ -52,7 +72,7 @@ def run(
         competition: to submit to.
         name: of the ensemble; part of the description.
         file: another submission than the ensemble's CSV.
-        kernel: submit this notebook version's output of the file's name instead of the file's bytes.
+        kernel: submit this notebook version, whose fetched output is checked instead of the ensemble's CSV.
         wait: seconds to wait for the score; the same command later goes on waiting.
         every: seconds between looks at the list.
 
@@ -61,30 +81,41 @@ def run(
 
     Raises:
         DataError: the file is not valid (exit code 3).
-        ConfigError: nothing to submit, or no submission is left today (2).
+        ConfigError: nothing to submit, a notebook's output is not here, or no submission is left today (2).
         NetworkError: refused, not listed, or not scored in time (6).
     """
     started = time.monotonic()
-    file = file or paths.submission(name)
+    file = file or (kernel.output(paths) if kernel else paths.submission(name))
     if not file.is_file():
         raise ConfigError(f"{file}: no such submission. Next: make submit COMP={competition.name} NAME={name}.")
     check.run(paths, competition=competition, file=file)
     book = paths.log.parent / "ledger.jsonl"
-    digest = sha256_file(file)
+    digest = _digest(file, kernel)
     sent = ledger.find(book, comp=competition.name, sha256=digest)
     if sent is not None:
-        say(f"{file}: these bytes were submitted before ({sent.tag}, {sent.state}); they are not sent again")
+        what = f"version {kernel.version} of {kernel.name} was" if kernel else f"{file}: these bytes were"
+        say(f"{what} submitted before ({sent.tag}, {sent.state}); not sent again")
         if sent.state == "scored":
             return _report(sent, book, status="current", seconds=time.monotonic() - started)
     else:
         _need_budget(competition)
-        sent = Sent(comp=competition.name, sha256=digest, tag=_tag(name, digest), file=file.name)
+        sent = Sent(comp=competition.name, sha256=digest, tag=_tag(name, digest), file=_told(file, kernel))
         ledger.append(book, sent)
         _send(sent, file, competition, kernel, book)
     sent = _find_listed(sent, competition, book, every=every)
     sent = _wait_for_score(sent, competition, book, wait=wait, every=every)
     _write_log(paths, competition, name, sent)
     return _report(sent, book, status="built", seconds=time.monotonic() - started)
+
+
+def _digest(file: Path, kernel: Kernel | None) -> str:
+    """What is never sent twice: these bytes, or these of this version, as equal ones may hide other predictions."""
+    digest = sha256_file(file)
+    return hashlib.sha256(f"{digest} {kernel.name} {kernel.version}".encode()).hexdigest() if kernel else digest
+
+
+def _told(file: Path, kernel: Kernel | None) -> str:
+    return f"{kernel.name} version {kernel.version}: {file.name}" if kernel else file.name
 
 
 def _need_budget(competition: Competition) -> None:

@@ -1,8 +1,11 @@
 """Shared fixtures: small, seeded, on the CPU."""
 
 import os
+import random
 import signal
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).resolve().parents[1]
 
+with suppress(ImportError):  # a machine with a GPU may have less than we need for the other tests
+    from hypothesis import HealthCheck, settings
+
+    # no example may be drawn by chance, or judged by the time it takes
+    everywhere = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("everywhere", **everywhere)
+    settings.load_profile("everywhere")
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs a GPU where there is none, whatever marks were asked for."""
@@ -22,6 +33,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Whoever draws without a generator of his own draws the same numbers in whatever order tests are run."""
+    random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture

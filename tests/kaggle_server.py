@@ -40,6 +40,7 @@ class FakeKaggle:
     hidden: bool = False  # the list of submissions stays empty
     arrive_on_failure: bool = False  # a submission whose answer is an error counts all the same
     submissions: list[dict[str, Any]] = field(default_factory=list)
+    code_submissions: list[dict[str, Any]] = field(default_factory=list)
     kernels: dict[str, dict[str, Any]] = field(default_factory=dict)
     kernel_states: list[str] = field(default_factory=lambda: ["QUEUED", "RUNNING", "COMPLETE"])
     kernel_outputs: dict[str, bytes] = field(default_factory=dict)
@@ -93,6 +94,7 @@ class FakeKaggle:
         return {"message": "Successfully submitted", "ref": row["ref"]}
 
     def CreateCodeSubmission(self, body: dict[str, Any]) -> Any:  # noqa: N802
+        self.code_submissions.append(body)
         return self.CreateSubmission(body)
 
     def ListSubmissions(self, body: dict[str, Any]) -> Any:  # noqa: N802
@@ -202,7 +204,7 @@ def _handler(server: FakeKaggle) -> type[BaseHTTPRequestHandler]:
             elif how == "html":
                 self._send(200, b"<!DOCTYPE html><html><title>Login | Kaggle</title></html>")
             elif how == "slow":
-                server.closing.wait(30)
+                server.closing.wait(600)
             return how is not None
 
         def _refuse(self, code: int) -> None:

@@ -1,5 +1,6 @@
 """The program as a user meets it: help of every verb, one sentence and an exit code for every mistake."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -56,7 +57,13 @@ def test_every_verb_explains_itself_and_each_of_its_options(verb, capsys):
         (["demo", "--seed", "-1"], 2, "--seed"),
         (["sweep", "--over", "train.lr={low=1e-2, high=1e-4}", "--trials", "1"], 2, "low below high"),
         (["kernel-check", "--python", "absent"], 2, "absent: expected a Python interpreter"),
-        (["no-such-verb"], 2, "no-such-verb"),
+        (["no-such-verb"], 2, "No such command 'no-such-verb'. Next: rna --help."),
+        (["train", "--fold", "x"], 2, "Next: rna train --help."),
+        (
+            ["predict", "--model", "tiny_hyena"],
+            3,
+            "this fold was never trained; trained so far: no run at all. Next: make",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -65,6 +72,7 @@ def test_a_mistake_ends_in_one_sentence_and_its_exit_code(arguments, code, sente
     assert call(*arguments) == code
     said = capsys.readouterr().err.strip()
     assert sentence in said
+    assert "Next: " in said
     assert "Traceback" not in said
     assert said.startswith("error: ")
     assert list(tmp_path.rglob("*.part-*")) == []
@@ -74,11 +82,27 @@ def test_a_run_is_named_after_config_variant_and_split():
     assert run_name("configs/mine.toml", split="sim80_k5") == "mine.sim80_k5"
 
 
-def test_make_help_lists_every_target_once():
+def entry(lines: list[str], head: str) -> list[str]:
+    """The line that begins so, of which there has to be one, and those that go on below its text."""
+    (place,) = [k for k, line in enumerate(lines) if line.startswith(head)]
+    indent = " " * len(head)
+    return [lines[place], *itertools.takewhile(lambda line: line.startswith(indent), lines[place + 1 :])]
+
+
+def test_make_help_lists_every_target_and_variable_once_in_columns_that_a_terminal_holds():
+    """Lines were up to 140 characters long, and longer names pushed their texts out of the column."""
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for target in targets:
-        assert len(re.findall(rf"^{target}\s", listed, re.MULTILINE)) == 1, target
+    makefile = (ROOT / "Makefile").read_text()
+    told = {name: text for name, text in re.findall(r"^([a-z-]+):.*## (.*)", makefile, re.MULTILINE)}
+    assert told.keys() == set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)), "a target without a text"
+    variables = re.findall(r"^([A-Z]+) *\?= *([^#]*)# *(.*)", makefile, re.MULTILINE)
+    assert len(variables) == len(re.findall(r"^[A-Z]+ *\?=", makefile, re.MULTILINE)), "a variable without a text"
+    heads = [(f"{target:18} ", text) for target, text in told.items()]
+    heads += [(f"{name:10} {preset.strip():17} ", text) for name, preset, text in variables]
+    lines = listed.splitlines()
+    assert max(map(len, lines)) <= 100
+    for head, text in heads:
+        assert " ".join(entry(lines, head)).split() == f"{head}{text}".split()
 
 
 def test_make_refuses_settings_without_a_name():

@@ -84,7 +84,7 @@ def choose(operator: str, device: torch.device) -> Choice:
         operator: "selective_scan" or "causal_conv1d".
         device: where its tensors are.
     """
-    return _choose(operator, torch.device(device), mode(), torch.are_deterministic_algorithms_enabled())
+    return _choose(operator, _one_name(torch.device(device)), mode(), torch.are_deterministic_algorithms_enabled())
 
 
 @torch.compiler.assume_constant_result
@@ -101,6 +101,15 @@ def describe(model: nn.Module, device: torch.device) -> str:
     used = {name for module in model.modules() for name in getattr(module, "operators", ())}
     return "; ".join(f"{name}: {choice.path} ({choice.reason})" for name in sorted(used)
                      for choice in [choose(name, device)])  # fmt: skip
+
+
+def _one_name(device: torch.device) -> torch.device:
+    """The same for "cpu" and "cpu:0", and for "cuda" and the number of the current one."""
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 @functools.cache

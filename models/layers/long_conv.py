@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library
+from torch.autograd.function import once_differentiable
 
 from models.layers.precision import at_least_float32
 
@@ -27,8 +28,8 @@ def fft_conv(u_BLD: Tensor, after_DL: Tensor, before_DL: Tensor | None, skip_D: 
 
     ``y_i = skip u_i + sum_{j<=i} after_{i-j} u_j + sum_{j>i} before_{j-i} u_j``; lag 0 is counted once, so
     ``before_0`` is not used. Runs in float32 (float64 if given that): half-precision transforms overflow at the mean
-    and take only some lengths. Long inputs go through an operator that keeps no spectra and can be differentiated
-    once; short ones through plain transforms.
+    and take only some lengths. Long inputs go through an operator that keeps no spectra; short ones through plain
+    transforms. Either can be differentiated once.
 
     Args:
         u_BLD: [B, L, D], zero under the padding.
@@ -39,12 +40,10 @@ def fft_conv(u_BLD: Tensor, after_DL: Tensor, before_DL: Tensor | None, skip_D: 
     Returns:
         [B, L, D], float32 or float64.
     """
-    with torch.autocast(u_BLD.device.type, enabled=False):
-        u_BLD = at_least_float32(u_BLD)
-        batch, length, width = u_BLD.shape
-        if batch * width * _points(length) <= _PLAIN_POINTS.get(u_BLD.device.type, _ELSEWHERE):
-            return _plain(u_BLD, after_DL, before_DL, skip_D)
-        return _long_conv(u_BLD, after_DL, before_DL, skip_D)
+    u_BLD = at_least_float32(u_BLD)
+    # a compiler sees the operator alone: one graph for all lengths
+    kept = not torch.compiler.is_compiling() and _short(u_BLD)
+    return (_Plain.apply if kept else _long_conv)(u_BLD, after_DL, before_DL, skip_D)
 
 
 def fft_conv_ref(u_BLD: Tensor, after_DL: Tensor, before_DL: Tensor | None, skip_D: Tensor) -> Tensor:
@@ -62,16 +61,64 @@ def _points(length: int) -> int:
     return 1 << (length - 1).bit_length()
 
 
-def _plain(u_BLD: Tensor, after_DL: Tensor, before_DL: Tensor | None, skip_D: Tensor) -> Tensor:
-    """Real transforms of twice the length, all channels at once."""
-    length = u_BLD.shape[1]
-    size = 2 * _points(length)  # nothing wraps around
-    kernel_DT = after_DL
+def _short(like_BLD: Tensor) -> bool:
+    batch, length, width = like_BLD.shape
+    return batch * width * _points(length) <= _PLAIN_POINTS.get(like_BLD.device.type, _ELSEWHERE)
+
+
+class _Plain(torch.autograd.Function):
+    """Real transforms of twice the length, all channels at once; both spectra are kept for the way back.
+
+    Autograd alone would go back through complex transforms of twice the length, which take twice as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u_BLD: Tensor, after_DL: Tensor, before_DL: Tensor | None, skip_D: Tensor) -> Tensor:
+        u, kernel = _spectra(u_BLD, after_DL, before_DL, skip_D)
+        ctx.save_for_backward(u, kernel)
+        ctx.length, ctx.both = u_BLD.shape[1], before_DL is not None
+        return _channels_last(u * kernel, ctx.length)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor | None, ...]:
+        return _plain_backward(grad_BLD, *ctx.saved_tensors, both=ctx.both)
+
+
+def _spectra(u_BLD: Tensor, after_DL: Tensor, before_DL: Tensor | None, skip_D: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the input and of κ with the skip at its lag 0, [D, B or 1, N + 1]."""
+    length, points = u_BLD.shape[1], _points(u_BLD.shape[1])
+    kernel_DT = F.pad(after_DL, (0, 2 * points - length))  # nothing wraps around
     if before_DL is not None:  # negative lags stand at the end of the circle
-        kernel_DT = F.pad(after_DL, (0, size - length)) + F.pad(before_DL[:, 1:].flip(-1), (size - length + 1, 0))
-    spectrum = torch.fft.rfft(u_BLD.transpose(1, 2), size) * torch.fft.rfft(kernel_DT, size)
-    y_BDL = torch.fft.irfft(spectrum, size)[..., :length]
-    return torch.addcmul(y_BDL.transpose(1, 2), u_BLD, skip_D)
+        kernel_DT[:, 2 * points - length + 1 :] = before_DL[:, 1:].flip(-1)
+    kernel_DT[:, 0].add_(skip_D)
+    return torch.fft.rfft(_channels_first(u_BLD), 2 * points), torch.fft.rfft(kernel_DT).unsqueeze(1)
+
+
+def _plain_backward(grad_BLD: Tensor, u: Tensor, kernel: Tensor, *, both: bool) -> tuple[Tensor | None, ...]:
+    length, size = grad_BLD.shape[1], 2 * (u.shape[-1] - 1)
+    grad = torch.fft.rfft(_channels_first(grad_BLD), size)
+    lags_DT = torch.fft.irfft((grad * u.conj()).sum(1), size)
+    before_DL = F.pad(lags_DT[:, size - length + 1 :].flip(-1), (1, 0)) if both else None
+    return (
+        _channels_last(grad * kernel.conj(), length),
+        lags_DT[:, :length].contiguous(),
+        before_DL,
+        lags_DT[:, 0].clone(),
+    )
+
+
+def _channels_first(x_BLD: Tensor) -> Tensor:
+    """[D, B, L]; as one matrix, which the library transposes two to four times as fast."""
+    if x_BLD.stride(1) == 1:  # they are
+        return x_BLD.permute(2, 0, 1).contiguous()
+    return x_BLD.reshape(-1, x_BLD.shape[2]).t().contiguous().view(-1, *x_BLD.shape[:2])
+
+
+def _channels_last(spectrum: Tensor, length: int) -> Tensor:
+    """[B, L, D] of a spectrum [D, B, N + 1]."""
+    x_DBL = torch.fft.irfft(spectrum, 2 * (spectrum.shape[-1] - 1))[..., :length].contiguous()
+    return x_DBL.flatten(1).t().contiguous().view(*x_DBL.shape[1:], -1)
 
 
 class _Ring:
@@ -167,13 +214,15 @@ def _kernel(ring: _Ring, after_CN: Tensor, later_CN: Tensor | None) -> Tensor:
     return ring.spectrum(after_CN if later_CN is None else torch.complex(after_CN, later_CN.flip(-1).neg_()))
 
 
-def _grads_like(*inputs: Tensor | None) -> list[Tensor]:
-    return [torch.empty_like(x) for x in inputs if x is not None]
+def _empty_like(*inputs: Tensor | None) -> list[Tensor]:
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs if x is not None]
 
 
 @library.custom_op("rna::long_conv", mutates_args=())
 def _long_conv(u_BLD: Tensor, after_DL: Tensor, before_DL: Tensor | None, skip_D: Tensor) -> Tensor:
-    ring, y_BLD = _Ring(u_BLD), torch.empty_like(u_BLD)
+    if _short(u_BLD):
+        return _channels_last(torch.mul(*_spectra(u_BLD, after_DL, before_DL, skip_D)), u_BLD.shape[1])
+    ring, [y_BLD] = _Ring(u_BLD), _empty_like(u_BLD)
     slab_BCN, after_1CN = ring.slab(u_BLD, u_BLD.shape[0]), ring.slab(u_BLD)
     later_1CN = ring.slab(u_BLD)  # pages that are not touched take no memory
     for first in range(0, u_BLD.shape[2], ring.block):
@@ -181,11 +230,12 @@ def _long_conv(u_BLD: Tensor, after_DL: Tensor, before_DL: Tensor | None, skip_D
         u_BCN = ring.load(u_BLD[..., span].transpose(1, 2), slab_BCN)
         after_CN = ring.load(after_DL[None, span], after_1CN)[0]
         later_CN = None if before_DL is None else ring.load(before_DL[None, span, 1:], later_1CN)[0]
+        after_CN[:, 0] += skip_D[span]
         for i in range(0, u_BCN.shape[1], ring.part):
             part = slice(i, i + ring.part)
             product = ring.spectrum(u_BCN[:, part])
             product *= _kernel(ring, after_CN[part], None if later_CN is None else later_CN[part])
-            u_BCN[:, part].mul_(skip_D[span][part, None]).add_(ring.coefficients(product).real)
+            u_BCN[:, part] = ring.coefficients(product).real
         y_BLD[..., span] = u_BCN[..., : u_BLD.shape[1]].transpose(1, 2)
     return y_BLD
 
@@ -195,8 +245,11 @@ def _long_conv_backward(
     grad_BLD: Tensor, u_BLD: Tensor, after_DL: Tensor, before_DL: Tensor | None, skip_D: Tensor
 ) -> list[Tensor]:
     """Gradients of all inputs in their order; correlation is convolution with the conjugate spectrum."""
+    if _short(u_BLD):
+        spectra = _spectra(u_BLD, after_DL, before_DL, skip_D)
+        return [x for x in _plain_backward(grad_BLD, *spectra, both=before_DL is not None) if x is not None]
     ring, length = _Ring(u_BLD), u_BLD.shape[1]
-    grads = _grads_like(u_BLD, after_DL, before_DL, skip_D)
+    grads = _empty_like(u_BLD, after_DL, before_DL, skip_D)
     slabs = [ring.slab(u_BLD, n) for n in (u_BLD.shape[0], u_BLD.shape[0], 1)]
     later_1CN = ring.slab(u_BLD)  # pages that are not touched take no memory
     for first in range(0, u_BLD.shape[2], ring.block):
@@ -205,9 +258,9 @@ def _long_conv_backward(
         grad_BCN = ring.load(grad_BLD[..., span].transpose(1, 2), slabs[1])
         after_CN = ring.load(after_DL[None, span], slabs[2])[0]
         later_CN = None if before_DL is None else ring.load(before_DL[None, span, 1:], later_1CN)[0]
+        after_CN[:, 0] += skip_D[span]
         for i in range(0, u_BCN.shape[1], ring.part):
             part = slice(i, i + ring.part)
-            grads[-1][span][part] = (grad_BCN[:, part] * u_BCN[:, part]).sum((0, 2))
             kernel = _kernel(ring, after_CN[part], None if later_CN is None else later_CN[part]).conj_physical_()
             grad = ring.spectrum(grad_BCN[:, part])
             u = ring.spectrum(u_BCN[:, part]).conj_physical_().mul_(grad)
@@ -215,9 +268,10 @@ def _long_conv_backward(
             after_CN[part] = kappa_CN.real
             if later_CN is not None:
                 later_CN[part] = kappa_CN.imag.flip(-1).neg_()
-            grad_BCN[:, part].mul_(skip_D[span][part, None]).add_(ring.coefficients(grad.mul_(kernel)).real)
+            grad_BCN[:, part] = ring.coefficients(grad.mul_(kernel)).real
         grads[0][..., span] = grad_BCN[..., :length].transpose(1, 2)
         grads[1][span] = after_CN[:, :length]
+        grads[-1][span] = after_CN[:, 0]
         if later_CN is not None:
             grads[2][span, 0] = 0
             grads[2][span, 1:] = later_CN[:, : length - 1]
@@ -226,12 +280,12 @@ def _long_conv_backward(
 
 @_long_conv.register_fake
 def _(u_BLD: Tensor, after_DL: Tensor, before_DL: Tensor | None, skip_D: Tensor) -> Tensor:
-    return torch.empty_like(u_BLD)
+    return _empty_like(u_BLD)[0]
 
 
 @_long_conv_backward.register_fake
 def _(grad_BLD: Tensor, u_BLD: Tensor, after_DL: Tensor, before_DL: Tensor | None, skip_D: Tensor) -> list[Tensor]:
-    return _grads_like(u_BLD, after_DL, before_DL, skip_D)
+    return _empty_like(u_BLD, after_DL, before_DL, skip_D)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:

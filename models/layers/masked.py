@@ -20,12 +20,18 @@ def clean_inputs(inputs: RnaInputs, *, needs_bpp: bool) -> RnaInputs:
         The same batch with tokens 0 and bpp 0 under the padding.
 
     Raises:
-        ValueError: shapes or types differ from what `RnaInputs` says, or no bpp where they are needed.
+        ValueError: the batch is empty, shapes or types differ from what `RnaInputs` says, or no bpp where they are
+            needed.
     """
     tokens_BL, mask_BL, bpp_BLL = inputs
     if tokens_BL.ndim != 2 or tokens_BL.shape != mask_BL.shape or mask_BL.dtype != torch.bool:
         got = f"tokens {list(tokens_BL.shape)}, mask {list(mask_BL.shape)} of {mask_BL.dtype}"
         raise ValueError(f"network input: got {got}; expected [B, L] twice and a bool mask.")
+    if tokens_BL.dtype != torch.int64:
+        raise ValueError(f"network input: got tokens of {tokens_BL.dtype}; expected torch.int64, indices into 'ACGU'.")
+    for size, missing in zip(tokens_BL.shape, ("sequence", "position"), strict=True):
+        if size == 0:
+            raise ValueError(f"network input: got tokens {list(tokens_BL.shape)}, no {missing}; expected at least one.")
     tokens_BL = torch.where(mask_BL, tokens_BL, 0)
     if not needs_bpp:
         return RnaInputs(tokens_BL, mask_BL)

@@ -10,9 +10,9 @@ def competitions() -> dict[str, Competition]:
     """Every known competition by name."""
     from pipeline.competitions.openvaccine import OPENVACCINE
     from pipeline.competitions.ribonanza import RIBONANZA
-    from pipeline.competitions.rna3d import RNA3D
+    from pipeline.competitions.rna3d import RNA3D, RNA3D2
 
-    return {comp.name: comp for comp in (RIBONANZA, OPENVACCINE, RNA3D)}
+    return {comp.name: comp for comp in (RIBONANZA, OPENVACCINE, RNA3D, RNA3D2)}
 
 
 def get_competition(name: str) -> Competition:

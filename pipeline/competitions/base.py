@@ -48,6 +48,7 @@ class Competition:
     #: raw labels -> tables of the test set alone, for a machine that only predicts; `clean` writes what it is asked for
     test_inputs: tuple[str, ...] = ()
     test_tables: tuple[str, ...] = ()
+    default_model: str = "ribonanza_mamba"  #: config that is trained unless another is named
     shown_range: tuple[float, float] = (0.0, 1.0)  #: of values in figures
 
     @property

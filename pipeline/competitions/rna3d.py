@@ -12,6 +12,7 @@ what the PDB id tells.
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pipeline.competitions.base import Competition
 from pipeline.competitions.raw import column_names, find_table, need_table, read_table, require_columns
 from pipeline.errors import DataError
 from pipeline.runlog import warn
-from pipeline.schema import ALPHABET, MAX_COORDINATE, split_id
+from pipeline.schema import ALPHABET, MAX_COORDINATE
 from pipeline.templates.gate import allowed_mask, released_by
 
 #: Candidates per target that a submission holds.
@@ -42,7 +43,7 @@ _RELEASES, _RELEASES_IN = "pdb_release_dates_NA", "PDB_RNA"  # the file, and the
 _RELEASE_COLUMNS = {"Entry ID": pa.string(), "Release Date": pa.string()}
 _SAMPLE_COLUMNS = [f"{axis}_{number}" for number in range(1, CANDIDATES + 1) for axis in _AXES]
 _ODD = f"[^{ALPHABET}]"
-_ID = r"^(.+)_(\d+)$"  # as `split_id`, for a whole column
+_ID = r"^(.+)_(\d+)$"  # as `pipeline.schema.split_id`, for a whole column
 _COPIES = re.compile(r"([^:;\s]+):([1-9]\d*)")  # of stoichiometry: chain name and how many copies of it
 _CHAIN_NAMES = re.compile(r"(\w+)(?:\[auth (\w+)\])?")
 _ASSEMBLY = {"chain": pl.String, "copy": pl.Int32}  # of a residue, in the labels of part 2
@@ -213,10 +214,10 @@ def _with_residue(table: pl.DataFrame, path: Path) -> pl.DataFrame:
     bad = table.filter(pl.col("sequence_id").is_null() | pl.col("number").is_null())
     if not bad.is_empty():
         row, row_id = bad.select("row", "ID").row(0)
-        try:
-            split_id(row_id or "")
-        except DataError as err:
-            raise DataError(f"{path.name}: row {row}: {err} Next: download the file again.") from err
+        raise DataError(
+            f"{path.name}: row {row}: ID {row_id!r}; expected <target_id>_<residue number>, such as R1107_1. "
+            "Next: download the file again."
+        )
     differs = pl.col("number").ne_missing(pl.col("resid"))
     _refuse(table, differs, path, "resid is not the number at the end of ID")
     twice = pl.struct("sequence_id", "resid").is_first_distinct().not_()
@@ -464,6 +465,7 @@ RNA3D = Competition(
     ),
     task="structure",
     row_key="ID",
+    default_model="small_structure",
     targets=_AXES,
     target_range=None,
     signal_to_noise=None,
@@ -476,3 +478,6 @@ RNA3D = Competition(
     test_inputs=("test_sequences", "sample_submission"),
     test_tables=("test", "sample"),
 )
+
+#: The second part, whose files have more columns and another address; everything else is the same.
+RNA3D2 = replace(RNA3D, name="rna3d2", title=f"{RNA3D.title}, part 2", slug="stanford-rna-3d-folding-2")

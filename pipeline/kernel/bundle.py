@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pipeline.competitions.base import Competition
 from pipeline.config import find_config, load_config
@@ -30,6 +30,8 @@ from pipeline.kernel import script
 from pipeline.paths import REPOSITORY, Paths
 from pipeline.runlog import say
 from pipeline.stage import Report, commit, read_result, sha256_file, versions, write_json
+from pipeline.structure import predict as denovo
+from pipeline.templates import predict as templates
 from pipeline.training.checkpoint import CheckpointStore, DamagedError, export_weights, read_meta
 
 Mode = Literal["train", "predict"]
@@ -55,6 +57,20 @@ MISSING = {
     "ViennaRNA": "base-pair probabilities; packed only where they are used (a licence of its own: never for a fee)",
 }
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+
+
+class Stage(NamedTuple):
+    """What makes predictions without a network."""
+
+    verb: str
+    carried: tuple[str, ...]  # files of its run that predict elsewhere
+
+
+#: First word of a run's name -> the stage that makes it.
+STAGES = {
+    "denovo": Stage("denovo", denovo.CARRIED),
+    "templates": Stage("templates-predict", templates.CARRIED),
+}
 
 _SLUG_LENGTH = 42  # Kaggle allows 50: a part's number and the data set's "-data" come to it
 _SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pipeline", "models", "folds", "submissions")
@@ -103,7 +119,7 @@ def build(order: Order) -> Report:
     started = time.monotonic()
     _check(order)
     slug = slug_of(order)
-    home = kernel_dir(order.paths, slug)
+    home = order.paths.kernel_dir(slug)
     part = home.with_name(f".{slug}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -118,8 +134,8 @@ def build(order: Order) -> Report:
         names = sorted(path.name for path in dataset.iterdir())
         files = {name: _entry(dataset / name) | places.get(name, {}) for name in names}
         told = {"bundle": slug, "mode": order.mode, "competition": order.competition.name, **settings}
-        told |= {"slug": order.competition.slug, "raw_files": order.competition.files, "files": files}
-        told |= {"limit_s": order.limit_s, "margin_s": _MARGIN_S, "python": PYTHON, "image": IMAGE}
+        told |= {"slug": order.competition.slug, "task": order.competition.task, "raw_files": order.competition.files}
+        told |= {"files": files, "limit_s": order.limit_s, "margin_s": _MARGIN_S, "python": PYTHON, "image": IMAGE}
         write_json(dataset / "MANIFEST.json", told | {"commit": commit(), "versions": versions()})
         write_json(dataset / "dataset-metadata.json", _dataset_metadata(order.owner, slug))
         _write_code(order, slug, code)
@@ -149,11 +165,6 @@ def slug_of(order: Order) -> str:
         slug = f"{slug[: _SLUG_LENGTH - 7].rstrip('-')}-{hashlib.sha256(slug.encode()).hexdigest()[:6]}"
     found = re.fullmatch(rf"{slug}(?:-(\d+))?", order.resume.rpartition("/")[2])
     return f"{slug}-{int(found.group(1) or 1) + 1}" if found else slug
-
-
-def kernel_dir(paths: Paths, slug: str) -> Path:
-    """Folder of a notebook's bundle and, once fetched, of its output."""
-    return paths.home / "kernels" / slug
 
 
 def read_bundle(home: Path) -> dict[str, Any]:
@@ -199,9 +210,11 @@ def _check(order: Order) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][\w-]{2,}", order.owner):
         raise ConfigError(f"OWNER={order.owner!r}: expected your user name on Kaggle. Next: make kernel OWNER=<user>.")
     if order.resume and not re.fullmatch(r"[\w-]+/[\w-]{5,}", order.resume):
-        raise ConfigError(f"RESUME={order.resume!r} names no notebook. Next: RESUME=owner/slug.")
+        raise ConfigError(
+            f"RESUME={order.resume!r}: expected owner/slug of a notebook. Next: make kernel RESUME=owner/slug."
+        )
     if order.limit_s < 60:
-        raise ConfigError(f"LIMIT of {order.limit_s:.0f} s is too short. Next: at least LIMIT=1m.")
+        raise ConfigError(f"LIMIT of {order.limit_s:.0f} s: expected at least 1m. Next: LIMIT=9h, for example.")
 
 
 # --- what each mode brings ---
@@ -226,31 +239,71 @@ def _train_settings(order: Order, dataset: Path) -> dict[str, Any]:
 
 
 def _predict_settings(order: Order, dataset: Path) -> dict[str, Any]:
-    """Pack the best checkpoint of every fold of every run of an ensemble, and its weights."""
+    """Pack an ensemble's weights, and of its runs the checkpoints or what a stage without a network learned."""
     source = order.paths.ensemble_dir(order.ensemble) / "weights.json"
     told = read_result(source, hint=f"make ensemble COMP={order.competition.name} NAME={order.ensemble}")
-    places: dict[str, dict[str, str]] = {}
-    uses_bpp = False
-    for number, run in enumerate(told["runs"]):
-        for fold in told["folds"]:
-            checkpoint, finished = _best(order.paths, run, fold)
-            uses_bpp |= "bpp" in read_meta(checkpoint)["data"]
-            aside = dataset / "aside"
-            export_weights(checkpoint, aside, finished=finished)
-            for path in sorted(aside.iterdir()):
-                name = f"run{number}.fold{fold}.{path.name}"
-                path.rename(dataset / name)
-                places[name] = {"place": f"runs/{run}/fold{fold}/checkpoints/{checkpoint.name}/{path.name}"}
-            aside.rmdir()
+    places: dict[str, list[str]] = {}
+    stages = [run for run in told["runs"] if is_stage(run)]
+    networks = [run for run in told["runs"] if not is_stage(run)]
+    for run in stages:
+        _pack_stage(order.paths, run, dataset, places)
+    uses_bpp = [
+        _pack_checkpoint(order.paths, run, fold, dataset, places, name=f"run{number}.fold{fold}")
+        for number, run in enumerate(networks)
+        for fold in told["folds"]
+    ]
     shutil.copyfile(source, dataset / "weights.json")
-    places["weights.json"] = {"place": "bundled/weights.json"}
+    places["weights.json"] = ["bundled/weights.json"]
     return {
-        "places": places,
+        "places": {name: {"places": where} for name, where in places.items()},
         "weights": "bundled/weights.json",
         "folds": told["folds"],
-        "words_of_runs": [_words_of(run) for run in told["runs"]],
-        "bpp": uses_bpp or order.competition.task == "structure",
+        "words_of_runs": [_words_of(run) for run in networks],
+        "stages": [
+            {
+                "verb": STAGES[run.partition(".")[0]].verb,
+                "words": ["--split", told["split"]],
+                "source": f"learned/{run}",
+            }
+            for run in stages
+        ],
+        "bpp": any(uses_bpp) or order.competition.task == "structure",
     }
+
+
+def is_stage(run: str) -> bool:
+    """Whether a run was made without a network.
+
+    >>> is_stage("denovo.sim80_k5"), is_stage("hyena+wide.sim80_k5")
+    (True, False)
+    """
+    return run.partition(".")[0] in STAGES
+
+
+def _pack_stage(paths: Paths, run: str, dataset: Path, places: dict[str, list[str]]) -> None:
+    """What a stage without a network learned; a file that several of them have is packed once."""
+    stage = STAGES[run.partition(".")[0]]
+    for name in stage.carried:
+        path = paths.run_dir(run) / name
+        if not path.is_file():
+            raise DataError(f"{path}: absent, so {run} cannot be packed. Next: make {stage.verb}.")
+        flat = f"{sha256_file(path)[:12]}.{name}"
+        shutil.copyfile(path, dataset / flat)
+        places.setdefault(flat, []).append(f"learned/{run}/{name}")
+
+
+def _pack_checkpoint(
+    paths: Paths, run: str, fold: int, dataset: Path, places: dict[str, list[str]], *, name: str
+) -> bool:
+    """The weights that predict; whether they read pairing probabilities."""
+    checkpoint, finished = _best(paths, run, fold)
+    aside = dataset / "aside"
+    export_weights(checkpoint, aside, finished=finished)
+    for path in sorted(aside.iterdir()):
+        path.rename(dataset / f"{name}.{path.name}")
+        places[f"{name}.{path.name}"] = [f"runs/{run}/fold{fold}/checkpoints/{checkpoint.name}/{path.name}"]
+    aside.rmdir()
+    return "bpp" in read_meta(checkpoint)["data"]
 
 
 def _best(paths: Paths, run: str, fold: int) -> tuple[Path, bool]:

@@ -1,7 +1,9 @@
 """A rehearsal of both kinds of notebook: bare Python, no network, inputs that nothing may be written to.
 
-On synthetic data: a training notebook trains every fold of a tiny network, a prediction notebook predicts a test set
-of another size with the checkpoints and the ensemble's weights, and the submission is checked here.
+On synthetic data of values and of structures: a training notebook trains every fold of a tiny network, a prediction
+notebook predicts a test set of another size with all that the ensemble has, and again a few rows as in an interactive
+session, and the submission is checked here. Or a bundle that is to be sent, on raw files of one's own. Two processes
+work at once, as they do on two GPUs.
 
 Bare means: an interpreter whose packages are those that Kaggle's image has (`bundle.IMAGE`) and what these need, linked
 from an environment that has them, so that nothing of torch's size is installed again; our own code and everything that
@@ -15,20 +17,33 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline import synthetic
 from pipeline.competitions import get_competition
+from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
-from pipeline.kernel.bundle import IMAGE, Order, build
+from pipeline.kernel.bundle import IMAGE, Order, build, read_bundle
 from pipeline.paths import REPOSITORY, Paths
 from pipeline.runlog import say
 from pipeline.stage import Report
 
 _OWNER, _SPLIT, _MODEL, _NAME = "rehearsal", "sim80_k2", "tiny_transformer_sepconv", "rehearsal"
-_TIMEOUT_S = 600.0
+_SYNTHETIC: dict[str, Callable[..., object]] = {
+    "ribonanza": partial(synthetic.write_ribonanza, sequences=60),
+    "rna3d": partial(synthetic.write_rna3d, targets=16),
+}
+_RERUN = {"KAGGLE_IS_COMPETITION_RERUN": "1", "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
+_TWO = {"RNA_PROCESSES": "2"}  # as on Kaggle's two T4
+_TIMEOUT_S, _GRACE_S = 600.0, 120.0
+#: A new namespace has a loopback interface that is down; torchrun's processes talk over it, as they do on Kaggle.
+_LOOPBACK = """import fcntl, os, socket, struct, sys
+fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh", b"lo", 0x41))  # SIOCSIFFLAGS: up and running
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 _REFUSAL = """import socket
 def _refuse(self, address):
     if self.family in (socket.AF_INET, socket.AF_INET6):
@@ -57,14 +72,14 @@ print(json.dumps({"python": sys.version.split()[0], "found": found}))
 
 
 def run(folder: Path, *, python: Path) -> Report:
-    """Rehearse in a folder, which is emptied first.
+    """Rehearse both kinds of notebook, for values and for structures, in a folder that is emptied first.
 
     Args:
         folder: for environment, inputs and outputs.
         python: interpreter of an environment that has the image's packages; 3.11 or 3.12.
 
     Returns:
-        Facts: versions, how the network is refused, seconds and rows of both notebooks.
+        Facts: versions, how the network is refused, seconds and rows of the notebooks of each competition.
 
     Raises:
         ConfigError: that environment lacks a package (exit code 2).
@@ -73,45 +88,94 @@ def run(folder: Path, *, python: Path) -> Report:
     started = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
     room = Room(folder, python)
-    competition = get_competition("ribonanza")
-    first = Paths(comp=competition.name, root=folder / "here")
-    synthetic.write_ribonanza(folder / "raw", sequences=60, test=8)
-    order: dict[str, Any] = {"competition": competition, "owner": _OWNER, "split": _SPLIT, "gpu": False}
-    order["wheels"] = folder.parent / "wheels"
-    run_name = f"{_MODEL}+rehearsal.{_SPLIT}"
-    changes: dict[str, Any] = {"model": _MODEL, "tag": "rehearsal", "overrides": ("train.epochs=2",), "run": run_name}
-    trained = build(Order(mode="train", paths=first, folds=(0, 1), **changes, **order))
-    train_s = room.play(trained.outputs, folder / "raw", work=folder / "trained")
-    after = Paths(comp=competition.name, root=folder / "trained" / "artifacts")
-    at = ["--comp", competition.name, "--artifacts", str(after.root)]
-    _here("ensemble", *at, "--split", _SPLIT, "--name", _NAME)
-    packed = build(Order(mode="predict", paths=after, ensemble=_NAME, **order))
-    synthetic.write_ribonanza(folder / "hidden", sequences=60, test=13, seed=1)
-    rerun = {"KAGGLE_IS_COMPETITION_RERUN": "1", "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
-    predict_s = room.play(packed.outputs, folder / "hidden", work=folder / "predicted", more=rerun)
-    at = ["--comp", competition.name, "--artifacts", str(folder / "judge")]
-    submission = folder / "predicted" / "submission.csv"
-    _here("data", *at, "--raw", str(folder / "hidden"), "--test-only")
-    _here("check", *at, str(submission))
-    with submission.open() as lines:
-        rows = sum(1 for _ in lines) - 1
-    facts = {"versions": room.versions, "network": room.refusal, "rows": rows}
-    facts |= {"train_seconds": round(train_s, 1), "predict_seconds": round(predict_s, 1)}
-    outputs = {"submission": submission}
+    facts = {name: _rehearse(room, get_competition(name), write) for name, write in _SYNTHETIC.items()}
+    told = {"versions": room.versions, "network": room.refusal, "competitions": facts}
+    outputs = {name: folder / name / "hidden-work" / "submission.csv" for name in facts}
+    return Report(stage="kernel-check", status="built", outputs=outputs, facts=told, seconds=time.monotonic() - started)
+
+
+def run_bundle(
+    folder: Path, *, python: Path, home: Path, competition: Competition, raw: Path, limit_s: float | None = None
+) -> Report:
+    """Play a bundle that is to be sent, on a folder of raw files, as a code competition's rerun does.
+
+    Args:
+        folder: for environment, inputs and outputs; emptied first.
+        python: as of `run`.
+        home: of the bundle.
+        competition: whose bundle it is.
+        raw: with a test set of any size, which the notebook is to predict.
+        limit_s: time for the notebook, instead of the bundle's own.
+
+    Returns:
+        Facts: versions, how the network is refused, seconds, and rows of the submission.
+
+    Raises:
+        ConfigError: that environment lacks a package (exit code 2).
+        DataError: as of `run`, or the bundle is not what was built (3).
+    """
+    started = time.monotonic()
+    told = read_bundle(home)
+    shutil.rmtree(folder, ignore_errors=True)
+    room = Room(folder, python)
+    limit = {} if limit_s is None else {"RNA_LIMIT": str(limit_s)}
+    outputs = {"code": home / "code", "dataset": home / "dataset"}
+    work, span = folder / "work", limit_s or told["limit_s"]
+    played = {"notebook": room.play(outputs, raw, work=work, more=_RERUN | limit, timeout=span + _GRACE_S)}
+    if told["mode"] == "predict":
+        played["rows"] = _judge(competition, raw, work / "submission.csv", folder / "judge")
+    facts = {"versions": room.versions, "network": room.refusal, "competitions": {competition.name: played}}
+    outputs = {"work": work}
     return Report(
         stage="kernel-check", status="built", outputs=outputs, facts=facts, seconds=time.monotonic() - started
     )
 
 
+def _rehearse(room: "Room", competition: Competition, write: Callable[..., object]) -> dict[str, float]:
+    """Train in a notebook, predict in another a hidden test set of another size, and a few rows interactively."""
+    folder = room.folder / competition.name
+    write(folder / "raw", test=8)
+    write(folder / "hidden", test=13, seed=1)
+    order: dict[str, Any] = {"competition": competition, "owner": _OWNER, "split": _SPLIT, "gpu": False}
+    order["wheels"] = room.folder.parent / "wheels"
+    changes: dict[str, Any] = {"model": _MODEL, "tag": "rehearsal", "overrides": ("train.epochs=2",)}
+    changes["run"] = f"{_MODEL}+rehearsal.{_SPLIT}"
+    here = Paths(comp=competition.name, root=folder / "here")
+    trained = build(Order(mode="train", paths=here, folds=(0, 1), **changes, **order)).outputs
+    seconds = {"train": room.play(trained, folder / "raw", work=folder / "raw-work", more=_TWO)}
+    after = Paths(comp=competition.name, root=folder / "raw-work" / "artifacts")
+    at = ["--comp", competition.name, "--artifacts", str(after.root), "--split", _SPLIT]
+    for verb in ("denovo", "templates-predict") if competition.task == "structure" else ():
+        _here(verb, *at)
+    _here("ensemble", *at, "--name", _NAME)
+    packed = build(Order(mode="predict", paths=after, ensemble=_NAME, **order)).outputs
+    work = folder / "hidden-work"
+    seconds["predict"] = room.play(packed, folder / "hidden", work=work, more=_RERUN | _TWO)
+    rows = _judge(competition, folder / "hidden", work / "submission.csv", folder / "judge")
+    trial = {"KAGGLE_KERNEL_RUN_TYPE": "Interactive"}
+    seconds["interactive"] = room.play(packed, folder / "raw", work=folder / "trial-work", more=trial)
+    return seconds | {"rows": rows}
+
+
+def _judge(competition: Competition, raw: Path, submission: Path, folder: Path) -> int:
+    """Check a submission here, against the raw files that it is for; returns its rows."""
+    at = ["--comp", competition.name, "--artifacts", str(folder)]
+    _here("data", *at, "--raw", str(raw), "--test-only")
+    _here("check", *at, str(submission))
+    with submission.open() as lines:
+        return sum(1 for _ in lines) - 1
+
+
 def describe(facts: Mapping[str, Any]) -> list[str]:
     """What the rehearsal found, in lines."""
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    return [
-        f"bare environment: {versions}",
-        f"network: {facts['network']}; inputs: unchanged",
-        f"training notebook: {facts['train_seconds']:.0f} s; prediction notebook: {facts['predict_seconds']:.0f} s",
-        f"submission.csv of a test set of another size: {facts['rows']:,} rows, accepted",
-    ]
+    lines = [f"bare environment: {versions}", f"network: {facts['network']}; inputs: unchanged"]
+    for name, told in facts["competitions"].items():
+        spent = ", ".join(f"{what} {told[what]:.0f} s" for what in told if what != "rows")
+        lines.append(f"{name}: {spent}")
+        if "rows" in told:
+            lines.append(f"  submission.csv of a test set of another size: {told['rows']:,} rows, accepted")
+    return lines
 
 
 class Room:
@@ -123,14 +187,20 @@ class Room:
         self.versions = self._furnish(python)
         unshare = shutil.which("unshare")
         allowed = unshare and subprocess.run([unshare, "-rn", "true"], capture_output=True, check=False).returncode == 0
-        self.prefix = [unshare, "-rn"] if unshare and allowed else []
-        self.refusal = "none (a namespace without interfaces)" if allowed else "connections refused in Python"
+        self.prefix = [unshare, "-rn", sys.executable, "-c", _LOOPBACK] if unshare and allowed else []
+        self.refusal = "none (a namespace of its own)" if allowed else "connections refused in Python"
         if not allowed:
             (self._site() / "sitecustomize.py").write_text(_REFUSAL)
         self._prove_refusal()
 
     def play(
-        self, outputs: Mapping[str, Path], raw: Path, *, work: Path, more: Mapping[str, str] | None = None
+        self,
+        outputs: Mapping[str, Path],
+        raw: Path,
+        *,
+        work: Path,
+        more: Mapping[str, str] | None = None,
+        timeout: float = _TIMEOUT_S,
     ) -> float:
         """Lay out inputs as Kaggle does, run the notebook, see that it left its inputs alone; returns seconds.
 
@@ -150,7 +220,7 @@ class Room:
         started = time.monotonic()
         command = [*self.prefix, str(self.python), str((outputs["code"] / "kernel.py").resolve())]
         where = {"RNA_INPUT": str(inputs.resolve()), **(more or {})}
-        done = subprocess.run(command, cwd=work, env=self._environment() | where, timeout=_TIMEOUT_S, check=False)
+        done = subprocess.run(command, cwd=work, env=self._environment() | where, timeout=timeout, check=False)
         seconds = time.monotonic() - started
         for path in [inputs, *inputs.rglob("*")]:  # so that the folder can be removed by whoever is not root
             path.chmod(path.stat().st_mode | 0o200)

@@ -4,9 +4,11 @@ Stands alone: the standard library, and the verbs of the program that it install
 wherever they are mounted. Settings are in the bundle's MANIFEST.json.
 
 Environment: RNA_INPUT where the inputs are (default /kaggle/input); RNA_LIMIT seconds that this may take;
-RNA_ROWS test sequences to predict, for a trial. An interactive session takes a few rows and two minutes by itself.
+RNA_ROWS test sequences to predict, for a trial; RNA_PROCESSES that work at once (default: one for each GPU). An
+interactive session takes a few rows and two minutes by itself.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +27,9 @@ from typing import Any, NoReturn
 BUNDLE = "@bundle@"
 STARTED = time.monotonic()
 _DEPTH = 8  # folders below the inputs that are looked into
+_GRACE_S = 10.0  # for a verb to end when it is asked to
+_SOON_FOLDED = "500"  # nt
+_BEGUN = 0.7  # of a stage's time, after which no target is begun: the longest comes last and is to be finished
 _RESUMABLE = 75  # exit code of a training that its time budget stopped
 _INTERACTIVE = {"RNA_LIMIT": "120", "RNA_ROWS": "32"}
 
@@ -131,8 +138,7 @@ def train(inputs: Path, bundle: Path, raw: Path, work: Path, told: dict[str, Any
     if told["bpp"] and find_spec("RNA"):
         rna("bpp", *at)
     words = [str(bundle / word) if word == told["config"] else word for word in told["words"]]
-    budget = ["--time-budget", f"{max(1, round(left(told)))}s"]
-    code = rna("train", *at, *words, *budget, accept=(0, _RESUMABLE))
+    code = train_in_time(at, words, told, processes=accelerators())
     files = []
     for fold in told["fold_names"]:
         folder = home / "runs" / told["run"] / fold
@@ -153,63 +159,170 @@ def train(inputs: Path, bundle: Path, raw: Path, work: Path, told: dict[str, Any
     return {"state": state, "run": told["run"], "files": files}
 
 
+def train_in_time(at: list[str], words: list[str], told: dict[str, Any], *, processes: int) -> int:
+    """Train with a process for each GPU, with one where several fail; 0, or 75 if the time was up before the end."""
+    together = ["--nproc", str(processes)] if processes > 1 else []
+    budget = ["--time-budget", f"{max(1, round(left(told)))}s"]
+    accept = None if together else (0, _RESUMABLE)
+    code = rna("train", *at, *words, *budget, *together, accept=accept)
+    if code in (0, _RESUMABLE):
+        return code
+    say(f"{processes} processes ended with {code}; going on with one")
+    return train_in_time(at, words, told, processes=1)
+
+
 def predict(bundle: Path, raw: Path, work: Path, told: dict[str, Any]) -> dict[str, Any]:
-    """Test set -> submission.csv: once as soon as one fold has predicted, again with all that the time allows."""
+    """Test set -> submission.csv: early, and again with all that the time allows.
+
+    From the first file on nothing ends this script: Kaggle scores no notebook that failed.
+    """
     home = Path(tempfile.mkdtemp(prefix="rna-"))
     for name, entry in told["files"].items():
-        if "place" in entry:
-            target = home / told["competition"] / entry["place"]
+        for place in entry.get("places", ()):
+            target = home / told["competition"] / place
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle / name, target)
     at = ["--comp", told["competition"], "--artifacts", str(home)]
     rows = os.environ.get("RNA_ROWS", "")
     rna("data", *at, "--raw", str(raw), "--test-only", *(["--rows", rows] if rows else []))
-    if told["bpp"] and find_spec("RNA"):
-        rna("bpp", *at, "--test-only")
-    done: list[int] = []
-    slowest = writing = 0.0
-    for fold in told["folds"]:
-        room = left(told) - writing
-        if done and room < 1.2 * slowest:
-            break
-        before = time.monotonic()
-        if not predict_fold(at, fold, told, seconds=room if done else None):
-            break
-        done, slowest = [*done, fold], max(slowest, time.monotonic() - before)
-        if len(done) == 1:
-            before = time.monotonic()
-            submit(at, home, work, done, told)
-            writing = 1.5 * (time.monotonic() - before)
-    if len(done) < len(told["folds"]):
-        say(f"folds {done} of {told['folds']} predicted in the time there is")
-    if len(done) > 1:
-        submit(at, home, work, done, told)
+    desk = Desk(at=at, home=home, work=work, told=told)
+    done = predict_structures(desk, raw) if told["task"] == "structure" else predict_values(desk)
     shutil.rmtree(home)
-    return {"state": "finished", "folds": done, "files": ["submission.csv"]}
+    return {"state": "finished", "predicted": done, "files": ["submission.csv"]}
 
 
-def predict_fold(at: list[str], fold: int, told: dict[str, Any], *, seconds: float | None) -> bool:
-    """Predict the test set with one fold of every run; whether it was done in the time there is."""
-    end = None if seconds is None else time.monotonic() + seconds
-    for words in told["words_of_runs"]:
-        timeout = None if end is None else max(1.0, end - time.monotonic())
-        try:
-            rna("predict", *at, *words, "--fold", str(fold), "--test-only", timeout=timeout)
-        except subprocess.TimeoutExpired:
+@dataclass(kw_only=True)
+class Desk:
+    """Where predictions are made and the submission is written, and how long the latter takes."""
+
+    at: list[str]  # options of every verb
+    home: Path  # of the artefacts
+    work: Path
+    told: dict[str, Any]
+    is_written: bool = False
+    writing_s: float = 0.0
+
+    def room(self) -> float:
+        """Seconds for predictions that must be in the submission."""
+        return left(self.told) - 1.5 * self.writing_s
+
+    def attempt(self, *words: str, seconds: float | None = None, slot: int | None = None) -> bool:
+        """Run a verb in the time given (None: all that there is for predictions); whether it did its work.
+
+        Once there is a submission, a failure is told and ends nothing; before, it ends this script.
+        """
+        if not self.is_written:
+            rna(*words, slot=slot)
+            return True
+        seconds = self.room() if seconds is None else seconds
+        if seconds <= 0:
+            say(f"rna {words[0]}: no time is left for it")
             return False
-    return True
+        try:
+            code = rna(*words, accept=None, timeout=seconds, slot=slot)
+        except subprocess.TimeoutExpired:
+            say(f"rna {words[0]}: stopped, its time is up; going on without it")
+            return False
+        if code:
+            say(f"rna {words[0]} ended with {code}; going on without it")
+        return code == 0
+
+    def submit(self, *fill: str, joined: Sequence[str] | None) -> bool:
+        """Join what is predicted (None: nothing is), write and check the submission, give it its name in one step."""
+        before = time.monotonic()
+        comp, aside = self.told["competition"], self.work / ".submission"
+        named, file = [*self.at, "--name", "kernel"], aside / f"{comp}-kernel.csv"
+        join = ["ensemble", *named, "--weights", str(self.home / comp / self.told["weights"]), *(joined or ())]
+        seconds = left(self.told) + margin(self.told) / 2  # this is what time was kept for
+        done = (
+            (joined is None or self.attempt(*join, seconds=seconds))
+            and self.attempt("submit", *named, "--to", str(aside), *fill, seconds=seconds)
+            and self.attempt("check", *self.at, str(file), seconds=seconds)
+        )
+        if done:
+            file.replace(self.work / "submission.csv")
+            self.is_written = True
+            say(f"submission.csv is written, {(self.work / 'submission.csv').stat().st_size:,} bytes")
+        shutil.rmtree(aside, ignore_errors=True)
+        self.writing_s = time.monotonic() - before
+        return done
 
 
-def submit(at: list[str], home: Path, work: Path, folds: list[int], told: dict[str, Any]) -> None:
-    """Join what is predicted, write and check the submission, and give it its name in one step."""
-    weights = home / told["competition"] / told["weights"]
-    chosen = [word for fold in folds for word in ("--fold", str(fold))]
-    rna("ensemble", *at, "--name", "kernel", "--weights", str(weights), *chosen)
-    rna("submit", *at, "--name", "kernel", "--to", str(work / ".submission"))
-    rna("check", *at, str(work / ".submission" / f"{told['competition']}-kernel.csv"))
-    (work / ".submission" / f"{told['competition']}-kernel.csv").replace(work / "submission.csv")
-    shutil.rmtree(work / ".submission")
-    say(f"submission.csv from folds {folds}, {(work / 'submission.csv').stat().st_size:,} bytes")
+def predict_values(desk: Desk) -> list[str]:
+    """A first submission as soon as a fold has predicted, the last one from all folds that there was time for."""
+    if desk.told["bpp"] and find_spec("RNA"):
+        rna("bpp", *desk.at, "--test-only")
+    done: list[int] = []
+    written = 0
+
+    def submit() -> int:
+        desk.submit(joined=[word for fold in done for word in ("--fold", str(fold))])
+        return len(done)
+
+    for folds in predict_networks(desk):
+        done += folds
+        written = written or submit()
+    if len(done) > written:
+        submit()
+    return [f"fold{fold}" for fold in done]
+
+
+def predict_structures(desk: Desk, raw: Path) -> list[str]:
+    """Simple shapes first; then pairing, templates and networks, each of which improves the submission."""
+    desk.submit("--fill", joined=None)
+    if desk.told["bpp"] and find_spec("RNA"):
+        for some in (["--longest", _SOON_FOLDED], []):  # the time grows with the cube of the length
+            desk.attempt("bpp", *desk.at, "--test-only", *some, seconds=0.3 * desk.room())
+    done: list[str] = []
+    parts = len(desk.told["stages"]) + bool(desk.told["words_of_runs"])
+    for number, stage in enumerate(desk.told["stages"]):
+        words = [*stage["words"], "--from", str(desk.home / desk.told["competition"] / stage["source"])]
+        words += ["--time-budget", f"{max(0.0, _BEGUN * desk.room() / (parts - number)):.0f}s"]
+        aligned = ["--msa", str(found)] if stage["verb"] == "templates-predict" and (found := find_msa(raw)) else []
+        tries = [aligned, []] if aligned else [[]]  # a damaged alignment is no reason to do without templates
+        if any(desk.attempt(stage["verb"], *desk.at, *words, *more) for more in tries):
+            done.append(stage["verb"])
+            desk.submit("--fill", joined=["--partial"])
+    for folds in predict_networks(desk):
+        done += [f"fold{fold}" for fold in folds]
+        desk.submit("--fill", joined=["--partial"])
+    return done
+
+
+def find_msa(raw: Path) -> Path | None:
+    """Folder of the competition's alignments, where it ships them."""
+    return next((raw / name for name in ("MSA_v2", "MSA") if any((raw / name).glob("*.MSA.fasta"))), None)
+
+
+def predict_networks(desk: Desk) -> Iterator[list[int]]:
+    """Folds that are predicted with every network, as many at once as there are GPUs, as long as the time suffices."""
+    slots, slowest = accelerators(), 0.0
+    todo = list(desk.told["folds"]) if desk.told["words_of_runs"] else []
+    while todo:
+        if desk.is_written and desk.room() < 1.2 * slowest:
+            break
+        wave, todo = todo[:slots], todo[slots:]
+        before = time.monotonic()
+        if len(wave) == 1:
+            done = [predict_fold(desk, wave[0], slot=None)]
+        else:
+            with ThreadPoolExecutor(len(wave)) as pool:
+                done = list(pool.map(lambda fold, slot: predict_fold(desk, fold, slot=slot), wave, range(slots)))
+        slowest = max(slowest, time.monotonic() - before)
+        if any(done):
+            yield [fold for fold, is_done in zip(wave, done, strict=True) if is_done]
+        if not all(done):
+            break
+    if todo:
+        say(f"folds {todo} are not predicted in the time there is")
+
+
+def predict_fold(desk: Desk, fold: int, *, slot: int | None) -> bool:
+    """Predict the test set with one fold of every network; whether all of them did."""
+    return all(
+        desk.attempt("predict", *desk.at, *words, "--fold", str(fold), "--test-only", slot=slot)
+        for words in desk.told["words_of_runs"]
+    )
 
 
 # --- helpers ---
@@ -217,15 +330,48 @@ def submit(at: list[str], home: Path, work: Path, folds: list[int], told: dict[s
 
 def left(told: dict[str, Any]) -> float:
     """Seconds until this must be at its end: the limit, less a margin, less what is spent."""
-    limit = float(os.environ.get("RNA_LIMIT", told["limit_s"]))
-    return limit - min(told["margin_s"], 0.1 * limit) - (time.monotonic() - STARTED)
+    return limit(told) - margin(told) - (time.monotonic() - STARTED)
 
 
-def rna(*words: str, accept: tuple[int, ...] = (0,), timeout: float | None = None) -> int:
-    """Run a verb of the program; any other exit code than those accepted ends this script."""
+def limit(told: dict[str, Any]) -> float:
+    return float(os.environ.get("RNA_LIMIT", told["limit_s"]))
+
+
+def margin(told: dict[str, Any]) -> float:
+    return min(float(told["margin_s"]), 0.1 * limit(told))
+
+
+def accelerators() -> int:
+    """GPUs of this machine, or how many processes RNA_PROCESSES asks for; at least 1."""
+    if asked := os.environ.get("RNA_PROCESSES"):
+        return max(1, int(asked))
+    program = shutil.which("nvidia-smi")
+    listed = subprocess.run([program, "--list-gpus"], capture_output=True, text=True, check=False) if program else None
+    return max(1, sum(line.startswith("GPU ") for line in listed.stdout.splitlines())) if listed else 1
+
+
+def rna(
+    *words: str, accept: tuple[int, ...] | None = (0,), timeout: float | None = None, slot: int | None = None
+) -> int:
+    """Run a verb of the program, on one of several GPUs if `slot` is given; its exit code.
+
+    Any other code than those accepted ends this script; None accepts all of them.
+
+    Raises:
+        subprocess.TimeoutExpired: the time is up, and the verb is asked to end, with its workers, and then made to.
+    """
     say(f"rna {' '.join(words)}")
-    code = subprocess.run([sys.executable, "-m", "pipeline", *words], check=False, timeout=timeout).returncode
-    if code not in accept:
+    own = {} if slot is None else {"CUDA_VISIBLE_DEVICES": str(slot)}
+    with subprocess.Popen([sys.executable, "-m", "pipeline", *words], env=os.environ | own) as process:
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE_S)
+            process.kill()
+            raise
+    if accept is not None and code not in accept:
         fail(f"rna {words[0]} ended with {code}. Next: its last line above says why.")
     return code
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline import kaggle_cli
 from pipeline.errors import DataError, NetworkError
-from pipeline.kernel.bundle import kernel_dir, read_bundle
+from pipeline.kernel.bundle import read_bundle
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, say
 from pipeline.stage import Report, sha256_file, write_json
@@ -26,6 +26,7 @@ _RUNNING = ("QUEUED", "RUNNING", "NEW_SCRIPT")
 _NEST = ("a", "b", "c", "output")  # a name with ".." in it still lands where it is seen
 _RESULT = "KERNEL.json"  # what the notebook declares
 _SENT = "sent.json"  # the data set as Kaggle has it
+PULLED = "pulled.json"  # which version's output is here
 
 
 def push(paths: Paths, *, slug: str, every: float = 10.0) -> Report:
@@ -44,7 +45,7 @@ def push(paths: Paths, *, slug: str, every: float = 10.0) -> Report:
         NetworkError: refused, not arrived, or an input that Kaggle does not know (6).
     """
     started = time.monotonic()
-    home = kernel_dir(paths, slug)
+    home = paths.kernel_dir(slug)
     told, code = read_bundle(home), _metadata(home)
     _send_dataset(home, code["dataset_sources"][0], told, every=every)
     what = f"push of {code['id']}"
@@ -86,8 +87,8 @@ def status(paths: Paths, *, slug: str, wait: float = 0.0, every: float = 30.0) -
         NetworkError: it failed or was cancelled, or still runs after `wait` (6).
     """
     started = time.monotonic()
-    read_bundle(kernel_dir(paths, slug))
-    code = _metadata(kernel_dir(paths, slug))
+    read_bundle(paths.kernel_dir(slug))
+    code = _metadata(paths.kernel_dir(slug))
     name = code["id"]
     with Bar(f"notebook {name}", unit="looks") as bar:
         while True:
@@ -118,7 +119,7 @@ def pull(paths: Paths, *, slug: str) -> Report:
         NetworkError: not reachable, or there is no output (6).
     """
     started = time.monotonic()
-    home = kernel_dir(paths, slug)
+    home = paths.kernel_dir(slug)
     read_bundle(home)
     code = _metadata(home)
     name = code["id"]
@@ -142,6 +143,7 @@ def pull(paths: Paths, *, slug: str) -> Report:
         output = home / "output"
         shutil.rmtree(output, ignore_errors=True)
         incoming.rename(output)
+        write_json(home / PULLED, {"version": _pushed_version(home)})
     finally:
         shutil.rmtree(nest, ignore_errors=True)
     placed = place_folds(output, paths) if told["mode"] == "train" else []
@@ -159,6 +161,12 @@ def describe(facts: Mapping[str, Any]) -> list[str]:
         lines.append(f"{facts['files']} declared files, each with its sha256")
         lines += [f"placed: {folder}" for folder in facts["placed"]]
     return lines
+
+
+def _pushed_version(home: Path) -> int | None:
+    """Version of the notebook that was pushed last from here; None if it was pushed elsewhere."""
+    path = home / "pushed.json"
+    return int(json.loads(path.read_text())["version"]) if path.is_file() else None
 
 
 # --- the data set ---

@@ -28,7 +28,10 @@ STEP = 5.9
 _TORN = 0.7  # Å of a violation that rigid helices may leave
 _DRAWS = 24  # random placements tried for a helix that is not stacked on another
 _PAIR_WIDTH = 18.0  # Å that a helix which is not placed yet may bridge
-_LARGEST_STACKED = 6  # nt on the shorter side of an internal loop across which the helix goes on
+_NEAR = 1  # residues at most between the strands of helices that stack across a pseudoknot
+_ROUNDS = 600  # of sharing the strain of rings
+_THICK = 18.0  # Å between the axes of helices side by side
+_LARGEST_STACKED = 14  # nt on the shorter side of an internal loop across which the helix goes on
 
 #: Log-odds that neighbours in a branched loop stack on one axis, by the residues between them, and how much better the
 #: 3' side of the closing helix is than its 5' side. Estimates from the branched loops of the same chains: neighbours
@@ -239,7 +242,12 @@ class _Link:
 
 
 def trace_from_pairs(
-    length: int, pairs: list[tuple[int, int]], rng: np.random.Generator, *, arranger: Arranger | None = None
+    length: int,
+    pairs: list[tuple[int, int]],
+    rng: np.random.Generator,
+    *,
+    arranger: Arranger | None = None,
+    crossing: Sequence[Stem] = (),
 ) -> np.ndarray:
     """A plausible C1' trace for a secondary structure: rigid A-form helices, closed loops, no gross clashes.
 
@@ -252,6 +260,9 @@ def trace_from_pairs(
         pairs: 0-based ``(i, j)`` with ``i < j``, nested.
         rng: source of the arrangement.
         arranger: knows how the helices around some loops stand; the rules above hold for the others.
+        crossing: helices between loops, of unpaired residues, each in one: where the 3' end of a strand is followed at
+            once by another helix, the two stack (H-type pseudoknots, 180° kissing loops, paranemic crossovers), and
+            the rings that this closes are closed with the least strain.
 
     Returns:
         [L, 3] float64, Å, centred on the origin.
@@ -263,8 +274,9 @@ def trace_from_pairs(
     >>> bool(np.allclose(np.linalg.norm(trace_L3[:4] - trace_L3[:7:-1], axis=1), 10.58, atol=0.05))
     True
     """
-    assembly = _Assembly(length, find_stems(length, pairs), rng, arranger)
+    assembly = _Assembly(length, find_stems(length, pairs), rng, arranger, crossing)
     assembly.place_stems()
+    assembly.close_rings()
     assembly.fill_gaps()
     return relax(assembly.xyz_L3, assembly.bodies())
 
@@ -272,12 +284,21 @@ def trace_from_pairs(
 class _Assembly:
     """Helices placed one after the other, from the 5' end and from the outside in."""
 
-    def __init__(self, length: int, stems: list[Stem], rng: np.random.Generator, arranger: Arranger | None) -> None:
+    def __init__(
+        self,
+        length: int,
+        stems: list[Stem],
+        rng: np.random.Generator,
+        arranger: Arranger | None,
+        crossing: Sequence[Stem],
+    ) -> None:
         self.length, self.stems, self.rng, self.arranger = length, stems, rng, arranger
         self.xyz_L3 = np.full((length, 3), np.nan)
         self.body_L = np.full(length, -1)
         self._frames: dict[Stem, Frame] = {}
         self._at = {stem.i: stem for stem in stems}
+        self._stacks = crossing_stacks(crossing, stems)
+        self._joined: list[tuple[Stem, Stem]] = []
 
     def place_stems(self) -> None:
         """Give every helix its place: the outside loop first, then each loop that a placed helix closes."""
@@ -285,11 +306,29 @@ class _Assembly:
         while loops:
             closing = loops.pop()
             branches = self._branches(closing)
-            if not (closing and self._arranged(closing, branches)):
+            if closing and self._crossed(closing):
+                self._place_crossed(closing, branches)
+            elif not (closing and self._arranged(closing, branches)):
                 self._place_by_rule(closing, branches)
             if closing and not branches and np.isnan(self.xyz_L3[closing.inner[0] + 1, 0]):
                 self._fill_hairpin(closing)
             loops.extend(reversed(branches))
+
+    def _crossed(self, closing: Stem) -> bool:
+        """Whether another loop's strand stacks on the inner end of a helix."""
+        return any(stack.stem == closing and stack.inside for stack in self._stacks)
+
+    def _place_crossed(self, closing: Stem, branches: list[Stem]) -> None:
+        """The helix between loops goes on; others are put where there is room."""
+        for stack in self._stacks:
+            if stack.stem == closing and stack.crossing not in self._frames:
+                self._put(stack.crossing, stack.seen_from_stem().within(self._frames[closing]), body=len(self._frames))
+        for stem in branches:
+            placed = [each for each in self._stacks if each.stem == stem and each.crossing in self._frames]
+            if placed:
+                self._put(stem, placed[0].frame.within(self._frames[placed[0].crossing]), body=len(self._frames))
+            else:
+                self._try_places(stem, self._ties(stem, closing, branches))
 
     def _place_by_rule(self, closing: Stem | None, branches: list[Stem]) -> None:
         if closing and len(branches) == 1:
@@ -304,7 +343,7 @@ class _Assembly:
         if placed is None:
             return False
         for stem, frame in zip(branches, placed.branches, strict=True):
-            self._put(stem, frame, body=len(self._frames))
+            self._put(stem, frame, body=len(self._frames), beside=closing)
         starts = [closing.inner[0], *(stem.j for stem in branches)]
         for start, xyz_G3 in zip(starts, placed.gaps, strict=True):
             if xyz_G3 is not None:
@@ -329,7 +368,7 @@ class _Assembly:
             self._place_branches(closing, [stem])
             return
         inner = self._frames[closing].along(closing.pairs - 1)
-        self._put(stem, inner.along(1 + shared), body=int(self.body_L[closing.i]))
+        self._put(stem, inner.along(1 + shared), body=int(self.body_L[closing.i]), beside=closing)
         for strand, gap in enumerate(gaps):
             low = shared if gap == shared else (shared + 1) // 2
             for step in range(1, shared + 1):
@@ -377,13 +416,13 @@ class _Assembly:
         if other == closing:
             inner = self._frames[other].along(other.pairs - 1)
             strand = 0 if link.left == closing else 1
-            self._put(stem, inner.along(1 + link.gap), body=body)
+            self._put(stem, inner.along(1 + link.gap), body=body, beside=other)
             for step in range(1, link.gap + 1):
                 residue = other.inner[0] + step if strand == 0 else other.inner[1] - step
                 self.xyz_L3[residue] = inner.place(double_helix(1, first=step)[strand, 0])
             return
         frame = self._frames[other]
-        self._put(stem, frame.along(-(1 + link.gap)).flipped(), body=body)
+        self._put(stem, frame.along(-(1 + link.gap)).flipped(), body=body, beside=other)
         for step in range(1, link.gap + 1):
             residue, strand = (other.j + step, 1) if other == link.left else (other.i - step, 0)
             self.xyz_L3[residue] = frame.place(double_helix(1, first=-step)[strand, 0])
@@ -432,12 +471,65 @@ class _Assembly:
         between = np.linalg.norm(atoms_DM3[:, ::2, None] - taken_P3[near_P], axis=-1)
         return np.sum(np.maximum(12.0 - between, 0.0), axis=(1, 2))
 
-    def _put(self, stem: Stem, frame: Frame, *, body: int) -> None:
+    def _put(self, stem: Stem, frame: Frame, *, body: int, beside: Stem | None = None) -> None:
         own = np.arange(stem.pairs)
         strand_P3, partner_P3 = frame.place(double_helix(stem.pairs))
         self.xyz_L3[stem.i + own], self.xyz_L3[stem.j - own] = strand_P3, partner_P3
         self.body_L[stem.i + own], self.body_L[stem.j - own] = body, body
         self._frames[stem] = frame
+        if beside:
+            self._joined.append((beside, stem))
+
+    def close_rings(self) -> None:
+        """Put in the helices between loops, and share what does not fit among all joints of the helices."""
+        if not self._stacks:
+            return
+        self._put_crossing()
+        joints = [(left, right, self._frames[right].relative(self._frames[left])) for left, right in self._joined]
+        joints += [(stack.crossing, stack.stem, stack.frame) for stack in self._stacks]
+        self.stems = sorted(self._frames, key=lambda stem: stem.i)
+        moved_L3 = _least_strain(self.xyz_L3, self.stems, joints)
+        in_stem = np.zeros(self.length, dtype=bool)
+        in_stem[np.concatenate([stem.residues for stem in self.stems])] = True
+        for stem in self.stems:
+            old, frame = self._frames[stem], _fitted_frame(stem, moved_L3)
+            for residue in self._attached(stem, in_stem):
+                self.xyz_L3[residue] = frame.place(old.local(self.xyz_L3[residue]))
+            self._put(stem, frame, body=int(self.body_L[stem.i]))
+        for stack in self._stacks:
+            self.body_L[self.body_L == self.body_L[stack.stem.i]] = self.body_L[stack.crossing.i]
+
+    def _put_crossing(self) -> None:
+        """Place the helices between loops on what they stack on, and forget the loops that they are made of."""
+        for stack in self._stacks:
+            for strand in np.split(stack.crossing.residues, 2):
+                self._clear_loop(int(strand.min()), int(strand.max()))
+        for stack in self._stacks:
+            if stack.crossing not in self._frames:
+                frame = stack.seen_from_stem().within(self._frames[stack.stem])
+                self._put(stack.crossing, frame, body=len(self._frames))
+
+    def _clear_loop(self, first: int, last: int) -> None:
+        """Forget where the residues around a strand were put, as far as they are in no helix."""
+        while first > 0 and self.body_L[first - 1] < 0:
+            first -= 1
+        while last < self.length - 1 and self.body_L[last + 1] < 0:
+            last += 1
+        loose = np.arange(first, last + 1)
+        self.xyz_L3[loose[self.body_L[loose] < 0]] = np.nan
+
+    def _attached(self, stem: Stem, in_stem: np.ndarray) -> list[int]:
+        """Placed residues between helices that are nearer in sequence to this one."""
+        found = []
+        for end, step in ((stem.i, -1), (stem.inner[0], 1), (stem.inner[1], -1), (stem.j, 1)):
+            own = []
+            residue = end + step
+            while 0 <= residue < self.length and not in_stem[residue]:
+                own.append(residue)
+                residue += step
+            near = len(own) if not 0 <= residue < self.length else (len(own) + (step > 0)) // 2
+            found += [each for each in own[:near] if np.isfinite(self.xyz_L3[each, 0])]
+        return found
 
     def _fill_hairpin(self, stem: Stem) -> None:
         """Four residues as in most tetraloops; of longer loops, the ends stacked on the helix."""
@@ -479,6 +571,112 @@ class _Assembly:
     def bodies(self) -> list[np.ndarray]:
         """Residues of each set of helices that moves as one."""
         return [np.flatnonzero(self.body_L == body) for body in np.unique(self.body_L[self.body_L >= 0])]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A helix between loops, and one that goes on with it: where the other stands, seen from the first."""
+
+    crossing: Stem
+    stem: Stem
+    frame: Frame
+    inside: bool  # at the end of the other one that closes a loop
+
+    def seen_from_stem(self) -> Frame:
+        return Frame(np.eye(3), np.zeros(3)).relative(self.frame)
+
+
+def crossing_stacks(crossing: Sequence[Stem], stems: Sequence[Stem]) -> list[Stack]:
+    """What goes on with helices between loops: those whose strand follows a 3' end, at most one residue later.
+
+    Args:
+        crossing: helices of unpaired residues of different loops.
+        stems: nested helices.
+    """
+    outer, inner = {stem.i: stem for stem in stems}, {stem.inner[1]: stem for stem in stems}
+    found = []
+    for own in crossing:
+        for end in own.inner[0], own.j:
+            for gap in range(_NEAR + 1):
+                follows = end + gap + 1
+                here = Frame(np.eye(3), np.zeros(3))
+                here = here.along(own.pairs + gap) if end == own.inner[0] else here.along(-1 - gap).flipped()
+                if follows in outer:
+                    found.append(Stack(own, outer[follows], here, inside=False))
+                    break
+                if follows in inner:
+                    stem = inner[follows]
+                    if end - own.pairs > stem.inner[0]:  # a residue at least bridges the groove
+                        found.append(Stack(own, stem, here.flipped().along(1 - stem.pairs), inside=True))
+                    break
+    return found
+
+
+def _fitted_frame(stem: Stem, xyz_L3: np.ndarray) -> Frame:
+    ideal_P3, atoms_P3 = double_helix(stem.pairs).reshape(-1, 3), xyz_L3[stem.residues]
+    centre_ideal, centre = ideal_P3.mean(axis=0), atoms_P3.mean(axis=0)
+    axes = rotation_onto(ideal_P3 - centre_ideal, atoms_P3 - centre)
+    return Frame(axes, centre - centre_ideal @ axes)
+
+
+def _least_strain(xyz_L3: np.ndarray, stems: list[Stem], joints: list[tuple[Stem, Stem, Frame]]) -> np.ndarray:
+    """Helices moved as rigid bodies until neighbours stand to each other as they should as nearly as all can.
+
+    Every round moves the residues to the mean of where each joint (two helices, and the second as seen from the first)
+    wants them, pulls the chain together, from a third of the rounds on pushes helices apart that run through each
+    other, and fits each helix back.
+    """
+    ideal = {stem: double_helix(stem.pairs).reshape(-1, 3) for stem in stems}
+    bodies = _Shapes(len(xyz_L3), [stem.residues for stem in stems], [ideal[stem] for stem in stems])
+    wanted = _Shapes(
+        len(xyz_L3),
+        [np.concatenate([left.residues, right.residues]) for left, right, _ in joints],
+        [np.concatenate([ideal[left], frame.place(ideal[right])]) for left, right, frame in joints],
+    )
+    paired = np.flatnonzero(bodies.body_L >= 0)
+    ends = np.flatnonzero(bodies.body_L[paired[1:]] != bodies.body_L[paired[:-1]])
+    chain, longest = np.stack([paired[ends], paired[ends + 1]]), STEP * (paired[ends + 1] - paired[ends])
+    counted_L1 = np.bincount(wanted.residues, minlength=len(xyz_L3))[:, None]
+    pairs = np.concatenate([stem.residues.reshape(2, -1) for stem in stems], axis=1)
+    apart_SS, close = _not_neighbours(stems, joints), np.empty((2, 0), dtype=np.int64)
+    xyz_L3 = np.where(np.isfinite(xyz_L3), xyz_L3, 0.0)
+    for turn in range(_ROUNDS):
+        axis_P3, goal_L3 = xyz_L3[pairs].mean(axis=0), np.zeros_like(xyz_L3)
+        np.add.at(goal_L3, wanted.residues, wanted.placed(xyz_L3))
+        goal_L3 = np.where(counted_L1 > 0, goal_L3 / np.maximum(counted_L1, 1), xyz_L3)
+        _move_to(goal_L3, chain, goal_L3[chain], most=longest)
+        if turn >= _ROUNDS // 3 and turn % 10 == 0:
+            close = close_pairs(axis_P3, _THICK + 3.0)
+            close = close[:, apart_SS[tuple(bodies.body_L[pairs[0, close]])]]
+        for strand in pairs:
+            _move_to(goal_L3, strand[close], axis_P3[close], least=_THICK)
+        xyz_L3 = bodies.restore(goal_L3)
+    return xyz_L3
+
+
+def _move_to(
+    goal_L3: np.ndarray,
+    residues: np.ndarray,
+    points: np.ndarray,
+    *,
+    least: float = 0.0,
+    most: np.ndarray | float = np.inf,
+) -> None:
+    """Move residues, in place, as half of what brings their points to a distance between two, Å, takes of each."""
+    between = points[1] - points[0]
+    distance = np.maximum(np.linalg.norm(between, axis=1), 1e-6)
+    move = (0.5 * (np.clip(distance, least, most) - distance) / distance)[:, None] * between
+    np.add.at(goal_L3, residues[0], -move)
+    np.add.at(goal_L3, residues[1], move)
+
+
+def _not_neighbours(stems: list[Stem], joints: list[tuple[Stem, Stem, Frame]]) -> np.ndarray:
+    """[S, S] bool: helices that are more than two joints apart."""
+    place = {stem: number for number, stem in enumerate(stems)}
+    joined = np.eye(len(stems), dtype=np.int64)
+    for left, right, _ in joints:
+        joined[place[left], place[right]] = joined[place[right], place[left]] = 1
+    return joined @ joined == 0
 
 
 def _ends(link: _Link) -> tuple[Stem, Stem]:
@@ -564,7 +762,7 @@ def _settle(
     xyz_L3: np.ndarray, bodies: list[np.ndarray], *, longest: float, clash: float, rounds: int
 ) -> tuple[np.ndarray, float]:
     """The trace after so many rounds, and the largest violation, Å."""
-    shapes = _Shapes(xyz_L3, bodies)
+    shapes = _Shapes(len(xyz_L3), bodies, [xyz_L3[body] for body in bodies])
     close, worst = np.empty((2, 0), dtype=np.int64), 0.0
     for turn in range(rounds):
         if turn % 10 == 0:
@@ -603,11 +801,9 @@ def fit_helices(xyz_L3: np.ndarray, stems: list[Stem]) -> tuple[np.ndarray, floa
     Returns:
         [L, 3] Å, and the RMSD of the paired residues before and after, Å: larger for the mirror image of a fold.
     """
-    ideal_L3, bodies = np.zeros_like(xyz_L3), []
-    for stem in stems:
-        bodies.append(stem.residues)
-        ideal_L3[bodies[-1]] = double_helix(stem.pairs).reshape(-1, 3)
-    fitted_L3 = _Shapes(ideal_L3, bodies).restore(xyz_L3)
+    bodies = [stem.residues for stem in stems]
+    ideal = [double_helix(stem.pairs).reshape(-1, 3) for stem in stems]
+    fitted_L3 = _Shapes(len(xyz_L3), bodies, ideal).restore(xyz_L3)
     moved = np.concatenate(bodies)
     return fitted_L3, float(np.sqrt(np.mean(np.sum((fitted_L3[moved] - xyz_L3[moved]) ** 2, axis=1))))
 
@@ -615,16 +811,18 @@ def fit_helices(xyz_L3: np.ndarray, stems: list[Stem]) -> tuple[np.ndarray, floa
 class _Shapes:
     """Rigid bodies, padded to one size so that all of them are fitted at once."""
 
-    def __init__(self, xyz_L3: np.ndarray, bodies: list[np.ndarray]) -> None:
+    def __init__(self, length: int, bodies: list[np.ndarray], shapes: list[np.ndarray]) -> None:
         size = max((len(body) for body in bodies), default=1)
         self.index_SM = np.zeros((len(bodies), size), dtype=np.int64)
         self.real_SM = np.zeros((len(bodies), size), dtype=bool)
-        self.body_L = np.full(len(xyz_L3), -1)
-        for number, body in enumerate(bodies):
+        self.shape_SM3 = np.zeros((len(bodies), size, 3))
+        self.body_L = np.full(length, -1)
+        for number, (body, shape) in enumerate(zip(bodies, shapes, strict=True)):
             self.index_SM[number, : len(body)] = body
             self.real_SM[number, : len(body)] = True
+            self.shape_SM3[number, : len(body)] = shape - shape.mean(axis=0)
             self.body_L[body] = number
-        self.shape_SM3, _ = self._centred(xyz_L3)
+        self.residues = self.index_SM[self.real_SM]
         # A body follows the mean of its residues' moves: a pull on one of them is diluted by their number.
         self.boost_L1 = np.where(self.body_L >= 0, 3.0, 1.0)[:, None]
 
@@ -638,11 +836,14 @@ class _Shapes:
 
     def restore(self, xyz_L3: np.ndarray) -> np.ndarray:
         """Each body back to its shape, where its residues were moved to."""
-        moved_SM3, centre_S13 = self._centred(xyz_L3)
-        back_SM3 = self.shape_SM3 @ rotation_onto(self.shape_SM3, moved_SM3) + centre_S13
-        xyz_L3 = xyz_L3.copy()
-        xyz_L3[self.index_SM[self.real_SM]] = back_SM3[self.real_SM]
+        xyz_L3, placed = xyz_L3.copy(), self.placed(xyz_L3)
+        xyz_L3[self.residues] = placed
         return xyz_L3
+
+    def placed(self, xyz_L3: np.ndarray) -> np.ndarray:
+        """Where the residues of all bodies, one after the other, are in these shapes."""
+        moved_SM3, centre_S13 = self._centred(xyz_L3)
+        return (self.shape_SM3 @ rotation_onto(self.shape_SM3, moved_SM3) + centre_S13)[self.real_SM]
 
 
 def close_pairs(xyz_L3: np.ndarray, cutoff: float) -> np.ndarray:

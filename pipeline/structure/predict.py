@@ -7,6 +7,7 @@ Letters: N assemblies of all targets, M of one, F features, L length (nt), 3 xyz
 """
 
 import json
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +19,11 @@ import numpy as np
 import polars as pl
 
 from pipeline.competitions.base import Competition
+from pipeline.competitions.rna3d import read_teaching
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, warn
-from pipeline.stage import Report, read_result, run_stage
+from pipeline.stage import Report, read_result, run_stage, take_until, tell_left_out
 from pipeline.structure.denovo import Assembly, choose_assemblies, features, fit_weights
 from pipeline.structure.fold3d import assemble_drawn
 from pipeline.structure.geometry import similarity
@@ -32,7 +34,7 @@ from pipeline.templates.collection import collect, library_path
 from pipeline.templates.gate import allowed
 
 #: Raised when the same tables give other candidates than before.
-VERSION = 1
+VERSION = 2
 #: Longest sequence that is folded, nt: 4,640 nt took 16 s and 120 MiB beside what the program itself takes; the table
 #: of nested structures grows with the square.
 LONGEST = 10_000
@@ -42,6 +44,8 @@ Scorer = Callable[[Sequence[tuple[np.ndarray, np.ndarray]]], np.ndarray]
 
 _CANDIDATES = 5
 _LIBRARY, _WEIGHTS = "library.parquet", "weights.json"
+#: Files of a run that `apply` needs on another machine.
+CARRIED = (_LIBRARY, _WEIGHTS)
 _MIN_PROBABILITY = 0.02  # of a pair that counts
 _SCHEMA: dict[str, Any] = {
     "sequence_id": pl.String,
@@ -123,8 +127,7 @@ def run(paths: Paths, *, competition: Competition, split: str, score: Scorer) ->
     folds = sorted(set(held_out.values()))
     if len(folds) < 2:
         raise DataError(f"{paths.fold_table(split)}: {len(folds)} fold; expected two or more. Next: make folds.")
-    if not paths.bpp.is_file():
-        warn("denovo: no pairing probabilities (make bpp): stems are chosen by stacking energy, which is much worse")
+    _warn_without_pairs(paths)
     name = run_name(split)
     outputs = {f"fold{fold}/oof": paths.oof(name, fold) for fold in folds}
     outputs |= {f"fold{fold}/test": paths.test(name, fold) for fold in folds}
@@ -135,7 +138,8 @@ def run(paths: Paths, *, competition: Competition, split: str, score: Scorer) ->
         table.write_parquet(parts["library"], compression="zstd", row_group_size=1024)
         loops = _Loops.of(table, held_out)
         truth = {row[0]: np.array(row[1:], dtype=np.float64).T for row in table.select("id", "x", "y", "z").iter_rows()}
-        weights_F, facts = _write_oof(_read_targets(paths, "train"), loops, held_out, truth, parts, score=score)
+        targets, teaching = _read_targets(paths, "train"), read_teaching(paths.clean("train"))
+        weights_F, facts = _write_oof(targets, loops, held_out, truth, parts, teaching=teaching, score=score)
         _write_test(_read_targets(paths, "test"), loops, weights_F, folds, parts)
         told = {"weights": weights_F.tolist(), "folds": folds}
         parts["weights"].write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
@@ -151,39 +155,55 @@ def run(paths: Paths, *, competition: Competition, split: str, score: Scorer) ->
     )
 
 
-def apply(paths: Paths, *, competition: Competition, split: str, source: Path) -> Report:
+def apply(paths: Paths, *, competition: Competition, split: str, source: Path, seconds: float | None = None) -> Report:
     """Write the test tables alone, with the structures and the weights of an earlier `run`.
 
     For a machine without training data: a notebook that a code competition runs on sequences that nobody has seen.
+    Targets that the time does not suffice for, the longest, have no rows, and neither have those that are too long.
 
     Args:
         paths: the clean test table, and its ``bpp/bpp.parquet`` if it is there.
         competition: one whose task is a structure.
         split: of the earlier run.
         source: folder of the earlier run, ``runs/denovo.<split>``.
+        seconds: after which no target is begun; None = all are folded.
+
+    Returns:
+        Facts: ``targets``, and ``left_out``, the ids of those without candidates.
 
     Raises:
         ConfigError: the competition is not about structures.
-        DataError: a table or the weights are missing or damaged, or a sequence is too long.
+        DataError: a table or the weights are missing or damaged.
     """
+    end = None if seconds is None else time.monotonic() + seconds
     _require_structures(competition)
+    _warn_without_pairs(paths)
     name, learned = run_name(split), read_result(source / _WEIGHTS, hint="make denovo")
     open_parquet(source / _LIBRARY, ("id", "sequence", "day", "x", "y", "z")).close()
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
         loops, targets = _Loops.of(pl.read_parquet(source / _LIBRARY), {}), _read_targets(paths, "test")
-        _write_test(targets, loops, np.array(learned["weights"]), learned["folds"], parts)
-        return {"targets": len(targets)}
+        short = sorted((each for each in targets if len(each.sequence) <= LONGEST), key=lambda each: len(each.sequence))
+        folded = _write_test(short, loops, np.array(learned["weights"]), learned["folds"], parts, end=end)
+        return {
+            "targets": len(targets),
+            "left_out": [each.target_id for each in targets if each.target_id not in folded],
+        }
 
     bpp = {"bpp": paths.bpp} if paths.bpp.is_file() else {}
     return run_stage(
         "denovo",
         inputs={"test": paths.clean("test"), "library": source / _LIBRARY, "weights": source / _WEIGHTS} | bpp,
         outputs={f"fold{fold}/test": paths.test(name, fold) for fold in learned["folds"]},
-        params={"version": VERSION, "split": split, "test_only": True},
+        params={"version": VERSION, "split": split, "test_only": True, "seconds": seconds},
         build=build,
         manifest=paths.run_dir(name) / "denovo.manifest.json",
     )
+
+
+def _warn_without_pairs(paths: Paths) -> None:
+    if not paths.bpp.is_file():
+        warn("denovo: no pairing probabilities (make bpp): stems are chosen by stacking energy, which is much worse")
 
 
 def _require_structures(competition: Competition) -> None:
@@ -198,9 +218,10 @@ def _write_oof(
     truth: dict[str, np.ndarray],
     parts: dict[str, Path],
     *,
+    teaching: set[str],
     score: Scorer,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Write every fold's held-out targets; returns the weights from all of them, and how good the candidates are."""
+    """Write every fold's held-out targets; returns the weights from all that teach, and how good the candidates are."""
     pools = []
     with Bar("assemble training targets", total=len(targets), unit="targets") as bar:
         for target in targets:
@@ -211,7 +232,7 @@ def _write_oof(
     table = {n: features(pools[n], similarity([each.xyz_L3 for each in pools[n]])) for n in known}
 
     def fit(without: int | None) -> np.ndarray:
-        used = [n for n in known if held_out[targets[n].target_id] != without]
+        used = [n for n in known if targets[n].target_id in teaching and held_out[targets[n].target_id] != without]
         owner_N = np.repeat(np.arange(len(used)), [len(tm[n]) for n in used])
         return fit_weights(np.concatenate([table[n] for n in used]), np.concatenate([tm[n] for n in used]), owner_N)
 
@@ -240,12 +261,20 @@ def _write_oof(
 
 
 def _write_test(
-    targets: list[_Target], loops: _Loops, weights_F: np.ndarray, folds: list[int], parts: dict[str, Path]
-) -> None:
-    """Deal the test candidates to the folds."""
+    targets: list[_Target],
+    loops: _Loops,
+    weights_F: np.ndarray,
+    folds: list[int],
+    parts: dict[str, Path],
+    *,
+    end: float | None = None,
+) -> list[str]:
+    """Deal the test candidates to the folds; returns the targets that there was time for."""
     rows: dict[int, list[dict[str, Any]]] = {fold: [] for fold in folds}
+    folded = []
     with Bar("assemble test targets", total=len(targets), unit="targets") as bar:
-        for target in targets:
+        for target in take_until(targets, end):
+            folded.append(target.target_id)
             pool = _assemblies(target, loops, held_out=None)
             chosen, expected_M = choose_assemblies(pool, count=_CANDIDATES, weights_F=weights_F)
             for number, m in enumerate(chosen):
@@ -255,6 +284,7 @@ def _write_test(
             bar.advance()
     for fold, found in rows.items():
         _write(found, parts[f"fold{fold}/test"], fold=False)
+    return folded
 
 
 def _assemblies(target: _Target, loops: _Loops, *, held_out: int | None) -> list[Assembly]:
@@ -315,7 +345,9 @@ def _write(rows: list[dict[str, Any]], path: Path, *, fold: bool = True) -> None
 
 
 def describe(facts: dict[str, Any]) -> list[str]:
-    """What `run` did, as lines for a terminal."""
+    """What `run` or `apply` did, as lines for a terminal."""
+    if "oof" not in facts:
+        return [tell_left_out(facts)]
     oof = facts["oof"]
     return [
         f"loops of known structures: {facts['loops']:,}",

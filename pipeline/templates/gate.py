@@ -18,7 +18,7 @@ _PDB_ID = re.compile(r"[1-9][A-Za-z0-9]{3}(_.*)?")
 
 
 def allowed(target_cutoff: date | None, source_date: date | None) -> bool:
-    """Whether a target may use something (a template, a training example, an alignment).
+    """Whether a target may use something (a template, a training example).
 
     A target without a cutoff may use everything. One that has a cutoff may use what was released on that day or
     before, and never what has no date.

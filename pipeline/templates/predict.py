@@ -4,6 +4,7 @@ Letters: N matches of all targets, F features, L length (nt), 3 xyz. Lengths in 
 """
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,31 +14,38 @@ import numpy as np
 import polars as pl
 
 from pipeline.competitions.base import Competition
+from pipeline.competitions.rna3d import read_teaching
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar
-from pipeline.stage import Report, read_result, run_stage
+from pipeline.stage import Report, read_result, run_stage, take_until, tell_left_out
 from pipeline.structure.geometry import rotation_onto
 from pipeline.tables import open_parquet
 from pipeline.templates.collection import collect, library_path, make_library
 from pipeline.templates.gate import allowed_mask
 from pipeline.templates.msa import find_alignments, read_profiles
 from pipeline.templates.ranker import Calibration, Ranker, reliability
-from pipeline.templates.search import Library, Match, Target, find_matches
+from pipeline.templates.search import FEATURES, Library, Match, Target, find_matches
 from pipeline.templates.transfer import complete, refine, transfer
 
 #: Raised when the same tables give other candidates than before.
-VERSION = 1
+VERSION = 2
 
 #: (predicted, known) traces -> TM-score of each pair; the roof hands in `submissions.tm_score.tm_scores`.
 Scorer = Callable[[Sequence[tuple[np.ndarray, np.ndarray]]], np.ndarray]
 
 #: Expected TM-score from which a target counts as covered: the template that 19 of 20 targets of part 1 had.
 COVERED = 0.45
+_COVERAGE = FEATURES.index("coverage")
 _LIBRARY, _RANKER = "library.parquet", "ranker.json"
+#: Files of a run that `apply` needs on another machine.
+CARRIED = (_LIBRARY, _RANKER)
 _CANDIDATES = 5
 _LEARNED = 1000  # nt of the longest target that the ranker learns from: a TM-score takes 15 ms there, 57 ms at 2,000
 _RELATED = 0.8  # identity to the shorter sequence from which a chain from elsewhere is kept from a held-out target
+#: Share of a target that a template covers at least. What covers less says little of the whole, whatever the ranker
+#: expects, and has places in the five that other sources fill better: pooled best of five 0.376 without, 0.377 with it.
+_COVERS = 0.5
 _DIFFERENT = 2.0  # Å RMSD by which a candidate differs from those before it, if enough do
 _SCHEMA: dict[str, Any] = {
     "sequence_id": pl.String,
@@ -108,7 +116,7 @@ def run(paths: Paths, *, competition: Competition, split: str, score: Scorer, ms
         table.write_parquet(parts["library"], compression="zstd", row_group_size=1024)
         library = make_library(table, folds=held_out)
         train = _read_targets(paths, "train", alignments)
-        known = _Known.of(train, library, held_out, score)
+        known = _Known.of(train, library, held_out, score, teaching=read_teaching(paths.clean("train")))
         facts = {"library": about} | known.write_oof(parts, score=score)
         test = _read_targets(paths, "test", alignments)
         facts["test"] = _write_test(test, library, known.final, folds, parts)
@@ -126,10 +134,19 @@ def run(paths: Paths, *, competition: Competition, split: str, score: Scorer, ms
     )
 
 
-def apply(paths: Paths, *, competition: Competition, split: str, source: Path, msa: Path | None = None) -> Report:
+def apply(
+    paths: Paths,
+    *,
+    competition: Competition,
+    split: str,
+    source: Path,
+    msa: Path | None = None,
+    seconds: float | None = None,
+) -> Report:
     """Write the test tables alone, with the library and the ranker of an earlier `run`.
 
     For a machine without training data: a notebook that a code competition runs on sequences that nobody has seen.
+    Targets that the time does not suffice for, the longest, have no rows.
 
     Args:
         paths: the clean test table, and its ``bpp/bpp.parquet`` if it is there.
@@ -137,11 +154,16 @@ def apply(paths: Paths, *, competition: Competition, split: str, source: Path, m
         split: of the earlier run.
         source: folder of the earlier run, ``runs/templates.<split>``.
         msa: as in `run`.
+        seconds: after which no target is begun; None = all are searched for.
+
+    Returns:
+        Facts: ``test`` as of `run`, ``targets``, and ``left_out``, the ids of those that were not searched for.
 
     Raises:
         ConfigError: the competition is not about structures.
-        DataError: a table or the ranker is missing or damaged.
+        DataError: a table, an alignment or the ranker is missing or damaged.
     """
+    end = None if seconds is None else time.monotonic() + seconds
     _require_structures(competition)
     name, learned = run_name(split), read_result(source / _RANKER, hint="make templates-predict")
     open_parquet(source / _LIBRARY, ("id", "sequence", "day", "x", "y", "z")).close()
@@ -153,7 +175,10 @@ def apply(paths: Paths, *, competition: Competition, split: str, source: Path, m
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
         library = make_library(pl.read_parquet(source / _LIBRARY), folds={})
-        return _write_test(_read_targets(paths, "test", alignments), library, model, learned["folds"], parts)
+        targets = sorted(_read_targets(paths, "test", alignments), key=len)
+        told = _write_test(targets, library, model, learned["folds"], parts, end=end)
+        left_out = sorted(each.target_id for each in targets if each.target_id not in told["templates"])
+        return {"test": told, "targets": len(targets), "left_out": left_out}
 
     bpp = {"bpp": paths.bpp} if paths.bpp.is_file() else {}
     return run_stage(
@@ -162,7 +187,7 @@ def apply(paths: Paths, *, competition: Competition, split: str, source: Path, m
         | bpp
         | {f"msa/{target}": path for target, path in alignments.items()},
         outputs={f"fold{fold}/test": paths.test(name, fold) for fold in learned["folds"]},
-        params={"version": VERSION, "split": split, "test_only": True},
+        params={"version": VERSION, "split": split, "test_only": True, "seconds": seconds},
         build=build,
         manifest=paths.run_dir(name) / "templates-predict.manifest.json",
     )
@@ -255,9 +280,11 @@ class _Known:
     final: _Model  # for targets from elsewhere
 
     @staticmethod
-    def of(targets: list[Target], library: Library, held_out: dict[str, int], score: Scorer) -> "_Known":
+    def of(
+        targets: list[Target], library: Library, held_out: dict[str, int], score: Scorer, *, teaching: set[str]
+    ) -> "_Known":
         folds = [held_out[target.target_id] for target in targets]
-        truth = {name: library.xyz_T3[library.part(n)] for n, name in enumerate(library.ids)}
+        truth = {name: library.xyz_T3[library.part(n)] for n, name in enumerate(library.ids) if name in teaching}
         matches, tm = [], []
         with Bar("templates of training targets", total=len(targets), unit="targets") as bar:
             for target, fold in zip(targets, folds, strict=True):
@@ -335,12 +362,14 @@ class _Known:
 def _choose(
     target: Target, library: Library, matches: list[Match], scores: np.ndarray, calibration: Calibration, *, count: int
 ) -> list[_Candidate]:
-    """The highest expected scores first: other templates, and other traces as long as there are such."""
+    """The highest expected scores of those that cover enough: other templates, and other traces as far as possible."""
     chosen: list[_Candidate] = []
     spare: list[_Candidate] = []
     for place in np.argsort(-scores, kind="stable"):
         match, expected = matches[place], float(calibration.expected(scores[place : place + 1])[0])
         if any(match.template == other.template for other in (*chosen, *spare)):
+            continue
+        if match.features_F[_COVERAGE] < _COVERS:
             continue
         copied_L3 = transfer(match.partner_L, library.xyz_T3[library.part(match.template)])
         xyz_L3 = refine(complete(copied_L3, target.novo), np.isfinite(copied_L3[:, 0]), target.nested)
@@ -349,7 +378,7 @@ def _choose(
         (chosen if new else spare).append(candidate)
         if len(chosen) == count:
             break
-    return chosen + spare[: count - len(chosen)]
+    return sorted(chosen + spare[: count - len(chosen)], key=lambda each: -each.expected)
 
 
 def _rmsd(mobile_L3: np.ndarray, fixed_L3: np.ndarray) -> float:
@@ -358,13 +387,19 @@ def _rmsd(mobile_L3: np.ndarray, fixed_L3: np.ndarray) -> float:
 
 
 def _write_test(
-    targets: list[Target], library: Library, model: _Model, folds: list[int], parts: dict[str, Path]
+    targets: list[Target],
+    library: Library,
+    model: _Model,
+    folds: list[int],
+    parts: dict[str, Path],
+    *,
+    end: float | None = None,
 ) -> dict[str, Any]:
-    """Deal the test candidates to the folds; returns what each target got."""
+    """Deal the test candidates to the folds; returns what each target got that there was time for."""
     rows: dict[int, list[dict[str, Any]]] = {fold: [] for fold in folds}
     told, covered = {}, 0
     with Bar("templates of test targets", total=len(targets), unit="targets") as bar:
-        for target in targets:
+        for target in take_until(targets, end):
             matches = find_matches(target, library, np.ones(len(library), dtype=bool))
             chosen: list[_Candidate] = []
             if matches:
@@ -399,10 +434,20 @@ def _write(rows: list[dict[str, Any]], path: Path, *, fold: bool = True) -> None
 
 
 def describe(facts: dict[str, Any]) -> list[str]:
-    """What `run` did, as lines for a terminal."""
-    about, oof, test = facts["library"], facts["oof"], facts["test"]
-    honest = facts["reliability"]
-    lines = [
+    """What `run` or `apply` did, as lines for a terminal."""
+    test = facts["test"]
+    lines = _describe_oof(facts) if "oof" in facts else [tell_left_out(facts)]
+    lines.append(f"test: {test['covered_share']:.0%} of {test['targets']} targets expect {COVERED} or more")
+    for name, told in test["templates"].items():
+        lines.append(
+            f"  {name:<12} {told['usable']:>5} usable, best {told['best']:<10} expected {told['expected']:.3f}"
+        )
+    return lines
+
+
+def _describe_oof(facts: dict[str, Any]) -> list[str]:
+    about, oof, honest = facts["library"], facts["oof"], facts["reliability"]
+    return [
         f"library: {about['train']} training targets, {about['later']} later ones, {about['library']} other chains; "
         "dates: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in about["dates"].items()),
         f"out of fold: best of {_CANDIDATES} {oof['best_of_five']:.4f} over {oof['with_template']} of {oof['targets']} "
@@ -410,10 +455,4 @@ def describe(facts: dict[str, Any]) -> list[str]:
         f"expected TM-scores: correlation {honest['correlation']:.2f}, calibration error "
         f"{honest['calibration_error']:.3f}; expected / found by fifths: "
         + ", ".join(f"{expected:.2f} / {found:.2f}" for _, expected, found in honest["bins"]),
-        f"test: {test['covered_share']:.0%} of {test['targets']} targets expect {COVERED} or more",
     ]
-    for name, told in test["templates"].items():
-        lines.append(
-            f"  {name:<12} {told['usable']:>5} usable, best {told['best']:<10} expected {told['expected']:.3f}"
-        )
-    return lines

@@ -7,7 +7,8 @@ and writes.
 Gradients are added up by hand, once a step, not by DistributedDataParallel: micro-batches, gradient checkpointing, a
 head without a gradient and a share without a sequence then need no special care, and nothing wraps the network whose
 state dict a checkpoint holds. What that gives up is sending while the backward pass still computes: a few
-milliseconds a step for ten million parameters.
+milliseconds a step for ten million parameters. Where memory counts more, `pipeline.training.sharding` keeps a part of
+the network in each process instead of all of it in every one.
 
 All decisions go over the CPU (gloo), where a process that died is seen at once and one that hangs after the timeout.
 """
@@ -29,7 +30,7 @@ from torch import distributed, nn
 from pipeline import runlog
 from pipeline.errors import ConfigError, StoppedError, StorageError
 from pipeline.training.checkpoint import Checkpoint, CheckpointStore, DamagedError, load_checkpoint
-from pipeline.training.failures import OutOfMemoryEverywhere, is_out_of_memory
+from pipeline.training.failures import OutOfMemoryEverywhere, is_device_lost, is_out_of_memory
 
 _BUCKET = 2**24  # gradient values that are sent together: 64 MiB
 _POLL_S = 0.02
@@ -54,13 +55,18 @@ class World:
         self._turns = itertools.count()
 
     @property
+    def is_alone(self) -> bool:
+        """Whether there is nobody to meet."""
+        return self._store is None
+
+    @property
     def is_main(self) -> bool:
         """Whether this process prints and writes."""
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
         """Each value added up over all processes, in float64; the same bits in all of them."""
-        if self.size == 1:
+        if self.is_alone:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
         with self._together():
@@ -74,7 +80,7 @@ class World:
     def gather(self, value: _Value) -> list[_Value]:
         """The value of every process, by rank."""
         values: list[Any] = [value] * self.size
-        if self.size > 1:
+        if not self.is_alone:
             with self._together():
                 distributed.all_gather_object(values, value)
         return values
@@ -87,7 +93,7 @@ class World:
 
     def add_gradients(self, model: nn.Module) -> None:
         """Add up the gradients of all processes; a parameter that has one in none of them keeps none."""
-        if self.size == 1:
+        if self.is_alone:
             return
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
@@ -109,7 +115,7 @@ class World:
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
         """Process 0 goes through a block before the others enter it, however long it takes."""
-        if self.size == 1:
+        if self.is_alone:
             yield
             return
         turn = f"turn{next(self._turns)}"
@@ -134,13 +140,25 @@ class World:
             if together:
                 distributed.barrier()
 
+    def _speaks_for_itself(self, err: BaseException) -> bool:
+        """Whether process 0 may be unable to tell: it is missed itself, or hangs in what this one left unfinished."""
+        if isinstance(err, LostProcessError):
+            with contextlib.suppress(RuntimeError):
+                assert self._store is not None
+                return self._store.add("missed", 1) == 1
+            return True
+        cause = err.__cause__
+        if cause is None or isinstance(cause, OutOfMemoryEverywhere):
+            return False
+        return is_out_of_memory(cause) or is_device_lost(cause)
+
     def _wait_for(self, key: str) -> None:
         """Wait for process 0, in short naps: a signal is heard, and no timeout of a collective runs meanwhile."""
         assert self._store is not None
         with self._together():
             while not self._store.check([key]):
                 if self._store.check(["left"]):
-                    raise self._lost()
+                    raise self.lost()
                 time.sleep(_POLL_S)
 
     def _tell(self, key: str, value: str = "") -> None:
@@ -156,15 +174,17 @@ class World:
         except RuntimeError as err:
             if is_out_of_memory(err):
                 raise
-            raise self._lost() from err
+            raise self.lost() from err
 
-    def _lost(self) -> LostProcessError:
+    def lost(self) -> LostProcessError:
+        """What to raise where another process is gone, with what it said last."""
         said = ""
         with contextlib.suppress(RuntimeError):  # the store may be gone as well
             assert self._store is not None
             others = (rank for rank in range(self.size) if rank != self.rank)
-            failed = [rank for rank in others if self._store.check([f"failed{rank}"])]
-            said = "".join(f"; process {rank}: {self._store.get(f'failed{rank}').decode()}" for rank in failed)
+            failed = {rank: f"failed{rank}" for rank in others if self._store.check([f"failed{rank}"])}
+            words = {rank: self._store.get(key).decode().rstrip(".") for rank, key in failed.items()}
+            said = "".join(f"; process {rank}: {words[rank]}" for rank in words)
         return LostProcessError(
             f"process {self.rank} of {self.size} has lost another one, which died, failed or did not answer in time"
             f"{said}. Next: the same command goes on from the last checkpoint."
@@ -225,6 +245,8 @@ def join(*, timeout: float) -> Iterator[World]:
     try:
         yield world
     except BaseException as err:
+        if world._speaks_for_itself(err):
+            runlog.console.quiet = before[0]
         world._leave(err)
         raise
     world._leave()

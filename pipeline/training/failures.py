@@ -1,8 +1,9 @@
-"""What an error of torch means for a run: memory ran out, the device is gone, or anomaly mode saw a NaN."""
+"""What an error of torch means for a run: memory ran out, device or process are gone, or anomaly mode saw a NaN."""
 
 import re
 
 import torch
+from torch import distributed
 
 #: Errors after which nothing can be read from the device any more: CUDA's own, its libraries' and the driver's.
 _DEVICE_LOST = re.compile(
@@ -29,6 +30,11 @@ def is_device_lost(err: BaseException) -> bool:
     if is_out_of_memory(err) or not isinstance(err, RuntimeError):
         return False
     return isinstance(err, torch.AcceleratorError) or bool(_DEVICE_LOST.search(str(err)))
+
+
+def is_process_lost(err: BaseException) -> bool:
+    """Whether an error says that another process is gone or silent; gloo raises plain RuntimeErrors, with its paths."""
+    return isinstance(err, distributed.DistError) or (isinstance(err, RuntimeError) and "gloo/transport" in str(err))
 
 
 def is_anomaly(err: BaseException) -> bool:

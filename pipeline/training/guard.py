@@ -26,6 +26,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.training.sharding import is_sharded, nonfinite
+
 Seen = Literal["finite", "scaler_overflow", "nonfinite_grad", "nonfinite_loss", "nonfinite_weights", "loss_spike"]
 Answer = Literal["go", "skip", "roll_back"]
 
@@ -159,8 +161,9 @@ def find_origin(model: nn.Module, replay: Callable[[], object]) -> Origin:
     activations = observer.activations
     if observer.bad_forward:
         return Origin(phase="forward", module=observer.bad_forward, activations=activations)
-    gradients = ((name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None)
-    culprit = observer.culprit() or next((name for name, grad in gradients if not torch.isfinite(grad).all()), "")
+    # a sharded gradient is the sum over all processes and does not say where it began
+    gradients = {name: x.grad for name, x in model.named_parameters() if x.grad is not None and not is_sharded(x)}
+    culprit = observer.culprit() or next(iter(nonfinite(gradients)), "")
     return Origin(phase="backward" if culprit else "unknown", module=culprit, activations=activations)
 
 
@@ -231,8 +234,7 @@ def _describe(name: str, tensors: list[Tensor]) -> Activation:
 
 def nonfinite_parameters(model: nn.Module) -> list[str]:
     """Names of the parameters and buffers that hold a NaN or inf."""
-    state = model.state_dict().items()
-    return [name for name, tensor in state if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
+    return nonfinite(model.state_dict())
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

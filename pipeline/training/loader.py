@@ -105,7 +105,7 @@ class _Worker:
 
     def last_words(self) -> str:
         """How it ended."""
-        self.process.join(timeout=5.0)
+        self.process.join(timeout=60.0)  # it has closed its pipe, so it is ending
         return f"died (exit code {self.process.exitcode}; -9 is what a machine out of memory does)"
 
     def stop(self) -> None:

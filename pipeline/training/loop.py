@@ -27,12 +27,12 @@ from pipeline.errors import DivergedError, StoppedError, StorageError
 from pipeline.packing import plan_by_tokens
 from pipeline.training.checkpoint import Checkpoint, CheckpointStore
 from pipeline.training.distributed import ALONE, World
-from pipeline.training.failures import OutOfMemoryEverywhere, is_device_lost, is_out_of_memory
+from pipeline.training.failures import OutOfMemoryEverywhere, is_device_lost, is_out_of_memory, is_process_lost
 from pipeline.training.guard import Seen, classify, decide, is_spike, remember
 from pipeline.training.loader import BatchSource, Loader, Place
 from pipeline.training.losses import training_loss
 from pipeline.training.metrics import make_meter
-from pipeline.training.optim import clip_gradients, gradients, learning_rate, total_norm
+from pipeline.training.optim import clip_gradients, gradients, learning_rate
 from pipeline.training.precision import Precision
 from pipeline.training.recovery import Recovery
 from pipeline.training.state import Progress, TrainingState
@@ -132,6 +132,8 @@ class Trainer:
         except (MemoryError, RuntimeError) as err:
             if is_out_of_memory(err):
                 raise self._out_of_memory(err) from err
+            if is_process_lost(err):  # in the middle of a sharded network
+                raise self.world.lost() from err
             if is_device_lost(err):
                 raise self._device_lost(err) from err
             raise
@@ -211,17 +213,18 @@ class Trainer:
         max_pairs = _VALID_PAIRS if is_structure else None
         parts = plan_by_tokens(lengths, max_tokens=micro_batch * longest, max_pairs=max_pairs)
 
-        def count(parts: list[np.ndarray]) -> None:
-            for part in parts:
-                batch = make_batch(examples, valid[part], change=middle if is_structure else None).to(self.device)
-                with self.state.precision.autocast(self.device):
-                    outputs = network(batch.inputs)
+        def predict(part: np.ndarray, *, counts: bool) -> None:
+            batch = make_batch(examples, valid[part], change=middle if is_structure else None).to(self.device)
+            with self.state.precision.autocast(self.device):
+                outputs = network(batch.inputs)
+            if counts:
                 meter.add(outputs, batch)
 
-        for first in range(0, len(parts), self.world.size):  # a part for each process, fewer at the end
+        rank, size = self.world.rank, self.world.size
+        for first in range(0, len(parts), size):
             self._poll_stop()
-            ours = parts[first : first + self.world.size][self.world.rank :][:1]
-            self._everywhere(partial(count, ours))
+            last = min(first + rank, len(parts) - 1)  # at the end some predict what another counts: all meet in a pass
+            self._everywhere(partial(predict, parts[last], counts=last == first + rank))
         meter.join(self.world)
         return meter.result()
 
@@ -236,9 +239,10 @@ class Trainer:
         taken, random = self._take(place), state.random()
         prepared, self._before = time.perf_counter(), random
         taken, loss, intact = self._forward_backward(taken, random)
-        self.world.add_gradients(state.model)
+        if not state.sharded:
+            self.world.add_gradients(state.model)
         state.scaler.unscale_(state.optimizer)
-        norm = total_norm(gradients(state.model)) if intact else math.nan
+        norm = state.norm_of(gradients(state.model)) if intact else math.nan
         lr = self.learning_rate()
         seen = self._judge(loss, norm)
         if seen == "finite":
@@ -262,12 +266,13 @@ class Trainer:
         where = Place(place[0], place[1], self.micro_batch)
         batches = [unpack(packed) for packed in self._loader.take(where)]
         (weight,) = self.world.sum(sum(self.loss.weight(batch) for batch in batches))
-        return Taken(place, batches, weight, self.source.tokens(where))
+        passes = max(self.world.gather(len(batches))) if self.state.sharded else 0
+        return Taken(place, batches, weight, self.source.tokens(where), passes)
 
     def _accumulate(self, taken: Taken) -> tuple[float, bool]:
         """Forward and backward of this process's micro-batches, see `forward_backward`."""
         state = self.state
-        how = {"precision": state.precision, "scaler": state.scaler, "device": self.device}
+        how = {"precision": state.precision, "scaler": state.scaler, "device": self.device, "passes": taken.passes}
         return forward_backward(state.model, self.loss, taken.batches, weight=taken.weight, **how)  # type: ignore[arg-type]
 
     def _forward_backward(self, taken: Taken, random: dict[str, torch.Tensor]) -> tuple[Taken, float, bool]:
@@ -278,7 +283,7 @@ class Trainer:
                 loss, broken = self.world.sum(share, not is_whole)
                 return taken, loss, not broken
             except (MemoryError, RuntimeError) as err:
-                if not is_out_of_memory(err):
+                if self.state.sharded or not is_out_of_memory(err):
                     raise
                 size = max(self.world.gather(max((len(batch.ids) for batch in taken.batches), default=0)))
                 if not self._may_halve(err, size=size):
@@ -289,8 +294,11 @@ class Trainer:
             taken = self._take(taken.place)
 
     def _everywhere(self, work: Callable[[], _Result]) -> _Result:
-        """Do something that takes memory; if it runs out in one process, that is an error in all of them."""
-        if self.world.size == 1:
+        """Do something that takes memory; if it runs out in one process, that is an error in all of them.
+
+        One that leaves the middle of a sharded network can tell the others only by being gone.
+        """
+        if self.world.is_alone or self.state.sharded:
             return work()
         failed = ""
         try:
@@ -326,7 +334,7 @@ class Trainer:
             group["lr"] = lr
         state.scaler.step(state.optimizer)
         state.scaler.update()
-        if not math.isfinite(total_norm([parameter.detach() for parameter in state.model.parameters()])):
+        if not math.isfinite(state.norm_of(list(state.model.parameters()))):
             return "nonfinite_weights"
         if state.ema:
             state.ema.update(state.model, updates=state.progress.updates)
@@ -401,7 +409,7 @@ class Trainer:
         saves = together and not self._updating
         if saves and self._saved_at != (self.progress.step, self.progress.epoch):
             self.save()
-        size = self.micro_batch
+        size = min(self.micro_batch, -(-self.config.train.batch_size // self.world.size))
         smaller = "a smaller network, train.gradient_checkpointing, or a smaller data.max_length"
         if size > 1 and self.config.train.micro_batch != "auto":
             smaller = (

@@ -120,6 +120,7 @@ class Recovery:
                 "replay runs such a batch again, and says where it breaks and in which precision it does not; then a "
                 "lower train.lr, or train.precision = 'fp32'."
             )
+        row = {"step": before.step + 1, "before": state.precision.name, "rollbacks": counts.rollbacks + 1}
         lower = next_precision(state.precision, state.device)
         state.restore(checkpoint)
         state.set_precision(lower)
@@ -127,7 +128,7 @@ class Recovery:
         progress.precision = lower.name  # type: ignore[assignment]
         progress.left_out, progress.micro_batch = before.left_out, before.micro_batch
         progress.guard = GuardCounts(**{**asdict(counts), "rollbacks": counts.rollbacks + 1, "skips_in_a_row": 0})
-        self.log.write("rollback", to_step=progress.step, precision=lower.name, rollbacks=counts.rollbacks + 1)
+        self.log.write("rollback", **row, to_step=progress.step, precision=lower.name)
         runlog.warn(f"{what}; back to step {progress.step}, {lower.name}, without {len(progress.left_out)} batches")
 
     def halve_micro_batch(self, size: int) -> None:
@@ -175,7 +176,7 @@ class Recovery:
         try:
             return find_origin(state.model, again)
         except (MemoryError, RuntimeError) as err:
-            if not is_out_of_memory(err):
+            if state.sharded or not is_out_of_memory(err):
                 raise
             return Origin(phase="unknown")
         finally:
@@ -195,9 +196,9 @@ class Recovery:
     ) -> str | None:
         """Keep the batch for ``rna replay``; returns the file's name, None if it was not (or could not be) written."""
         state = self.state
+        weights, weights_step = state.weights(), state.progress.step + 1
         if not state.world.is_main:
             return None
-        weights, weights_step = state.model.state_dict(), state.progress.step + 1
         try:
             if origin.phase == "weights":  # those of before are lost
                 checkpoint = self.store.load_newest()

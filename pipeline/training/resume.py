@@ -19,6 +19,7 @@ _HARMLESS = {
     "config.train.spike_threshold": "matters where a loss is a spike",
     "config.train.micro_batch": "the same optimiser steps up to rounding and dropout's random numbers",
     "config.train.workers": "the same batches in the same order",
+    "config.train.sharding": "the same steps up to rounding, in other memory",
     "config.train.process_timeout": "matters where a process is lost",
     "config.train.gradient_checkpointing": "the same gradients in other memory",
 }

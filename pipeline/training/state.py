@@ -1,5 +1,6 @@
 """What a run is at one moment: network, average, optimiser, loss scaler, random numbers and counters, kept together."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from models.interface import RnaModel
 from pipeline.config import TrainConfig
+from pipeline.training import sharding
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.distributed import ALONE, World
 from pipeline.training.guard import GuardCounts, nonfinite_parameters
@@ -49,6 +51,8 @@ class Progress:
 class TrainingState:
     """All that an update changes, and nothing else. Of several processes each has the same, but for random numbers.
 
+    Where ``sharding = "fsdp2"`` each has its part of weights, averages and moments instead (`sharded`).
+
     Args:
         model: new or with initial weights, on `device`.
         settings: of the run.
@@ -67,8 +71,12 @@ class TrainingState:
         world: World = ALONE,
     ) -> None:
         self.model, self.device, self.world, self._seed = model, device, world, settings.seed
-        self.optimizer = make_optimizer(model, lr=settings.lr, weight_decay=settings.weight_decay)
         self.ema = Ema(model, decay=settings.ema_decay) if settings.ema_decay else None
+        self.sharded = settings.sharding == "fsdp2" and not world.is_alone
+        if self.sharded:
+            for network in dict.fromkeys((model, self.predictor)):
+                sharding.shard(network, device)
+        self.optimizer = make_optimizer(model, lr=settings.lr, weight_decay=settings.weight_decay)
         self.progress = Progress()
         self.set_precision(precision)
         self._draw_anew()
@@ -85,20 +93,27 @@ class TrainingState:
         """
         random, *elsewhere = self.world.gather(self.random())
         rest = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._whole(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
             "random": random,
             "random_elsewhere": elsewhere,  # of the other processes
             "progress": asdict(self.progress),
         }
-        return self.predictor.state_dict(), self.model.state_dict() if self.ema else None, rest
+        weights = self._whole(self.predictor.state_dict())
+        return weights, self.weights() if self.ema else None, rest
+
+    def weights(self) -> dict[str, Tensor]:
+        """Those that train on, whole; every process has to ask for them, and only process 0 gets them."""
+        return self._whole(self.model.state_dict())
+
+    def _whole(self, tree: dict[str, Any]) -> Any:
+        return sharding.whole(tree, keep=self.world.is_main) if self.sharded else tree
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint's state: weights, optimiser, scaler, random numbers, counters."""
-        self.model.load_state_dict(checkpoint.training)
-        if self.ema:
-            self.ema.module.load_state_dict(checkpoint.weights)
-        self.optimizer.load_state_dict(checkpoint.state["optimizer"])
+        for network, weights in ((self.predictor, checkpoint.weights), (self.model, checkpoint.training)):
+            network.load_state_dict(sharding.parts(weights, network.state_dict()))
+        self._restore_optimizer(checkpoint.state["optimizer"])
         self.progress = Progress.from_dict(checkpoint.state["progress"])
         if self.progress.precision:
             self.set_precision(Precision(self.progress.precision, "a rollback ordered it"))
@@ -110,18 +125,33 @@ class TrainingState:
         else:
             self._draw_anew()
 
+    def _restore_optimizer(self, saved: dict[str, Any]) -> None:
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        state = {
+            index: sharding.parts(moments, {name: parameters[index] for name, moment in moments.items() if moment.ndim})
+            for index, moments in saved["state"].items()
+        }
+        self.optimizer.load_state_dict({**saved, "state": state})
+
     def nonfinite(self) -> list[str]:
-        """Names of weights, averages and moments that hold a NaN or inf."""
+        """Names of weights, averages and moments that hold a NaN or inf, in whichever process."""
         bad = nonfinite_parameters(self.model) + (nonfinite_parameters(self.ema.module) if self.ema else [])
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            bad += [f"{name} {index}" for name, tensor in moments.items() if not bool(torch.isfinite(tensor).all())]
-        return bad
+        state = self.optimizer.state_dict()["state"].items()
+        moments = {f"{name} {index}": moment for index, found in state for name, moment in found.items()}
+        return bad + sharding.nonfinite(moments)
 
     def norm(self) -> float:
         """Of weights, averages and moments: the same in all processes that train together."""
         moments = [moment for moments in self.optimizer.state.values() for moment in moments.values()]
-        with torch.no_grad():
-            return total_norm([*self.model.parameters(), *self.predictor.parameters(), *moments])
+        return self.norm_of([*self.model.parameters(), *self.predictor.parameters(), *moments])
+
+    @torch.no_grad()
+    def norm_of(self, tensors: list[Tensor]) -> float:
+        """Euclidean norm over tensors, the parts of all processes included: the same in all of them."""
+        if not self.sharded:
+            return total_norm(tensors)
+        (square,) = self.world.sum(total_norm(sharding.local(tensors)) ** 2)
+        return math.sqrt(square)
 
     def set_precision(self, precision: Precision) -> None:
         """Compute in another precision from here on, with a fresh loss scaler if it needs one."""

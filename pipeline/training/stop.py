@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import ClassVar
+from typing import ClassVar, TextIO
 
 from pipeline.errors import BusyError, StoppedError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_LOCK_PATIENCE_S = 0.5  # a look at a lock (`lock_holder`) holds it for microseconds
+_LOCK_TRIES, _LOCK_NAP_S = 25, 0.02  # a look at a lock (`lock_holder`) holds it for microseconds
 
 
 class StopRequest:
@@ -55,13 +55,13 @@ class StopRequest:
         if self._before:
             self._open.remove(self)
 
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         for request in self._open:
             request._received = signal.Signals(number)
-        if not self._polled:
+        if not (self._polled or _changes_handlers(frame)):
             raise StoppedError(
                 f"stopped ({signal.Signals(number).name}); nothing is half-written. Next: the same command again."
             )
@@ -85,6 +85,13 @@ class StopRequest:
         return None
 
 
+def _changes_handlers(frame: FrameType | None) -> bool:
+    """Whether a signal came while handlers were set or put back: an error there would leave them half-changed."""
+    while frame is not None and frame.f_code not in (StopRequest.__enter__.__code__, StopRequest.__exit__.__code__):
+        frame = frame.f_back
+    return frame is not None
+
+
 @contextlib.contextmanager
 def run_lock(folder: Path, *, name: str = ".lock") -> Iterator[None]:
     """Hold a folder for one process; the lock dies with its process.
@@ -96,14 +103,32 @@ def run_lock(folder: Path, *, name: str = ".lock") -> Iterator[None]:
     Raises:
         BusyError: another process holds it; the message names its pid.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / name).open("a+") as handle:
-        if not _lock(handle.fileno()):
-            raise already_at_work(folder, lock_holder(folder, name=name))
-        handle.truncate(0)
-        handle.write(f"{os.getpid()}\n")
-        handle.flush()
-        yield
+    while True:
+        with _open(folder, name) as handle:
+            if not _lock(handle.fileno()):
+                raise already_at_work(folder, lock_holder(folder, name=name))
+            if not _is_still(handle, folder / name):
+                continue
+            handle.truncate(0)
+            handle.write(f"{os.getpid()}\n")
+            handle.flush()
+            yield
+            return
+
+
+def _open(folder: Path, name: str) -> TextIO:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # a start that was refused removed the folder in between
+            return (folder / name).open("a+")
+
+
+def _is_still(handle: TextIO, path: Path) -> bool:
+    """Whether an open file is the one of that name, and not one that was removed before its lock was let go."""
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def lock_holder(folder: Path, *, name: str = ".lock") -> int | None:
@@ -151,12 +176,10 @@ def already_at_work(folder: Path, pid: int | None) -> BusyError:
 
 
 def _lock(descriptor: int) -> bool:
-    give_up = time.monotonic() + _LOCK_PATIENCE_S
-    while True:
+    for _ in range(_LOCK_TRIES):  # counted, not timed: a busy machine may sleep through any time between two of them
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
-            if time.monotonic() >= give_up:
-                return False
-            time.sleep(0.02)
+            time.sleep(_LOCK_NAP_S)
+    return False

@@ -195,6 +195,9 @@ class Silence:
 def drop_rows_after(path: Path, *, step: int, epoch: int) -> None:
     """Forget what a killed run logged beyond its last checkpoint: these steps come again.
 
+    What it logged before it saved that checkpoint stays, also of higher steps: a rollback took it back from there, and
+    a batch that was left out there does not come again.
+
     Args:
         path: metrics.jsonl; a torn last line is dropped too.
         step: of the checkpoint.
@@ -211,9 +214,16 @@ def drop_rows_after(path: Path, *, step: int, epoch: int) -> None:
     def stays(row: dict[str, Any]) -> bool:
         return row.get("step", 0) <= step and not (row["event"] == "epoch" and row["epoch"] >= epoch)
 
+    saved = [place for place, row in enumerate(rows) if row["event"] == "checkpoint" and row["step"] == step]
+    until = saved[-1] if saved else 0  # a run may have been killed before it could log its checkpoint
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows if stays(row)))
-    part.replace(path)
+    try:
+        part.write_text(
+            "".join(json.dumps(row) + "\n" for place, row in enumerate(rows) if place < until or stays(row))
+        )
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def outcome(err: BaseException) -> dict[str, Any]:

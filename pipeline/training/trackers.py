@@ -32,7 +32,9 @@ def find_trackers(names: Sequence[str]) -> dict[str, OpenTracker]:
     found = {}
     for name in names:
         if name not in _KNOWN:
-            raise ConfigError(f"--track {name!r} is not known. Next: one of {', '.join(_KNOWN)}.")
+            raise ConfigError(
+                f"--track {name!r}: expected one of {', '.join(_KNOWN)}. Next: one of these, or leave --track out."
+            )
         module, found[name] = _KNOWN[name]
         try:
             importlib.import_module(module)

@@ -18,6 +18,7 @@ from tests.chain_tables import (
     TARGETS,
     edit,
     make_paths,
+    write,
     write_run,
     write_structure_data,
     write_structure_run,
@@ -392,11 +393,34 @@ def test_structure_ensemble_holds_five_candidates_of_every_target(structure_path
     assert report.facts["taken_from"] == {"one.s/fold0": 3, "one.s/fold1": 6, "two.s/fold0": 3, "two.s/fold1": 3}
 
 
+def test_the_policy_learns_nothing_from_targets_that_teach_nothing(structure_paths):
+    """Their known structures may be newer than a test target's cutoff: other truth, same policy."""
+    train = pl.read_parquet(structure_paths.clean("train"))
+    teaches = ~pl.col("sequence_id").is_in(["R0_A", "R3_A"])
+    write(train.with_columns(teaches=teaches), structure_paths.clean("train"))
+
+    def closeness(pairs):
+        return np.array([np.mean(1.0 / (1.0 + np.sum((a - b) ** 2, axis=1) / 400.0)) for a, b in pairs])
+
+    def learned():
+        policy = join(structure_paths, runs=["one.s", "two.s"], comp=RNA3D, score=closeness).facts["policy"]
+        return policy["weights"], policy["novelty"], policy["best_of_five"]
+
+    before = learned()
+    path = structure_paths.clean("references")
+    known = pl.read_parquet(path)
+    write(known.with_columns(x=pl.when(teaches).then("x").otherwise("y")), path)
+    assert learned() == before
+    write(known.with_columns(x=pl.when(teaches).then("y").otherwise("x")), path)
+    assert learned() != before
+
+
 def test_structure_out_of_fold_table_keeps_the_coordinates_of_its_sources(structure_paths):
     oof = pl.read_parquet(join(structure_paths, runs=["one.s"], comp=RNA3D).outputs["oof"])
     parts = [pl.read_parquet(structure_paths.oof("one.s", fold)) for fold in range(2)]
     expected = pl.concat(parts).sort("sequence_id", "candidate")
-    assert oof.equals(expected.select(oof.columns))
+    assert oof.drop("source").equals(expected.select(oof.drop("source").columns))
+    assert oof["source"].unique().to_list() == ["one.s"]
 
 
 @pytest.mark.parametrize(

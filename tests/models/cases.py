@@ -65,8 +65,8 @@ SPECIAL: dict[str, dict[str, Kwargs]] = {
 
 
 def shrunk(kwargs: Kwargs) -> Kwargs:
-    """A shipped configuration's arguments cut to test size: width 16, 3 blocks, 2 heads; the rest as it is."""
-    small: Kwargs = {"width": 16, "depth": 3, "num_heads": 2}
+    """A shipped configuration's arguments with all sizes cut to those of a test, the rest as it is."""
+    small: Kwargs = {"width": 16, "depth": 3, "num_heads": 2, "head_width": 8, "pair_width": 4, "l_max": 64}
     return kwargs | {key: value for key, value in small.items() if key in kwargs}
 
 
@@ -100,7 +100,7 @@ def build(case: str, *, seed: int = 0, device: str = "cpu", **kwargs: int | floa
 
 
 def batch(lengths: list[int], *, pad: int = 0, seed: int = 1, device: str = "cpu") -> RnaInputs:
-    """Random sequences with base-pair probabilities; nonsense stands under the padding."""
+    """Random sequences with base-pair probabilities; nonsense stands under the padding, finite and not."""
     rng = torch.Generator().manual_seed(seed)
     longest = max(lengths) + pad
     mask_BL = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
@@ -109,7 +109,10 @@ def batch(lengths: list[int], *, pad: int = 0, seed: int = 1, device: str = "cpu
     bpp_BLL = (bpp_BLL + bpp_BLL.transpose(1, 2)) * (1 - torch.eye(longest))
     real_BLL = mask_BL.unsqueeze(1) & mask_BL.unsqueeze(2)
     tokens_BL = torch.where(mask_BL, tokens_BL, torch.randint(-9, 99, mask_BL.shape, generator=rng))
-    bpp_BLL = torch.where(real_BLL, bpp_BLL, torch.nan)
+    junk_BLL = torch.where(torch.rand(bpp_BLL.shape, generator=rng) < 0.2, torch.nan, torch.inf)
+    finite_BLL = torch.rand(bpp_BLL.shape, generator=rng) < 0.6
+    junk_BLL = torch.where(finite_BLL, 9 * torch.randn(bpp_BLL.shape, generator=rng), junk_BLL)
+    bpp_BLL = torch.where(real_BLL, bpp_BLL, junk_BLL)
     return RnaInputs(tokens_BL.to(device), mask_BL.to(device), bpp_BLL.to(device))
 
 

@@ -1,11 +1,12 @@
 """Attention and its bias, whole and in groups of rows, and at lengths beyond those of training."""
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.interface import RnaInputs, RnaModel
@@ -92,13 +93,36 @@ def test_attention_in_groups_of_rows_equals_attention_without_gradients(kind: st
 
 
 @pytest.mark.parametrize("kind", BIASES)
-def test_groups_of_rows_keep_to_the_precision_of_autocast(kind: str, in_groups: Callable[[], None]):
+def test_groups_of_rows_keep_to_the_precision_of_autocast(
+    kind: str, in_groups: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+):
     expected, _ = attended(kind, dtype=torch.bfloat16)
     in_groups()
+    attend = F.scaled_dot_product_attention
+
+    def watched(*args: Tensor, attn_mask: Tensor) -> Tensor:
+        # nothing noticed when the backward pass computed the bias again without autocast
+        assert attn_mask.dtype == (torch.bool if kind == "mask" else torch.bfloat16)
+        return attend(*args, attn_mask=attn_mask)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     found, gradients = attended(kind, dtype=torch.bfloat16)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found[MASK_BL], expected[MASK_BL], rtol=0.05, atol=0.02)
     assert all(grad.isfinite().all() for grad in gradients)
+
+
+def test_gradients_of_many_groups_are_added_up_in_float32(monkeypatch: pytest.MonkeyPatch):
+    """Every row gives every value 1/L of its gradient: in bfloat16 the sum of so small numbers stops at a half."""
+    length, dtype = 600, torch.bfloat16
+    monkeypatch.setattr(attention, "_GROUP_ELEMENTS_CPU", length)
+    q, k, v = (torch.zeros(1, 1, length, 1, dtype=dtype, requires_grad=True) for _ in range(3))
+    bias = BiasRows(torch.zeros(1, 2 * length - 1), None, torch.ones(1, length, dtype=torch.bool), None)
+    with torch.autocast("cpu", dtype=dtype):
+        y = attention._AttentionInGroups.apply(q, k, v, *bias)
+    y.backward(torch.ones_like(y))
+    assert v.grad is not None
+    torch.testing.assert_close(v.grad, torch.ones_like(v), rtol=0.01, atol=0)
 
 
 def test_groups_of_rows_make_nothing_of_length_times_length(in_groups: Callable[[], None]):
@@ -122,6 +146,18 @@ def test_rows_of_a_bias_are_rows_of_the_whole(start: int, stop: int, monkeypatch
     rows = bias(mask_BL, bpp_BLL)
     assert isinstance(rows, BiasRows)
     torch.testing.assert_close(rows.rows(start, stop), whole_BHLL[:, :, start:stop])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 9), (0, 1), (3, 7), (8, 9)])
+def test_rows_of_a_table_of_distances_are_its_windows_with_their_gradients(start: int, stop: int):
+    table_HT, weight_HRL = torch.randn(2, 17, requires_grad=True), torch.randn(2, stop - start, 9)
+    distance_RL = torch.arange(start, stop).unsqueeze(1) - torch.arange(9)
+    expected = table_HT[:, 8 - distance_RL]  # from distance 8 down
+    found = attention._rows_of_table(table_HT, start, stop)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    grads = (torch.autograd.grad(rows, table_HT, weight_HRL)[0] for rows in (found, expected))
+    torch.testing.assert_close(*grads)
+    library.opcheck(torch.ops.rna.rows_of_table.default, (table_HT, start, stop))
 
 
 @pytest.mark.parametrize("kind", BIASES)
@@ -169,7 +205,9 @@ def test_a_symmetric_position_bias_ignores_the_sign():
 def test_rows_of_the_position_bias_are_queries():
     position = RelativePosition(2)
     features = position._features(4)  # distances 3 … -3
-    assert features[:, 2].tolist() == [1, 1, 1, 0, -1, -1, -1]
+    near = torch.tensor([3.0, 2, 1, 0, 1, 2, 3])
+    signs = torch.tensor([1.0, 1, 1, 0, -1, -1, -1])
+    torch.testing.assert_close(features, torch.stack([torch.log(1 + near), 2 / (1 + near), signs], dim=-1))
     expected = position.out(torch.nn.functional.gelu(position.hidden(features[0])))  # distance +3
     torch.testing.assert_close(position(4)[:, 3, 0], expected)
 
@@ -180,6 +218,8 @@ def test_pair_features_are_zero_where_nothing_pairs_and_see_stacked_pairs():
     probability, logarithm, stacked = pair_features(bpp_BLL)[0]
     assert torch.equal(probability, bpp_BLL[0])
     assert logarithm[1, 6] == pytest.approx(1.0)
+    bpp_BLL[0, 3, 4] = 1e-3  # where probabilities begin to count
+    assert pair_features(bpp_BLL)[0, 1, 3, 4] == pytest.approx(math.log(2) / math.log(1001))
     assert sorted(stacked.nonzero().tolist()) == [[0, 7], [2, 5], [5, 2], [7, 0]]
     assert stacked[2, 5] == pytest.approx(0.5)
 
@@ -194,6 +234,14 @@ def test_the_bias_is_position_plus_weighted_pair_features_and_closes_padded_keys
     expected = bias.position(6) + torch.einsum("hf,bfij->bhij", bias.weight_HF, pair_features(bpp_BLL))
     torch.testing.assert_close(found[..., :4], expected[..., :4])
     assert (found[1, ..., 4:] == torch.finfo(torch.float32).min).all()
+
+
+def test_heads_start_from_one_that_ignores_pairing_to_one_that_looks_at_the_partner():
+    bias, bpp_BLL = PairBias(4, use_bpp=True), torch.zeros(1, 8, 8)
+    bpp_BLL[0, 1, 6] = bpp_BLL[0, 6, 1] = 1.0
+    paired_HLL = (bias(torch.ones(1, 8, dtype=torch.bool), bpp_BLL)[0] - bias.position(8)).detach()
+    torch.testing.assert_close(paired_HLL[:, 1, 6], torch.tensor([0.0, 2.0, 4.0, 6.0]))
+    assert paired_HLL.abs().sum((1, 2)).tolist() == pytest.approx([0, 4, 8, 12], abs=1e-4)  # the partners alone
 
 
 def test_attention_is_softmax_of_scaled_products_plus_bias():

@@ -1,8 +1,12 @@
 """The causal convolution against its definition, in both directions."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
+from models.layers import kernels
 from models.layers.causal_conv import causal_conv, causal_conv_ref
 
 
@@ -35,6 +39,39 @@ def test_a_position_sees_itself_and_one_side(reverse):
     seen_BL = torch.autograd.grad(causal_conv(x_BLD, *rest, reverse=reverse)[:, 6].sum(), x_BLD)[0].abs().sum(-1) > 0
     expected = range(6, 10) if reverse else range(3, 7)
     assert seen_BL[0].nonzero().flatten().tolist() == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("width", "kernel", "dtype", "taken"),
+    [
+        (16, 4, torch.float32, True),
+        (16, 2, torch.bfloat16, True),
+        (12, 4, torch.float32, False),  # rows that it would load beyond their end
+        (16, 5, torch.float32, False),
+        (16, 4, torch.float64, False),
+    ],
+)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_package_gets_what_it_can_take_and_nothing_else(width, kernel, dtype, taken, autocast, monkeypatch):
+    """A stand-in for causal-conv1d, as on a GPU that has it; nothing noticed when it was given everything."""
+    seen = []
+
+    def theirs(x, weight, bias):
+        seen.append(x.dtype)
+        return causal_conv_ref(x.transpose(1, 2), weight, bias).transpose(1, 2).to(x.dtype)
+
+    package = ModuleType("causal_conv1d")
+    package.causal_conv1d_fn = theirs
+    monkeypatch.setitem(sys.modules, "causal_conv1d", package)
+    monkeypatch.setattr(kernels, "path", lambda *_: "causal-conv1d")
+    args = [x.detach() for x in arguments(9, width=width, kernel=kernel, dtype=dtype)]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found = [causal_conv(*args, reverse=reverse) for reverse in (False, True)]
+    assert seen == ([torch.bfloat16 if autocast else dtype] * 2 if taken else [])
+    for y_BLD, reverse in zip(found, (False, True), strict=True):
+        tolerance = 0.05 if torch.bfloat16 in (y_BLD.dtype, dtype) else 1e-5
+        expected = causal_conv_ref(*args, reverse=reverse)
+        torch.testing.assert_close(y_BLD.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.interface import RnaInputs, RnaModel
-from models.registry import create_model, list_models
+from models.registry import create_model, list_models, model_arguments
 from pipeline.config import find_config, list_configs, load_config
 from tests.models.cases import alone, batch, outputs, real
 
@@ -21,11 +21,19 @@ def build(name: str, **heads: int) -> RnaModel:
     return create_model(config.model.name, **heads, **config.model.kwargs)
 
 
+def build_arguments(name: str) -> dict[str, int | float | str | bool]:
+    """All arguments of a configuration's network, defaults included."""
+    model = load_config(name).model
+    defaults = {key: p.default for key, p in model_arguments(type(create_model(model.name))).items()}
+    return defaults | model.kwargs
+
+
 def million_parameters(model: nn.Module) -> float:
     return sum(p.numel() for p in model.parameters()) / 1e6
 
 
-OTHERS = {"small_structure": "ribonanza_mamba"}  # besides: configuration -> network
+HYENADNA = [f"hyenadna_{size}" for size in ("tiny_1k", "tiny_1k_d256", "small_32k", "medium_160k", "large_1m")]
+OTHERS = {"small_structure": "ribonanza_mamba"} | dict.fromkeys(HYENADNA, "hyena")  # configuration -> network
 
 
 def test_every_network_comes_in_four_sizes():
@@ -33,11 +41,22 @@ def test_every_network_comes_in_four_sizes():
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_config_for_structures_has_coordinates_and_a_pair_track(name: str):
-    arguments = load_config(name).model.kwargs
-    assert load_config(name).model.name == OTHERS[name]
+def test_a_config_besides_the_four_sizes_builds_the_network_it_is_of(name: str):
+    with torch.device("meta"):
+        assert build(name).name == OTHERS[name]
+
+
+def test_the_config_for_structures_has_coordinates_and_a_pair_track():
+    arguments = load_config("small_structure").model.kwargs
     assert arguments["coordinates"] is True
     assert arguments["pair_width"]
+
+
+@pytest.mark.parametrize("option", [{"mamba_version": 2}, {"mamba_version": 1}, {"pair_width": 32}])
+def test_some_size_of_ribonanza_mamba_ships_each_of_its_main_options(option: dict[str, int]):
+    """No preset had the pair track or Mamba-2 in it, so that nobody would find them."""
+    shipped = [build_arguments(f"{size}ribonanza_mamba") for size in SIZES]
+    assert any(option.items() <= arguments.items() for arguments in shipped)
 
 
 @pytest.mark.parametrize("name", list_models())

@@ -1,6 +1,7 @@
 """What every registered network and every shipped configuration keeps to, on the CPU and, with `-m gpu`, on CUDA."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -102,6 +103,21 @@ def test_gradient_checkpointing_changes_no_gradient_with_dropout(device: str, ca
         torch.testing.assert_close(
             grads[every][name], expected, **close(device, atol=1e-7), msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize("case", [*(f"{name}/values" for name in SMALL), "drsn/pairs", "transformer_sepconv/pair+bpp"])
+def test_gradient_checkpointing_computes_every_block_again(case: str):
+    """Equal gradients are no proof: nothing noticed when a network kept all activations whatever it was told."""
+    model, run = build(case), list[str]()
+    for name, module in model.named_modules():
+        if re.fullmatch(r"(pair_)?blocks\.\d+", name):
+            module.register_forward_pre_hook(lambda *_, name=name: run.append(name))  # the last is not run to its end
+    for every, times in ((0, 1), (2, 2)):
+        run.clear()
+        model.set_gradient_checkpointing(every)
+        loss(model, batch([14, 11])).backward()
+        assert set(map(run.count, run)) == {times}
+    assert ("pair_blocks.0" in run) == (case == "drsn/pairs")
 
 
 def test_gradient_checkpointing_refuses_a_negative_group():

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.drsn import ShrinkageBlock
 from models.layers.shrinkage import Shrinkage
 from models.registry import create_model
 from tests.models.cases import SMALL, batch, outputs
@@ -96,6 +97,16 @@ def test_dilation_doubles_from_block_to_block_and_starts_again():
         for conv in model.get_submodule(f"blocks.{index}.convs").children():
             felt_L = (conv(impulse) - conv(0 * impulse)).abs().amax((0, 2))
             assert felt_L.nonzero().flatten().tolist() == [10 - distance, 10, 10 + distance]
+
+
+def test_a_block_is_norm_relu_and_convolution_twice_then_shrinkage_and_the_input():
+    """Nothing noticed when the ReLU was left out."""
+    torch.manual_seed(0)
+    block, x_BLD = ShrinkageBlock(8, kernel=3, dilation=2, shrink="channel", dropout=0.3).eval(), torch.randn(2, 11, 8)
+    mask_BL, y_BLD = torch.ones(2, 11, dtype=torch.bool), x_BLD
+    for norm, conv in zip(block.norms, block.convs, strict=True):
+        y_BLD = conv(norm(y_BLD).clamp(min=0))
+    torch.testing.assert_close(block(x_BLD, mask_BL), x_BLD + block.shrinkage(y_BLD, mask_BL))
 
 
 def test_a_stack_over_pairs_changes_distances_and_leaves_them_symmetric():

@@ -52,6 +52,12 @@ def test_values_under_the_padding_are_zero():
     assert (values_BLC[0, :2] != 0).all()
 
 
+def test_a_gru_adds_to_what_the_values_are_read_from():
+    head, x_BLD, mask_BL = ValuesHead(4, num_channels=2, gru=True), torch.randn(1, 3, 4), torch.ones(1, 3).bool()
+    assert head.gru is not None
+    torch.testing.assert_close(head(x_BLD, mask_BL), head.linear(x_BLD + head.gru(x_BLD, mask_BL)))
+
+
 def pooled(pool: str, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
     torch.manual_seed(0)
     head = ClassHead(x_BLD.shape[-1], num_classes=3, pool=pool)
@@ -139,6 +145,13 @@ def test_a_round_commutes_with_rotation_shift_and_reflection():
         h_still, still = move(h_BLE, xyz_BL3, bias_BHLL)
         torch.testing.assert_close(moved, still @ motion_33 + 5)
         torch.testing.assert_close(h_moved, h_still)
+
+
+def test_a_distance_feature_is_one_half_at_its_scale():
+    move = coordinate_head().rounds[0]
+    for index, scale in enumerate((4.0, 8.0, 16.0, 32.0, 64.0, 128.0)):  # Å
+        near = move._nearness(torch.tensor([[[0.0, 0, 0], [scale, 0, 0]]]))[0, :, :, index]
+        torch.testing.assert_close(near, torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
 
 
 def test_no_round_moves_further_than_the_extent():

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
-from models.hyena import HYENADNA_PRESETS, HyenaFilter, HyenaOperator
+from models.hyena import HyenaFilter, HyenaOperator
+from models.interface import RnaModel
 from models.layers.long_conv import fft_conv_ref
 from models.registry import create_model
+from pipeline.config import load_config
 
 
 def make_filter(*, l_max: int = 64, shift: float = 0.05, directions: int = 1) -> HyenaFilter:
@@ -15,25 +17,33 @@ def make_filter(*, l_max: int = 64, shift: float = 0.05, directions: int = 1) ->
     return HyenaFilter(10, directions=directions, l_max=l_max, width=16, features=5, shift=shift)
 
 
+def published(preset: str, **heads: int) -> RnaModel:
+    """The network of one of HyenaDNA's sizes, as its TOML has it, without storage."""
+    with torch.device("meta"):
+        return create_model("hyena", **load_config(preset).model.kwargs, **heads)
+
+
 @pytest.mark.parametrize(
     ("preset", "parameters"),
     [
-        ("tiny-1k", 436_096),
-        ("tiny-1k-d256", 1_641_088),
-        ("small-32k", 3_277_568),
-        ("medium-160k", 6_550_528),
-        ("large-1m", 6_550_528),
+        ("hyenadna_tiny_1k", 436_096),
+        ("hyenadna_tiny_1k_d256", 1_641_088),
+        ("hyenadna_small_32k", 3_277_568),
+        ("hyenadna_medium_160k", 6_550_528),
+        ("hyenadna_large_1m", 6_550_528),
     ],
 )
-def test_presets_have_hyenadnas_parameter_counts(preset: str, parameters: int):
-    with torch.device("meta"):
-        model = create_model("hyena", **HYENADNA_PRESETS[preset])
-    assert sum(p.numel() for p in model.parameters()) == parameters
+def test_a_hyenadna_toml_has_the_published_number_of_parameters_and_the_head_comes_on_top(preset: str, parameters: int):
+    def count(**heads: int) -> int:
+        return sum(p.numel() for p in published(preset, **heads).parameters())
+
+    width = load_config(preset).model.kwargs["width"]
+    assert count(num_channels=0) == parameters
+    assert count(num_channels=2) == parameters + 2 * width + 2
 
 
-def test_presets_filter_has_hyenadnas_parameter_count():
-    model = create_model("hyena", **HYENADNA_PRESETS["tiny-1k"])
-    operator = next(module for module in model.modules() if isinstance(module, HyenaOperator))
+def test_a_hyenadna_filter_has_the_published_number_of_parameters():
+    operator = next(m for m in published("hyenadna_tiny_1k").modules() if isinstance(m, HyenaOperator))
     assert sum(p.numel() for p in operator.filters.parameters()) + operator.skip_ND.numel() == 17_088
 
 
@@ -81,6 +91,8 @@ def test_initial_weights_are_hyenadnas():
     assert closing == pytest.approx([0.02 / 4] * 16, rel=0.1)  # over the root of twice the depth
     assert opening == pytest.approx([0.02] * 16, rel=0.1)
     assert spreads["embedding.tokens.weight"] == pytest.approx(0.02, rel=0.2)
+    skips = torch.cat([p.flatten() for name, p in model.named_parameters() if name.endswith("skip_ND")])
+    assert [skips.mean().item(), skips.std().item()] == pytest.approx([0, 1], abs=0.2)
     assert all(p.abs().max() == 0 for name, p in model.named_parameters() if name.endswith(("into.bias", "out.bias")))
 
 
@@ -101,6 +113,18 @@ def test_the_operator_of_order_two_is_gate_convolution_gate(bidirectional: bool)
     v = fft_conv_ref(v * inner, kernels[0], kernels[1] if bidirectional else None, layer.skip_ND[0])
     expected = layer.out((outer * v).float())
     torch.testing.assert_close(layer(x_BLD, mask_BL), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_in_higher_orders_the_last_gate_comes_first_and_the_first_without_a_convolution():
+    """As in the published loop over reversed gates; nothing noticed when they were taken in order."""
+    torch.manual_seed(1)
+    layer = HyenaOperator(4, order=3, bidirectional=True, l_max=64, filter_width=8, filter_features=5, filter_shift=0.0)
+    x_BLD, mask_BL = torch.randn(2, 13, 4), torch.ones(2, 13, dtype=torch.bool)
+    outer, second, third, v = layer.short(layer.into(x_BLD)).chunk(4, dim=-1)
+    after, before = (kernel_DL.chunk(2) for kernel_DL in layer.filters(13))
+    for i, gate in enumerate((third, second)):
+        v = fft_conv_ref(v * gate, after[i], before[i], layer.skip_ND[i])
+    torch.testing.assert_close(layer(x_BLD, mask_BL), layer.out((outer * v).float()), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,20 @@ def test_the_choice_is_logged_once(caplog):
     ]
 
 
+def test_a_device_with_two_names_is_found_out_about_once(caplog, monkeypatch):
+    """ "cuda" and "cuda:0" were two, so that everything was compiled, compared and logged twice."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(kernels, "_first_usable", lambda *_, **__: kernels.Choice("triton", "a stand-in"))
+    with caplog.at_level(logging.INFO, logger="models.kernels"):
+        for names in (("cuda", "cuda:1"), ("cpu:0", "cpu"), ("cuda:0", "cuda:0")):
+            one, other = (kernels.choose("selective_scan", torch.device(name)) for name in names)
+            assert one is other
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        f"selective_scan on {name}" for name in ("cuda", "cpu", "cuda")
+    ]
+
+
 def test_the_reference_can_be_forced_and_released():
     kernels.force_reference()
     assert kernels.choose("selective_scan", CPU) == (
@@ -192,6 +206,13 @@ def test_on_a_gpu_every_kernel_that_can_be_loaded_gives_the_definitions_numbers(
             checked += 1
     if not checked:
         pytest.skip("no kernel for a GPU is installed")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_current_device_is_one_with_and_without_its_number():
+    number = torch.cuda.current_device()
+    one, other = (kernels.choose("selective_scan", torch.device(name)) for name in ("cuda", f"cuda:{number}"))
+    assert one is other
 
 
 def test_the_first_choice_may_fall_within_gradient_checkpointing():

@@ -54,6 +54,13 @@ def test_gradients_equal_finite_differences(path, both: bool):
     assert torch.autograd.gradcheck(fft_conv, args)
 
 
+def test_a_second_derivative_is_refused(path):
+    args = arguments(11, both=True, dtype=torch.float64)
+    found = torch.autograd.grad(fft_conv(*args).square().sum(), args, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"autograd|differentiate twice"):
+        found[0].sum().backward()
+
+
 def test_the_kernel_over_what_comes_after_is_not_used_at_lag_zero(path):
     args = arguments(16, both=True, dtype=torch.float64)
     grad_DL = gradients(fft_conv(*args), args, torch.ones(2, 16, 3))[2]
@@ -83,10 +90,10 @@ def test_half_precision_input_is_convolved_in_float32(path, dtype: torch.dtype):
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_kernels_laid_out_by_time_or_by_channel_give_the_same(path):
+def test_inputs_laid_out_by_time_or_by_channel_give_the_same(path):
     u, after, before, skip = arguments(100, both=True, dtype=torch.float32)
-    by_time = [x.detach().t().contiguous().t() for x in (after, before)]
-    assert torch.equal(fft_conv(u, after, before, skip), fft_conv(u, *by_time, skip))
+    turned = [x.detach().mT.contiguous().mT for x in (u, after, before)]
+    assert torch.equal(fft_conv(u, after, before, skip), fft_conv(*turned, skip))
 
 
 def test_it_is_deterministic_and_survives_gradient_checkpointing(path):
@@ -101,8 +108,8 @@ def test_it_is_deterministic_and_survives_gradient_checkpointing(path):
 @pytest.mark.parametrize("both", [False, True], ids=["causal", "both-sides"])
 def test_the_operator_can_be_traced_and_compiled_whole(path, both: bool):
     args = arguments(40, both=both, dtype=torch.float32)
-    if path != "plain":
-        library.opcheck(long_conv._long_conv, tuple(args))
+    for laid_out in (args, [x if x is None else x.detach().mT.contiguous().mT if x.ndim > 1 else x for x in args]):
+        library.opcheck(long_conv._long_conv, tuple(laid_out))
     compiled = torch.compile(fft_conv, backend="aot_eager", fullgraph=True)
     weight = torch.randn(2, 40, 3)
     for a, b in zip(gradients(compiled(*args), args, weight), gradients(fft_conv(*args), args, weight), strict=True):
@@ -121,7 +128,7 @@ def test_long_inputs_keep_no_spectra_and_are_as_exact_as_the_plain_transform(bat
     assert sum(kept) == sum(x.numel() for x in args)
     exact_args = [x.detach().double().requires_grad_() for x in args]
     weight = torch.randn(found.shape)
-    exact, plain = long_conv._plain(*exact_args), long_conv._plain(*args)
+    exact, plain = long_conv._Plain.apply(*exact_args), long_conv._Plain.apply(*args)
     tensors = [(y, *gradients(y, xs, weight)[:3]) for y, xs in ((found, args), (plain, args), (exact, exact_args))]
     for ours, theirs, wanted in zip(*tensors, strict=True):
         assert (ours - wanted).norm() < 1.1 * (theirs - wanted).norm()
@@ -140,6 +147,6 @@ def test_a_million_positions_train_on_one_gpu():
     grads = gradients(found, args, torch.ones_like(found))
     assert all(x.isfinite().all() for x in (found, *grads))
     few = [x.detach()[..., :2] if i in (0, 3) else x.detach()[:2] for i, x in enumerate(args)]
-    expected = long_conv._plain(*few)
+    expected = long_conv._Plain.apply(*few)
     assert (found[..., :2] - expected).abs().max() < 1e-5 * expected.abs().max()
     assert torch.cuda.max_memory_allocated() < 20 * 2**30

@@ -12,6 +12,7 @@ from models.layers.attention import PairBias, RelativePosition
 from models.layers.coordinates import CoordinateHead
 from models.layers.distogram import DistanceHead
 from models.layers.mamba import MambaDirection
+from models.layers.pair import PairStart
 from models.layers.shrinkage import Shrinkage
 
 MASK_BL = torch.ones(2, 9, dtype=torch.bool)
@@ -25,6 +26,7 @@ def _filter(x_BLD: Tensor) -> Tensor:
 ISLANDS: dict[str, Callable[[Tensor], Tensor]] = {
     "Hyena filter": _filter,
     "position bias": lambda x: x.sum() * RelativePosition(3)(x.shape[1]),
+    "start of the pair track": lambda x: PairStart(3, use_bpp=True)(MASK_BL, (x[..., :1] * x[..., :1].mT).square()),
     "values": lambda x: ValuesHead(8, num_channels=2)(x, MASK_BL),
     "values after a GRU": lambda x: ValuesHead(8, num_channels=2, gru=True)(x, MASK_BL),
     "distances": lambda x: DistanceHead(8, num_bins=5, use_bpp=False)(x, None),

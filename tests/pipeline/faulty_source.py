@@ -24,7 +24,7 @@ class Faulty(BatchSource):
             elif self.how == "exit":
                 os._exit(3)
             elif self.how == "hang":
-                time.sleep(60)
+                time.sleep(24 * 3600)
             else:
                 raise OSError("the file is gone")
         return super().__call__(place)

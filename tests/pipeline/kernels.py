@@ -1,7 +1,7 @@
 """Bundles of tiny notebooks, and notebooks played in this process: their verbs run here, nothing is installed."""
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,19 +66,37 @@ def lay_out(inputs: Path, home: Path, raw: Path) -> Path:
     return inputs
 
 
-def play(home: Path, inputs: Path, work: Path, environment: Mapping[str, str] | None = None) -> None:
-    """Run a bundle's script in a working folder of its own."""
-    work.mkdir(parents=True, exist_ok=True)
+def play(
+    home: Path,
+    inputs: Path,
+    work: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    failing: Sequence[str] = (),
+) -> list[list[str]]:
+    """Run a bundle's script in a working folder of its own; returns its verbs with their words.
 
-    def rna(*words: str, accept: tuple[int, ...] = (0,), timeout: float | None = None) -> int:
-        code = run_verb(words)
-        if code not in accept:
+    Args:
+        home: of the bundle.
+        inputs: as `lay_out` lays them out.
+        work: working folder.
+        environment: of the notebook.
+        failing: verbs that end with exit code 3.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    called = []
+
+    def rna(*words: str, accept: tuple[int, ...] | None = (0,), **_: Any) -> int:
+        called.append(list(words))
+        code = 3 if words[0] in failing else run_verb(words)
+        if accept is not None and code not in accept:
             script.fail(f"rna {words[0]} ended with {code}.")
         return code
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("KAGGLE_IS_COMPETITION_RERUN", "KAGGLE_KERNEL_RUN_TYPE", "RNA_LIMIT", "RNA_ROWS"):
-            patch.delenv(name, raising=False)
+            patch.setenv(name, "")  # so that what an interactive session sets is taken back
+            patch.delenv(name)
         for name, value in {"RNA_INPUT": str(inputs), **(environment or {})}.items():
             patch.setenv(name, value)
         patch.chdir(work)
@@ -87,6 +105,7 @@ def play(home: Path, inputs: Path, work: Path, environment: Mapping[str, str] | 
         patch.setattr(script, "install", lambda *_: None)
         patch.setattr(script, "rna", rna)
         script.main()
+    return called
 
 
 def write_raw(folder: Path, *, test: int = 8, seed: int = 0) -> Path:

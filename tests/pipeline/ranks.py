@@ -3,37 +3,50 @@
 One process imports torch once and forks the ranks of every scene; or torchrun starts this with RANK set.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from models.registry import register_model
 from pipeline import runlog, train
 from pipeline.errors import PipelineError
 from pipeline.paths import Paths
+from pipeline.runlog import read_metrics
+from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.distributed import join
 from tests.pipeline import tiny
 
-TIMEOUT_S = 3.0  # where a process hangs; elsewhere a busy machine must not look like that
-MERCY_S = 2.0
+ROOT = Path(__file__).resolve().parents[2]
+#: Name of a run, how many processes, settings, fault. A run that is named again goes on, with other settings if so.
+Scene = tuple[str, int, dict[str, Any], list[Any] | None]
+
+TIMEOUT_S, LONG_S = 3.0, 600.0  # where a process hangs, and elsewhere: a busy machine must not look like that
+MERCY_S = 60.0  # for the others to end, once one has; where one hangs there is nothing to wait for
 
 
-def scene(paths: Paths, *, run: str, config: dict[str, Any], fault: list[Any] | None, **options: Any) -> int:
+def scene(
+    paths: Paths, *, run: str, config: dict[str, Any], fault: list[Any] | None, timeout: float = LONG_S, **options: Any
+) -> int:
     """Train as one of the ranks; the exit code. `fault` is what happens: [rank, forward pass, what]."""
     if fault and fault[0] == int(os.environ.get("RANK", "0")):
         tiny.Fault.inject = staticmethod(happens(*fault[1:]))
     try:
-        with join(timeout=TIMEOUT_S if fault and fault[2] == "hang" else 60.0) as world:
+        with join(timeout=timeout) as world:
             where = {"competition": tiny.TINY, "paths": paths, "run": run, "split": tiny.SPLIT, "fold": 0}
             train.run(tiny.config(**config), **where, **options, world=world)
     except PipelineError as err:
@@ -51,7 +64,7 @@ def happens(at: int, what: str) -> Any:
         if what == "nan" and number in (at, at + 1):  # again when it is traced
             return x_BLD * float("nan")
         if number == at and what == "hang":
-            time.sleep(60)
+            time.sleep(24 * 3600)
         elif number == at and what == "memory":
             raise MemoryError("CUDA out of memory")
         elif number == at - 3 and what == "SIGTERM after a hang-up":
@@ -63,12 +76,20 @@ def happens(at: int, what: str) -> Any:
     return inject
 
 
-def fork_ranks(size: int, root: str, **options: Any) -> dict[str, Any]:
+def free_port() -> int:
+    """A port that nobody listens to, below those that the system hands out by itself; each process has twelve."""
+    first = 20_000 + os.getpid() % 1000 * 12
+    for port in range(first, first + 12):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store does, which takes it next
+            probe.bind(("", port))
+            return port
+    raise AssertionError(f"ports {first} to {first + 11} are all in use")
+
+
+def fork_ranks(size: int, root: str, *, mercy: float = MERCY_S, **options: Any) -> dict[str, Any]:
     """Exit codes of all ranks and seconds, by fork."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started, pids = time.monotonic(), []
+    port, started, pids = free_port(), time.monotonic(), list[int]()
     for rank in range(size):
         pid = os.fork()
         if pid == 0:
@@ -83,19 +104,30 @@ def fork_ranks(size: int, root: str, **options: Any) -> dict[str, Any]:
                 os._exit(code)
         pids.append(pid)
     codes: dict[int, int] = {}
-    first = 0.0
+    first, timer = 0.0, threading.Timer(mercy, end, args=(pids, codes))
     for _ in pids:
         pid, status = os.wait()
         codes[pids.index(pid)] = os.waitstatus_to_exitcode(status)
         if len(codes) == 1:
             first = time.monotonic()
-            threading.Timer(MERCY_S, end, args=(pids, codes)).start()
+            timer.start()
     last = time.monotonic()
+    timer.cancel()
+    timer.join()  # the next ranks are forked from a process of one thread
     return {
         "codes": [codes[rank] for rank in range(size)],
         "seconds": last - started,
         "after_first": last - first,
     }
+
+
+def fork_hung_ranks(size: int, root: str, **options: Any) -> dict[str, Any]:
+    """As `fork_ranks`, where one is to hang; with more patience where a busy machine looked like that before it did."""
+    for doubled in range(7):
+        found = fork_ranks(size, root, mercy=0.0, timeout=TIMEOUT_S * 2**doubled, **options)
+        if -signal.SIGKILL in found["codes"]:
+            break
+    return found
 
 
 def end(pids: list[int], codes: dict[int, int]) -> None:
@@ -105,13 +137,65 @@ def end(pids: list[int], codes: dict[int, int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def play(paths: Paths, scenes: Sequence[Scene]) -> Callable[[str], list[dict[str, Any]]]:
+    """Start what the scenes say; the result gives the ends of a run's starts. Where one hangs the others go on."""
+    begun: dict[str, dict[str, Any]] = {}
+    groups: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for name, size, config, fault in scenes:
+        changed = begun.setdefault(name, config) != config
+        one = {"run": run_name(name), "size": size, "config": config, "fault": fault, "allow_changes": changed}
+        groups[bool(fault) and fault[2] == "hang"].append(one)
+        begun[name] = config
+
+    def start(script: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        command = [sys.executable, "-m", "tests.pipeline.ranks", str(paths.root), json.dumps(script)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        found = zip(json.loads(done.stdout), script, strict=True)
+        return [one | {"run": scene["run"], "said": done.stderr} for one, scene in found]
+
+    with ThreadPoolExecutor() as pool:
+        ends = list(itertools.chain(*pool.map(start, groups.values())))
+    return lambda name: [end for end in ends if end["run"] == run_name(name)]
+
+
+def run_name(name: str) -> str:
+    return f"{name.replace(' ', '-')}.{tiny.SPLIT}"
+
+
+def codes(ends: list[dict[str, Any]]) -> list[list[int]]:
+    return [end["codes"] for end in ends]
+
+
+def rows(paths: Paths, name: str, event: str) -> list[dict[str, Any]]:
+    found = read_metrics(paths.fold_dir(run_name(name), 0) / "metrics.jsonl")
+    return [row for row in found if row["event"] == event]
+
+
+def losses(paths: Paths, name: str) -> list[float]:
+    return [row["loss"] for row in rows(paths, name, "step")]
+
+
+def everything(paths: Paths, name: str) -> dict[str, bytes]:
+    """The last checkpoint, the random numbers of the second process among it."""
+    last = CheckpointStore(paths.fold_dir(run_name(name), 0) / "checkpoints").load_newest()
+    assert last is not None
+    (elsewhere,) = last.state["random_elsewhere"]
+    assert not torch.equal(elsewhere["cpu"], last.state["random"]["cpu"]), "each process has random numbers of its own"
+    return tiny.final_bytes(paths, run_name(name)) | {"elsewhere": elsewhere["cpu"].numpy().tobytes()}
+
+
 def main() -> int:
     register_model(tiny.TinyModel)
     runlog.console.quiet = runlog.output.quiet = True
     root, script = sys.argv[1:]
     if "RANK" in os.environ:
         return scene(Paths(comp="tiny", root=Path(root)), **json.loads(script))
-    found = [fork_ranks(one.pop("size"), root, **one) for one in json.loads(script)]
+    found = []
+    for one in json.loads(script):
+        fork = fork_hung_ranks if one["fault"] and one["fault"][2] == "hang" else fork_ranks
+        found.append(fork(one.pop("size"), root, **one))
     sys.stdout.write(json.dumps(found) + "\n")
     return 0
 

@@ -1,8 +1,10 @@
 """The benchmark of the kernels: its peers compute the same function, and its record has the promised form."""
 
 import json
+import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from pipeline.errors import PipelineError
 from pipeline.measure import Bar
 from pipeline.paths import REPOSITORY
 
-KEYS = {"what", "shape", "threads", "ours", "peer", "peer_name", "ratio", "peak_mib", "peer_peak_mib"}
+KEYS = {"what", "shape", "threads", "ours", "peer", "peer_name", "ratio", "quartiles", "peak_mib", "peer_peak_mib"}
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,23 @@ def test_the_transforms_peer_computes_the_convolution():
     operands = torch.randn(2, 21, 5), torch.randn(5, 21), torch.randn(5)
     expected = fft_conv_ref(operands[0], operands[1], None, operands[2]).float()
     torch.testing.assert_close(bench_kernels.rfft_conv(*operands), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_contestants_in_turn_give_ratios_between_their_quartiles_and_lengths_a_slope():
+    *_, in_turn, slope = bench_kernels._conv_cells((32, 64), (torch.get_num_threads(),))
+    found = bench_kernels.measure_cell(in_turn)
+    for way in ("forward", "both"):
+        assert 0 < found[f"{way}_low"] <= found[f"{way}_ratio"] <= found[f"{way}_high"]
+        assert found[f"{way}_ms"] > 0 < found[f"{way}_peer_ms"]
+    assert (slope["start"], slope["length"]) == (32, 64)
+    assert math.isfinite(bench_kernels.measure_cell(slope)["slope"])
+
+
+def test_calls_in_turn_come_back_in_the_order_they_were_given():
+    made: list[int] = []
+    turns = measure.in_turn(*(partial(made.append, k) for k in range(2)), at_least=0.0, fewest=3)
+    assert made == [0, 1, 1, 0, 0, 1, 1, 0]
+    assert [len(turn) for turn in turns] == [2, 2, 2]
 
 
 def test_a_tiny_run_writes_rows_bars_and_a_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from importlib import metadata
 
 import numpy as np
@@ -158,6 +156,16 @@ def test_a_second_run_is_current_and_a_grown_table_costs_only_its_new_sequences(
     assert pl.read_parquet(paths.bpp).height == 16
 
 
+def test_a_first_result_without_long_sequences_is_completed_by_the_next_call(paths, rng):
+    lengths = [12, 30, 31, 60]
+    write_clean(paths, [], [random_sequences(rng, 1, length=length)[0] for length in lengths])
+    bpp.run(paths, workers=1, tables=("test",), longest=30)
+    assert sorted(map(len, pl.read_parquet(paths.bpp)["sequence"])) == [12, 30]
+    report = bpp.run(paths, workers=1, tables=("test",))
+    assert (report.status, report.facts["computed"]) == ("built", 2)
+    assert sorted(map(len, pl.read_parquet(paths.bpp)["sequence"])) == lengths
+
+
 def test_rows_of_a_damaged_file_or_of_another_version_are_not_reused(paths, rng):
     write_clean(paths, random_sequences(rng, 4, length=30))
     bpp.run(paths, workers=1)
@@ -215,31 +223,39 @@ def test_a_killed_worker_is_named_and_finished_parts_are_kept(paths, rng, monkey
     monkeypatch.setattr(bpp, "_WORTH_A_WORKER", 0.1)
     monkeypatch.setattr(bpp, "_PART_SECONDS", 0.2)
     write_clean(paths, random_sequences(rng, 80, length=150))
-    parts = paths.bpp.parent / "parts"
+    receive = bpp._Crew._receive
 
-    def kill_one():
-        while not list(parts.glob("*.parquet")):
-            time.sleep(0.02)
-        multiprocessing.active_children()[0].kill()
+    def kill_the_other(crew, pipe):
+        """Its first part is at work, or finished and unread: neither may be missed, nor that it takes no other."""
+        for other, process in crew._workers.items():
+            if other is not pipe:
+                process.kill()
+                process.join()
+        return receive(crew, pipe)
 
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    with pytest.raises(StorageError, match=r"exit code -9.*--workers 1"):
-        bpp.run(paths, workers=2)
-    killer.join()
+    with monkeypatch.context() as patch:
+        patch.setattr(bpp._Crew, "_receive", kill_the_other)
+        with pytest.raises(StorageError, match=r"exit code -9.*--workers 1"):
+            bpp.run(paths, workers=2)
     assert not multiprocessing.active_children()
     assert not paths.bpp.exists()
     assert bpp.run(paths, workers=1).facts["computed"] < 81
 
 
 CHILD = """
-import sys
+import os, sys
 from pathlib import Path
 from pipeline import bpp
 from pipeline.errors import PipelineError
 from pipeline.paths import Paths
 if __name__ == "__main__":
     bpp._WORTH_A_WORKER, bpp._PART_SECONDS = 0.1, 0.2
+    receive, once = bpp._Crew._receive, iter([int(sys.argv[2])])
+    def received(*args):
+        for number in once:
+            os.kill(os.getpid(), number)
+        return receive(*args)
+    bpp._Crew._receive = received
     try:
         bpp.run(Paths(comp="ribonanza", root=Path(sys.argv[1])), workers=2)
     except PipelineError as err:
@@ -254,38 +270,24 @@ def test_an_interrupted_run_leaves_no_process_and_goes_on_from_its_parts(paths, 
     script = tmp_path / "child.py"
     script.write_text(CHILD)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    child = subprocess.Popen(
-        [sys.executable, script, tmp_path],
+    done = subprocess.run(  # to the end of its output, which its workers have open too: none outlives it
+        [sys.executable, script, tmp_path, str(int(number))],
         env=environment,
-        start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        check=False,
+        timeout=600,
     )
-    parts = paths.bpp.parent / "parts"
-    while not list(parts.glob("*.parquet")):
-        assert child.poll() is None
-        time.sleep(0.02)
-    child.send_signal(number)
-    said, _ = child.communicate(timeout=20)
     if number == signal.SIGTERM:
-        assert child.returncode == StoppedError.exit_code
-        assert b"stopped by SIGTERM" in said
-        assert b"run it again" in said
-    wait_for_group_to_end(child.pid)
+        assert done.returncode == StoppedError.exit_code
+        assert b"stopped by SIGTERM" in done.stdout
+        assert b"run it again" in done.stdout
+    else:
+        assert done.returncode == -signal.SIGKILL
     assert not paths.bpp.exists()
     report = bpp.run(paths, workers=1)
     assert 0 < report.facts["computed"] < 81
     assert pl.read_parquet(paths.bpp).height == 81
-
-
-def wait_for_group_to_end(group):
-    for _ in range(100):
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.1)
-    pytest.fail("a worker outlived its caller")
 
 
 def test_workers_import_neither_polars_nor_torch():

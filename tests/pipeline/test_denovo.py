@@ -228,6 +228,25 @@ def test_what_was_learned_predicts_the_same_where_there_is_no_training_data(path
         assert pl.read_parquet(elsewhere.test(name, fold)).equals(pl.read_parquet(paths.test(name, fold)))
 
 
+def test_elsewhere_a_target_too_long_or_too_late_is_left_out_and_the_others_are_not(paths: Paths) -> None:
+    predict.run(paths, competition=RNA3D, split=SPLIT, score=tm_scores)
+    name, test = predict.run_name(SPLIT), pl.read_parquet(paths.clean("test"))
+    long = test.head(1).with_columns(sequence_id=pl.lit("Q0"), sequence=pl.lit("A" * (predict.LONGEST + 1)))
+    pl.concat([test, long]).write_parquet(paths.clean("test"))
+    elsewhere = Paths(comp="rna3d", root=paths.root.parent / "elsewhere")
+    elsewhere.clean("test").parent.mkdir(parents=True)
+    elsewhere.clean("test").write_bytes(paths.clean("test").read_bytes())
+    learned = {"competition": RNA3D, "split": SPLIT, "source": paths.run_dir(name)}
+    report = predict.apply(elsewhere, **learned)
+    assert report.facts == {"targets": 3, "left_out": ["Q0"]}
+    for fold in range(2):
+        assert pl.read_parquet(elsewhere.test(name, fold)).equals(pl.read_parquet(paths.test(name, fold)))
+    report = predict.apply(elsewhere, **learned, seconds=0.0)
+    assert report.facts == {"targets": 3, "left_out": ["Q0", "Q1", "Q2"]}
+    assert predict.describe(report.facts) == ["0 of 3 targets predicted; left out: Q0, Q1, Q2"]
+    assert pl.read_parquet(elsewhere.test(name, 0)).height == 0
+
+
 def test_loops_come_from_other_folds_and_from_before_the_cutoff(paths: Paths) -> None:
     from pipeline.templates.collection import collect
 

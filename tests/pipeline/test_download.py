@@ -129,7 +129,7 @@ def test_a_name_with_a_folder_is_refused(paths: Paths):
 def test_credentials_never_reach_an_answer(kaggle: FakeKaggle, canary: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("KAGGLE_KEY", canary)
     monkeypatch.setenv("VERBOSE", "1")
-    answer = kaggle_cli.call("competitions", "submission-limits", "tiny-rna", "--json", timeout=30)
+    answer = kaggle_cli.call("competitions", "submission-limits", "tiny-rna", "--json", timeout=600)
     assert answer.code == 0
     assert canary not in answer.text
     assert kaggle_cli.redact(f"Authorization: Bearer {canary} and key={canary}").count(canary) == 0

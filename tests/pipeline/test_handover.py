@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import handover
 from pipeline.cli import run_name
+from pipeline.competitions import get_competition
 from pipeline.config import load_config
 from pipeline.errors import DataError
 from pipeline.paths import REPOSITORY
@@ -55,6 +56,22 @@ def test_every_command_is_a_target_and_every_run_is_trained(written: dict[str, P
     config = Path(re.search(r"MODEL=(\S+)", commands[3])[1])
     assert f"{run_name(str(config), split='sim80_k5')}" == RUNS[1]
     assert load_config(str(config)) == CONFIG
+
+
+def test_runs_without_a_network_are_told_with_their_commands(tmp_path: Path):
+    """It asked to train them: "no readable checkpoint or metrics.jsonl. Next: make train FOLD=0."."""
+    paths = make_paths(tmp_path, "rna3d")
+    runs = ["denovo.sim80_k5", "templates.sim80_k5"]
+    told = {"runs": runs, "folds": [0, 1], "split": "sim80_k5", "chosen": "by policy"}
+    write_json(paths.ensemble_dir("all") / "weights.json", told)
+    written = handover.run(paths, competition=get_competition("rna3d"), name="all").outputs
+    text = written["entry_points.md"].read_text()
+    assert "make denovo COMP=rna3d SPLIT=sim80_k5" in text
+    assert "make templates-predict COMP=rna3d SPLIT=sim80_k5" in text
+    assert "train-all" not in text
+    settings = json.loads(written["SETTINGS.json"].read_text())
+    assert list(settings["LEARNED_DIRS"]) == runs
+    assert "denovo.sim80_k5: without a network" in written["README.md"].read_text()
 
 
 def test_settings_name_folders_that_are_there(written: dict[str, Path]):

@@ -3,25 +3,33 @@
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
+import threading
 import tomllib
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 
 from folds import ensemble
-from pipeline import preprocess, synthetic
+from pipeline import predict as stages
+from pipeline import preprocess, synthetic, train_folds
 from pipeline.cli import run_verb
 from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.kernel import bundle, script
 from pipeline.kernel.bundle import IMAGE, MISSING
 from pipeline.paths import REPOSITORY, Paths
+from pipeline.training import stop
 from pipeline.training.checkpoint import CheckpointStore
 from tests.chain_tables import make_paths, write_run, write_structure_data, write_structure_run, write_values_data
+from tests.pipeline.clock import Clock
 from tests.pipeline.kernels import COMPETITION, RUN, SPLIT, lay_out, order_of, pack, play, write_raw, write_wheel
 
 CANARY = "canary-0123456789abcdef"
@@ -137,7 +145,7 @@ def test_an_interactive_session_predicts_a_few_rows(trained: Trained, tmp_path: 
 def test_a_submission_is_there_although_the_time_is_spent(trained: Trained, tmp_path: Path):
     found = predict(trained, tmp_path, {"RNA_LIMIT": "0.001"}, test=4)
     assert found.stat().st_size > 1000
-    assert json.loads((tmp_path / "work" / "KERNEL.json").read_text())["folds"] == [0]
+    assert json.loads((tmp_path / "work" / "KERNEL.json").read_text())["predicted"] == ["fold0"]
 
 
 @pytest.mark.slow
@@ -159,7 +167,11 @@ def test_structures_are_trained_and_predicted_in_notebooks_too(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_training_stopped_by_its_clock_goes_on_in_the_next_notebook(trained: Trained, tmp_path: Path):
+def test_a_training_stopped_by_its_clock_goes_on_in_the_next_notebook(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A tenth of a limit is kept for its end, and a tenth of the rest for predictions; a step takes 1/8 s here."""
+    Clock(monkeypatch, script, train_folds, stop, stages).move_by_steps(monkeypatch, 0.125)
     here = Paths(comp="ribonanza", root=tmp_path / "here")
     order = order_of(here, folds=(0,), overrides=("train.epochs=2000", "train.save_every=20"), tag="long")
     order = replace(order, run=RUN.replace("notebook", "long"))
@@ -179,9 +191,225 @@ def test_a_training_stopped_by_its_clock_goes_on_in_the_next_notebook(trained: T
         assert json.loads((tmp_path / work / "KERNEL.json").read_text())["state"] == "resumable"
         folder = tmp_path / work / "artifacts" / "ribonanza" / "runs" / order.run / "fold0"
         steps.append(CheckpointStore(folder / "checkpoints").newest_meta()["step"])
-    assert steps[1] > steps[0] > 0
+    assert steps == [65, 116]
     starts = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"start"' in line]
     assert [row["resumed_step"] for row in starts] == [0, steps[0]]
+
+
+# --- structures without a network ---
+
+
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """An ensemble of assemblies and templates, and the notebook that predicts with it."""
+    folder = tmp_path_factory.mktemp("pooled")
+    synthetic.write_rna3d(folder / "raw", targets=16, test=3)
+    paths = Paths(comp="rna3d", root=folder / "artifacts", csv_dir=folder)
+    at = ["--comp", "rna3d", "--artifacts", str(paths.root)]
+    assert run_verb(["data", *at, "--raw", str(folder / "raw")]) == 0
+    for verb in ("folds", "denovo", "templates-predict", "ensemble"):
+        assert run_verb([verb, *at, "--split", SPLIT]) == 0
+    order = order_of(paths, competition=get_competition("rna3d"), mode="predict", ensemble="all")
+    return Trained(folder, folder, paths, pack(order))
+
+
+def predict_pooled(
+    pooled: Trained,
+    folder: Path,
+    raw: Path,
+    environment: dict[str, str] | None = None,
+    *,
+    folds_pairs: bool = False,
+    **options: Any,
+) -> tuple[pl.DataFrame, list[list[str]]]:
+    """Play the notebook as a rerun, with or without ViennaRNA; returns its submission and its verbs."""
+    inputs = lay_out(folder / "input", pooled.predicting, raw)
+    rerun = {"KAGGLE_IS_COMPETITION_RERUN": "1", **(environment or {})}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "find_spec", lambda name: name if folds_pairs else None)
+        called = play(pooled.predicting, inputs, folder / "work", rerun, **options)
+    written = pl.read_csv(folder / "work" / "submission.csv")
+    assert written["ID"].to_list() == pl.read_csv(raw / "sample_submission.csv")["ID"].to_list()
+    return written, called
+
+
+def predicted(folder: Path) -> list[str]:
+    return list(json.loads((folder / "work" / "KERNEL.json").read_text())["predicted"])
+
+
+def test_what_both_stages_learned_from_is_packed_once(pooled: Trained):
+    told = bundle.read_bundle(pooled.predicting)
+    places = {name: entry["places"] for name, entry in told["files"].items() if "places" in entry}
+    (library,) = [where for name, where in places.items() if name.endswith("library.parquet")]
+    assert library == [f"learned/{stage}.{SPLIT}/library.parquet" for stage in ("denovo", "templates")]
+    assert {name.partition(".")[2] for name in places} == {"library.parquet", "weights.json", "ranker.json", "json"}
+
+
+def test_a_notebook_pools_assemblies_and_templates_as_the_stages_do_here(pooled: Trained, tmp_path: Path):
+    found, called = predict_pooled(pooled, tmp_path, pooled.folder / "raw")
+    at = ["--comp", "rna3d", "--artifacts", str(pooled.paths.root)]
+    assert run_verb(["submit", *at, "--to", str(tmp_path)]) == 0
+    assert found.equals(pl.read_csv(tmp_path / "rna3d-all.csv"))
+    verbs = [words[0] for words in called]
+    assert verbs[:3] == ["data", "submit", "check"], "a file is there before anything is predicted"
+    assert predicted(tmp_path) == ["denovo", "templates-predict"]
+
+
+def test_short_targets_have_their_pairs_before_long_ones(pooled: Trained, tmp_path: Path):
+    pytest.importorskip("RNA")
+    _, called = predict_pooled(pooled, tmp_path, pooled.folder / "raw", folds_pairs=True)
+    rest = [words[words.index("--test-only") + 1 :] for words in called if words[0] == "bpp"]
+    assert rest == [["--longest", "500"], []]
+    assert predicted(tmp_path) == ["denovo", "templates-predict"]
+
+
+def test_hidden_targets_of_any_length_are_predicted(pooled: Trained, tmp_path: Path):
+    synthetic.write_rna3d(tmp_path / "hidden", targets=4, test=5, seed=2)
+    for name, columns in (("test_sequences", ["target_id", "sequence"]), ("sample_submission", ["ID", "resname"])):
+        table = pl.read_csv(tmp_path / "hidden" / f"{name}.csv")
+        tiny = table.head(1).with_columns(pl.lit("T1" + "_1" * (columns[0] == "ID")).alias(columns[0]))
+        tiny = tiny.with_columns(pl.lit("G").alias(columns[1]))
+        tiny = tiny.with_columns(pl.lit(1).alias("resid")) if "resid" in table.columns else tiny
+        pl.concat([table, tiny], how="vertical_relaxed").write_csv(tmp_path / "hidden" / f"{name}.csv")
+    found, _ = predict_pooled(pooled, tmp_path, tmp_path / "hidden")
+    assert "T1_1" in found["ID"]
+
+
+@pytest.mark.parametrize(
+    ("failing", "done"),
+    [
+        (["denovo"], ["templates-predict"]),
+        (["templates-predict"], ["denovo"]),
+        (["denovo", "templates-predict"], []),
+        (["ensemble"], ["denovo", "templates-predict"]),
+    ],
+)
+def test_after_the_first_file_no_failure_ends_the_notebook(
+    pooled: Trained, tmp_path: Path, failing: list[str], done: list[str]
+):
+    predict_pooled(pooled, tmp_path, pooled.folder / "raw", failing=failing)
+    assert predicted(tmp_path) == done
+
+
+def test_before_the_first_file_a_failure_is_one(pooled: Trained, tmp_path: Path):
+    with pytest.raises(SystemExit, match="rna submit ended with 3"):
+        predict_pooled(pooled, tmp_path, pooled.folder / "raw", failing=["submit"])
+
+
+def test_structures_are_there_although_the_time_is_spent(pooled: Trained, tmp_path: Path):
+    _, called = predict_pooled(pooled, tmp_path, pooled.folder / "raw", {"RNA_LIMIT": "0.001"})
+    assert [words[0] for words in called] == ["data", "submit", "check"]
+    assert predicted(tmp_path) == []
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_alignments_are_used_where_the_competition_ships_them(pooled: Trained, tmp_path: Path, damaged: bool):
+    shutil.copytree(pooled.folder / "raw", tmp_path / "raw")
+    (tmp_path / "raw" / "MSA").mkdir()
+    for name, sequence in pl.read_csv(tmp_path / "raw" / "test_sequences.csv").select("target_id", "sequence").rows():
+        relative = sequence[1:] if damaged else sequence[::-1]
+        (tmp_path / "raw" / "MSA" / f"{name}.MSA.fasta").write_text(f">{name}\n{sequence}\n>other\n{relative}\n")
+    _, called = predict_pooled(pooled, tmp_path, tmp_path / "raw")
+    given = ["--msa" in words for words in called if words[0] == "templates-predict"]
+    assert given == ([True, False] if damaged else [True])
+    assert predicted(tmp_path) == ["denovo", "templates-predict"]
+
+
+# --- several GPUs ---
+
+
+def test_folds_are_predicted_on_as_many_gpus_as_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    told = {"folds": [0, 1, 2, 3, 4], "words_of_runs": [["--model", "a"], ["--model", "b"]], "limit_s": 1e9}
+    desk = script.Desk(at=[], home=tmp_path, work=tmp_path, told=told | {"margin_s": 0.0})
+    called = []
+    monkeypatch.setenv("RNA_PROCESSES", "2")
+    monkeypatch.setattr(script, "rna", lambda *words, slot, **_: called.append((words[2], words[4], slot)) or 0)
+    assert list(script.predict_networks(desk)) == [[0, 1], [2, 3], [4]]
+    slots = {"0": 0, "1": 1, "2": 0, "3": 1, "4": None}
+    assert sorted(called) == [(model, fold, slots[fold]) for model in "ab" for fold in "01234"]
+
+
+def test_a_fold_that_fails_beside_another_leaves_the_other_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    told = {"folds": [0, 1, 2], "words_of_runs": [["--model", "a"]], "limit_s": 1e9, "margin_s": 0.0}
+    desk = script.Desk(at=[], home=tmp_path, work=tmp_path, told=told, is_written=True)
+    monkeypatch.setenv("RNA_PROCESSES", "2")
+    monkeypatch.setattr(script, "rna", lambda *words, **_: 5 if words[4] == "0" else 0)
+    assert list(script.predict_networks(desk)) == [[1]]
+
+
+def write_program(folder: Path, code: str) -> Path:
+    """A program that takes the place of Python in the notebook's calls."""
+    program = folder / "python"
+    program.write_text(f"#!{sys.executable}\n{code}\n")
+    program.chmod(0o755)
+    return program
+
+
+def test_a_verb_sees_the_gpu_that_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    code = "import os; open('seen', 'a').write(os.environ.get('CUDA_VISIBLE_DEVICES', 'all') + ' ')"
+    monkeypatch.setattr(script.sys, "executable", str(write_program(tmp_path, code)))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert script.rna("predict", slot=1) == script.rna("predict") == 0
+    assert (tmp_path / "seen").read_text() == "1 all "
+
+
+@pytest.mark.parametrize("obedient", [True, False])
+def test_a_verb_whose_time_is_up_is_asked_to_end_and_then_made_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obedient: bool
+):
+    code = (
+        "import pathlib, signal, time\n"
+        "def end(*_):\n"
+        "    pathlib.Path('asked').touch()\n"
+        f"    if {obedient}: raise SystemExit(75)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "pathlib.Path('begun').touch()\n"
+        "while True: time.sleep(0.01)"
+    )
+    monkeypatch.setattr(script.sys, "executable", str(write_program(tmp_path, code)))
+    monkeypatch.setattr(script, "_GRACE_S", 30.0 if obedient else 0.5)
+    monkeypatch.chdir(tmp_path)
+    began = threading.Event()
+    real = subprocess.Popen.wait
+
+    def wait(process: subprocess.Popen, timeout: float | None = None) -> int:
+        while not (tmp_path / "begun").exists():  # however slow this machine is, the program listens by then
+            began.wait(0.01)
+        return real(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait)
+    with pytest.raises(subprocess.TimeoutExpired):
+        script.rna("bpp", timeout=0.1)
+    assert (tmp_path / "asked").exists() or not obedient
+
+
+def test_a_notebook_counts_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RNA_PROCESSES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert script.accelerators() == 1
+    listed = "GPU 0: Tesla T4 (UUID: GPU-1)\nGPU 1: Tesla T4 (UUID: GPU-2)"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{listed}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert script.accelerators() == 2
+    monkeypatch.setenv("RNA_PROCESSES", "3")
+    assert script.accelerators() == 3
+
+
+@pytest.mark.parametrize(("together", "tries"), [(0, 1), (75, 1), (1, 2)])
+def test_training_goes_on_with_one_process_where_several_fail(
+    together: int, tries: int, monkeypatch: pytest.MonkeyPatch
+):
+    called = []
+
+    def rna(*words: str, **_: Any) -> int:
+        called.append(words)
+        return together if "--nproc" in words else 0
+
+    monkeypatch.setattr(script, "rna", rna)
+    code = script.train_in_time([], ["--fold", "0"], {"limit_s": 600.0, "margin_s": 0.0}, processes=2)
+    assert code == (together if tries == 1 else 0)
+    assert ["--nproc" in words for words in called] == [True, False][:tries]
 
 
 # --- what is refused ---
@@ -315,6 +543,34 @@ def test_earlier_choices_join_structures_as_the_ensemble_did(tmp_path: Path, rng
     home = paths.ensemble_dir("all")
     applied = ensemble.apply(paths, competition=rna3d, name="again", weights=home / "weights.json")
     assert applied.outputs["test"].read_bytes() == (home / "test.parquet").read_bytes()
+
+
+def test_structures_are_chosen_among_the_predictions_that_there_was_time_for(tmp_path: Path, rng: np.random.Generator):
+    paths = make_paths(tmp_path, "rna3d")
+    write_structure_data(paths, rng)
+    for run, confidence in (("a.sim80_k3", 0.9), ("b.sim80_k3", 0.5)):
+        write_structure_run(paths, run, rng, confidences=[confidence - k / 50 for k in range(5)])
+    rna3d = get_competition("rna3d")
+    ensemble.run(paths, competition=rna3d, name="all", runs=["a.sim80_k3", "b.sim80_k3"], split="sim80_k3")
+    weights = paths.ensemble_dir("all") / "weights.json"
+
+    def apply(**options: bool) -> pl.DataFrame:
+        what = {"competition": rna3d, "name": "again", "weights": weights}
+        return pl.read_parquet(ensemble.apply(paths, **what, **options).outputs["test"])
+
+    whole = apply(partial_runs=True)
+    assert whole.equals(pl.read_parquet(paths.ensemble_dir("all") / "test.parquet"))
+    paths.test("a.sim80_k3", 0).unlink()
+    paths.test("a.sim80_k3", 1).unlink()
+    with pytest.raises(DataError, match=r"a\.sim80_k3/fold0"):
+        apply()
+    rest = apply(partial_runs=True)
+    assert rest["confidence"].max() < 0.6 < whole["confidence"].max()
+    assert rest.select("sequence_id", "candidate").equals(whole.select("sequence_id", "candidate"))
+    for fold in (0, 1):
+        paths.test("b.sim80_k3", fold).unlink()
+    with pytest.raises(DataError, match=r"no predictions of .*weights\.json"):
+        apply(partial_runs=True)
 
 
 @pytest.mark.parametrize("comp", ["ribonanza", "rna3d"])

@@ -4,12 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.kernel import bundle
+from pipeline.kernel import bundle, check
 from pipeline.kernel.check import Room
-from tests.pipeline.kernels import COMPETITION
+from tests.pipeline.kernels import COMPETITION, write_raw
 
 
 def within(room: Room, code: str) -> subprocess.CompletedProcess[str]:
@@ -29,6 +30,16 @@ def test_a_room_has_the_images_packages_and_neither_our_code_nor_a_network(
     assert within(room, "import polars, pyarrow, numba, safetensors, typer, pip").returncode == 0
     assert "No module named 'pipeline'" in within(room, "import pipeline").stderr
     assert "No module named 'ninja'" in within(room, "import ninja").stderr
+
+
+def test_processes_in_a_room_talk_to_each_other(tmp_path: Path):
+    """Torchrun's do, over the loopback interface, which a new namespace has switched off."""
+    room = Room(tmp_path, Path(sys.executable))
+    if not room.prefix:
+        pytest.skip("this system allows no namespace: Python's own connections are refused, others are not")
+    code = "import socket; s = socket.create_server(('127.0.0.1', 0)); socket.create_connection(s.getsockname(), 30)"
+    done = within(room, code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_interpreter_that_is_none_is_refused(tmp_path: Path):
@@ -67,3 +78,42 @@ def test_a_notebook_that_misbehaves_is_caught(tmp_path: Path, script: str, sente
     (outputs["code"] / "kernel.py").write_text(script)
     with pytest.raises(DataError, match=sentence):
         room.play(outputs, tmp_path / "raw", work=tmp_path / "work")
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_bundle_is_played_as_a_rerun_and_what_it_leaves_is_judged_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool
+):
+    seen = {}
+
+    class FakeRoom:
+        versions, refusal = {"Python": "3.12.1"}, "none"
+
+        def __init__(self, folder: Path, python: Path) -> None:
+            folder.mkdir()
+
+        def play(self, _: object, raw: Path, *, work: Path, more: dict[str, str], timeout: float) -> float:
+            seen.update(more, timeout=timeout)
+            work.mkdir()
+            rows = int(pl.read_csv(raw / "test_sequences.csv")["id_max"].max()) + 1 - cut
+            lines = ["id,reactivity_DMS_MaP,reactivity_2A3_MaP", *(f"{row},0.5,0.5" for row in range(rows))]
+            (work / "submission.csv").write_text("\n".join(lines) + "\n")
+            return 7.0
+
+    monkeypatch.setattr(check, "Room", FakeRoom)
+    monkeypatch.setattr(check, "read_bundle", lambda _: {"mode": "predict", "limit_s": 3600.0})
+    raw = write_raw(tmp_path / "raw", test=4)
+    what = {"python": Path(sys.executable), "home": tmp_path, "competition": COMPETITION, "raw": raw}
+    if cut:
+        with pytest.raises(DataError, match="rna check ended with 3"):
+            check.run_bundle(tmp_path / "room", **what)
+        return
+    facts = check.run_bundle(tmp_path / "room", **what, limit_s=60.0).facts
+    assert seen["KAGGLE_IS_COMPETITION_RERUN"] == "1"
+    assert (seen["RNA_LIMIT"], seen["timeout"] >= 60.0) == ("60.0", True)
+    rows = int(pl.read_csv(raw / "test_sequences.csv")["id_max"].max()) + 1
+    assert facts["competitions"]["ribonanza"] == {"notebook": 7.0, "rows": rows}
+    assert check.describe(facts)[2:] == [
+        "ribonanza: notebook 7 s",
+        f"  submission.csv of a test set of another size: {rows:,} rows, accepted",
+    ]

@@ -154,7 +154,7 @@ def test_a_data_set_that_kaggle_cannot_unpack_is_told(desk: Desk):
 
 
 def test_status_follows_a_notebook_to_its_end(desk: Desk):
-    facts = service.status(desk.paths, slug=desk.slug, wait=60.0, every=0.05).facts
+    facts = service.status(desk.paths, slug=desk.slug, wait=600.0, every=0.05).facts
     assert facts["state"] == "COMPLETE"
     assert desk.kaggle.calls.count("GetKernelSessionStatus") == 3
 
@@ -184,7 +184,9 @@ def test_a_notebook_that_is_not_there_is_told(desk: Desk, code: int):
 def test_what_a_notebook_left_is_verified_and_becomes_a_local_run(desk: Desk):
     desk.leave(FILES)
     desk.kaggle.kernel_outputs["artifacts/ribonanza/clean/train.parquet"] = b"tables stay there"
+    write_json(desk.home / "pushed.json", {"version": 2})
     report = service.pull(desk.paths, slug=desk.slug)
+    assert json.loads((desk.home / service.PULLED).read_text()) == {"version": 2}
     assert report.facts["placed"] == [str(desk.paths.fold_dir(RUN, 0))]
     assert desk.paths.oof(RUN, 0).read_bytes() == b"oof"
     assert (desk.home / f"{desk.slug}.log").read_text() == "done"

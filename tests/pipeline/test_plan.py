@@ -115,7 +115,7 @@ def test_planning_leaves_the_random_numbers_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def small_run(**train: int) -> RunConfig:
+def small_run(**train: int | str) -> RunConfig:
     tree = {"model": {"name": "hyena"}, "data": {"max_length": 128}, "train": {"batch_size": 32, **train}}
     return config_from_dict(tree, where="test")
 
@@ -147,6 +147,34 @@ def test_a_plan_is_for_the_sequences_that_training_sees():
     assert make_plan(small_run(), network, sequences=500, device=CPU).step.micro_batch == 32
     lengths = [make_plan(small_run(), network, length=n, device=CPU).step.length for n in (50, 128, 4000)]
     assert lengths == [50, 128, 128]
+
+
+def test_a_process_of_several_needs_memory_for_its_share_of_the_batch():
+    network = build("tiny_hyena")
+    shares = [
+        make_plan(small_run(), network, sequences=30, processes=n, device=CPU).step.micro_batch for n in (1, 4, 7)
+    ]
+    assert shares == [30, 8, 5]
+    assert make_plan(small_run(micro_batch=8), network, processes=4, device=CPU).step.accumulates is False
+    assert make_plan(small_run(micro_batch=8), network, processes=2, device=CPU).step.accumulates
+    line = make_plan(small_run(), network, processes=4, device=CPU).line()
+    assert "free on cpu in each of 4 processes: 8 sequences of 128 nt" in line
+
+
+def test_a_process_of_a_sharded_run_needs_its_part_of_the_states_and_two_blocks():
+    network, config = build("small_hyena"), small_run(sharding="fsdp2")
+    alone, whole, part = (
+        make_plan(settings, network, processes=n, device=CPU)
+        for settings, n in ((config, 1), (small_run(), 4), (config, 4))
+    )
+    assert alone.step == make_plan(small_run(), network, device=CPU).step, "one process has nobody to share with"
+    for name in ("weights", "gradients", "optimizer", "average"):
+        assert getattr(part.need, name) == pytest.approx(getattr(whole.need, name) / 4, abs=8)
+    assert part.need.activations == whole.need.activations
+    blocks = [4 * sum(x.numel() for x in block.parameters()) for block in network().blocks]
+    outer = whole.need.gradients - sum(blocks)
+    assert (whole.need.together, part.need.together) == (0, 2 * (outer + 2 * max(blocks)))
+    assert "in each of 4 processes: 1/4 of the network, 8 sequences" in part.line()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Predictions: one finite row per sequence, the same whatever the batches, the padding and the memory were."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +19,7 @@ from pipeline.training.failures import is_out_of_memory
 from submissions.tm_score import tm_score
 from tests.pipeline import tiny
 
-
-@pytest.fixture(autouse=True)
-def known_model(monkeypatch) -> None:
-    tiny.register(monkeypatch)
-
-
-@pytest.fixture
-def paths(tmp_path: Path) -> Paths:
-    paths = Paths(comp="tiny", root=tmp_path / "artifacts")
-    tiny.write_values(paths)
-    return paths
+pytestmark = pytest.mark.usefixtures("known_model")
 
 
 def fit(paths: Paths, *, competition=tiny.TINY, **options) -> None:
@@ -201,9 +192,24 @@ def test_held_out_predictions_are_refused_for_other_data_or_folds(paths):
         predict_all(paths)
 
 
-def test_a_run_without_checkpoint_or_of_another_competition_is_refused(paths):
+def test_a_fold_that_was_never_trained_is_told_from_one_that_is_damaged(paths):
+    """It said "no readable checkpoint. Next: make train." and left with exit code 5, as if the disk had lost it."""
+    with pytest.raises(
+        DataError, match=r"never trained; trained so far: no run at all\. Next: make train COMP=tiny FOLD=0"
+    ):
+        predict_all(paths)
+    fit(paths)
+    with pytest.raises(
+        DataError, match=rf"fold1/checkpoints: .* trained so far: {re.escape(tiny.RUN)} \(fold0\)\. Next"
+    ):
+        predict.run(competition=tiny.TINY, paths=paths, run=tiny.RUN, fold=1)
+    for meta in (paths.fold_dir(tiny.RUN, 0) / "checkpoints").glob("step-*/meta.json"):
+        meta.unlink()
     with pytest.raises(StorageError, match="no readable checkpoint"):
         predict_all(paths)
+
+
+def test_a_run_of_another_competition_is_refused(paths):
     fit(paths)
     with pytest.raises(ConfigError, match="trained on tiny; expected tiny3d"):
         predict_all(paths, competition=tiny.TINY3D)

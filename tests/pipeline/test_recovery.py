@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,31 +13,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.registry import register_model
 from pipeline import runlog, train
 from pipeline.config import RunConfig
 from pipeline.errors import DivergedError, StoppedError, StorageError
 from pipeline.paths import Paths
-from pipeline.runlog import read_metrics
 from pipeline.training.bad_batch import BadBatch, find_bad_batches, load_bad_batch
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.failures import is_anomaly, is_device_lost, is_out_of_memory
 from pipeline.training.guard import classify, is_spike, lower_scale, remember
 from pipeline.training.loop import Trainer
 from tests.faults import nan
-from tests.faults.network import PartsModel
 from tests.pipeline import tiny
+from tests.pipeline.tiny import at_calls, fit, rows_of
+
+pytestmark = pytest.mark.usefixtures("parts_model")
 
 WHOLE = f"whole.{tiny.SPLIT}"
-
-
-@pytest.fixture
-def paths(tmp_path: Path, monkeypatch) -> Paths:
-    tiny.register(monkeypatch)
-    register_model(PartsModel)
-    paths = Paths(comp="tiny", root=tmp_path / "artifacts")
-    tiny.write_values(paths)
-    return paths
 
 
 @pytest.fixture
@@ -43,21 +36,6 @@ def said(monkeypatch) -> list[str]:
     lines: list[str] = []
     monkeypatch.setattr(runlog, "warn", lines.append)
     return lines
-
-
-@pytest.fixture
-def inject(monkeypatch) -> Callable[[Callable[[Tensor], Tensor]], None]:
-    """Call a function in every training forward pass of the tiny network."""
-    return lambda fault: monkeypatch.setattr(tiny.Fault, "inject", staticmethod(fault))
-
-
-def fit(paths: Paths, config: RunConfig | None = None, *, run: str = tiny.RUN, **options: Any) -> Any:
-    options = {"competition": tiny.TINY, "split": tiny.SPLIT, "fold": 0, **options}
-    return train.run(config or tiny.config(), paths=paths, run=run, **options)
-
-
-def rows_of(paths: Paths, event: str, run: str = tiny.RUN) -> list[dict[str, Any]]:
-    return [row for row in read_metrics(paths.fold_dir(run, 0) / "metrics.jsonl") if row["event"] == event]
 
 
 def weights_of(paths: Paths, run: str = tiny.RUN) -> dict[str, Tensor]:
@@ -151,11 +129,6 @@ def spike_config(**changes: Any) -> RunConfig:
     return tiny.config(**{"epochs": 12, "spike_threshold": 10.0, "max_skips": 2, "lr": 1e-3, **changes})
 
 
-def at_calls(fault: Callable[[Tensor], Tensor], calls: set[int]) -> Callable[[Tensor], Tensor]:
-    count = itertools.count(1)
-    return lambda x_BLD: fault(x_BLD) if next(count) in calls else x_BLD
-
-
 def test_a_spike_is_skipped_and_ordinary_losses_never_are(paths, inject):
     inject(at_calls(lambda x_BLD: x_BLD * 1e4, {40}))
     report = fit(paths, spike_config())
@@ -197,6 +170,28 @@ def test_the_detector_is_off_by_default_and_keeps_no_losses(paths, inject):
     assert fit(paths, spike_config(spike_threshold=0.0)).facts["guard"]["skips"] == 0
     meta = CheckpointStore(paths.fold_dir(tiny.RUN, 0) / "checkpoints").newest_meta()
     assert meta["progress"]["recent_losses"] == []
+
+
+def test_what_a_rollback_took_back_stays_in_the_log_of_a_resumed_run(paths, inject):
+    """Stopped at step 5 after a rollback from step 6, a run forgot the batch of step 6, which it never takes again."""
+    count = itertools.count(1)
+
+    def fault(x_BLD: Tensor) -> Tensor:
+        number = next(count)
+        if number == 8:  # after the NaN of step 6 and its trace: step 5 again
+            os.kill(os.getpid(), signal.SIGTERM)
+        return x_BLD * (math.nan if number in (6, 7) else 1.0)
+
+    inject(fault)
+    with pytest.raises(StoppedError, match="stopped at step 5"):
+        fit(paths, tiny.config(max_skips=0))
+    inject(None)
+    report = fit(paths, tiny.config(max_skips=0))
+    assert report.facts["guard"]["rollbacks"] == 1
+    assert [(row["step"], row["answer"]) for row in rows_of(paths, "guard")] == [(6, "roll_back")]
+    (rollback,) = rows_of(paths, "rollback")
+    assert (rollback["step"], rollback["to_step"], rollback["before"], rollback["precision"]) == (6, 4, "fp32", "fp32")
+    assert sorted({row["step"] for row in rows_of(paths, "step")}) == [step for step in range(1, 13) if step != 6]
 
 
 # --- memory ---

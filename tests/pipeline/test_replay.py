@@ -1,8 +1,10 @@
 """A saved batch breaks again where it broke, and the replay says in which precision it does not."""
 
+import hashlib
 import io
 import itertools
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +13,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from models.registry import register_model
-from pipeline import cli, replay, train
-from pipeline.errors import ConfigError, DataError, DivergedError
+from pipeline import cli, replay
+from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
+from pipeline.training.bad_batch import find_bad_batches, load_bad_batch
 from tests.faults import nan
-from tests.faults.network import PartsModel
 from tests.pipeline import tiny
+from tests.pipeline.tiny import fit
 
-
-@pytest.fixture
-def paths(tmp_path: Path, monkeypatch) -> Paths:
-    tiny.register(monkeypatch)
-    register_model(PartsModel)
-    paths = Paths(comp="tiny", root=tmp_path / "artifacts")
-    tiny.write_values(paths)
-    return paths
-
-
-def fit(paths: Paths, config: Any) -> Any:
-    return train.run(config, competition=tiny.TINY, paths=paths, run=tiny.RUN, split=tiny.SPLIT, fold=0)
+pytestmark = pytest.mark.usefixtures("parts_model")
 
 
 def run(paths: Paths, **options: Any) -> dict[str, Any]:
@@ -98,15 +89,8 @@ def test_nothing_is_written(paths):
     assert {path: path.stat().st_mtime_ns for path in paths.root.rglob("*")} == before
 
 
-def test_a_batch_is_chosen_by_its_step(paths, monkeypatch):
-    count = itertools.count(1)
-
-    def bad(x_BLD: Tensor) -> Tensor:
-        return x_BLD * (math.nan if next(count) in (3, 4, 8, 9) else 1.0)
-
-    monkeypatch.setattr(tiny.Fault, "inject", staticmethod(bad))
-    fit(paths, tiny.config())
-    monkeypatch.setattr(tiny.Fault, "inject", None)
+def test_a_batch_is_chosen_by_its_step(paths, bad):
+    assert list(bad) == [7, 3]
     assert [run(paths, step=step)["step"] for step in (3, 7, None)] == [3, 7, 7]
     with pytest.raises(ConfigError, match=r"--step 5: no batch of that step .*expected one of 3, 7"):
         run(paths, step=5)
@@ -120,16 +104,77 @@ def test_without_a_bad_batch_it_says_so(paths):
         run(paths)
 
 
-def test_a_damaged_file_is_refused(paths, monkeypatch):
-    monkeypatch.setattr(tiny.Fault, "inject", staticmethod(lambda x_BLD: x_BLD * math.nan))
-    with pytest.raises(DivergedError, match="make replay"):
-        fit(paths, tiny.config(max_skips=0, max_rollbacks=0))
-    (path,) = (paths.fold_dir(tiny.RUN, 0) / "bad").iterdir()
-    data = path.read_bytes()
-    for damaged in (b"", data[: len(data) // 2], torch.zeros(3).numpy().tobytes()):
-        path.write_bytes(damaged)
-        with pytest.raises(DataError, match="cannot be read"):
-            run(paths)
+@pytest.fixture
+def bad(paths, monkeypatch) -> dict[int, Path]:
+    """Two saved batches, of steps 7 and 3."""
+    count = itertools.count(1)
+
+    def poison(x_BLD: Tensor) -> Tensor:
+        return x_BLD * (math.nan if next(count) in (3, 4, 8, 9) else 1.0)
+
+    monkeypatch.setattr(tiny.Fault, "inject", staticmethod(poison))
+    fit(paths, tiny.config())
+    monkeypatch.setattr(tiny.Fault, "inject", None)
+    return find_bad_batches(paths.fold_dir(tiny.RUN, 0) / "bad")
+
+
+def flipped(data: bytes) -> bytes:
+    """One bit of a tensor's data: torch loads that without a word."""
+    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+
+
+DAMAGES = {
+    "empty": lambda _: b"",
+    "cut": lambda data: data[:-100],
+    "flipped": flipped,
+    "lengthened": lambda d: d + b"x",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_file_is_refused_and_the_others_are_named(paths, bad, damage):
+    """A flipped bit was replayed as if it had been in training; the sentence ended with "Next: --step."."""
+    bad[7].write_bytes(damage(bad[7].read_bytes()))
+    with pytest.raises(
+        DataError, match=r"damaged: [\d,]+ bytes without their sha256\. Next: make replay STEP=<one of 3>"
+    ):
+        run(paths)
+    assert run(paths, step=3)["step"] == 3
+    bad[3].unlink()
+    with pytest.raises(DataError, match="Next: make train saves the next one that it meets; remove this file"):
+        run(paths)
+
+
+@pytest.mark.parametrize("content", [{"format": 0}, {"format": 1, "batches": []}, [1], torch.zeros(3), Path("/x")])
+def test_a_file_of_another_program_or_version_is_refused(paths, bad, content):
+    """A pickled object could run a program; plain values that are no batch ended in a traceback."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    bad[7].write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+    with pytest.raises(
+        DataError, match=r"no batch as this version saves it \(\w+\)\. Next: make replay STEP=<one of 3>"
+    ):
+        run(paths)
+
+
+def test_stray_files_are_left_alone(paths, bad):
+    """It was "ValueError: invalid literal for int() with base 10: 'last'", with a traceback."""
+    folder = bad[7].parent
+    for name in ("step-last.pt", "notes.txt", "0009-step-12.pt", "step-00000099.pt"):
+        (folder / name).write_text("not ours")
+    (folder / "0010-step-00000099.pt").mkdir()
+    assert run(paths)["step"] == 7
+    with pytest.raises(ConfigError, match="expected one of 3, 7"):
+        run(paths, step=99)
+
+
+def test_the_last_batch_is_that_which_was_saved_last_whatever_step_and_clock_say(paths, bad):
+    """After a rollback a lower step comes later; by their times a clock set back made the newest the first to go."""
+    again = load_bad_batch(bad[3])
+    os.utime(bad[7], (4e9, 4e9))
+    saved = [again.save(bad[3].parent) for _ in range(4)]
+    assert find_bad_batches(bad[3].parent) == {3: saved[-1]}
+    assert sorted(bad[3].parent.iterdir()) == saved
 
 
 def test_the_verb_says_what_is_missing(tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,24 +11,14 @@ from pipeline import cli, train
 from pipeline.config import RunConfig, config_from_dict, list_configs, load_config
 from pipeline.errors import ConfigError, DataError, StoppedError
 from pipeline.paths import Paths
-from pipeline.runlog import read_metrics
 from pipeline.training import resume
 from pipeline.training.checkpoint import CheckpointStore
 from tests.pipeline import tiny
+from tests.pipeline.tiny import fit, rows_of
+
+pytestmark = pytest.mark.usefixtures("known_model")
 
 LONGER = f"longer.{tiny.SPLIT}"
-
-
-@pytest.fixture(autouse=True)
-def known_model(monkeypatch) -> None:
-    tiny.register(monkeypatch)
-
-
-@pytest.fixture
-def paths(tmp_path: Path) -> Paths:
-    paths = Paths(comp="tiny", root=tmp_path / "artifacts")
-    tiny.write_values(paths)
-    return paths
 
 
 @pytest.fixture
@@ -38,15 +27,6 @@ def said(monkeypatch) -> list[str]:
     monkeypatch.setattr(train, "say", lines.append)
     monkeypatch.setattr(resume, "warn", lines.append)
     return lines
-
-
-def fit(paths: Paths, config: RunConfig | None = None, *, run: str = tiny.RUN, **options: Any) -> Any:
-    options = {"competition": tiny.TINY, "split": tiny.SPLIT, "fold": 0, **options}
-    return train.run(config or tiny.config(), paths=paths, run=run, **options)
-
-
-def rows_of(paths: Paths, event: str) -> list[dict[str, Any]]:
-    return [row for row in read_metrics(paths.fold_dir(tiny.RUN, 0) / "metrics.jsonl") if row["event"] == event]
 
 
 def begin(paths: Paths, config: RunConfig | None = None, *, steps: int = 5) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.competitions.rna3d import RNA3D, SENTINEL
+from pipeline.competitions.rna3d import RNA3D, SENTINEL, read_teaching
 from pipeline.errors import DataError
 from pipeline.stage import sha256_file
 from pipeline.templates.gate import allowed
@@ -133,17 +133,69 @@ def test_every_conformation_with_a_resolved_residue_is_a_reference(raw: Path) ->
     assert facts["most_conformers"] == 3
 
 
-def test_training_targets_dated_after_a_test_cutoff_are_set_apart(raw: Path) -> None:
+def _set_days(raw: Path, *days: str) -> None:
     rows = _sequences(SEQUENCES)
-    rows[0] |= {"temporal_cutoff": "2022-05-29"}
-    rows[1] |= {"temporal_cutoff": ""}
+    for row, day in zip(rows, days, strict=False):
+        row["temporal_cutoff"] = day
     _table(raw / "train_sequences.csv", rows)
+
+
+def test_training_targets_dated_after_a_test_cutoff_are_set_apart(raw: Path) -> None:
+    _set_days(raw, "2022-05-29")
     tables, facts = _clean(raw)
-    assert tables["train"]["sequence_id"].to_list() == ["R1117v2"]  # undated ones stay, and are counted
+    assert tables["train"]["sequence_id"].to_list() == ["R1117v2"]
     assert tables["later"]["sequence_id"].to_list() == ["1SCL_A"]
     assert tables["later"].schema == tables["train"].schema
     assert "1SCL_A" in tables["references"]["sequence_id"].to_list()
-    assert (facts["train"]["later"], facts["train"]["undated"]) == (1, 1)
+    assert (facts["train"]["later"], facts["train"]["teaches_nothing"]) == (1, [])
+
+
+def test_what_has_no_date_teaches_nothing_unless_its_pdb_id_is_an_old_one(
+    raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An undated target (8SA3_A, of 2023) trained networks for targets with a cutoff of 2022."""
+    _set_days(raw, "", "")
+    tables, facts = _clean(raw)
+    assert dict(tables["train"].select("sequence_id", "teaches").iter_rows()) == {"1SCL_A": True, "R1117v2": False}
+    assert read_teaching(raw.parent / "train.parquet") == {"1SCL_A"}
+    assert (facts["train"]["undated"], facts["train"]["teaches_nothing"]) == (2, ["R1117v2"])
+    assert "1 of 2 labelled targets have no date that shows them to be of 2022-05-28 or before" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_nothing_is_held_back_from_test_targets_without_a_cutoff(raw: Path) -> None:
+    _set_days(raw, "", "2024-01-01")
+    _table(raw / "test_sequences.csv", [row | {"temporal_cutoff": ""} for row in _sequences(TEST)])
+    tables, _ = _clean(raw)
+    assert tables["train"]["teaches"].to_list() == [True, True]
+    assert tables["later"].is_empty()
+
+
+@pytest.mark.parametrize("place", [".", "PDB_RNA"])
+@pytest.mark.parametrize(("released", "teaches"), [("2022-05-28", True), ("2022-05-29", False)])
+def test_release_dates_of_part_2_date_what_has_none(raw: Path, place: str, released: str, teaches: bool) -> None:
+    _set_days(raw, "", "2020-01-01")
+    (raw / place).mkdir(exist_ok=True)
+    dates = raw / place / "pdb_release_dates_NA.csv"
+    dates.write_text(f"Entry ID,Release Date\n1scl,{released}\nR1117v2,2024-01-01\n")
+    tables, _ = _clean(raw)
+    table = tables["train" if teaches else "later"].filter(sequence_id="1SCL_A")
+    assert table.select("temporal_cutoff", "teaches").rows() == [(date.fromisoformat(released), teaches)]
+    assert tables["train"].filter(sequence_id="R1117v2")["temporal_cutoff"].to_list() == [date(2020, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("1SCL,May 2020\n", "row 1: Release Date is no date"),
+        ("1SCL,2020-05-01\n1SCL,2021-05-01\n", "row 2: this Entry ID had another date before"),
+    ],
+)
+def test_release_dates_that_are_none_are_refused(raw: Path, text: str, sentence: str) -> None:
+    (raw / "pdb_release_dates_NA.csv").write_text(f"Entry ID,Release Date\n{text}")
+    with pytest.raises(DataError, match=sentence):
+        _clean(raw)
 
 
 DAYS = st.none() | st.dates(date(2000, 1, 1), date(2025, 12, 31))
@@ -151,10 +203,10 @@ DAYS = st.none() | st.dates(date(2000, 1, 1), date(2025, 12, 31))
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(released=st.tuples(DAYS, DAYS, DAYS), cutoffs=st.tuples(DAYS, DAYS))
-def test_no_training_target_is_newer_than_a_test_targets_cutoff(
+def test_nothing_is_learned_from_a_target_newer_than_a_test_targets_cutoff(
     raw: Path, released: tuple[date | None, ...], cutoffs: tuple[date | None, ...]
 ) -> None:
-    """What trains a network is, for every test target, data that its cutoff allows (or that has no date)."""
+    """What teaches is, for every test target, data that its cutoff allows; what has no date is not."""
     train, test = {f"T{n}": "GGAC" for n in range(3)}, {f"R{n}": "GGAC" for n in range(2)}
     for name, sequences, days in (("train_sequences", train, released), ("test_sequences", test, cutoffs)):
         rows = _sequences(sequences)
@@ -165,13 +217,14 @@ def test_no_training_target_is_newer_than_a_test_targets_cutoff(
     _table(raw / "sample_submission.csv", _sample(test))
     known = [day for day in cutoffs if day]
     late = [day for day in released if day and known and day > min(known)]
-    if len(late) == 3:
-        with pytest.raises(DataError, match="all 3 labelled targets are dated after"):
+    if known and all(day is None or day > min(known) for day in released):
+        with pytest.raises(DataError, match=f"none of 3 labelled targets is known to be of .*{len(late)} are dated"):
             _clean(raw)
         return
     tables, _ = _clean(raw)
-    kept = tables["train"]["temporal_cutoff"]
-    assert all(allowed(cutoff, day) for cutoff in cutoffs for day in kept if day)
+    teaching = tables["train"].filter("teaches")["temporal_cutoff"]
+    assert all(allowed(cutoff, day) for cutoff in cutoffs for day in teaching)
+    assert len(teaching) == sum(all(allowed(cutoff, day) for cutoff in cutoffs) for day in released)
     assert sorted(tables["later"]["temporal_cutoff"].to_list()) == sorted(late)
 
 
@@ -270,6 +323,7 @@ def test_a_file_that_contradicts_itself_is_refused(raw: Path, case: str) -> None
     with pytest.raises(DataError, match=sentence) as caught:
         _clean(raw)
     assert "\n" not in str(caught.value)
+    assert str(caught.value).count("Next:") == 1
 
 
 def test_a_sample_of_other_targets_is_refused(raw: Path) -> None:

@@ -1,9 +1,12 @@
 """A sweep does every job once, resumes, shares its work, and ranks only what can be told apart."""
 
+import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from models import registry
 from pipeline import sweep
@@ -146,6 +149,21 @@ def test_cells_whose_intervals_overlap_share_a_rank():
     assert [row["rank"] for row in rows] == [1, 1, 3]
 
 
+def test_no_two_cells_whose_intervals_overlap_have_different_ranks(rng):
+    """The third overlapped the second, which shared the first one's rank, and was ranked below it all the same."""
+    chain = {"a": [0.10, 0.11, 0.12], "b": [0.125, 0.135, 0.145], "c": [0.15, 0.16, 0.17], "d": [0.9, 0.91, 0.92]}
+    assert [row["rank"] for row in summarise(results(**chain))] == [1, 1, 1, 4]
+    wide = {"a": [0.1, 0.1001], "b": [0.3, 0.3001], "c": [0.1, 0.9]}
+    assert [row["rank"] for row in summarise(results(**wide))] == [1, 1, 1], "the widest is last, and overlaps both"
+    for _ in range(50):
+        cells = {f"c{k}": list(rng.normal(rng.uniform(0, 2), rng.uniform(0.01, 0.3), 3)) for k in range(6)}
+        rows = summarise(results(**cells))
+        for one, other in itertools.combinations(rows, 2):
+            apart = one["high"] < other["low"] or other["high"] < one["low"]
+            assert apart or one["rank"] == other["rank"]
+            assert one["rank"] <= other["rank"], "best mean first"
+
+
 def test_the_interval_is_students():
     row = summarise(results(a=[1.0, 2.0, 3.0]))[0]
     assert row["mean"] == 2.0
@@ -165,6 +183,15 @@ def test_one_result_and_a_diverged_run_get_no_rank():
     assert rows["lost"]["rank"] is None
     assert rows["lost"]["diverged"] == 1
     assert rows["fine"]["rank"] is not None
+
+
+def test_the_table_shows_what_a_study_proposed_in_four_digits():
+    shown = Console(width=120)
+    cell = (("train.lr", 0.00014017187955925534), ("train.batch_size", 16), ("train.precision", "bf16"))
+    with shown.capture() as printed:
+        shown.print(*sweep.describe({"cells": summarise({Job(cell=cell, seed=1, fold=0): 0.5}), "busy": 2}))
+    assert re.search(r"- +lr 0\.0001402, batch_size 16, precision bf16 +1 +0\.50000 +- +-", printed.get())
+    assert "2 jobs are at work elsewhere" in printed.get()
 
 
 def test_the_grid_is_every_combination():

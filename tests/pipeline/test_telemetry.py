@@ -1,20 +1,23 @@
 """What a run says of itself reaches whoever listens, and can never end it."""
 
 import importlib.util
+import io
+import re
 import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from pipeline import train
+from pipeline import runlog
 from pipeline.errors import ConfigError
-from pipeline.paths import Paths
 from pipeline.runlog import MetricsLog, Unbreakable, duration, read_metrics, read_status, write_status
 from pipeline.training.telemetry import Telemetry
 from pipeline.training.trackers import find_trackers
 from tests.pipeline import tiny
+from tests.pipeline.tiny import fit
 
 
 class Listener:
@@ -39,19 +42,6 @@ class Listener:
     def _fail(self, where: str) -> None:
         if where == self.fails:
             raise RuntimeError(f"broken in {where}")
-
-
-@pytest.fixture
-def paths(tmp_path: Path, monkeypatch) -> Paths:
-    tiny.register(monkeypatch)
-    paths = Paths(comp="tiny", root=tmp_path / "artifacts")
-    tiny.write_values(paths)
-    return paths
-
-
-def fit(paths: Paths, **options: Any):
-    run = {"competition": tiny.TINY, "paths": paths, "run": tiny.RUN, "split": tiny.SPLIT, "fold": 0}
-    return train.run(tiny.config(), **run, **options)
 
 
 def test_a_tracker_hears_the_numbers_of_metrics_jsonl(paths):
@@ -148,6 +138,21 @@ def test_plain_lines_have_all_that_the_bar_has(tmp_path, capsys, monkeypatch):
     assert " nt/s " in last
     assert " GiB, " in last
     assert last.endswith(" left")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_the_bar_of_a_long_name_keeps_its_numbers_in_a_narrow_terminal(monkeypatch, width):
+    """At 80 columns "12345/80000" was cut to "123…", and the name stood there whole."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=width)
+    monkeypatch.setattr(runlog, "console", console)
+    with runlog.Bar("ribonanza_mamba+a-variant-of-it.sim80_k5 fold0", total=80_000, unit="steps") as bar:
+        bar.advance(12_345, note="loss 0.1234")
+        console.print(bar._progress.get_renderable())
+    line = next(line for line in reversed(console.file.getvalue().splitlines()) if "steps" in line)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)
+    assert re.search(r"12345/80000 steps -+:--", plain), plain
+    assert len(plain) <= width
+    assert ("fold0" in plain) == (width >= 100)
 
 
 def test_a_stream_without_a_reader_swallows_what_it_is_told(tmp_path):

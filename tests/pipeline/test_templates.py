@@ -427,6 +427,31 @@ def test_the_library_and_ranker_of_a_run_give_the_same_test_tables_elsewhere(
         assert sha256_file(bare.test(RUN, fold)) == sha256_file(paths.test(RUN, fold))
 
 
+def test_elsewhere_no_target_is_begun_when_the_time_is_up(finished: tuple[Paths, dict], tmp_path: Path) -> None:
+    paths, _ = finished
+    bare = Paths(comp="rna3d", root=tmp_path)
+    bare.clean("test").parent.mkdir(parents=True)
+    bare.clean("test").write_bytes(paths.clean("test").read_bytes())
+    facts = predict.apply(bare, competition=RNA3D, split=SPLIT, source=paths.run_dir(RUN), seconds=0.0).facts
+    assert facts["left_out"] == sorted(pl.read_parquet(bare.clean("test"))["sequence_id"])
+    assert f"0 of {facts['targets']} targets predicted" in predict.describe(facts)[0]
+    assert pl.read_parquet(bare.test(RUN, 0)).height == 0
+
+
+def test_elsewhere_the_date_gate_holds_for_targets_that_nobody_has_seen(
+    finished: tuple[Paths, dict], tmp_path: Path
+) -> None:
+    """The cutoff is that of the test table there, not of the one here."""
+    paths, _ = finished
+    bare = Paths(comp="rna3d", root=tmp_path)
+    bare.clean("test").parent.mkdir(parents=True)
+    hidden = pl.read_parquet(paths.clean("test")).with_columns(temporal_cutoff=pl.lit(date(1990, 1, 1)))
+    hidden.write_parquet(bare.clean("test"))
+    told = predict.apply(bare, competition=RNA3D, split=SPLIT, source=paths.run_dir(RUN)).facts["test"]["templates"]
+    assert {(each["usable"], each["best"]) for each in told.values()} == {(0, "none")}
+    assert all(pl.read_parquet(bare.test(RUN, fold)).height == 0 for fold in range(FOLDS))
+
+
 def test_templates_newer_than_all_cutoffs_leave_the_test_targets_without_any(tmp_path: Path) -> None:
     paths = Paths(comp="rna3d", root=tmp_path)
     write_tables(paths, cutoff=date(2018, 6, 1))

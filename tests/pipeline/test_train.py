@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from torch import Tensor
@@ -23,38 +24,14 @@ from pipeline import train
 from pipeline.config import RunConfig, load_config
 from pipeline.errors import ConfigError, DataError, DivergedError, StoppedError, StorageError
 from pipeline.paths import Paths
-from pipeline.runlog import read_metrics
 from pipeline.training import loop
 from pipeline.training.checkpoint import CheckpointStore, load_checkpoint
 from pipeline.training.stop import StopRequest, run_lock
 from tests.pipeline import tiny
+from tests.pipeline.clock import watched
+from tests.pipeline.tiny import at_calls, fit, rows_of
 
-
-@pytest.fixture(autouse=True)
-def known_model(monkeypatch) -> None:
-    tiny.register(monkeypatch)
-
-
-@pytest.fixture
-def paths(tmp_path: Path) -> Paths:
-    paths = Paths(comp="tiny", root=tmp_path / "artifacts")
-    tiny.write_values(paths)
-    return paths
-
-
-@pytest.fixture
-def inject(monkeypatch) -> Callable[[Callable[[Tensor], Tensor] | None], None]:
-    """Call a function in every training forward pass of the tiny network."""
-
-    def use(fault: Callable[[Tensor], Tensor] | None) -> None:
-        monkeypatch.setattr(tiny.Fault, "inject", staticmethod(fault) if fault else None)
-
-    return use
-
-
-def fit(paths: Paths, config: RunConfig | None = None, *, run: str = tiny.RUN, **options: Any):
-    options = {"competition": tiny.TINY, "split": tiny.SPLIT, "fold": 0, **options}
-    return train.run(config or tiny.config(), paths=paths, run=run, **options)
+pytestmark = pytest.mark.usefixtures("known_model")
 
 
 def fit_to_the_end(paths: Paths, config: RunConfig | None = None, **options: Any) -> int:
@@ -70,11 +47,6 @@ def fit_to_the_end(paths: Paths, config: RunConfig | None = None, **options: Any
 
 def store_of(paths: Paths, run: str = tiny.RUN) -> CheckpointStore:
     return CheckpointStore(paths.fold_dir(run, 0) / "checkpoints")
-
-
-def rows_of(paths: Paths, event: str, run: str = tiny.RUN) -> list[dict[str, Any]]:
-    rows = read_metrics(paths.fold_dir(run, 0) / "metrics.jsonl")
-    return [row for row in rows if row["event"] == event]
 
 
 def status_of(paths: Paths) -> dict[str, Any]:
@@ -217,6 +189,21 @@ def test_the_head_for_coordinates_is_left_out_where_there_are_none_to_learn():
     config = tiny.config(model={"coordinates": True})
     assert set(train.build_model(config.model, tiny.TINY).heads) == {"per_base"}
     assert set(train.build_model(config.model, tiny.TINY3D).heads) == {"distances", "placed"}
+
+
+def test_targets_that_teach_nothing_neither_train_nor_validate(tmp_path):
+    """Of what has no date, or one after a test target's cutoff, nothing is learned, wherever its fold is."""
+    paths = Paths(comp="tiny3d", root=tmp_path)
+    tiny.write_structures(paths)
+    table = pl.read_parquet(paths.clean("train"))
+    nothing = ["R003", "R004"]  # of fold 1 and of fold 0
+    table.with_columns(teaches=~pl.col("sequence_id").is_in(nothing)).write_parquet(paths.clean("train"))
+    config = tiny.config()
+    model = train.build_model(config.model, tiny.TINY3D)
+    for fold in (0, 1):
+        data, _ = train.load_data(config, model, competition=tiny.TINY3D, paths=paths, split=tiny.SPLIT, fold=fold)
+        learned = {data.examples.ids_N[n].decode() for n in (*data.train, *data.valid)}
+        assert learned == set(table["sequence_id"]) - set(nothing)
 
 
 def test_coordinates_train_to_a_lower_loss(tmp_path):
@@ -396,6 +383,23 @@ def test_handlers_are_put_back_and_an_ignored_hang_up_stays_ignored():
     finally:
         signal.signal(signal.SIGHUP, before[2])
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == before
+
+
+def test_a_signal_at_any_moment_leaves_the_handlers_as_they_were():
+    """One that came while they were put back raised there: they stayed, and the next request began as signalled."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def work() -> None:
+        with StopRequest():
+            len("")
+
+    for moment in range(1, watched(work) + 1):
+        with StopRequest() as outer:
+            with suppress(StoppedError):
+                watched(work, at=moment)
+            assert outer.signalled
+            assert [outer] == StopRequest._open
+        assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_outside_the_main_thread_signals_are_left_alone():
@@ -581,11 +585,6 @@ class SquareRoot(torch.autograd.Function):
     @staticmethod
     def backward(_ctx: Any, grad: Tensor) -> Tensor:
         return grad * float("nan")
-
-
-def at_calls(fault: Callable[[Tensor], Tensor], calls: set[int]) -> Callable[[Tensor], Tensor]:
-    count = itertools.count(1)
-    return lambda x_BLD: fault(x_BLD) if next(count) in calls else x_BLD
 
 
 def nan_forward(x_BLD: Tensor) -> Tensor:

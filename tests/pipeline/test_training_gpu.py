@@ -4,38 +4,29 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
-from pipeline import train
-from pipeline.config import RunConfig
+from models.interface import RnaInputs
+from models.registry import create_model
+from pipeline.config import load_config
 from pipeline.errors import StoppedError
-from pipeline.paths import Paths
 from pipeline.runlog import read_metrics
+from pipeline.training import sharding
 from pipeline.training.checkpoint import CheckpointStore
+from pipeline.training.distributed import World
 from tests.pipeline import tiny
+from tests.pipeline.tiny import fit
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 WHOLE = f"whole.{tiny.SPLIT}"
-
-
-@pytest.fixture
-def paths(tmp_path: Path, monkeypatch) -> Paths:
-    tiny.register(monkeypatch)
-    paths = Paths(comp="tiny", root=tmp_path / "artifacts")
-    tiny.write_values(paths)
-    return paths
-
-
-def fit(paths: Paths, config: RunConfig, *, run: str = tiny.RUN, **options: Any) -> Any:
-    return train.run(config, competition=tiny.TINY, paths=paths, run=run, split=tiny.SPLIT, fold=0, **options)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -61,6 +52,63 @@ def test_memory_that_runs_out_halves_the_micro_batch(paths, monkeypatch):
     assert fit(paths, tiny.config(micro_batch="auto")).facts["updates"] == 12
     rows = read_metrics(paths.fold_dir(tiny.RUN, 0) / "metrics.jsonl")
     assert [row["now"] for row in rows if row["event"] == "micro_batch"] == [4, 2]
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """A group of one: every collective runs, over NCCL where its tensors are on the GPU."""
+    store = distributed.HashStore()
+    distributed.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+    yield World(store=store)
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+def test_a_group_of_one_trains_over_nccl_as_a_process_alone_does(paths, world, sharding, precision):
+    config = tiny.config(precision=precision, deterministic=True, micro_batch=3, sharding=sharding)
+    fit(paths, config, run=WHOLE)
+    fit(paths, config, world=world)
+    rows = [read_metrics(paths.fold_dir(run, 0) / "metrics.jsonl") for run in (WHOLE, tiny.RUN)]
+    alone, grouped = ([row["loss"] for row in found if row["event"] == "step"] for found in rows)
+    assert len(alone) == 12
+    assert grouped == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_sharded_run_stopped_after_every_step_ends_with_the_same_bits(paths, world, precision):
+    config = tiny.config(precision=precision, deterministic=True, sharding="fsdp2")
+    fit(paths, config, run=WHOLE, world=world)
+    for _ in itertools.count():
+        try:
+            fit(paths, config, max_steps=1, world=world)
+            break
+        except StoppedError:
+            continue
+    assert tiny.final_bytes(paths) == tiny.final_bytes(paths, WHOLE)
+
+
+@pytest.mark.parametrize("name", ["drsn", "hyena", "ribonanza_mamba", "transformer_sepconv"])
+def test_a_network_in_blocks_has_the_gradients_of_a_whole_one(world, name):
+    """The GPU's own operators included, in bf16 and with recomputed blocks."""
+    torch.manual_seed(1)
+    device, config = torch.device("cuda"), load_config(f"tiny_{name}").model
+    model = create_model(config.name, **{**config.kwargs, "dropout": 0.0}).to(device).train()
+    inputs = RnaInputs(torch.randint(4, (2, 37), device=device), torch.ones(2, 37, dtype=torch.bool, device=device))
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            values_BLC = model(inputs).values_BLC
+        assert values_BLC is not None
+        values_BLC.square().sum().backward()
+        return {key: sharding.whole(x.grad, keep=True).cpu() for key, x in model.named_parameters()}
+
+    expected = gradients()
+    sharding.shard(model, device)
+    model.set_gradient_checkpointing(2)
+    for key, grad in gradients().items():
+        torch.testing.assert_close(grad, expected[key], rtol=1e-2, atol=1e-3, msg=key)
 
 
 LOST = """

@@ -1,6 +1,7 @@
 """A competition, tables and a network so small that a whole training run takes a second."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,9 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from models import registry
 from models.heads import distance_bins
 from models.interface import RnaInputs, RnaModel, RnaOutputs
+from pipeline import train
 from pipeline.competitions.base import Competition
 from pipeline.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from pipeline.paths import Paths
+from pipeline.runlog import read_metrics
+from pipeline.stage import Report
 from pipeline.training.checkpoint import CheckpointStore
 
 TARGETS = ("reactivity_DMS_MaP", "reactivity_2A3_MaP")
@@ -146,6 +150,23 @@ def config(*, model: dict[str, Any] | None = None, data: dict[str, Any] | None =
         data=DataConfig(**{"max_length": 40, "length_bucket": 2, **(data or {})}),
         train=TrainConfig(**{**settings, **train}),
     )
+
+
+def fit(paths: Paths, settings: RunConfig | None = None, *, run: str = RUN, **options: Any) -> Report:
+    """Train fold 0 of a run to its end, or as far as the options say."""
+    options = {"competition": TINY, "split": SPLIT, "fold": 0, **options}
+    return train.run(settings or config(), paths=paths, run=run, **options)
+
+
+def rows_of(paths: Paths, event: str, run: str = RUN) -> list[dict[str, Any]]:
+    """Rows of one kind in the log of fold 0."""
+    return [row for row in read_metrics(paths.fold_dir(run, 0) / "metrics.jsonl") if row["event"] == event]
+
+
+def at_calls(fault: Callable[[Tensor], Tensor], calls: Collection[int]) -> Callable[[Tensor], Tensor]:
+    """A fault for `Fault.inject` that happens in some forward passes, counted from 1, traces of the guard included."""
+    count = itertools.count(1)
+    return lambda x_BLD: fault(x_BLD) if next(count) in calls else x_BLD
 
 
 def final_bytes(paths: Paths, run: str = RUN) -> dict[str, bytes]:

@@ -55,6 +55,35 @@ def test_residue_numbers_do_not_count(length: int, cut: int, seed: int) -> None:
     assert tm_score(renumbered, native) < expected
 
 
+def _odd_traces(length: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """[L, 3] Å: random, a point, a line, nothing resolved, two residues, a hairpin, coordinates at a file's limits."""
+    two = rng.standard_normal((length, 3))
+    two[2:] = np.nan
+    return [
+        5.0 * rng.standard_normal((length, 3)),
+        np.zeros((length, 3)),
+        np.arange(length)[:, None] * np.ones(3),
+        np.full((length, 3), -1e18),
+        two,
+        folded(length, length)[0],
+        np.clip(9000.0 * rng.standard_normal((length, 3)), -999.999, 9999.999),
+    ]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 6, 9, 21])
+def test_odd_shapes_of_any_two_lengths_and_names_have_a_score(length: int, rng: np.random.Generator) -> None:
+    pairs = [
+        (model, native, "".join(rng.choice(list("ACGUTNacgu-"), length)), "N" * other)
+        for other in (1, 3, 4, 7, 12)
+        for model in _odd_traces(length, rng)
+        for native in _odd_traces(other, rng)
+    ]
+    scores = tm_aligns(pairs)
+    assert ((scores >= 0.0) & (scores <= 1.0)).all()
+    few = [min(np.isfinite(x).all(axis=1).sum(), np.isfinite(y).all(axis=1).sum()) < 3 for x, y, *_ in pairs]
+    assert (scores[np.array(few)] == 0.0).all()
+
+
 @few
 @given(st.integers(30, 60), seeds)
 def test_missing_residues_cost_their_share_of_the_native(length: int, seed: int) -> None:

@@ -23,6 +23,7 @@ from tests.chain_tables import (
     write_structure_run,
     write_values_data,
 )
+from tests.submissions.trace_cases import usalign_script
 
 RIBONANZA, RNA3D = get_competition("ribonanza"), get_competition("rna3d")
 RUNS = ["good.sim80_k3", "poor.sim80_k3"]
@@ -259,6 +260,59 @@ def test_structures_are_scored_beside_their_floors(tmp_path, rng):
     assert "floor: hairpin" in captured.get()
     assert "R0_A" in captured.get()
     assert paths.log.read_text().count("rna3d") == 2
+
+
+def test_scores_and_log_say_which_engine_gave_the_numbers(tmp_path, rng, monkeypatch):
+    paths = make_paths(tmp_path, "rna3d")
+    write_structure_data(paths, rng)
+    write_structure_run(paths, "templates.s", rng, confidences=[0.9, 0.7, 0.5, 0.3, 0.1])
+    ours = score(paths, RNA3D, run="templates.s").facts
+    assert {row["templates"] for row in ours["targets"]} == {5}
+    program = usalign_script(tmp_path / "bin", matched=0.25, aligned=0.75)
+    monkeypatch.setenv("PATH", str(program.parent))
+    theirs = score(paths, RNA3D, run="templates.s", engine="auto").facts
+    assert (theirs["score"], theirs["sequence_independent"]["score"]) == (0.25, 0.75)
+    assert (ours["engine"], theirs["engine"]) == ("built-in residue-matched search", "US-align")
+    assert score(paths, RNA3D, run="templates.s", engine="usalign").status == "current"
+    usalign_script(tmp_path / "bin", matched=0.5, aligned=0.75)
+    assert score(paths, RNA3D, run="templates.s", engine="usalign").facts["score"] == 0.5  # another program
+    assert [line.split("|")[-2].strip() for line in paths.log.read_text().splitlines()[-3:]] == ["", *["US-align"] * 2]
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(evaluate.describe(theirs))
+    assert "0.2500 (candidate 1 alone 0.2500); US-align" in captured.get()
+
+
+def test_an_engine_is_refused_where_it_has_nothing_to_do_or_is_not_there(paths, tmp_path, rng, monkeypatch):
+    with pytest.raises(ConfigError, match="ENGINE=auto is for structures"):
+        score(paths, name="all", engine="auto")
+    monkeypatch.setenv("PATH", "")
+    other = make_paths(tmp_path / "other", "rna3d")
+    write_structure_data(other, rng)
+    write_structure_run(other, "one.s", rng, confidences=[0.9, 0.7, 0.5, 0.3, 0.1])
+    with pytest.raises(ConfigError, match="evaluate: USalign is not on the PATH"):
+        score(other, RNA3D, run="one.s", engine="usalign")
+
+
+def test_test_targets_of_known_structure_are_scored_beside_the_folds(tmp_path, rng):
+    paths = make_paths(tmp_path, "rna3d")
+    write_structure_data(paths, rng)
+    write_structure_run(paths, "one.s", rng, confidences=[0.9, 0.7, 0.5, 0.3, 0.1])
+    ensemble.run(paths, competition=RNA3D, name="all", runs=["one.s"], split=SPLIT)
+    assert score(paths, RNA3D).facts["test"] is None
+    truth = pl.read_parquet(paths.test("one.s", 0)).filter(sequence_id="Q10", candidate=1)
+    known = truth.select("sequence_id", pl.lit(1, dtype=pl.UInt8).alias("conformer"), "x", "y", "z")
+    references = pl.concat([pl.read_parquet(paths.clean("references")), known]).sort("sequence_id")
+    write(references, paths.clean("references"))
+    facts = score(paths, RNA3D).facts
+    assert [row["sequence_id"] for row in facts["test"]["targets"]] == ["Q10"]
+    assert facts["test"]["score"] == pytest.approx(1.0, abs=1e-5)
+    assert facts["test"]["without_reference"] == ["Q1", "Q2_B"]
+    assert len(facts["targets"]) == 6
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(evaluate.describe(facts))
+    assert "test targets of known structure\nTM-score, best candidate of each of 1 targets: 1.0000" in captured.get()
 
 
 def test_structures_that_are_not_out_of_fold_are_refused(tmp_path, rng):

@@ -1,6 +1,7 @@
 """The report tells the scores, names what is missing, runs nothing and loads nothing."""
 
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -15,6 +16,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.runlog import MetricsLog
 from pipeline.stage import write_json
 from submissions import evaluate, figures, page, report
+from submissions.training_report import Training
 from submissions.values_report import _Gathered
 from tests.chain_tables import (
     FOLDS,
@@ -85,6 +87,14 @@ def write_training(paths, run, folds):
             )
         log.close()
         write_json(folder / "config.json", {"config": {"model": {"name": "hyena", "kwargs": {"width": 48}}}})
+
+
+def write_events(paths, run, fold, *, rows):
+    """Events as training logs them, behind what is there."""
+    log = MetricsLog(paths.fold_dir(run, fold) / "metrics.jsonl")
+    for event, values in rows:
+        log.write(event, **values)
+    log.close()
 
 
 def build_values(folder, *, runs=("a.sim80_k3", "b.sim80_k3"), dataset=None, training=True):
@@ -204,6 +214,65 @@ def test_new_training_rows_make_a_new_page(values, tmp_path):
     assert "0.1235" in visible(made.outputs["report"])
 
 
+def test_everything_that_went_wrong_in_training_is_on_the_page(values, tmp_path):
+    shutil.copytree(values[0].root, tmp_path / "artifacts")
+    paths = make_paths(tmp_path)
+    bad = {
+        "seen": "nonfinite_loss",
+        "loss": math.nan,
+        "precision": "bf16",
+        "phase": "forward",
+        "module": "blocks.1.<b>",
+    }
+    bad |= {"ids": ["s0001", "s0002", "s0003"], "sequences": 32}
+    overflow = {"event": "guard", "seen": "scaler_overflow", "answer": "skip", "precision": "fp16"}
+    events = [
+        ("guard", {**bad, "answer": "skip", "step": 31}),
+        ("guard", {**bad, "answer": "roll_back", "step": 32}),
+        ("rollback", {"step": 32, "to_step": 30, "before": "bf16", "precision": "fp32", "rollbacks": 1}),
+        ("micro_batch", {"step": 33, "before": 16, "now": 8}),
+        ("start", {"resumed_step": 35, "precision": "fp32"}),
+        (
+            "changed",
+            {"step": 35, "key": "config.train.epochs", "before": 3, "now": 4, "remark": "follows the longer run"},
+        ),
+    ]
+    write_events(paths, "a.sim80_k3", 0, rows=events)
+    many = [("guard", {**overflow, "step": step, "scale": 2.0**15}) for step in range(1, 61)]
+    write_events(
+        paths, "b.sim80_k3", 1, rows=[(kind, {k: v for k, v in row.items() if k != "event"}) for kind, row in many]
+    )
+    text = visible(report.run(paths, competition=RIBONANZA, name="all").outputs["report"])
+    assert "4 of 6 folds went through without any of this" in text
+    assert (
+        "a.sim80_k3, fold 0: bad steps 2, rollbacks 1, smaller micro-batches 1, settings changed 1, interruptions 1"
+        in text
+    )
+    assert "31 non-finite loss in bf16 forward of blocks.1.<b> s0001, s0002 and 30 more batch left out" in text
+    assert "32 rollback – – everything from the checkpoint of step 30, now in fp32" in text
+    assert "33 out of memory with 16 sequences at a time – – micro-batches of 8" in text
+    assert "35 the run had ended before its time – – started again" in text
+    assert "35 config.train.epochs 3 → 4 – – follows the longer run" in text
+    assert "b.sim80_k3, fold 1: fp16 overflows 60" in text
+    assert text.count("fp16 overflow, which its scale provokes") == 40
+    assert "20 more between the first 20 and the last 20" in text
+
+
+def test_a_training_without_incident_says_so_in_one_sentence(values):
+    text = visible(values[1].outputs["report"])
+    assert "What went wrong, and what was done Nothing: no value that was not finite, no lack of memory" in text
+
+
+def test_precisions_are_told_in_their_order():
+    rows = [{"event": "start", "precision": "fp16"}, {"event": "rollback", "precision": "fp32"}]
+    assert Training(rows=[*rows, {"event": "start", "precision": "fp32"}]).precisions == ["fp16", "fp32"]
+
+
+def test_of_steps_that_a_rollback_repeated_the_last_is_drawn():
+    rows = [{"event": "step", "step": step, "loss": loss} for step, loss in ((1, 9.0), (2, 8.0), (3, 7.0), (2, 1.0))]
+    assert Training(rows=rows).curve("step", "loss") == ([1.0, 2.0, 3.0], [9.0, 1.0, 7.0])
+
+
 def test_missing_pieces_are_named_on_the_page(tmp_path):
     paths = build_values(tmp_path, runs=("a.sim80_k3",), training=False)
     for fold in (1, 2):
@@ -229,6 +298,24 @@ def test_every_structure_has_its_score_and_some_their_traces(structures):
         assert f"TM-score {row['score']:.3f}, RMSD" in text
     beaten = sum(row["score"] > max(row["floors"].values()) for row in scores["targets"])
     assert f"{beaten} of {len(scores['targets'])} targets beat every floor" in text
+
+
+def test_both_scores_of_structures_stand_beside_their_floors(structures):
+    """Only the residue-matched score was on the page."""
+    paths, made = structures
+    scores = json.loads((paths.ensemble_dir("all") / "scores.json").read_text())
+    text = visible(made.outputs["report"])
+    both = scores, scores["sequence_independent"]
+    rows = {"best of the candidates": "score", "candidate 1 alone": "first_candidate"}
+    for words, key in rows.items():
+        assert f"{words} {both[0][key]:.4f} {both[1][key]:.4f}" in text
+    for name in both[0]["floors"]:
+        assert f"floor: {name} {both[0]['floors'][name]:.4f} {both[1]['floors'][name]:.4f}" in text
+    assert f"computed by {both[0]['engine']} {both[1]['engine']}" in text
+    for row in scores["targets"]:
+        floors = [max(each["floors"].values()) for each in (row, row["sequence_independent"])]
+        cells = f"{row['score']:.4f} {row['candidate']} {floors[0]:.4f} {row['sequence_independent']['score']:.4f}"
+        assert f"{cells} {floors[1]:.4f}" in text
 
 
 def test_the_traces_lie_on_each_other_when_the_prediction_is_the_truth_in_another_frame(tmp_path, rng):

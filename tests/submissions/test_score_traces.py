@@ -68,6 +68,7 @@ def _edit(table: str, change: pl.Expr):
     ("damage", "said"),
     [
         (_edit("model_traces", pl.lit(np.nan).alias("y")), "model_traces.parquet: .* a coordinate that is not finite"),
+        (_edit("model_traces", pl.lit(1e30).alias("z")), "residue 1 has a coordinate of 1,000,000 Å or more"),
         (_edit("model_traces", pl.lit(7).alias("resid")), "residue 7 has a residue number twice"),
         (_edit("model_traces", (pl.col("resid") - 9).alias("resid")), "residue -8 has a residue number below 0"),
         (_edit("models", pl.lit("a").alias("model_id")), "models.parquet: a comes twice"),
@@ -97,7 +98,7 @@ def test_an_engine_that_is_not_there_is_refused(traces: Path, tmp_path: Path, mo
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match="USalign is not on the PATH"):
         score_traces.run(traces, tmp_path / "scores.parquet", engine="usalign")
-    with pytest.raises(ConfigError, match="engine 'fast'; expected built-in or usalign"):
+    with pytest.raises(ConfigError, match="ENGINE=fast; expected built-in, usalign or auto"):
         score_traces.run(traces, tmp_path / "scores.parquet", engine="fast")
 
 

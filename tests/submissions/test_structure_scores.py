@@ -11,9 +11,13 @@ from pipeline.competitions.rna3d import RNA3D
 from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.structure.geometry import trace_from_pairs
+from submissions import align, usalign
+from submissions import tm_score as matching
 from submissions.align import tm_align
+from submissions.engines import choose_engine
 from submissions.structure_scores import describe, evaluate_structure, trivial_shapes
 from submissions.tm_score import tm_score
+from tests.submissions.trace_cases import folded, moved, usalign_script
 
 
 def _row(target: str, key: str, number: int, xyz_L3: np.ndarray) -> dict[str, object]:
@@ -159,3 +163,96 @@ def test_a_candidate_without_coordinates_is_refused(tmp_path: Path, truth: dict[
     pl.read_parquet(table).with_columns(empty).write_parquet(table)
     with pytest.raises(DataError, match="1SCL_A has lists of different lengths"):
         evaluate_structure(paths, competition=RNA3D, predictions=table)
+
+
+# ---------------------------------------------------------------------------------------------- copies of a chain
+
+
+def _assembly(tmp_path: Path, *, copies: list[int] | None, lengths: list[int] | None) -> tuple[Paths, Path]:
+    """A target of two copies of one chain and a third chain, predicted with the two copies exchanged."""
+    sequence = "GGACUUCGGUCC" * 2 + "ACGUACGUA"
+    parts = [moved(folded(12, 1)[0], 2), moved(folded(12, 1)[0], 3), moved(folded(9, 4)[0], 5)]
+    truth, exchanged = np.concatenate(parts), np.concatenate([parts[1], parts[0], parts[2]])
+    paths, table = _write(tmp_path, {"9XYZ": truth[None]}, {"9XYZ": moved(exchanged, 6)[None]})
+    test = pl.DataFrame({"sequence_id": ["9XYZ"], "sequence": [sequence]})
+    test.with_columns(pl.Series("chain_lengths", [lengths], dtype=pl.List(pl.Int32))).write_parquet(paths.clean("test"))
+    known = pl.read_parquet(paths.clean("references"))
+    known.with_columns(
+        pl.Series("chain", [None if copies is None else ["A"] * 24 + ["B"] * 9], dtype=pl.List(pl.String)),
+        pl.Series("copy", [copies], dtype=pl.List(pl.Int32)),
+    ).write_parquet(paths.clean("references"))
+    return paths, table
+
+
+_TWO = [1] * 12 + [2] * 12 + [1] * 9
+
+
+@pytest.mark.parametrize(("copies", "lengths"), [(_TWO, None), (None, [12, 12, 9]), (_TWO, [12, 12, 9])])
+def test_exchanged_copies_cost_nothing_when_residues_are_matched(
+    tmp_path: Path, copies: list[int] | None, lengths: list[int] | None
+) -> None:
+    paths, table = _assembly(tmp_path, copies=copies, lengths=lengths)
+    scores = evaluate_structure(paths, competition=RNA3D, predictions=table)
+    assert scores["score"] == pytest.approx(1.0, abs=1e-5)
+    assert scores["targets"][0]["copies"] == 3
+    assert scores["sequence_independent"]["score"] < 0.9  # part 1's metric knows one chain
+    assert "copies of a chain in the order that scores best (residue-matched): 1 targets" in describe(scores)
+
+
+@pytest.mark.parametrize(("copies", "lengths"), [(None, None), ([1] * 33, [12, 12, 9]), (None, [12, 12])])
+def test_what_is_not_known_to_be_copies_keeps_its_order(
+    tmp_path: Path, copies: list[int] | None, lengths: list[int] | None
+) -> None:
+    paths, table = _assembly(tmp_path, copies=copies, lengths=lengths)
+    scores = evaluate_structure(paths, competition=RNA3D, predictions=table)
+    assert scores["score"] < 0.9
+    assert scores["targets"][0]["copies"] == 0
+
+
+# ------------------------------------------------------------------------------------------------------- engines
+
+
+def test_the_program_scores_the_predictions_and_says_so(
+    tmp_path: Path, truth: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """US-align gives the two numbers; the floors stay the built-in code's, and both are named."""
+    paths, table = _write(tmp_path, truth, truth)
+    plain = evaluate_structure(paths, competition=RNA3D, predictions=table)
+    monkeypatch.setenv("PATH", str(usalign_script(tmp_path / "bin", matched=0.25, aligned=0.75).parent), prepend=":")
+    scores = evaluate_structure(
+        paths, competition=RNA3D, predictions=table, engine=choose_engine("usalign", where="evaluate")
+    )
+    independent = scores["sequence_independent"]
+    assert (scores["score"], independent["score"]) == (0.25, 0.75)
+    assert (scores["engine"], independent["engine"]) == (usalign.ENGINE, usalign.ENGINE)
+    assert (scores["floor_engine"], independent["floor_engine"]) == (matching.ENGINE, align.ENGINE)
+    assert (scores["floors"], independent["floors"]) == (plain["floors"], plain["sequence_independent"]["floors"])
+    assert f"(candidate 1 alone 0.2500); {usalign.ENGINE}\n" in describe(scores)
+    assert f"; {matching.ENGINE}\n" in describe(scores)
+
+
+@pytest.mark.parametrize(("name", "installed", "used"), [("auto", True, True), ("auto", False, False)])
+def test_auto_takes_the_program_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, installed: bool, used: bool
+) -> None:
+    program = usalign_script(tmp_path / "bin", matched=0.5, aligned=0.5)
+    monkeypatch.setenv("PATH", str(program.parent) if installed else "")
+    engine = choose_engine(name, where="evaluate")
+    assert engine.program == (program if used else None)
+    assert engine.matched_by == (usalign.ENGINE if used else matching.ENGINE)
+
+
+def test_candidates_from_templates_are_counted_where_the_table_tells(
+    tmp_path: Path, truth: dict[str, np.ndarray]
+) -> None:
+    paths, table = _write(tmp_path, truth, truth)
+    assert [row["templates"] for row in evaluate_structure(paths, competition=RNA3D, predictions=table)["targets"]] == [
+        None,
+        None,
+    ]
+    known = pl.read_parquet(table).with_columns(
+        source=pl.when(pl.col("candidate") == 2).then(pl.lit("templates.sim80_k5")).otherwise(pl.lit("denovo.s"))
+    )
+    known.write_parquet(table)
+    rows = evaluate_structure(paths, competition=RNA3D, predictions=table)["targets"]
+    assert {row["sequence_id"]: row["templates"] for row in rows} == {"1SCL_A": 0, "R1117v2": 1}

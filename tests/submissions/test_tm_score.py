@@ -69,7 +69,7 @@ def test_residues_missing_in_the_reference_shorten_it(rng: np.random.Generator) 
     assert tm_score(reference, cut) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("sentinel", [-1e18, -1e6])
+@pytest.mark.parametrize("sentinel", [-1e18, -1e6, 1e6, 1e30])
 def test_sentinels_are_missing_residues(sentinel: float, rng: np.random.Generator) -> None:
     reference = _trace(50, rng)
     blank, marked = reference.copy(), reference.copy()
@@ -144,7 +144,7 @@ def _tm_score_ref(predicted: np.ndarray, reference: np.ndarray) -> float:
     length = len(reference)
     d0 = d0_rna(length)
     near, best = min(max(d0, 4.5), 8.0), 0.0
-    fragments = dict.fromkeys(max(4, length // 2**level) for level in range(5)) | {4: None}
+    fragments = dict.fromkeys(min(length, max(4, length // 2**level)) for level in (*range(5), length))
     for fragment in fragments:
         for start in range(length - fragment + 1):
             chosen, cutoff = np.arange(start, start + fragment), near - 1.0
@@ -168,6 +168,45 @@ def test_the_search_equals_its_slow_twin(length: int, rng: np.random.Generator) 
     reference = _trace(length, rng)
     for predicted in (_trace(length, rng), reference + 4.0 * rng.standard_normal(reference.shape)):
         assert tm_score(predicted, reference) == pytest.approx(_tm_score_ref(predicted, reference), abs=1e-6)
+
+
+@pytest.mark.parametrize("length", range(3, 11))
+def test_short_chains_score_as_by_the_slow_twin(length: int, rng: np.random.Generator) -> None:
+    """Subsets that US-align leaves out are left out here: its score is the competition's, not the optimum."""
+    reference = _trace(length, rng)
+    for predicted in (_trace(length, rng), reference + 2.0 * rng.standard_normal(reference.shape)):
+        assert tm_score(predicted, reference) == pytest.approx(_tm_score_ref(predicted, reference), abs=1e-5)
+
+
+def _odd(shape: str, trace_L3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A trace that no molecule has, [L, 3] Å."""
+    length = len(trace_L3)
+    if shape == "mirrored":
+        return trace_L3 * [1.0, 1.0, -1.0]
+    if shape == "reversed":
+        return trace_L3[::-1]
+    if shape == "shuffled":
+        return rng.permutation(trace_L3)
+    if shape == "flat":
+        return trace_L3 * [1.0, 1.0, 0.0]
+    if shape == "line":
+        return np.arange(length)[:, None] * np.array([5.9, 0.0, 0.0])
+    if shape == "point":
+        return np.zeros((length, 3))
+    turned = trace_L3 @ _rotation(rng) + 30.0
+    first = np.arange(length) % 2 == 0 if shape == "interleaved" else np.arange(length) < length // 2
+    return np.where(first[:, None], trace_L3, turned)
+
+
+@pytest.mark.parametrize("side", ["predicted", "known"])
+@pytest.mark.parametrize(
+    "shape", ["mirrored", "reversed", "shuffled", "flat", "line", "point", "interleaved", "two domains"]
+)
+def test_odd_shapes_score_as_by_the_slow_twin(shape: str, side: str, rng: np.random.Generator) -> None:
+    trace = trace_from_pairs(26, [(i, 25 - i) for i in range(10)], rng)
+    odd = _odd(shape, trace, rng)
+    pair = (odd, trace) if side == "predicted" else (trace, odd)
+    assert tm_score(*pair) == pytest.approx(_tm_score_ref(*pair), abs=1e-5)
 
 
 def test_the_score_is_no_less_than_that_of_the_global_superposition(rng: np.random.Generator) -> None:

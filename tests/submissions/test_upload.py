@@ -27,7 +27,7 @@ class Desk:
     kaggle: FakeKaggle
 
     def submit(self, **options) -> dict:
-        report = upload.run(self.paths, competition=COMPETITION, name="all", **{"wait": 20.0, "every": 0.05, **options})
+        report = upload.run(self.paths, competition=COMPETITION, name="all", **{"wait": 600, "every": 0.05, **options})
         return {"status": report.status, **report.facts}
 
     def states(self) -> list[str]:
@@ -66,6 +66,40 @@ def test_a_submission_ends_with_its_score_in_ledger_and_log(desk: Desk):
     assert desk.states() == ["sent", "listed", "scored"]
     assert "public 0.20831, private 0.21064" in desk.paths.log.read_text()
     assert next(iter(desk.kaggle.uploads.values())) == desk.file.read_bytes()
+
+
+def leave_output(desk: Desk, text: str, version: int | None = 3) -> None:
+    """As `make kernel-pull` leaves a notebook's output."""
+    home = desk.paths.kernel_dir("ribonanza-predict-all")
+    (home / "output").mkdir(parents=True, exist_ok=True)
+    (home / "output" / "submission.csv").write_text(text)
+    (home / "pulled.json").write_text(json.dumps({"version": version}))
+
+
+def test_of_a_notebook_its_own_output_is_checked_and_its_version_is_submitted_once(desk: Desk):
+    """It checked the ensemble's CSV, and asked Kaggle for a file of that name, which no notebook writes."""
+    notebook = upload.Kernel(name="tester/ribonanza-predict-all", version="3")
+    valid = desk.file.read_text()
+    desk.file.unlink()
+    with pytest.raises(ConfigError, match=r"absent; expected the output of tester/.*make kernel-pull"):
+        desk.submit(kernel=notebook)
+    leave_output(desk, valid.replace("0,0.25", "0,nan", 1))
+    with pytest.raises(DataError, match=r"output/submission\.csv"):
+        desk.submit(kernel=notebook)
+    assert desk.kaggle.calls == []
+    leave_output(desk, valid)
+    assert desk.submit(kernel=notebook)["public"] == "0.20831"
+    (body,) = desk.kaggle.code_submissions
+    assert (body["fileName"], body["kernelOwner"], body["kernelSlug"], body["kernelVersion"]) == (
+        "submission.csv", "tester", "ribonanza-predict-all", 3,
+    )  # fmt: skip
+    assert desk.kaggle.uploads == {}
+    assert desk.submit(kernel=notebook)["status"] == "current"
+    leave_output(desk, valid, version=4)
+    with pytest.raises(ConfigError, match=r"of version 4 of .*; expected 3"):
+        desk.submit(kernel=notebook)
+    assert desk.submit(kernel=upload.Kernel(name=notebook.name, version="4"))["status"] == "built"
+    assert [body["kernelVersion"] for body in desk.kaggle.code_submissions] == [3, 4]
 
 
 def test_the_same_bytes_are_never_sent_again(desk: Desk):

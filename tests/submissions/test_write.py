@@ -9,7 +9,7 @@ from pipeline.paths import Paths
 from pipeline.stage import sha256_file
 from submissions import check
 from submissions import write as stage
-from submissions.layout import IdRuns, layout_of
+from submissions.layout import LOWEST_SUBMITTED, MAX_SUBMITTED, IdRuns, layout_of
 from tests.chain_tables import (
     TARGETS,
     edit,
@@ -234,3 +234,45 @@ def test_residue_without_prediction_is_named(structure_paths):
     edit(structure_paths.clean("sample"), pl.concat([sample, more]))
     with pytest.raises(DataError, match=r"no coordinates for Q9_1 \(1 rows of the sample submission\)"):
         run(structure_paths, comp=RNA3D)
+
+
+def test_what_is_not_predicted_is_filled_with_shapes_and_what_is_stays(structure_paths):
+    run(structure_paths, comp=RNA3D)
+    whole = pl.read_csv(structure_paths.submission("all"))
+    table = pl.read_parquet(predictions(structure_paths))
+    first = table["sequence_id"].unique().sort()[0]
+    write(table.filter((pl.col("sequence_id") != first) | (pl.col("candidate") < 3)), predictions(structure_paths))
+    with pytest.raises(DataError, match=f"{first} has no candidate 3"):
+        run(structure_paths, comp=RNA3D)
+    run(structure_paths, comp=RNA3D, fill=True)
+    filled = pl.read_csv(structure_paths.submission("all"))
+    absent = [f"{axis}_{number}" for number in (3, 4, 5) for axis in "xyz"]
+    lacking = pl.col("ID").str.starts_with(f"{first}_")
+    assert filled.filter(~lacking).equals(whole.filter(~lacking))
+    assert filled.drop(absent).equals(whole.drop(absent))
+    traces = filled.filter(lacking).select(absent).to_numpy().reshape(-1, 3, 3).transpose(1, 0, 2)
+    assert np.abs(traces[0] - traces[1]).max() > 1.0
+    assert np.abs(traces[1] - traces[2]).max() > 1.0
+
+
+def test_a_file_is_there_before_there_is_any_prediction(structure_paths):
+    predictions(structure_paths).unlink()
+    report = run(structure_paths, comp=RNA3D, fill=True)
+    check.run(structure_paths, competition=RNA3D, file=report.outputs["submission"])
+    with pytest.raises(DataError, match=r"predictions file .* is missing"):
+        run(structure_paths, comp=RNA3D)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 30, 4640, 125_000])
+def test_five_shapes_of_any_length_are_within_what_a_file_holds(length):
+    shapes = stage._plain_shapes(length)
+    assert len(shapes) >= 5
+    for xyz_L3 in shapes:
+        assert xyz_L3.shape == (length, 3)
+        assert xyz_L3.min() >= LOWEST_SUBMITTED
+        assert xyz_L3.max() <= MAX_SUBMITTED
+
+
+def test_values_have_no_shapes(paths):
+    with pytest.raises(ConfigError, match="no shapes to fill in"):
+        run(paths, fill=True)

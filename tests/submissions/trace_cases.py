@@ -1,5 +1,8 @@
 """Traces for the tests of the TM-scores."""
 
+import stat
+from pathlib import Path
+
 import numpy as np
 from hypothesis import strategies as st
 
@@ -22,3 +25,13 @@ def moved(trace_L3: np.ndarray, seed: int) -> np.ndarray:
     """The same trace elsewhere, turned."""
     rng = np.random.default_rng(seed)
     return trace_L3 @ rotation_onto(*rng.standard_normal((2, 8, 3))) + 50.0 * rng.standard_normal(3)
+
+
+def usalign_script(folder: Path, *, matched: float, aligned: float) -> Path:
+    """A program USalign that gives every pair one score by residue number and one by its default alignment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "USalign"
+    said = "TM-score= 0.1 (normalized by length of Structure_1)\\nTM-score= %s (normalized by length of Structure_2)\\n"
+    path.write_text(f"#!/bin/sh\ncase \"$*\" in *-TMscore*) s={matched};; *) s={aligned};; esac\nprintf '{said}' $s\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path

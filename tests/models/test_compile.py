@@ -1,0 +1,79 @@
+"""Whole networks under `torch.compile`: one graph, the same numbers, and one graph for many lengths."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from models.interface import RnaInputs, RnaModel
+from tests.models.cases import Kwargs, batch, build, gradients, loss, outputs
+
+# the compiler makes an instance of Mamba-2's autograd function, of which torch itself warns
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+LENGTHS = (33, 40, 47, 61, 64, 70)
+#: graphs that these lengths take: Mamba-2 one for each number of chunks of 64
+GRAPHS = {
+    "drsn/bpp": 1,
+    "hyena/bpp": 1,
+    "ribonanza_mamba/bpp": 1,
+    "ribonanza_mamba/mamba-2": 2,
+    "transformer_sepconv/bpp": 1,
+}
+
+
+def small(case: str, *, device: str = "cpu") -> RnaModel:
+    """As few blocks as show every kind of them."""
+    blocks: Kwargs = {"pattern": "MA"} if case == "ribonanza_mamba/bpp" else {}
+    return build(case, depth=2 if blocks else 1, dropout=0.0, device=device, **blocks)
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("case", "graphs"), GRAPHS.items())
+def test_lengths_share_a_graph_and_outputs_are_those_of_the_network(case: str, graphs: int):
+    """Every length had a graph of its own in all networks but drsn."""
+    counter = CompileCounterWithBackend("eager")
+    model = small(case).eval()
+    compiled: Any = torch.compile(model, dynamic=True, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for length in LENGTHS:
+            inputs = batch([length, length - 7])
+            for name, x in outputs(model, inputs).items():
+                torch.testing.assert_close(outputs(compiled, inputs)[name], x, rtol=0, atol=0)
+    assert counter.frame_count == graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # float32 means float32 here
+@pytest.mark.parametrize("case", GRAPHS)
+def test_on_a_gpu_compiled_kernels_give_the_gradients_of_the_network(case: str):
+    check_gradients(small(case, device="cuda"), batch([33, 20], device="cuda"), backend="inductor", tolerance=1e-4)
+
+
+def check_gradients(model: RnaModel, inputs: RnaInputs, *, backend: str, tolerance: float) -> None:
+    """Compare the compiled network's gradients, relative to the largest of each parameter."""
+    compiled: Any = torch.compile(model, fullgraph=True, backend=backend)
+    found: list[dict[str, Tensor | None]] = []
+    for one in (compiled, model):
+        model.zero_grad(set_to_none=True)
+        loss(one, inputs).backward()
+        found.append(gradients(model))
+    for name, expected in found[1].items():
+        grad = found[0][name]
+        assert grad is not None
+        assert expected is not None
+        torch.testing.assert_close(
+            grad,
+            expected,
+            rtol=0,
+            atol=tolerance * expected.abs().max().item(),
+            msg=lambda text, name=name: f"{name}: {text}",
+        )

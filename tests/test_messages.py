@@ -1,0 +1,95 @@
+"""Every failure that a user can act on says what to do next."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import errors
+from pipeline.bpp import available
+from pipeline.kaggle_cli import _MEANINGS
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+MODULES = sorted(path for package in ("pipeline", "folds", "submissions") for path in (ROOT / package).rglob("*.py"))
+
+#: Module and function whose message comes from elsewhere -> where its "Next:" is.
+ELSEWHERE = {
+    "pipeline/bpp.py:_program_version": "the reason that available() gives",
+    "pipeline/bpp.py:_build": "the reason that available() gives",
+    "pipeline/dataset.py:_carried": "its callers' sentence",
+    "pipeline/kaggle_cli.py:explain": "every entry of _MEANINGS",
+}
+
+
+def kinds_of(tree: ast.Module) -> set[str]:
+    """Names of the failures of `pipeline.errors`, and of those that a module derives from them."""
+    derived = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+        and any(isinstance(base, ast.Name) and base.id in KINDS for base in node.bases)
+    }
+    return KINDS | derived
+
+
+def texts(node: ast.AST, variables: dict[str, list[ast.expr]]) -> Iterator[str]:
+    """All string constants of an expression, and of what is assigned to its variables anywhere in the module."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Constant) and isinstance(part.value, str):
+            yield part.value
+        elif isinstance(part, ast.Name):
+            for value in variables.get(part.id, ()):
+                yield from texts(value, {})
+
+
+def silent(source: str) -> Iterator[tuple[str, int]]:
+    """Function and line of every failure whose message has no "Next:" in it."""
+    tree = ast.parse(source)
+    variables: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(tree):
+        for target in node.targets if isinstance(node, ast.Assign) else ():
+            if isinstance(target, ast.Name):
+                variables.setdefault(target.id, []).append(node.value)
+    kinds = kinds_of(tree)
+
+    def visit(node: ast.AST, function: str) -> Iterator[tuple[str, int]]:
+        for child in ast.iter_child_nodes(node):
+            name = child.name if isinstance(child, ast.FunctionDef) else function
+            is_failure = isinstance(child, ast.Call) and isinstance(child.func, ast.Name) and child.func.id in kinds
+            if is_failure and not any("Next:" in text for text in texts(child, variables)):
+                yield name, child.lineno
+            yield from visit(child, name)
+
+    return visit(tree, "")
+
+
+def test_every_failure_says_what_to_do_next():
+    found = {
+        f"{path.relative_to(ROOT)}:{function}": line for path in MODULES for function, line in silent(path.read_text())
+    }
+    assert found.keys() == ELSEWHERE.keys(), {place: line for place, line in found.items() if place not in ELSEWHERE}
+
+
+def test_what_is_said_elsewhere_says_it_too(monkeypatch):
+    assert all("Next: " in meaning for _, meaning in _MEANINGS)
+    monkeypatch.setattr("pipeline.bpp._installed_version", lambda: (_ for _ in ()).throw(ImportError("no RNA")))
+    usable, reason = available()
+    assert not usable
+    assert "Next: " in reason
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("def f():\n    raise ConfigError('no')", 1),
+        ("def f(x):\n    raise DataError(f'{x}: no. ' 'Next: yes.')", 0),
+        ("A = 'Next: yes'\ndef f(x):\n    raise DataError(f'{x}: no. {A}')", 0),
+        ("def f(x):\n    how = 'Next: yes'\n    raise DataError(f'{x}: no. {how}')", 0),
+        ("class Mine(StoppedError):\n    pass\ndef f():\n    return Mine('no')", 1),
+        ("def f():\n    raise ValueError('no')", 0),
+    ],
+)
+def test_the_check_sees_what_it_is_for(source, count):
+    assert len(list(silent(source))) == count
