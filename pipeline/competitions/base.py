@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pipeline.errors import DataError
+
 #: (prediction_LC, truth_LC) -> (sums_C, counts_C); truth is NaN where it does not count.
 ErrorSums = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 #: (sums_C, counts_C) over all scored rows -> the competition's single number.
@@ -61,3 +63,21 @@ class Competition:
         with np.errstate(invalid="ignore", divide="ignore"):
             means_C = np.asarray(sums_C, dtype=np.float64) / np.asarray(counts_C)
         return np.where(np.asarray(counts_C) > 0, means_C, np.nan) ** (1 / self.error_power)
+
+
+def positions_that_count(prediction_LC: np.ndarray, truth_LC: np.ndarray, *, targets: tuple[str, ...]) -> np.ndarray:
+    """[L] bool: where all targets were measured, after a look at the predictions.
+
+    Raises:
+        DataError: a prediction is NaN or infinite, measured position or not.
+        ValueError: the shapes differ.
+    """
+    if prediction_LC.shape != truth_LC.shape:
+        raise ValueError(f"error_sums: prediction {prediction_LC.shape} and truth {truth_LC.shape} differ in shape.")
+    if not np.isfinite(prediction_LC).all():
+        position, channel = np.argwhere(~np.isfinite(prediction_LC))[0]
+        raise DataError(
+            f"prediction of {targets[channel]} is {prediction_LC[position, channel]} at position {position + 1}; "
+            "expected finite values. Next: predict again, and look into the run's log for non-finite values."
+        )
+    return ~np.isnan(truth_LC).any(axis=1)

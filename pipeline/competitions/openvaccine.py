@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.competitions.base import Competition
+from pipeline.competitions.base import Competition, positions_that_count
 from pipeline.competitions.raw import column_names, find_table, need_table, read_batches, read_json_lines
 from pipeline.errors import DataError
 from pipeline.schema import normalise_sequence
@@ -49,22 +49,13 @@ def error_sums(prediction_LC: np.ndarray, truth_LC: np.ndarray) -> tuple[np.ndar
         [C] float64 sums of square errors and [C] int64 counts of positions.
 
     Raises:
-        DataError: a prediction is NaN or infinite, measured position or not.
-        ValueError: the shapes differ.
+        DataError, ValueError: see `positions_that_count`.
 
     >>> sums, counts = error_sums(np.array([[0.5, 1.5], [0.5, 0.5]]), np.array([[2.5, -0.5], [np.nan, 0.5]]))
     >>> sums.tolist(), counts.tolist()
     ([4.0, 4.0], [1, 1])
     """
-    if prediction_LC.shape != truth_LC.shape:
-        raise ValueError(f"error_sums: prediction {prediction_LC.shape} and truth {truth_LC.shape} differ in shape.")
-    if not np.isfinite(prediction_LC).all():
-        position, channel = np.argwhere(~np.isfinite(prediction_LC))[0]
-        raise DataError(
-            f"prediction of {TARGETS[channel]} is {prediction_LC[position, channel]} at position {position + 1}; "
-            "expected finite values. Next: predict again, and look into the run's log for non-finite values."
-        )
-    counted_L = ~np.isnan(truth_LC).any(axis=1)
+    counted_L = positions_that_count(prediction_LC, truth_LC, targets=TARGETS)
     difference_LC = prediction_LC[counted_L].astype(np.float64) - truth_LC[counted_L].astype(np.float64)
     return np.square(difference_LC).sum(axis=0), np.full(truth_LC.shape[1], counted_L.sum(), dtype=np.int64)
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.competitions.base import Competition
+from pipeline.competitions.base import Competition, positions_that_count
 from pipeline.competitions.raw import (
     column_names,
     find_table,
@@ -65,8 +65,7 @@ def error_sums(prediction_LC: np.ndarray, truth_LC: np.ndarray) -> tuple[np.ndar
         [C] float64 sums of absolute errors and [C] int64 counts of positions.
 
     Raises:
-        DataError: a prediction is NaN or infinite, measured position or not.
-        ValueError: the shapes differ.
+        DataError, ValueError: see `positions_that_count`.
 
     Source:
         score_mae_standard.m; positions with either value missing have Usage = Ignored (create_Usage_column.m).
@@ -75,15 +74,7 @@ def error_sums(prediction_LC: np.ndarray, truth_LC: np.ndarray) -> tuple[np.ndar
     >>> sums.tolist(), counts.tolist()
     ([0.5, 1.5], [1, 1])
     """
-    if prediction_LC.shape != truth_LC.shape:
-        raise ValueError(f"error_sums: prediction {prediction_LC.shape} and truth {truth_LC.shape} differ in shape.")
-    if not np.isfinite(prediction_LC).all():
-        position, channel = np.argwhere(~np.isfinite(prediction_LC))[0]
-        raise DataError(
-            f"prediction of {TARGETS[channel]} is {prediction_LC[position, channel]} at position {position + 1}; "
-            "expected finite values. Next: predict again, and look into the run's log for non-finite values."
-        )
-    counted_L = ~np.isnan(truth_LC).any(axis=1)
+    counted_L = positions_that_count(prediction_LC, truth_LC, targets=TARGETS)
     truth = np.clip(truth_LC[counted_L].astype(np.float64), 0.0, 1.0)
     sums_C = np.abs(prediction_LC[counted_L] - truth).sum(axis=0)
     return sums_C, np.full(sums_C.shape, counted_L.sum(), dtype=np.int64)
