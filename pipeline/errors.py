@@ -47,5 +47,9 @@ class StoppedError(PipelineError):
     exit_code = 75
 
 
+class LostDeviceError(StoppedError):
+    """The device failed; nothing was saved from it, and the run goes on from its last checkpoint."""
+
+
 class BusyError(StoppedError):
     """Another process is at work on the same run."""

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline import bpp, jobs, predict, train
 from pipeline.competitions.base import Competition
 from pipeline.config import RunConfig
-from pipeline.errors import BusyError, ConfigError, StoppedError
+from pipeline.errors import BusyError, ConfigError, LostDeviceError, StoppedError
 from pipeline.paths import Paths
 from pipeline.runlog import duration, read_status, say, write_status
 from pipeline.stage import Report
@@ -171,7 +171,7 @@ class _Fold:
                 )
             )
         except StoppedError as err:
-            if stop.signalled or deadline is None or time.monotonic() < deadline:
+            if isinstance(err, LostDeviceError) or stop.signalled or deadline is None or time.monotonic() < deadline:
                 raise
             say(str(err))
             return StoppedError(

@@ -26,11 +26,11 @@ _TEMPERATURE = 0.7  # of the loops drawn, but for the first assembly of each str
 _NOVELTY = 0.3  # of TM-score that a candidate loses against another one for being a copy of those already taken
 _PENALTY = 1e-3  # of the ridge regression, per target
 _LENGTHS = (15, 400)  # nt: lengths beyond those of the chains that the weights were fitted to count as these
-#: What each feature of an assembly adds to its expected TM-score: ridge regression over 80 assemblies of each of 182
+#: What each feature of an assembly adds to its expected TM-score: ridge regression over 40 assemblies of each of 159
 #: chains of the PDB, whose loops came from other clusters of sequences.
 WEIGHTS = (
-    *(-0.2648, -0.0664, 0.1307, -0.0892, 0.2502, 0.1593),
-    *(0.0841, -0.0547, 0.2214, -0.0276, -1.017, 0.4118, -0.4023, 0.0),
+    *(-0.2676, -0.05952, 0.1346, -0.06301, 0.2336, 0.0771, 0.07353),
+    *(-0.05535, 0.223, -0.02652, -1.053, 0.4111, -0.39, -0.2807),
 )
 
 
@@ -95,7 +95,7 @@ def choose_assemblies(
     Args:
         assemblies: of one sequence, at least one.
         count: how many to take; fewer if there are not so many.
-        weights_F: of the features, as `fit_weights` gives them; None = fitted to 182 chains of the PDB.
+        weights_F: of the features, as `fit_weights` gives them; None = fitted to 159 chains of the PDB.
 
     Returns:
         Places, the most promising first, and [M] the TM-score expected of every assembly, in [0, 1].

@@ -23,7 +23,7 @@ from pipeline.batch import make_batch, unpack
 from pipeline.competitions.base import Competition
 from pipeline.config import RunConfig
 from pipeline.dataset import ExampleSet, RnaExample
-from pipeline.errors import DivergedError, StoppedError, StorageError
+from pipeline.errors import DivergedError, LostDeviceError, StoppedError, StorageError
 from pipeline.packing import plan_by_tokens
 from pipeline.training.checkpoint import Checkpoint, CheckpointStore
 from pipeline.training.distributed import ALONE, World
@@ -420,10 +420,10 @@ class Trainer:
             f"{'the state is saved' if saves else 'the last checkpoint is intact'}. Next: {smaller}."
         )
 
-    def _device_lost(self, err: BaseException) -> StorageError:
+    def _device_lost(self, err: BaseException) -> LostDeviceError:
         """Say it, and touch the device no more: saving from a context that is dead fails, or hangs."""
         saved = next(iter(self.store.steps()), 0)
-        return StorageError(
+        return LostDeviceError(
             f"{self.store.folder.parent}: the device {self.device} failed at step {self.progress.step + 1} "
             f"({str(err).strip().splitlines()[0]}); nothing more can be read from it, the checkpoint of step {saved} "
             "is intact. Next: the same command goes on from there; if it fails at the same step again, "

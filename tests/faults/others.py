@@ -150,7 +150,7 @@ FAULTS: dict[str, tuple[str, Callable[[Paths], str], str]] = {
     "SIGHUP": ("in a step", signal_in_step(signal.SIGHUP), "exit code 75"),
     "disk full": ("ENOSPC from the third save on", full_disk, "exit code 5"),
     "out of memory": ("raised in a forward pass", out_of_memory, "exit code 5"),
-    "GPU lost": ("CUDA error raised in a forward pass", device_lost, "exit code 5"),
+    "GPU lost": ("CUDA error raised in a forward pass", device_lost, "exit code 75"),
     "clock set back": ("time stamps of checkpoints reversed", clock_set_back, "went on"),
     "torn metrics.jsonl": ("half a line at its end", torn_metrics, "went on"),
     "second run in the folder": ("its lock held", second_run, "exit code 75"),

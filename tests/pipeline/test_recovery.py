@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline import runlog, train
 from pipeline.config import RunConfig
-from pipeline.errors import DivergedError, StoppedError, StorageError
+from pipeline.errors import DivergedError, LostDeviceError, StoppedError, StorageError
 from pipeline.paths import Paths
 from pipeline.training.bad_batch import BadBatch, find_bad_batches, load_bad_batch
 from pipeline.training.checkpoint import CheckpointStore
@@ -301,7 +301,7 @@ def test_a_lost_device_ends_the_run_and_nothing_is_saved_from_it(paths, inject, 
 
     inject(fault)
     with pytest.raises(
-        StorageError, match=r"failed at step 6 \(.*\); .* the checkpoint of step 4 is intact. Next: the sa"
+        LostDeviceError, match=r"failed at step 6 \(.*\); .* the checkpoint of step 4 is intact. Next: the sa"
     ):
         fit(paths)
     assert saves == []
