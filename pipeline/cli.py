@@ -227,6 +227,14 @@ def templates(
     show(report, describe(report.facts))
 
 
+def _pairing_first(paths: Paths, competition: Any) -> None:
+    """Base-pair probabilities, where ViennaRNA can compute them."""
+    from pipeline import bpp as stage
+
+    if competition.task == "structure" and stage.available()[0]:
+        show(stage.run(paths))
+
+
 @app.command("templates-predict")
 def templates_predict(
     comp: Comp = "rna3d",
@@ -246,6 +254,7 @@ def templates_predict(
     seconds = _stage_seconds(time_budget, source)
     paths, what = _paths(comp, artifacts), {"competition": _competition(comp), "split": split, "msa": msa}
     if source is None:
+        _pairing_first(paths, what["competition"])
         report = stage.run(paths, **what, score=tm_scores)
     else:
         report = stage.apply(paths, **what, source=source, seconds=seconds)
@@ -267,6 +276,7 @@ def denovo(
     seconds = _stage_seconds(time_budget, source)
     paths, what = _paths(comp, artifacts), {"competition": _competition(comp), "split": split}
     if source is None:
+        _pairing_first(paths, what["competition"])
         report = stage.run(paths, **what, score=tm_scores)
     else:
         report = stage.apply(paths, **what, source=source, seconds=seconds)
