@@ -172,7 +172,8 @@ def _find_folds(paths: Paths, runs: Sequence[str], *, split: str, allow_partial:
         each, fold = min(lacking)
         more = f" ({len(lacking)} folds are missing over all runs)" if len(lacking) > 1 else ""
         raise ConfigError(
-            f"run {each!r} has no predictions of fold {fold} of split {split}{more}. Next: {_how_to_train(each, fold)}."
+            f"run {each!r} has no predictions of fold {fold} of split {split}{more}. "
+            f"Next: {_how_to_train(each, fold, comp=paths.comp)}."
         )
     skipped = [fold for fold in every if fold not in folds]
     if skipped:
@@ -180,11 +181,11 @@ def _find_folds(paths: Paths, runs: Sequence[str], *, split: str, allow_partial:
     return folds, skipped
 
 
-def _how_to_train(run: str, fold: int) -> str:
+def _how_to_train(run: str, fold: int, *, comp: str) -> str:
     """The command that trains a fold to its end, wherever it stands, and predicts."""
     variant, _, split = run.rpartition(".")
     model, _, tag = variant.partition("+")
-    return f"make train FOLD={fold} MODEL={model} SPLIT={split}{f' TAG={tag}' if tag else ''}"
+    return f"make train FOLD={fold} COMP={comp} MODEL={model} SPLIT={split}{f' TAG={tag}' if tag else ''}"
 
 
 def describe(facts: Mapping[str, Any]) -> Table:
@@ -194,18 +195,19 @@ def describe(facts: Mapping[str, Any]) -> Table:
     targets = facts["targets"]
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
     table.add_column(f"{len(facts['folds'])} folds of {facts['split']}, {facts['metric']} out of fold")
-    for column in ("score", *targets, *(f"weight {target}" for target in targets)):
+    for column in ("score", *targets):
         table.add_column(column, justify="right")
-    for each in facts["runs"]:
-        score = facts["run_scores"][each]
-        weights = [f"{facts['weights'][target][each]:.3f}" for target in targets]
-        table.add_row(each, f"{score['score']:.4f}", *(f"{score[target]:.4f}" for target in targets), *weights)
-    mean = facts["mean_score"]
-    table.add_row("plain mean", f"{mean['score']:.4f}", *(f"{mean[target]:.4f}" for target in targets))
+    for each, score in [
+        *((run, facts["run_scores"][run]) for run in facts["runs"]),
+        ("plain mean", facts["mean_score"]),
+    ]:
+        table.add_row(each, f"{score['score']:.4f}", *(f"{score[target]:.4f}" for target in targets))
     if facts["learned"]:
         table.add_row("learned, cross-fitted", f"{facts['learned']['score_cross_fitted']:.4f}")
         table.add_row("learned, in sample (optimistic)", f"{facts['learned']['score_in_sample']:.4f}")
     table.add_row(f"used: {facts['chosen']}", f"[bold]{facts['score']:.4f}[/]")
+    for each in facts["runs"] if len(facts["runs"]) > 1 else ():
+        table.add_row(f"weight of {each}", "", *(f"{facts['weights'][target][each]:.3f}" for target in targets))
     return table
 
 
