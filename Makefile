@@ -56,11 +56,11 @@ endif
 RNA := $(PY) -m pipeline
 GPU := models/test_kernels models/test_causal_conv models/test_triton_scan models/test_ssd models/test_long_conv models/test_contract \
   models/test_compile pipeline/test_plan pipeline/test_training_gpu
-AT := --comp $(COMP) --artifacts "$(ARTIFACTS)"
-NAMED := $(if $(MODEL),--model "$(MODEL)") --split $(SPLIT) $(if $(TAG),--tag $(TAG))
+AT := --comp "$(COMP)" --artifacts "$(ARTIFACTS)"
+NAMED := $(if $(MODEL),--model "$(MODEL)") --split "$(SPLIT)" $(if $(TAG),--tag $(TAG))
 RUN := $(NAMED) $(foreach item,$(SET),--set '$(item)')
 BUNDLE := $(if $(strip $(SLUG)),--slug $(strip $(SLUG)))
-JOB := $(if $(ALL),--all-folds,--fold $(FOLD))
+JOB := $(if $(ALL),--all-folds,--fold "$(FOLD)")
 TRAIN := $(if $(RESTART),--restart) $(if $(ALLOW_CHANGES),--allow-changes) $(if $(strip $(BUDGET)),--time-budget $(strip $(BUDGET))) \
   $(foreach tracker,$(TRACK),--track $(tracker)) $(if $(filter-out 1,$(strip $(NPROC))),--nproc $(strip $(NPROC)))
 ENVIRONMENT := $(if $(filter .venv/bin/python,$(PY)),.venv/.ready)
@@ -129,13 +129,13 @@ bpp: $(ENVIRONMENT) ## base-pair probabilities of all sequences (ViennaRNA)
 templates: $(ENVIRONMENT) ## mmCIF or PDB files in RAW -> dated library of RNA chains (EXTRAS=dev,templates installs gemmi)
 	@exec $(RNA) templates $(AT) --raw "$(RAW)"
 folds: $(ENVIRONMENT) ## clean tables -> fold of every sequence, verified by its lock (RELOCK=1 writes the lock)
-	@exec $(RNA) folds $(AT) --split $(SPLIT) $(if $(RELOCK),--relock)
+	@exec $(RNA) folds $(AT) --split "$(SPLIT)" $(if $(RELOCK),--relock)
 audit: $(ENVIRONMENT) ## measure how much of a split leaks (SPLITS="sim80_k5 random_k5")
 	@exec $(RNA) audit $(AT) $(foreach split,$(or $(SPLITS),$(SPLIT)),--split $(split))
 plan: $(ENVIRONMENT) ## memory that training MODEL takes, and what would fit (LENGTH=<longest sequence>)
-	@exec $(RNA) plan --comp $(COMP) $(if $(MODEL),--model "$(MODEL)") $(foreach item,$(SET),--set '$(item)') $(if $(LENGTH),--length $(LENGTH)) --nproc $(strip $(NPROC))
+	@exec $(RNA) plan --comp "$(COMP)" $(if $(MODEL),--model "$(MODEL)") $(foreach item,$(SET),--set '$(item)') $(if $(LENGTH),--length $(LENGTH)) --nproc $(strip $(NPROC))
 train: $(ENVIRONMENT) ## train one fold of MODEL and predict; starting again resumes (RESTART=1: anew; ALLOW_CHANGES=1: e.g. with more epochs)
-	@exec $(RNA) train $(AT) $(RUN) --fold $(FOLD) $(TRAIN)
+	@exec $(RNA) train $(AT) $(RUN) --fold "$(FOLD)" $(TRAIN)
 train-all: $(ENVIRONMENT) $(if $(filter rna3d%,$(COMP)),denovo templates-predict) ## train every fold of SPLIT, one after the other; rna3d: after denovo and templates-predict
 	@exec $(RNA) train $(AT) $(RUN) --all-folds $(TRAIN)
 train-bg: $(ENVIRONMENT) ## train in the background, also with the terminal closed (ALL=1 for every fold)
@@ -147,37 +147,37 @@ logs: $(ENVIRONMENT) ## the last lines of a background run (FOLLOW=1 goes on unt
 stop: $(ENVIRONMENT) ## let the run of a FOLD save its state and end (ALL=1: the one that trains every fold)
 	@exec $(RNA) stop $(AT) $(NAMED) $(JOB)
 sweep: $(ENVIRONMENT) ## compare settings: make sweep NAME=lr OVER="train.lr=[1e-3,2e-3]" SEEDS=3 (again, or elsewhere: helps)
-	@exec $(RNA) sweep $(AT) $(if $(MODEL),--model "$(MODEL)") --split $(SPLIT) $(JOB) --name $(NAME) --seeds $(strip $(SEEDS)) \
+	@exec $(RNA) sweep $(AT) $(if $(MODEL),--model "$(MODEL)") --split "$(SPLIT)" $(JOB) --name "$(NAME)" --seeds $(strip $(SEEDS)) \
 	  $(foreach axis,$(OVER),--over '$(axis)') $(if $(TRIALS),--trials $(strip $(TRIALS))) $(foreach item,$(SET),--set '$(item)') \
 	  $(if $(strip $(BUDGET)),--time-budget $(strip $(BUDGET)))
 replay: $(ENVIRONMENT) ## run a batch that training left out again: where it breaks, what cures it (STEP=<step>)
-	@exec $(RNA) replay $(AT) $(NAMED) --fold $(FOLD) $(if $(STEP),--step $(strip $(STEP)))
+	@exec $(RNA) replay $(AT) $(NAMED) --fold "$(FOLD)" $(if $(STEP),--step $(strip $(STEP)))
 predict: $(ENVIRONMENT) ## out-of-fold and test predictions of one trained fold
-	@exec $(RNA) predict $(AT) $(RUN) --fold $(FOLD)
+	@exec $(RNA) predict $(AT) $(RUN) --fold "$(FOLD)"
 templates-predict: $(ENVIRONMENT) ## candidates from templates, date-gated, as a run of SPLIT (MSA=<folder> uses alignments)
-	@exec $(RNA) templates-predict $(AT) --split $(SPLIT) $(if $(strip $(MSA)),--msa "$(strip $(MSA))")
+	@exec $(RNA) templates-predict $(AT) --split "$(SPLIT)" $(if $(strip $(MSA)),--msa "$(strip $(MSA))")
 denovo: $(ENVIRONMENT) ## candidates from pairing and loops of known structures, no network, as a run of SPLIT
-	@exec $(RNA) denovo $(AT) --split $(SPLIT)
+	@exec $(RNA) denovo $(AT) --split "$(SPLIT)"
 ensemble: $(ENVIRONMENT) ## folds and models -> one prediction table, weights learned out of fold
-	@exec $(RNA) ensemble $(AT) --split $(SPLIT) --name $(NAME) $(foreach run,$(RUNS),--run $(run))
+	@exec $(RNA) ensemble $(AT) --split "$(SPLIT)" --name "$(NAME)" $(foreach run,$(RUNS),--run $(run))
 submit: $(ENVIRONMENT) ## ensemble -> submission file, checked before it gets its name
-	@$(RNA) submit $(AT) --name $(NAME) --format $(strip $(FORMAT))
-	@$(if $(KAGGLE),exec $(RNA) submit-kaggle $(AT) --name $(NAME),:)
+	@$(RNA) submit $(AT) --name "$(NAME)" --format $(strip $(FORMAT))
+	@$(if $(KAGGLE),exec $(RNA) submit-kaggle $(AT) --name "$(NAME)" --file "submissions/csv/$(COMP)-$(NAME).$(strip $(FORMAT))",:)
 submit-kaggle: $(ENVIRONMENT) ## send the submission to Kaggle once, and wait for its score (KAGGLE=1 lets submit do it; KERNEL=owner/slug VERSION=1)
-	@exec $(RNA) submit-kaggle $(AT) --name $(NAME) $(if $(FILE),--file "$(FILE)") $(if $(KERNEL),--kernel $(KERNEL) --version $(VERSION))
+	@exec $(RNA) submit-kaggle $(AT) --name "$(NAME)" $(if $(FILE),--file "$(FILE)") $(if $(KERNEL),--kernel $(KERNEL) --version $(VERSION))
 check: $(ENVIRONMENT) ## check any submission file: make check FILE=my.csv
 	@exec $(RNA) check $(AT) "$(FILE)"
 evaluate: $(ENVIRONMENT) ## score out-of-fold predictions beside the trivial floors (ENGINE=usalign or auto: TM-scores by the program)
-	@exec $(RNA) evaluate $(AT) --split $(SPLIT) --name $(NAME) $(if $(ENGINE),--engine $(strip $(ENGINE)))
+	@exec $(RNA) evaluate $(AT) --split "$(SPLIT)" --name "$(NAME)" $(if $(ENGINE),--engine $(strip $(ENGINE)))
 score-tm: $(ENVIRONMENT) ## both TM-scores of a folder of C1' traces: make score-tm TRACES=<folder> OUT=scores.parquet (ENGINE=usalign)
 	@exec $(RNA) score-tm --traces "$(TRACES)" --out "$(strip $(OUT))" $(if $(ENGINE),--engine $(strip $(ENGINE)))
 structures: $(ENVIRONMENT) ## PDB and mmCIF files of an ensemble, and a page that shows them offline (TABLE=oof: training targets)
-	@exec $(RNA) structures $(AT) --name $(NAME) $(if $(TABLE),--table $(TABLE))
+	@exec $(RNA) structures $(AT) --name "$(NAME)" $(if $(TABLE),--table $(TABLE))
 report: $(ENVIRONMENT) ## one self-contained HTML page for the ensemble
-	@exec $(RNA) report $(AT) --name $(NAME)
+	@exec $(RNA) report $(AT) --name "$(NAME)"
 
 kernel: $(ENVIRONMENT) ## pack a Kaggle notebook without internet (KERNEL=train|predict OWNER=<user> LIMIT=9h ALL=1 RESUME=owner/slug)
-	@exec $(RNA) kernel $(AT) --owner "$(strip $(OWNER))" --mode $(or $(strip $(KERNEL)),train) $(RUN) $(JOB) --name $(NAME) \
+	@exec $(RNA) kernel $(AT) --owner "$(strip $(OWNER))" --mode $(or $(strip $(KERNEL)),train) $(RUN) $(JOB) --name "$(NAME)" \
 	  $(if $(LIMIT),--limit $(strip $(LIMIT))) $(if $(RESUME),--resume $(strip $(RESUME)))
 kernel-push: $(ENVIRONMENT) ## send the bundle to Kaggle, where the notebook starts to run
 	@exec $(RNA) kernel-push $(AT) $(BUNDLE)
@@ -188,7 +188,7 @@ kernel-pull: $(ENVIRONMENT) ## fetch what the notebook left, verified; trained f
 kernel-check: $(ENVIRONMENT) ## rehearse notebooks: bare Python (IMAGE=<python>), no network, read-only inputs (RAW=<folder>: the bundle on its test set)
 	@exec $(RNA) kernel-check $(AT) $(if $(IMAGE),--python $(IMAGE)) $(if $(RAW),--raw "$(RAW)" $(BUNDLE) $(if $(LIMIT),--limit $(strip $(LIMIT))))
 handover: $(ENVIRONMENT) ## the files that Kaggle asks of winners, from the ensemble and its settings
-	@exec $(RNA) handover $(AT) --name $(NAME)
+	@exec $(RNA) handover $(AT) --name "$(NAME)"
 
 bench: bench-data bench-folds bench-loader bench-kernels bench-models ## all benchmarks
 bench-data: $(ENVIRONMENT) ## the data stage beside pandas, polars, pyarrow and duckdb

@@ -189,7 +189,7 @@ def _learn(job: Job, tables: Mapping[str, pl.DataFrame], score: Scorer) -> dict[
         "oof": choices[novelty].drop("_tm"),
         "novelty": novelty,
         "best_of_five": {str(each): round(value, 4) for each, value in best.items()},
-        "best_of_five_of_runs": {each: round(_mean_best(table), 4) for each, table in tables.items()},
+        "best_of_five_of_runs": {each: round(_mean_best(table), 4) for each, table in judged.items()},
         "weights": {each: _fit(table, table["_tm"].to_numpy()) for each, table in judged.items()},
     }
 

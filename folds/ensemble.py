@@ -25,6 +25,10 @@ from pipeline.tables import open_parquet
 VERSION = 2
 
 
+#: Runs without a network: name -> target of make.
+_STAGES = {"denovo": "denovo", "templates": "templates-predict"}
+
+
 def run(
     paths: Paths,
     *,
@@ -170,6 +174,9 @@ def _find_folds(paths: Paths, runs: Sequence[str], *, split: str, allow_partial:
     folds = [fold for fold in every if all((each, fold) not in lacking for each in runs)]
     if lacking and not (allow_partial and folds):
         each, fold = min(lacking)
+        if not each.endswith(f".{split}"):
+            known = ", ".join(sorted(path.name for path in (paths.home / "runs").glob(f"*.{split}"))) or "none"
+            raise ConfigError(f"RUNS={each}: no run of {split}; there are: {known}. Next: RUNS= of these, or no RUNS.")
         more = f" ({len(lacking)} folds are missing over all runs)" if len(lacking) > 1 else ""
         raise ConfigError(
             f"run {each!r} has no predictions of fold {fold} of split {split}{more}. "
@@ -185,6 +192,8 @@ def _how_to_train(run: str, fold: int, *, comp: str) -> str:
     """The command that trains a fold to its end, wherever it stands, and predicts."""
     variant, _, split = run.rpartition(".")
     model, _, tag = variant.partition("+")
+    if model in _STAGES:
+        return f"make {_STAGES[model]} COMP={comp} SPLIT={split}"
     return f"make train FOLD={fold} COMP={comp} MODEL={model} SPLIT={split}{f' TAG={tag}' if tag else ''}"
 
 

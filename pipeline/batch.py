@@ -3,7 +3,7 @@
 Letters: B batch, L padded length (nt), C target, K base pairs of a batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.interface import RnaInputs
 from pipeline.dataset import ExampleSet, RnaExample
-from pipeline.packing import Packed, pack, read_packed
+from pipeline.packing import Packed, read_packed
 
 
 class RnaBatch(NamedTuple):
@@ -52,11 +52,6 @@ def make_batch(
 ) -> RnaBatch:
     """Read examples, change them (`pipeline.augment`), and pad them into one batch."""
     return unpack(read_packed(examples, indices, change=change))
-
-
-def collate(examples: Sequence[RnaExample]) -> RnaBatch:
-    """Pad examples at their ends to the longest: tokens with 0, targets with NaN, probabilities with 0."""
-    return unpack(pack(examples))
 
 
 def unpack(packed: Packed) -> RnaBatch:

@@ -19,14 +19,14 @@ from rich.table import Table
 from pipeline.batch import unpack
 from pipeline.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from pipeline.dataset import BppArrays, ExampleSet, create_mapped
+from pipeline.measure import RECORDS
 from pipeline.packing import padding_share, plan_epoch
-from pipeline.paths import REPOSITORY, Paths
+from pipeline.paths import Paths
 from pipeline.runlog import say
 from pipeline.stage import versions, write_json
 from pipeline.training.loader import BatchSource, Loader, Place
 
-#: What `run` writes beside the tests, and what ``make bench-models`` left there of an H100.
-RECORDS = REPOSITORY / "tests" / "benchmarks"
+#: What `run` writes beside the tests.
 RECORD = RECORDS / "loader.json"
 
 LENGTH = 177

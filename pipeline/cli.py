@@ -223,6 +223,7 @@ def templates(
 
     if not raw:
         raise ConfigError("templates: RAW is empty. Next: RAW=<folder> with mmCIF or PDB files.")
+    _competition(comp).require_structures("templates")
     report = collection.run(_paths(comp, artifacts), raw=Path(raw).expanduser(), workers=workers)
     show(report, describe(report.facts))
 
@@ -594,7 +595,7 @@ def kernel(
     from pipeline.kernel import bundle
 
     if mode not in ("train", "predict"):
-        raise ConfigError(f"KERNEL={mode!r}. Next: KERNEL=train or KERNEL=predict.")
+        raise ConfigError(f"KERNEL={mode!r}: expected train or predict. Next: KERNEL=train or KERNEL=predict.")
     if mode == "train":
         _config(model, split=split, tag=tag, overrides=set_ or ())
     order = bundle.Order(
@@ -874,7 +875,7 @@ def finished_runs(paths: Paths, split: str) -> list[str]:
         seen = ", ".join(runs) or "no run at all"
         raise DataError(
             f"{paths.home / 'runs'}: no run of {split} has predictions of all its folds (seen: {seen}). "
-            "Next: make train-all, or make train FOLD=<k> for the folds that are missing."
+            f"Next: make train-all COMP={paths.comp}, or make train FOLD=<k> for the folds that are missing."
         )
     for run in sorted(set(runs) - set(complete)):
         say(f"{run}: left out, its folds are not complete")
@@ -1013,12 +1014,10 @@ def run_verb(arguments: Sequence[str] | None = None) -> int:
             f"out of memory: {err}. Next: close other programs, or lower the batch size.", StorageError.exit_code
         )
     except OSError as err:
-        if err.errno is None or err.strerror is None:  # not the system's
+        said = _system_failure(err)
+        if not said:
             raise
-        where = f"{err.filename}: " if err.filename else ""
-        return _fail(
-            f"{where}{err.strerror}. Next: check the path, its permissions and the disk.", StorageError.exit_code
-        )
+        return _fail(f"{said}. Next: check the path, its permissions and the disk.", StorageError.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         return _interrupted()
     except Exception as err:
@@ -1029,6 +1028,14 @@ def run_verb(arguments: Sequence[str] | None = None) -> int:
         verb = f" {context.info_name}" if context is not None and context.parent is not None else ""
         told = f"{sentence.rstrip('.')}. Next: rna{verb} --help."
         return _fail(told, ConfigError.exit_code) if sentence else ConfigError.exit_code
+
+
+def _system_failure(err: OSError) -> str:
+    """What the system refused, and where; empty where it was not the system. Polars names both in the text alone."""
+    if err.errno is not None and err.strerror is not None:
+        return f"{err.filename}: {err.strerror}" if err.filename else err.strerror
+    found = re.search(r"(.+) \(os error \d+\)(?:: (.+))?", str(err))
+    return ": ".join(part for part in reversed(found.groups()) if part) if found else ""
 
 
 def _interrupted() -> int:

@@ -6,14 +6,12 @@ parsed as TOML, so ``false`` is a bool. The model's own arguments are checked ag
 """
 
 import difflib
-import hashlib
-import json
 import math
 import tomllib
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 from pipeline.errors import ConfigError
@@ -117,10 +115,6 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
-
-    def digest(self) -> str:
-        """Hex sha256 of the settings, independent of file layout."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 def list_configs() -> list[str]:

@@ -20,7 +20,6 @@ from pipeline.runlog import Bar, say
 from pipeline.stage import Report, sha256_file, write_json
 
 _TIMEOUT_S = 12 * 3600.0
-_MARKER = ".kaggle-partial"  # what the client leaves beside a file that is not complete
 _MAGIC = {".zip": b"PK", ".parquet": b"PAR1", ".gz": b"\x1f\x8b"}
 _MANIFEST = "manifest.json"
 ALL = "all"
@@ -66,6 +65,8 @@ def _fetch(competition: Competition, raw: Path, name: str) -> list[Path]:
     """Download one file (or all as one archive), check it, and give what came its place."""
     incoming = raw / ".incoming" / name
     incoming.mkdir(parents=True, exist_ok=True)
+    for left in filter(Path.is_dir, incoming.iterdir()):  # by a run that was killed while it unpacked
+        shutil.rmtree(left)
     what = f"download of {name} of {competition.slug}"
     only = [] if name == ALL else ["-f", name]
     with Bar(f"download {name}", unit="MiB") as bar:
@@ -131,8 +132,8 @@ def _read_manifest(raw: Path) -> dict[str, Any]:
 
 
 def _intact(raw: Path, manifest: dict[str, Any], name: str) -> bool:
-    """Whether all that came for a name is there with the bytes that came."""
-    entries = [(raw / local, entry) for local, entry in manifest.items() if entry.get("asked") == name]
+    """Whether all that came for a name, alone or in the whole archive, is there with the bytes that came."""
+    entries = [(raw / local, entry) for local, entry in manifest.items() if name in (local, entry.get("asked"))]
     return bool(entries) and all(
         path.is_file() and path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]
         for path, entry in entries

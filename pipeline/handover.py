@@ -6,6 +6,7 @@ entry_points.md, and configs/ with the settings of every run as a TOML file.
 Source: Kaggle's Winning Model Documentation Guidelines.
 """
 
+import itertools
 import json
 import re
 import time
@@ -21,6 +22,7 @@ from pipeline.kernel.bundle import STAGES, is_stage
 from pipeline.paths import REPOSITORY, Paths
 from pipeline.runlog import duration, read_metrics
 from pipeline.stage import Report, commit, read_result, versions, write_json
+from pipeline.templates.collection import library_path
 from pipeline.training.checkpoint import CheckpointStore
 
 _TREE = ("pipeline", "models", "folds", "submissions", "tests")
@@ -76,9 +78,12 @@ def _trained(paths: Paths, run: str, fold: int) -> dict[str, Any]:
 
 
 def _seconds(rows: list[dict[str, Any]]) -> float | None:
-    """Time between the first and the last row of the last session, where rows have one."""
-    times = [float(row["time"]) for row in rows if isinstance(row.get("time"), int | float)]
-    return times[-1] - times[0] if len(times) > 1 else None
+    """Time of all sessions together, each from its start to its last row; None where rows have no time."""
+    timed = [row for row in rows if isinstance(row.get("time"), int | float)]
+    steps = [
+        float(row["time"] - before["time"]) for before, row in itertools.pairwise(timed) if row["event"] != "start"
+    ]
+    return sum(steps) if steps else None
 
 
 def _steps(
@@ -87,9 +92,10 @@ def _steps(
     """What happens -> the command, in order."""
     at = f"COMP={competition.name}"
     uses_bpp = paths.bpp.is_file()
+    uses_library = library_path(paths).is_file() and any(map(is_stage, told["runs"]))
     split = f"SPLIT={told['split']}"
     makes = [
-        f"make {STAGES[run.partition('.')[0]].verb} {at} {split}"
+        f"make {STAGES[run.partition('.')[0]].verb} {at} {split}{_alignments(paths, run)}"
         if is_stage(run)
         else f"make train-all {at} {split} MODEL={_near(configs / _config_name(run))}"
         for run in told["runs"]
@@ -97,12 +103,20 @@ def _steps(
     return [
         ("Prepare the data", f"make data {at} RAW=<folder of SETTINGS.json's RAW_DATA_DIR>"),
         *([("Base-pair probabilities", f"make bpp {at}")] if uses_bpp else []),
+        *([("Known structures", f"make templates {at} RAW=<folder of mmCIF files>")] if uses_library else []),
         ("Assign the folds", f"make folds {at} {split}"),
         *((f"Make the predictions of {run}", command) for run, command in zip(told["runs"], makes, strict=True)),
         ("Join the predictions", f"make ensemble {at} {split} NAME={name}"),
         ("Write and check the submission", f"make submit {at} NAME={name}"),
         ("Predict new test data in a notebook", f"make kernel {at} KERNEL=predict NAME={name} OWNER=<user>"),
     ]
+
+
+def _alignments(paths: Paths, run: str) -> str:
+    """The option that gives a stage the alignments it was given, if it was."""
+    manifest = paths.run_dir(run) / f"{STAGES[run.partition('.')[0]].verb}.manifest.json"
+    inputs = json.loads(manifest.read_text())["inputs"] if manifest.is_file() else {}
+    return " MSA=<folder of alignments>" if any(label.startswith("msa/") for label in inputs) else ""
 
 
 def _config_name(run: str) -> str:

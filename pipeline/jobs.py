@@ -221,15 +221,17 @@ def _nothing_to_stop(folder: Path, above: int | None) -> str:
     elif not status:
         hint = " Next: make status shows all runs; MODEL, SPLIT, FOLD and TAG say which one is meant."
     state = _state(folder, status)[0] if status else "never begun"
-    return f"{folder}: nothing is running here{'' if folds else f' ({state})'}.{hint}"
+    is_told = status or not any(map(_is_fold, folder.glob("fold*")))  # else each fold has a state of its own
+    return f"{folder}: nothing is running here{f' ({state})' if is_told and not folds else ''}.{hint}"
 
 
 def _last_words(folder: Path, pid: int) -> str:
     """What a job that ended left behind."""
     statuses = [read_status(each) for each in (folder, *sorted(folder.glob("fold*")))]
     ours = max((one for one in statuses if one.get("pid") == pid), key=lambda one: one["updated"], default={})
-    code = ours.get("exit_code")
-    told = f"exit code {code}, step {ours['step']} of {ours['steps']}" if code is not None else "before its first step"
+    told = f"step {ours['step']} of {ours['steps']}" if "steps" in ours else "before its first step"
+    if "exit_code" in ours:
+        told = f"exit code {ours['exit_code']}, {told}"
     return f"{folder}: process {pid} has stopped ({told}). Next: the same make train or train-bg goes on from there."
 
 
@@ -302,7 +304,8 @@ def survey(artifacts: Path) -> list[dict[str, Any]]:
 
 
 def _is_fold(folder: Path) -> bool:
-    return folder.is_dir() and (bool(read_status(folder)) or worker(folder) is not None)
+    is_named = folder.name.removeprefix("fold").isdecimal()  # a copy that somebody made is none
+    return is_named and folder.is_dir() and (bool(read_status(folder)) or worker(folder) is not None)
 
 
 def _row(folder: Path, artifacts: Path) -> dict[str, Any]:

@@ -235,7 +235,8 @@ def estimate(build: Build, step: Step, *, precision: Precision, device: torch.de
         ConfigError: the network cannot take gradient checkpointing of that kind.
     """
     # planning leaves the run's random numbers alone, and anomaly mode is no business of fake numbers
-    with torch.random.fork_rng(), torch.autograd.set_detect_anomaly(False):
+    forked = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(forked), torch.autograd.set_detect_anomaly(False):
         counted = _count(build, step, precision=precision, device=device)
     parts = step.processes if step.sharded else 1
     weights, gradients = -(-counted.weights // parts), -(-counted.gradients // parts)
@@ -297,7 +298,7 @@ def _run(
     model: RnaModel, step: Step, *, precision: Precision, device: torch.device, most: int | None = None
 ) -> _Counted:
     """One forward and backward pass with every storage counted."""
-    _set_gradient_checkpointing(model, step.gradient_checkpointing)
+    set_gradient_checkpointing(model, step.gradient_checkpointing)
     parameters = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
     with device, _LiveBytes(most=most) as live:
         for tensor in (*model.parameters(), *model.buffers()):
@@ -332,7 +333,12 @@ def _together(model: RnaModel) -> int:
     return size(model) - sum(blocks) + 2 * max(blocks, default=0)
 
 
-def _set_gradient_checkpointing(model: RnaModel, every: int) -> None:
+def set_gradient_checkpointing(model: RnaModel, every: int) -> None:
+    """What a run sets.
+
+    Raises:
+        ConfigError: the network cannot take gradient checkpointing of that kind.
+    """
     try:
         model.set_gradient_checkpointing(every)
     except ValueError as err:

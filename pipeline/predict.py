@@ -491,7 +491,8 @@ def _predict_traces(
 @torch.no_grad()
 def _draw_traces(model: RnaModel, inputs: RnaInputs, *, seed: int) -> list[tuple[np.ndarray, float]]:
     found = []
-    with torch.random.fork_rng():
+    device = inputs.tokens_BL.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for k in range(_CANDIDATES):
             torch.manual_seed(seed + k)
             outputs = model.train(k > 0)(inputs)

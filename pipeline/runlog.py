@@ -224,7 +224,9 @@ def duration(seconds: float) -> str:
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
     clean: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, Mapping):
+            clean[key] = _finite(value)
+        elif isinstance(value, float) and not math.isfinite(value):
             clean[key], clean[f"{key}_nonfinite"] = None, str(value)
         else:
             clean[key] = value

@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from pipeline.schema import PROBES
-from pipeline.structure.geometry import trace_from_pairs
+from pipeline.structure.assembly import trace_from_pairs
 
 Pairs = list[tuple[int, int]]  #: 0-based, i < j, nested
 

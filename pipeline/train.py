@@ -83,7 +83,7 @@ def run(
         DataError: tables are missing or do not belong together (3).
         DivergedError: non-finite values that no fallback cured (4).
         StorageError: disk or memory ran out, or every checkpoint is damaged (5).
-        StoppedError: asked to stop, or another process trains here (75).
+        StoppedError: asked to stop, the device or another process is lost, or another process trains here (75).
     """
     started = time.monotonic()
     folder = paths.fold_dir(run, fold)
@@ -225,7 +225,7 @@ def _train(
     initial = checkpoint.meta.get("initial") if checkpoint else _load_initial(model, config.model, meta)
     meta = meta | {"environment": checkpoint.meta.get("environment", here) if checkpoint else here}
     meta |= {"initial": initial} if initial else {}
-    _set_gradient_checkpointing(model, config.train.gradient_checkpointing)
+    plan.set_gradient_checkpointing(model, config.train.gradient_checkpointing)
     _check_sharding(config.train, world)
     size = {"length": int(data.examples.lengths[data.train].max()), "sequences": len(data.train)}
     build = partial(build_model, config.model, competition)
@@ -346,13 +346,6 @@ def _check_sharding(settings: TrainConfig, world: World) -> None:
             "[train] micro_batch = 'auto' with sharding = 'fsdp2': a process whose memory runs out cannot call the "
             "others out of the pass that they share. Next: a number (make plan finds one), or sharding = 'none'."
         )
-
-
-def _set_gradient_checkpointing(model: RnaModel, every: int) -> None:
-    try:
-        model.set_gradient_checkpointing(every)
-    except ValueError as err:
-        raise ConfigError(f"[train] {err} Next: correct it there.") from err
 
 
 def _outcome(progress: dict[str, Any]) -> dict[str, Any]:

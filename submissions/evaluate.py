@@ -136,7 +136,7 @@ class _Subject:
 
 def _read_ensemble(paths: Paths, name: str, split: str) -> _Subject:
     home = paths.ensemble_dir(name)
-    hint = f"make ensemble NAME={name}"
+    hint = f"make ensemble COMP={paths.comp} NAME={name}"
     facts = read_result(home / "weights.json", manifest=home / "ensemble.manifest.json", hint=hint)
     if facts["split"] != split:
         raise ConfigError(

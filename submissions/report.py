@@ -41,7 +41,7 @@ def run(paths: Paths, *, competition: Competition, name: str | None = None, run:
     if (name is None) == (run is None):
         raise ConfigError("report: not both and not neither. Next: give the name of an ensemble or that of a run.")
     home = paths.run_dir(run) if run is not None else paths.ensemble_dir(str(name))
-    subject = Subject(paths=paths, competition=competition, home=home, scores=read_scores(home))
+    subject = Subject(paths=paths, competition=competition, home=home, scores=read_scores(home, comp=paths.comp))
     return run_stage(
         "report",
         inputs=subject.inputs(),

@@ -60,8 +60,7 @@ def run(paths: Paths, *, competition: Competition, name: str, table: str = "test
         ConfigError: the competition is not about structures, or there is no such table.
         DataError: a table is missing or damaged, or a coordinate does not fit into a PDB file.
     """
-    if competition.task != "structure":
-        raise ConfigError(f"structures: {competition.name} is not about structures. Next: COMP=rna3d.")
+    competition.require_structures("structures")
     if table not in ("test", "oof"):
         raise ConfigError(f"structures: table {table!r}; expected test or oof. Next: TABLE=oof or none.")
     predictions = paths.ensemble_dir(name) / f"{table}.parquet"

@@ -21,7 +21,8 @@ from pipeline.competitions.base import Competition
 from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.runlog import warn
-from pipeline.structure.geometry import STEP, helix_strand, trace_from_pairs
+from pipeline.structure.assembly import trace_from_pairs
+from pipeline.structure.geometry import STEP, helix_strand
 from pipeline.tables import open_parquet
 from submissions import tm_score
 from submissions.chains import permuted

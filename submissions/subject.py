@@ -12,13 +12,14 @@ from submissions import page
 from submissions.page import Markup
 
 
-def read_scores(home: Path) -> dict[str, Any]:
-    """Scores that `evaluate` left in a folder.
+def read_scores(home: Path, *, comp: str) -> dict[str, Any]:
+    """Scores of a competition's ensemble that `evaluate` left in its folder.
 
     Raises:
         DataError: there are none, or not those that it left.
     """
-    return read_result(home / "scores.json", manifest=home / "evaluate.manifest.json", hint="make evaluate")
+    hint = f"make evaluate COMP={comp} NAME={home.name}"
+    return read_result(home / "scores.json", manifest=home / "evaluate.manifest.json", hint=hint)
 
 
 @dataclass(frozen=True, kw_only=True)

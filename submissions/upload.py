@@ -152,6 +152,11 @@ def _find_listed(sent: Sent, competition: Competition, book: Path, *, every: flo
             return listed
         if look < _LOOKS - 1:
             time.sleep(every)
+    if sent.state == "listed":  # it did arrive: as failed, it would be sent again
+        raise NetworkError(
+            f"{sent.file}: Kaggle's list does not show {sent.tag!r} (submission {sent.ref}), as it did before. "
+            "Next: the same command looks again and sends nothing."
+        )
     ledger.append(book, sent.now("failed"))
     raise NetworkError(
         f"{sent.file}: Kaggle does not list {sent.tag!r}; the submission did not arrive. "

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 import typer
 
@@ -56,6 +57,8 @@ def test_every_verb_explains_itself_and_each_of_its_options(verb, capsys):
         (["predict", "--kernels", "fast"], 2, "--kernels 'fast' (or RNA_KERNELS): expected auto or reference. Next:"),
         (["demo", "--seed", "-1"], 2, "--seed"),
         (["sweep", "--over", "train.lr={low=1e-2, high=1e-4}", "--trials", "1"], 2, "low below high"),
+        (["templates", "--raw", ".", "--comp", "ribonanza"], 2, "templates: ribonanza is not about structures"),
+        (["templates", "--raw", ".", "--comp", "rna3d3"], 2, "Did you mean 'rna3d'"),  # wrote artifacts/rna3d3
         (["kernel-check", "--python", "absent"], 2, "absent: expected a Python interpreter"),
         (["no-such-verb"], 2, "No such command 'no-such-verb'. Next: rna --help."),
         (["train", "--fold", "x"], 2, "Next: rna train --help."),
@@ -122,6 +125,32 @@ def test_make_hands_settings_budget_and_folds_to_plan_and_sweep():
     assert "--set 'train.epochs=2'" in plan
 
 
+@pytest.mark.parametrize("comp", ["rna3d", "rna3d2", "ribonanza", "openvaccine"])
+def test_train_all_makes_the_runs_without_a_network_of_structures_alone(comp):
+    command = ["make", "-n", "train-all", f"COMP={comp}", "PY=python3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    verbs = re.findall(r"-m pipeline (\S+)", done)
+    assert verbs == [*(["denovo", "templates-predict"] if comp.startswith("rna3d") else []), "train"]
+
+
+@pytest.mark.parametrize("fmt", ["csv", "parquet"])
+def test_make_submit_sends_the_file_that_it_wrote(fmt):
+    """FORMAT=parquet KAGGLE=1 wrote a parquet file and sent the CSV that an earlier ensemble had left."""
+    command = ["make", "-n", "submit", "KAGGLE=1", f"FORMAT={fmt}", "COMP=openvaccine", "NAME=best", "PY=python3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f'--file "submissions/csv/openvaccine-best.{fmt}"' in done
+
+
+def test_an_empty_variable_of_make_is_named(tmp_path):
+    """COMP= was answered with "Got unexpected extra argument(s) (artifacts)"."""
+    for empty, named in (("COMP", "COMP=''"), ("SPLIT", "SPLIT=''"), ("NAME", "NAME=''"), ("FOLD", "'--fold'")):
+        verb = "ensemble" if empty == "NAME" else "train"
+        command = ["make", verb, f"{empty}=", "RUNS=a.sim80_k5", f"ARTIFACTS={tmp_path}", f"PY={sys.executable}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert named in done.stderr
+        assert "argument" not in done.stderr
+
+
 def test_make_takes_folders_with_blanks(tmp_path):
     """ARTIFACTS="my folder" ended with "Got unexpected extra argument (folder)"."""
     write_ribonanza(tmp_path / "raw data", sequences=12, test=3)
@@ -165,6 +194,17 @@ def test_error_of_the_system_is_a_sentence(tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert "Not a directory" in said
+
+
+def test_error_of_the_system_that_polars_met_is_a_sentence(tmp_path, capsys, monkeypatch):
+    """make folds in a read-only folder gave a traceback: polars' PermissionError has no errno, only a text."""
+    absent = tmp_path / "absent" / "folds.parquet"
+    monkeypatch.setattr("folds.assign.run", lambda *_, **__: pl.DataFrame({"fold": [0]}).write_parquet(absent))
+    assert run_verb(["folds", "--artifacts", str(tmp_path)]) == 5
+    said = " ".join(capsys.readouterr().err.split())
+    assert "No such file or directory. Next: check the path" in said
+    assert said.startswith("error: /")
+    assert "os error" not in said
 
 
 def test_program_ends_with_the_exit_code_after_a_csv_that_was_refused(tmp_path):

@@ -19,6 +19,7 @@ CORE = {
     "pipeline.runlog",
     "pipeline.schema",
     "pipeline.stage",
+    "pipeline.structure.assembly",
     "pipeline.structure.geometry",
     "pipeline.tables",
 }

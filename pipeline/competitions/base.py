@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 
 #: (prediction_LC, truth_LC) -> (sums_C, counts_C); truth is NaN where it does not count.
 ErrorSums = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -19,7 +19,8 @@ Score = Callable[[np.ndarray, np.ndarray], float]
 class Competition:
     """A competition as data: how raw files become clean tables, what is predicted, and how it is scored.
 
-    Clean tables, whatever the competition, are sorted by and unique in ``sequence_id``:
+    Clean tables, whatever the competition, are unique in ``sequence_id`` and sorted by it; where the submission has
+    running rows, test is in their order:
 
     - train: ``sequence_id, sequence, dataset_name, group`` (null = no known relatives), ``scored`` (bool: counts in
       the metric), the `targets` as lists of length L (null = not measured) and the `signal_to_noise` columns; where
@@ -57,6 +58,11 @@ class Competition:
     def error_name(self) -> str:
         """What a target's error is called in words."""
         return "mean absolute error" if self.error_power == 1 else "root mean square error"
+
+    def require_structures(self, stage: str) -> None:
+        """ConfigError, in the name of a stage, unless structures are predicted."""
+        if self.task != "structure":
+            raise ConfigError(f"{stage}: {self.name} is not about structures. Next: COMP=rna3d.")
 
     def target_errors(self, sums_C: np.ndarray, counts_C: np.ndarray) -> np.ndarray:
         """[..., C] float64: each target's own error; NaN where nothing counts."""

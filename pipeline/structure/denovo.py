@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.structure.geometry import Stem, crossing_stacks, find_stems, similarity, trace_from_pairs
+from pipeline.structure.assembly import trace_from_pairs
+from pipeline.structure.geometry import Stem, find_stems, similarity
 from pipeline.structure.motifs import MotifArranger, MotifLibrary
+from pipeline.structure.rings import crossing_stacks
 from pipeline.structure.secondary import crossing_helices
 
 Pairs = list[tuple[int, int]]

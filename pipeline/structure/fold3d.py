@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.compiled import njit, prange
+from pipeline.structure.assembly import trace_from_pairs
 from pipeline.structure.denovo import Assembly, assemble, choose_assemblies
 from pipeline.structure.geometry import (
     SHORTEST_STEP,
@@ -23,7 +24,6 @@ from pipeline.structure.geometry import (
     handedness,
     relax,
     rotation_onto,
-    trace_from_pairs,
 )
 from pipeline.structure.motifs import MotifLibrary
 from pipeline.structure.secondary import nested_pairs, probable_pairs, stacking_pairs, without_lone_pairs

@@ -1,15 +1,13 @@
-"""C1' geometry of RNA in numpy: A-form helices, handedness, and a trace for a given secondary structure.
+"""C1' geometry of RNA in numpy: A-form helices and their frames, handedness, rigid bodies and what they relax to.
 
 Part of the core: numpy only, so that scoring can build its floors from the same helices.
 
-Lengths in Å. Letters: L length (nt), P placed pairs of a helix, D draws, S rigid bodies, M their padded size, 3 xyz.
+Lengths in Å. Letters: L length (nt), P placed pairs of a helix, S rigid bodies, M their padded size, 3 xyz.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,21 +24,6 @@ SHORTEST_STEP = 5.0
 #: Typical distance of neighbouring C1' outside helices, Å (same chains: median 5.55, a tenth above 7.6).
 STEP = 5.9
 _TORN = 0.7  # Å of a violation that rigid helices may leave
-_DRAWS = 24  # random placements tried for a helix that is not stacked on another
-_PAIR_WIDTH = 18.0  # Å that a helix which is not placed yet may bridge
-_NEAR = 1  # residues at most between the strands of helices that stack across a pseudoknot
-_ROUNDS = 600  # of sharing the strain of rings
-_THICK = 18.0  # Å between the axes of helices side by side
-_LARGEST_STACKED = 14  # nt on the shorter side of an internal loop across which the helix goes on
-
-#: Log-odds that neighbours in a branched loop stack on one axis, by the residues between them, and how much better the
-#: 3' side of the closing helix is than its 5' side. Estimates from the branched loops of the same chains: neighbours
-#: with 0 or 1 residues between them on the 3' side are stacked in 5 of 5, on the 5' side in 1 of 3.
-_STACK_ODDS = (2.0, 1.0, 0.3, -0.7)
-_SIDE_ODDS = 1.0
-
-#: C1' of a four-residue loop in the frame of its closing pair, Å: median of 94 loops of the same chains (59 GNRA).
-_TETRALOOP = np.array([[6.10, 3.94, 3.07], [3.01, 6.45, 9.12], [0.0, 8.03, 5.23], [-0.10, 10.81, 0.90]])
 
 
 def helix_strand(length: int, *, first: int = 0) -> np.ndarray:
@@ -191,7 +174,15 @@ class Frame:
     axes: np.ndarray
     origin: np.ndarray
 
+    @classmethod
+    def fitted(cls, ideal_P3: np.ndarray, atoms_P3: np.ndarray) -> "Frame":
+        """The frame in which ideal points lie closest to others, paired by row, by least squares."""
+        centre_ideal, centre = ideal_P3.mean(axis=0), atoms_P3.mean(axis=0)
+        axes = rotation_onto(ideal_P3 - centre_ideal, atoms_P3 - centre)
+        return cls(axes, centre - centre_ideal @ axes)
+
     def place(self, local_P3: np.ndarray) -> np.ndarray:
+        """Points given in the coordinates of this frame, where they stand in space."""
         return local_P3 @ self.axes + self.origin
 
     def local(self, xyz_P3: np.ndarray) -> np.ndarray:
@@ -218,511 +209,46 @@ class Frame:
         return Frame((2.0 * np.outer(dyad, dyad) - np.eye(3)) @ self.axes, self.place(np.array([0.0, 0.0, PAIR_SHIFT])))
 
 
-class Placed(NamedTuple):
-    """A loop in place: where its helices stand, and the C1' of each gap, [G, 3] Å (None = still to be closed)."""
-
-    branches: list[Frame]
-    gaps: list[np.ndarray | None]
-
-
-class Arranger(Protocol):
-    """Says how the helices around a loop stand."""
-
-    def draw(self, closing: Stem, branches: list[Stem], inner: Frame, rng: np.random.Generator) -> Placed | None:
-        """The loop that a helix closes (`inner` is the frame of its last pair), or None for the general rules."""
-
-
-@dataclass(frozen=True)
-class _Link:
-    """Unpaired residues between two helices that follow each other around a loop, 5' to 3'."""
-
-    left: Stem
-    right: Stem
-    gap: int
-
-
-def trace_from_pairs(
-    length: int,
-    pairs: list[tuple[int, int]],
-    rng: np.random.Generator,
-    *,
-    arranger: Arranger | None = None,
-    crossing: Sequence[Stem] = (),
-) -> np.ndarray:
-    """A plausible C1' trace for a secondary structure: rigid A-form helices, closed loops, no gross clashes.
-
-    Helices are stacked on one axis across bulges and internal loops, and in branched loops where they are neighbours;
-    which of them is drawn at random. The others are placed at random where they fit best. Equal generators give equal
-    traces; different ones give different arrangements of the same structure.
+class Scaffold:
+    """Helices that stand in place, and the residues that are placed with them.
 
     Args:
         length: residues, nt.
-        pairs: 0-based ``(i, j)`` with ``i < j``, nested.
-        rng: source of the arrangement.
-        arranger: knows how the helices around some loops stand; the rules above hold for the others.
-        crossing: helices between loops, of unpaired residues, each in one: where the 3' end of a strand is followed at
-            once by another helix, the two stack (H-type pseudoknots, 180° kissing loops, paranemic crossovers), and
-            the rings that this closes are closed with the least strain.
 
-    Returns:
-        [L, 3] float64, Å, centred on the origin.
-
-    Raises:
-        ValueError: the pairs are not nested, or out of range.
-
-    >>> trace_L3 = trace_from_pairs(12, [(0, 11), (1, 10), (2, 9), (3, 8)], np.random.default_rng(0))
-    >>> bool(np.allclose(np.linalg.norm(trace_L3[:4] - trace_L3[:7:-1], axis=1), 10.58, atol=0.05))
-    True
+    Attributes:
+        xyz_L3: [L, 3] float64, Å; NaN where a residue has no place yet.
+        body_L: [L] number of the rigid body that a paired residue belongs to; -1 = in no helix that is placed.
+        frames: where each helix stands.
+        joined: helices, and those that were put beside them: what they are to each other is worth keeping.
     """
-    assembly = _Assembly(length, find_stems(length, pairs), rng, arranger, crossing)
-    assembly.place_stems()
-    assembly.close_rings()
-    assembly.fill_gaps()
-    return relax(assembly.xyz_L3, assembly.bodies())
 
-
-class _Assembly:
-    """Helices placed one after the other, from the 5' end and from the outside in."""
-
-    def __init__(
-        self,
-        length: int,
-        stems: list[Stem],
-        rng: np.random.Generator,
-        arranger: Arranger | None,
-        crossing: Sequence[Stem],
-    ) -> None:
-        self.length, self.stems, self.rng, self.arranger = length, stems, rng, arranger
+    def __init__(self, length: int) -> None:
         self.xyz_L3 = np.full((length, 3), np.nan)
         self.body_L = np.full(length, -1)
-        self._frames: dict[Stem, Frame] = {}
-        self._at = {stem.i: stem for stem in stems}
-        self._stacks = crossing_stacks(crossing, stems)
-        self._joined: list[tuple[Stem, Stem]] = []
+        self.frames: dict[Stem, Frame] = {}
+        self.joined: list[tuple[Stem, Stem]] = []
 
-    def place_stems(self) -> None:
-        """Give every helix its place: the outside loop first, then each loop that a placed helix closes."""
-        loops: list[Stem | None] = [None]
-        while loops:
-            closing = loops.pop()
-            branches = self._branches(closing)
-            if closing and self._crossed(closing):
-                self._place_crossed(closing, branches)
-            elif not (closing and self._arranged(closing, branches)):
-                self._place_by_rule(closing, branches)
-            if closing and not branches and np.isnan(self.xyz_L3[closing.inner[0] + 1, 0]):
-                self._fill_hairpin(closing)
-            loops.extend(reversed(branches))
+    def put(self, stem: Stem, frame: Frame, *, body: int | None = None, beside: Stem | None = None) -> None:
+        """Give a helix its place, or another one.
 
-    def _crossed(self, closing: Stem) -> bool:
-        """Whether another loop's strand stacks on the inner end of a helix."""
-        return any(stack.stem == closing and stack.inside for stack in self._stacks)
-
-    def _place_crossed(self, closing: Stem, branches: list[Stem]) -> None:
-        """The helix between loops goes on; others are put where there is room."""
-        for stack in self._stacks:
-            if stack.stem == closing and stack.crossing not in self._frames:
-                self._put(stack.crossing, stack.seen_from_stem().within(self._frames[closing]), body=len(self._frames))
-        for stem in branches:
-            placed = [each for each in self._stacks if each.stem == stem and each.crossing in self._frames]
-            if placed:
-                self._put(stem, placed[0].frame.within(self._frames[placed[0].crossing]), body=len(self._frames))
-            else:
-                self._try_places(stem, self._ties(stem, closing, branches))
-
-    def _place_by_rule(self, closing: Stem | None, branches: list[Stem]) -> None:
-        if closing and len(branches) == 1:
-            self._place_across(closing, branches[0])
-        else:
-            self._place_branches(closing, branches)
-
-    def _arranged(self, closing: Stem, branches: list[Stem]) -> bool:
-        """Place a loop as the arranger says; False if it says nothing."""
-        inner = self._frames[closing].along(closing.pairs - 1)
-        placed = self.arranger.draw(closing, branches, inner, self.rng) if self.arranger else None
-        if placed is None:
-            return False
-        for stem, frame in zip(branches, placed.branches, strict=True):
-            self._put(stem, frame, body=len(self._frames), beside=closing)
-        starts = [closing.inner[0], *(stem.j for stem in branches)]
-        for start, xyz_G3 in zip(starts, placed.gaps, strict=True):
-            if xyz_G3 is not None:
-                self.xyz_L3[start + 1 : start + 1 + len(xyz_G3)] = xyz_G3
-        return True
-
-    def _branches(self, closing: Stem | None) -> list[Stem]:
-        residue, end = (closing.inner[0] + 1, closing.inner[1]) if closing else (0, self.length)
-        branches = []
-        while residue < end:
-            stem = self._at.get(residue)
-            if stem:
-                branches.append(stem)
-            residue = stem.j + 1 if stem else residue + 1
-        return branches
-
-    def _place_across(self, closing: Stem, stem: Stem) -> None:
-        """Internal loop or bulge: the helix goes on, as if the shorter side were paired and the rest looped out."""
-        gaps = stem.i - closing.inner[0] - 1, closing.inner[1] - stem.j - 1
-        shared = min(gaps)
-        if shared > _LARGEST_STACKED:
-            self._place_branches(closing, [stem])
-            return
-        inner = self._frames[closing].along(closing.pairs - 1)
-        self._put(stem, inner.along(1 + shared), body=int(self.body_L[closing.i]), beside=closing)
-        for strand, gap in enumerate(gaps):
-            low = shared if gap == shared else (shared + 1) // 2
-            for step in range(1, shared + 1):
-                outer_side = closing.inner[0] + step if strand == 0 else closing.inner[1] - step
-                inner_side = stem.i - (shared + 1 - step) if strand == 0 else stem.j + (shared + 1 - step)
-                residue = outer_side if step <= low else inner_side
-                self.xyz_L3[residue] = inner.place(double_helix(1, first=step)[strand, 0])
-
-    def _place_branches(self, closing: Stem | None, branches: list[Stem]) -> None:
-        links = self._links(closing, branches)
-        stacked = self._choose_stacks(links, closing)
-        first = [link.right if link.left == closing else link.left for link in stacked if closing in _ends(link)]
-        for stem in first + [stem for stem in branches if stem not in first]:
-            for link in stacked:
-                if stem in _ends(link) and (link.left in self._frames or link.right in self._frames):
-                    self._stack(stem, link, closing)
-                    break
-            else:
-                self._try_places(stem, self._ties(stem, closing, branches))
-
-    @staticmethod
-    def _links(closing: Stem | None, branches: list[Stem]) -> list[_Link]:
-        """Neighbours around a loop, the closing helix first and last."""
-        links = [_Link(left, right, right.i - left.j - 1) for left, right in itertools.pairwise(branches)]
-        if closing and branches:
-            links.insert(0, _Link(closing, branches[0], branches[0].i - closing.inner[0] - 1))
-            links.append(_Link(branches[-1], closing, closing.inner[1] - branches[-1].j - 1))
-        return links
-
-    def _choose_stacks(self, links: list[_Link], closing: Stem | None) -> list[_Link]:
-        """Draw which neighbours stack: likelier the fewer residues lie between, each helix end at most once."""
-        odds = [(_STACK_ODDS[link.gap], link) for link in links if link.gap < len(_STACK_ODDS)]
-        odds = [(value + _SIDE_ODDS * ((link.right == closing) - (link.left == closing)), link) for value, link in odds]
-        drawn = [(value + float(self.rng.logistic()), link) for value, link in odds]
-        chosen: list[_Link] = []
-        for value, link in sorted(drawn, key=lambda item: -item[0]):
-            if value > 0 and not any(set(_ends(link)) & set(_ends(other)) for other in chosen):
-                chosen.append(link)
-        return chosen
-
-    def _stack(self, stem: Stem, link: _Link, closing: Stem | None) -> None:
-        """Put a helix on the axis of its neighbour, and the residues between on the strand that goes on."""
-        other = link.left if stem == link.right else link.right
-        body = int(self.body_L[other.i])
-        if other == closing:
-            inner = self._frames[other].along(other.pairs - 1)
-            strand = 0 if link.left == closing else 1
-            self._put(stem, inner.along(1 + link.gap), body=body, beside=other)
-            for step in range(1, link.gap + 1):
-                residue = other.inner[0] + step if strand == 0 else other.inner[1] - step
-                self.xyz_L3[residue] = inner.place(double_helix(1, first=step)[strand, 0])
-            return
-        frame = self._frames[other]
-        self._put(stem, frame.along(-(1 + link.gap)).flipped(), body=body, beside=other)
-        for step in range(1, link.gap + 1):
-            residue, strand = (other.j + step, 1) if other == link.left else (other.i - step, 0)
-            self.xyz_L3[residue] = frame.place(double_helix(1, first=-step)[strand, 0])
-
-    def _ties(self, stem: Stem, closing: Stem | None, branches: list[Stem]) -> list[tuple[int, int, float]]:
-        """What holds a helix: (own residue, placed residue, longest distance in Å), at most one on each side."""
-        ring = [*branches, closing] if closing else branches
-        ties = []
-        for direction in (-1, 1):
-            reach, place = 0.0, branches.index(stem)
-            here = stem.i if direction < 0 else stem.j
-            while 0 <= (place := place + direction) < len(ring) or (closing and place == -1):
-                other = ring[place]
-                if other == closing:
-                    near = far = other.inner[0] if direction < 0 else other.inner[1]
-                else:
-                    near, far = (other.j, other.i) if direction < 0 else (other.i, other.j)
-                reach += STEP * abs(here - near)
-                if other in self._frames:
-                    ties.append((stem.i if direction < 0 else stem.j, near, reach))
-                    break
-                reach, here = reach + _PAIR_WIDTH, far
-        return ties
-
-    def _try_places(self, stem: Stem, ties: list[tuple[int, int, float]]) -> None:
-        """Put a helix where, of some random places, it clashes least and its linkers reach."""
-        body = len(self._frames)
-        if not ties:
-            self._put(stem, Frame(np.eye(3), np.zeros(3)), body=body)
-            return
-        axes_D33 = _random_rotations(_DRAWS, self.rng)
-        direction_D3 = _random_rotations(_DRAWS, self.rng)[:, 0]
-        ends = {stem.i: double_helix(1)[0, 0], stem.j: double_helix(1)[1, 0]}
-        own, placed, reach = ties[0]
-        origin_D3 = self.xyz_L3[placed] + min(reach, 6 * STEP) * direction_D3 - ends[own] @ axes_D33
-        cost_D = self._clashes(double_helix(stem.pairs).reshape(-1, 3) @ axes_D33 + origin_D3[:, None])
-        for own, placed, reach in ties:
-            gap_D = np.linalg.norm(ends[own] @ axes_D33 + origin_D3 - self.xyz_L3[placed], axis=-1)
-            cost_D += np.maximum(gap_D - reach, 0.0)
-        best = int(np.argmin(cost_D))
-        self._put(stem, Frame(axes_D33[best], origin_D3[best]), body=body)
-
-    def _clashes(self, atoms_DM3: np.ndarray) -> np.ndarray:
-        taken_P3 = self.xyz_L3[self.body_L >= 0]
-        near_P = np.linalg.norm(taken_P3 - atoms_DM3.mean(axis=(0, 1)), axis=1) < 60.0 + RISE * atoms_DM3.shape[1]
-        between = np.linalg.norm(atoms_DM3[:, ::2, None] - taken_P3[near_P], axis=-1)
-        return np.sum(np.maximum(12.0 - between, 0.0), axis=(1, 2))
-
-    def _put(self, stem: Stem, frame: Frame, *, body: int, beside: Stem | None = None) -> None:
+        Args:
+            stem: the helix.
+            frame: where it stands.
+            body: what it moves with; None = a body of its own, for a helix that is new.
+            beside: the helix that it was placed by.
+        """
+        body = len(self.frames) if body is None else body
         own = np.arange(stem.pairs)
         strand_P3, partner_P3 = frame.place(double_helix(stem.pairs))
         self.xyz_L3[stem.i + own], self.xyz_L3[stem.j - own] = strand_P3, partner_P3
         self.body_L[stem.i + own], self.body_L[stem.j - own] = body, body
-        self._frames[stem] = frame
+        self.frames[stem] = frame
         if beside:
-            self._joined.append((beside, stem))
-
-    def close_rings(self) -> None:
-        """Put in the helices between loops, and share what does not fit among all joints of the helices."""
-        if not self._stacks:
-            return
-        self._put_crossing()
-        joints = [(left, right, self._frames[right].relative(self._frames[left])) for left, right in self._joined]
-        joints += [(stack.crossing, stack.stem, stack.frame) for stack in self._stacks]
-        self.stems = sorted(self._frames, key=lambda stem: stem.i)
-        moved_L3 = _least_strain(self.xyz_L3, self.stems, joints)
-        in_stem = np.zeros(self.length, dtype=bool)
-        in_stem[np.concatenate([stem.residues for stem in self.stems])] = True
-        for stem in self.stems:
-            old, frame = self._frames[stem], _fitted_frame(stem, moved_L3)
-            for residue in self._attached(stem, in_stem):
-                self.xyz_L3[residue] = frame.place(old.local(self.xyz_L3[residue]))
-            self._put(stem, frame, body=int(self.body_L[stem.i]))
-        for stack in self._stacks:
-            self.body_L[self.body_L == self.body_L[stack.stem.i]] = self.body_L[stack.crossing.i]
-
-    def _put_crossing(self) -> None:
-        """Place the helices between loops on what they stack on, and forget the loops that they are made of."""
-        for stack in self._stacks:
-            for strand in np.split(stack.crossing.residues, 2):
-                self._clear_loop(int(strand.min()), int(strand.max()))
-        for stack in self._stacks:
-            if stack.crossing not in self._frames:
-                frame = stack.seen_from_stem().within(self._frames[stack.stem])
-                self._put(stack.crossing, frame, body=len(self._frames))
-
-    def _clear_loop(self, first: int, last: int) -> None:
-        """Forget where the residues around a strand were put, as far as they are in no helix."""
-        while first > 0 and self.body_L[first - 1] < 0:
-            first -= 1
-        while last < self.length - 1 and self.body_L[last + 1] < 0:
-            last += 1
-        loose = np.arange(first, last + 1)
-        self.xyz_L3[loose[self.body_L[loose] < 0]] = np.nan
-
-    def _attached(self, stem: Stem, in_stem: np.ndarray) -> list[int]:
-        """Placed residues between helices that are nearer in sequence to this one."""
-        found = []
-        for end, step in ((stem.i, -1), (stem.inner[0], 1), (stem.inner[1], -1), (stem.j, 1)):
-            own = []
-            residue = end + step
-            while 0 <= residue < self.length and not in_stem[residue]:
-                own.append(residue)
-                residue += step
-            near = len(own) if not 0 <= residue < self.length else (len(own) + (step > 0)) // 2
-            found += [each for each in own[:near] if np.isfinite(self.xyz_L3[each, 0])]
-        return found
-
-    def _fill_hairpin(self, stem: Stem) -> None:
-        """Four residues as in most tetraloops; of longer loops, the ends stacked on the helix."""
-        inner, (left, right) = self._frames[stem].along(stem.pairs - 1), stem.inner
-        size = right - left - 1
-        if size == len(_TETRALOOP):
-            self.xyz_L3[left + 1 : right] = inner.place(_TETRALOOP)
-            return
-        for step in range(1, 1 + (size > 2) + (size > 6)):
-            self.xyz_L3[left + step] = inner.place(double_helix(1, first=step)[0, 0])
-        for step in range(1, 1 + (size > 2) + (size > 5) + (size > 7)):
-            self.xyz_L3[right - step] = inner.place(double_helix(1, first=step)[1, 0])
-
-    def fill_gaps(self) -> None:
-        """Give the other unpaired residues places between the helices, and stacked on the ends of the chain."""
-        if not self.stems:
-            self.xyz_L3[:] = helix_strand(self.length)
-            return
-        first, last = self.stems[0], max(self.stems, key=lambda stem: stem.j)
-        for stem, strand, residues in (
-            (first, 0, range(first.i - 1, -1, -1)),
-            (last, 1, range(last.j + 1, self.length)),
-        ):
-            for step, residue in enumerate(residues, start=1):
-                self.xyz_L3[residue] = self._frames[stem].place(double_helix(1, first=-step)[strand, 0])
-        placed = np.flatnonzero(np.isfinite(self.xyz_L3[:, 0]))
-        for left, right in itertools.pairwise(placed.tolist()):
-            if right - left > 1:
-                start, end = self.xyz_L3[left], self.xyz_L3[right]
-                self.xyz_L3[left + 1 : right] = _arc(start, end, right - left - 1, self._outward(left, right))
-
-    def _outward(self, left: int, right: int) -> np.ndarray:
-        """Away from the two helices that a loop joins, with some noise so that loops do not coincide."""
-        near = np.concatenate([self.xyz_L3[max(left - 3, 0) : left + 1], self.xyz_L3[right : right + 4]])
-        near = near[np.isfinite(near[:, 0])]
-        middle = (self.xyz_L3[left] + self.xyz_L3[right]) / 2
-        return middle - near.mean(axis=0) + 0.3 * self.rng.standard_normal(3)
+            self.joined.append((beside, stem))
 
     def bodies(self) -> list[np.ndarray]:
         """Residues of each set of helices that moves as one."""
         return [np.flatnonzero(self.body_L == body) for body in np.unique(self.body_L[self.body_L >= 0])]
-
-
-@dataclass(frozen=True)
-class Stack:
-    """A helix between loops, and one that goes on with it: where the other stands, seen from the first."""
-
-    crossing: Stem
-    stem: Stem
-    frame: Frame
-    inside: bool  # at the end of the other one that closes a loop
-
-    def seen_from_stem(self) -> Frame:
-        return Frame(np.eye(3), np.zeros(3)).relative(self.frame)
-
-
-def crossing_stacks(crossing: Sequence[Stem], stems: Sequence[Stem]) -> list[Stack]:
-    """What goes on with helices between loops: those whose strand follows a 3' end, at most one residue later.
-
-    Args:
-        crossing: helices of unpaired residues of different loops.
-        stems: nested helices.
-    """
-    outer, inner = {stem.i: stem for stem in stems}, {stem.inner[1]: stem for stem in stems}
-    found = []
-    for own in crossing:
-        for end in own.inner[0], own.j:
-            for gap in range(_NEAR + 1):
-                follows = end + gap + 1
-                here = Frame(np.eye(3), np.zeros(3))
-                here = here.along(own.pairs + gap) if end == own.inner[0] else here.along(-1 - gap).flipped()
-                if follows in outer:
-                    found.append(Stack(own, outer[follows], here, inside=False))
-                    break
-                if follows in inner:
-                    stem = inner[follows]
-                    if end - own.pairs > stem.inner[0]:  # a residue at least bridges the groove
-                        found.append(Stack(own, stem, here.flipped().along(1 - stem.pairs), inside=True))
-                    break
-    return found
-
-
-def _fitted_frame(stem: Stem, xyz_L3: np.ndarray) -> Frame:
-    ideal_P3, atoms_P3 = double_helix(stem.pairs).reshape(-1, 3), xyz_L3[stem.residues]
-    centre_ideal, centre = ideal_P3.mean(axis=0), atoms_P3.mean(axis=0)
-    axes = rotation_onto(ideal_P3 - centre_ideal, atoms_P3 - centre)
-    return Frame(axes, centre - centre_ideal @ axes)
-
-
-def _least_strain(xyz_L3: np.ndarray, stems: list[Stem], joints: list[tuple[Stem, Stem, Frame]]) -> np.ndarray:
-    """Helices moved as rigid bodies until neighbours stand to each other as they should as nearly as all can.
-
-    Every round moves the residues to the mean of where each joint (two helices, and the second as seen from the first)
-    wants them, pulls the chain together, from a third of the rounds on pushes helices apart that run through each
-    other, and fits each helix back.
-    """
-    ideal = {stem: double_helix(stem.pairs).reshape(-1, 3) for stem in stems}
-    bodies = _Shapes(len(xyz_L3), [stem.residues for stem in stems], [ideal[stem] for stem in stems])
-    wanted = _Shapes(
-        len(xyz_L3),
-        [np.concatenate([left.residues, right.residues]) for left, right, _ in joints],
-        [np.concatenate([ideal[left], frame.place(ideal[right])]) for left, right, frame in joints],
-    )
-    paired = np.flatnonzero(bodies.body_L >= 0)
-    ends = np.flatnonzero(bodies.body_L[paired[1:]] != bodies.body_L[paired[:-1]])
-    chain, longest = np.stack([paired[ends], paired[ends + 1]]), STEP * (paired[ends + 1] - paired[ends])
-    counted_L1 = np.bincount(wanted.residues, minlength=len(xyz_L3))[:, None]
-    pairs = np.concatenate([stem.residues.reshape(2, -1) for stem in stems], axis=1)
-    apart_SS, close = _not_neighbours(stems, joints), np.empty((2, 0), dtype=np.int64)
-    xyz_L3 = np.where(np.isfinite(xyz_L3), xyz_L3, 0.0)
-    for turn in range(_ROUNDS):
-        axis_P3, goal_L3 = xyz_L3[pairs].mean(axis=0), np.zeros_like(xyz_L3)
-        np.add.at(goal_L3, wanted.residues, wanted.placed(xyz_L3))
-        goal_L3 = np.where(counted_L1 > 0, goal_L3 / np.maximum(counted_L1, 1), xyz_L3)
-        _move_to(goal_L3, chain, goal_L3[chain], most=longest)
-        if turn >= _ROUNDS // 3 and turn % 10 == 0:
-            close = close_pairs(axis_P3, _THICK + 3.0)
-            close = close[:, apart_SS[tuple(bodies.body_L[pairs[0, close]])]]
-        for strand in pairs:
-            _move_to(goal_L3, strand[close], axis_P3[close], least=_THICK)
-        xyz_L3 = bodies.restore(goal_L3)
-    return xyz_L3
-
-
-def _move_to(
-    goal_L3: np.ndarray,
-    residues: np.ndarray,
-    points: np.ndarray,
-    *,
-    least: float = 0.0,
-    most: np.ndarray | float = np.inf,
-) -> None:
-    """Move residues, in place, as half of what brings their points to a distance between two, Å, takes of each."""
-    between = points[1] - points[0]
-    distance = np.maximum(np.linalg.norm(between, axis=1), 1e-6)
-    move = (0.5 * (np.clip(distance, least, most) - distance) / distance)[:, None] * between
-    np.add.at(goal_L3, residues[0], -move)
-    np.add.at(goal_L3, residues[1], move)
-
-
-def _not_neighbours(stems: list[Stem], joints: list[tuple[Stem, Stem, Frame]]) -> np.ndarray:
-    """[S, S] bool: helices that are more than two joints apart."""
-    place = {stem: number for number, stem in enumerate(stems)}
-    joined = np.eye(len(stems), dtype=np.int64)
-    for left, right, _ in joints:
-        joined[place[left], place[right]] = joined[place[right], place[left]] = 1
-    return joined @ joined == 0
-
-
-def _ends(link: _Link) -> tuple[Stem, Stem]:
-    return link.left, link.right
-
-
-def _random_rotations(count: int, rng: np.random.Generator) -> np.ndarray:
-    """[D, 3, 3] rotations, uniform."""
-    w, x, y, z = (quaternion := rng.standard_normal((4, count))) / np.linalg.norm(quaternion, axis=0)
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ]
-    return np.array(rows).transpose(2, 0, 1)
-
-
-def _arc(start: np.ndarray, end: np.ndarray, count: int, outward: np.ndarray) -> np.ndarray:
-    """[count, 3] points about `STEP` apart on a circular arc between two points; on a line where they are too far."""
-    chord = float(np.linalg.norm(end - start))
-    along = (end - start) / max(chord, 1e-9)
-    share = np.arange(1, count + 1) / (count + 1)
-    steps = count + 1
-    if chord >= steps * STEP * 0.999:
-        return start + share[:, None] * (end - start)
-    half = _half_angle(chord, steps)
-    aside = outward - along * (outward @ along)
-    if np.linalg.norm(aside) < 1e-6:
-        aside = np.cross(along, np.eye(3)[np.argmin(np.abs(along))])
-    aside = aside / np.linalg.norm(aside)
-    radius = STEP / (2 * math.sin(half / steps))
-    centre = (start + end) / 2 - aside * radius * math.cos(half)
-    angle = (2 * share - 1) * half
-    return centre + radius * (np.sin(angle)[:, None] * along + np.cos(angle)[:, None] * aside)
-
-
-def _half_angle(chord: float, steps: int) -> float:
-    """Half the angle of an arc of `steps` chords of `STEP` between points `chord` apart, by bisection."""
-    low, high = 1e-6, math.pi * (1 - 1e-6)
-    for _ in range(50):
-        half = (low + high) / 2
-        if math.sin(half) / math.sin(half / steps) * STEP > chord:
-            low = half
-        else:
-            high = half
-    return low
 
 
 def relax(
@@ -762,7 +288,7 @@ def _settle(
     xyz_L3: np.ndarray, bodies: list[np.ndarray], *, longest: float, clash: float, rounds: int
 ) -> tuple[np.ndarray, float]:
     """The trace after so many rounds, and the largest violation, Å."""
-    shapes = _Shapes(len(xyz_L3), bodies, [xyz_L3[body] for body in bodies])
+    shapes = RigidBodies(len(xyz_L3), bodies, [xyz_L3[body] for body in bodies])
     close, worst = np.empty((2, 0), dtype=np.int64), 0.0
     for turn in range(rounds):
         if turn % 10 == 0:
@@ -803,35 +329,47 @@ def fit_helices(xyz_L3: np.ndarray, stems: list[Stem]) -> tuple[np.ndarray, floa
     """
     bodies = [stem.residues for stem in stems]
     ideal = [double_helix(stem.pairs).reshape(-1, 3) for stem in stems]
-    fitted_L3 = _Shapes(len(xyz_L3), bodies, ideal).restore(xyz_L3)
+    fitted_L3 = RigidBodies(len(xyz_L3), bodies, ideal).restore(xyz_L3)
     moved = np.concatenate(bodies)
     return fitted_L3, float(np.sqrt(np.mean(np.sum((fitted_L3[moved] - xyz_L3[moved]) ** 2, axis=1))))
 
 
-class _Shapes:
-    """Rigid bodies, padded to one size so that all of them are fitted at once."""
+class RigidBodies:
+    """Rigid bodies, padded to one size so that all of them are fitted at once.
+
+    Args:
+        length: residues of the chain, nt.
+        bodies: residues of each; one residue may be in several.
+        shapes: [residues, 3] Å of each, wherever it stands.
+
+    Attributes:
+        residues: those of all bodies, one after the other.
+        body_L: [L] number of the last body that a residue is in, -1 = in none.
+        boost_L1: [L, 1] factor on the move of a residue, so that bodies follow as fast as single residues.
+    """
 
     def __init__(self, length: int, bodies: list[np.ndarray], shapes: list[np.ndarray]) -> None:
         size = max((len(body) for body in bodies), default=1)
-        self.index_SM = np.zeros((len(bodies), size), dtype=np.int64)
-        self.real_SM = np.zeros((len(bodies), size), dtype=bool)
-        self.shape_SM3 = np.zeros((len(bodies), size, 3))
+        self._index_SM = np.zeros((len(bodies), size), dtype=np.int64)
+        self._real_SM = np.zeros((len(bodies), size), dtype=bool)
+        self._shape_SM3 = np.zeros((len(bodies), size, 3))
         self.body_L = np.full(length, -1)
         for number, (body, shape) in enumerate(zip(bodies, shapes, strict=True)):
-            self.index_SM[number, : len(body)] = body
-            self.real_SM[number, : len(body)] = True
-            self.shape_SM3[number, : len(body)] = shape - shape.mean(axis=0)
+            self._index_SM[number, : len(body)] = body
+            self._real_SM[number, : len(body)] = True
+            self._shape_SM3[number, : len(body)] = shape - shape.mean(axis=0)
             self.body_L[body] = number
-        self.residues = self.index_SM[self.real_SM]
+        self.residues = self._index_SM[self._real_SM]
         # A body follows the mean of its residues' moves: a pull on one of them is diluted by their number.
         self.boost_L1 = np.where(self.body_L >= 0, 3.0, 1.0)[:, None]
 
     def _centred(self, xyz_L3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        weight = self.real_SM[..., None] / np.maximum(self.real_SM.sum(axis=1), 1)[:, None, None]
-        centre_S13 = np.sum(xyz_L3[self.index_SM] * weight, axis=1, keepdims=True)
-        return (xyz_L3[self.index_SM] - centre_S13) * self.real_SM[..., None], centre_S13
+        weight = self._real_SM[..., None] / np.maximum(self._real_SM.sum(axis=1), 1)[:, None, None]
+        centre_S13 = np.sum(xyz_L3[self._index_SM] * weight, axis=1, keepdims=True)
+        return (xyz_L3[self._index_SM] - centre_S13) * self._real_SM[..., None], centre_S13
 
     def same_body(self, pairs: np.ndarray) -> np.ndarray:
+        """[pairs] bool: whether both of [2, pairs] residues are in one body."""
         return (self.body_L[pairs[0]] == self.body_L[pairs[1]]) & (self.body_L[pairs[0]] >= 0)
 
     def restore(self, xyz_L3: np.ndarray) -> np.ndarray:
@@ -843,7 +381,7 @@ class _Shapes:
     def placed(self, xyz_L3: np.ndarray) -> np.ndarray:
         """Where the residues of all bodies, one after the other, are in these shapes."""
         moved_SM3, centre_S13 = self._centred(xyz_L3)
-        return (self.shape_SM3 @ rotation_onto(self.shape_SM3, moved_SM3) + centre_S13)[self.real_SM]
+        return (self._shape_SM3 @ rotation_onto(self._shape_SM3, moved_SM3) + centre_S13)[self._real_SM]
 
 
 def close_pairs(xyz_L3: np.ndarray, cutoff: float) -> np.ndarray:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.structure.geometry import Frame, Placed, Stem, double_helix, find_stems, rotation_onto
+from pipeline.structure.assembly import Placed
+from pipeline.structure.geometry import Frame, Stem, double_helix, find_stems
 from pipeline.structure.secondary import nested_pairs, without_lone_pairs
 from pipeline.templates.pairs import pairs_from_trace
 
@@ -207,8 +208,6 @@ def _fit(xyz_L3: np.ndarray, stem: Stem, *, last: bool) -> Frame | None:
     atoms_P3 = np.concatenate([xyz_L3[stem.i + step_P], xyz_L3[stem.j - step_P]])
     if not np.isfinite(atoms_P3).all():
         return None
-    centre_ideal, centre = ideal_P3.mean(axis=0), atoms_P3.mean(axis=0)
-    axes = rotation_onto(ideal_P3 - centre_ideal, atoms_P3 - centre)
-    frame = Frame(axes, centre - centre_ideal @ axes)
+    frame = Frame.fitted(ideal_P3, atoms_P3)
     misfit = math.sqrt(np.mean(np.sum((frame.place(ideal_P3) - atoms_P3) ** 2, axis=1)))
     return frame if misfit < _FURTHEST_FIT else None

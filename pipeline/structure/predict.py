@@ -20,7 +20,7 @@ import polars as pl
 
 from pipeline.competitions.base import Competition
 from pipeline.competitions.rna3d import read_teaching
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, warn
 from pipeline.stage import Report, read_result, run_stage, take_until, tell_left_out
@@ -120,7 +120,7 @@ def run(paths: Paths, *, competition: Competition, split: str, score: Scorer) ->
         ConfigError: the competition is not about structures.
         DataError: a table is missing, damaged or of other data, or a sequence is too long.
     """
-    _require_structures(competition)
+    competition.require_structures("denovo")
     inputs = {name: paths.clean(name) for name in ("train", "later", "test")} | {"folds": paths.fold_table(split)}
     inputs |= {name: path for name, path in (("bpp", paths.bpp), ("library", library_path(paths))) if path.is_file()}
     held_out = _read_folds(paths, split)
@@ -176,7 +176,7 @@ def apply(paths: Paths, *, competition: Competition, split: str, source: Path, s
         DataError: a table or the weights are missing or damaged.
     """
     end = None if seconds is None else time.monotonic() + seconds
-    _require_structures(competition)
+    competition.require_structures("denovo")
     _warn_without_pairs(paths)
     name, learned = run_name(split), read_result(source / _WEIGHTS, hint="make denovo")
     open_parquet(source / _LIBRARY, ("id", "sequence", "day", "x", "y", "z")).close()
@@ -204,11 +204,6 @@ def apply(paths: Paths, *, competition: Competition, split: str, source: Path, s
 def _warn_without_pairs(paths: Paths) -> None:
     if not paths.bpp.is_file():
         warn("denovo: no pairing probabilities (make bpp): stems are chosen by stacking energy, which is much worse")
-
-
-def _require_structures(competition: Competition) -> None:
-    if competition.task != "structure":
-        raise ConfigError(f"denovo: {competition.name} is not about structures. Next: COMP=rna3d.")
 
 
 def _write_oof(

@@ -15,7 +15,7 @@ import polars as pl
 
 from pipeline.competitions.base import Competition
 from pipeline.competitions.rna3d import read_teaching
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar
 from pipeline.stage import Report, read_result, run_stage, take_until, tell_left_out
@@ -100,7 +100,7 @@ def run(paths: Paths, *, competition: Competition, split: str, score: Scorer, ms
         ConfigError: the competition is not about structures.
         DataError: a table is missing, damaged or of other data, or no training target has a usable template.
     """
-    _require_structures(competition)
+    competition.require_structures("templates-predict")
     inputs = {name: paths.clean(name) for name in ("train", "later", "test")} | {"folds": paths.fold_table(split)}
     inputs |= {name: path for name, path in (("bpp", paths.bpp), ("library", library_path(paths))) if path.is_file()}
     held_out = _read_folds(paths, split)
@@ -164,7 +164,7 @@ def apply(
         DataError: a table, an alignment or the ranker is missing or damaged.
     """
     end = None if seconds is None else time.monotonic() + seconds
-    _require_structures(competition)
+    competition.require_structures("templates-predict")
     name, learned = run_name(split), read_result(source / _RANKER, hint="make templates-predict")
     open_parquet(source / _LIBRARY, ("id", "sequence", "day", "x", "y", "z")).close()
     alignments = find_alignments(msa, _ids(paths.clean("test"))) if msa else {}
@@ -191,11 +191,6 @@ def apply(
         build=build,
         manifest=paths.run_dir(name) / "templates-predict.manifest.json",
     )
-
-
-def _require_structures(competition: Competition) -> None:
-    if competition.task != "structure":
-        raise ConfigError(f"templates-predict: {competition.name} is not about structures. Next: COMP=rna3d.")
 
 
 def _ids(path: Path) -> list[str]:

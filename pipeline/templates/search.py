@@ -14,7 +14,8 @@ from functools import cached_property
 import numpy as np
 
 from pipeline.schema import encode
-from pipeline.structure.geometry import SHORTEST_STEP, similarity, trace_from_pairs
+from pipeline.structure.assembly import trace_from_pairs
+from pipeline.structure.geometry import SHORTEST_STEP, similarity
 from pipeline.structure.secondary import nested_pairs, stacking_pairs, without_lone_pairs
 from pipeline.templates.align import CLOSING, OPENING, UNPAIRED, Costs, Mode, align_all, letter_scores, state_scores
 from pipeline.templates.gate import allowed_mask

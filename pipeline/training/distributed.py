@@ -28,7 +28,7 @@ import torch
 from torch import distributed, nn
 
 from pipeline import runlog
-from pipeline.errors import ConfigError, StoppedError, StorageError
+from pipeline.errors import ConfigError, LostDeviceError, StoppedError, StorageError
 from pipeline.training.checkpoint import Checkpoint, CheckpointStore, DamagedError, load_checkpoint
 from pipeline.training.failures import OutOfMemoryEverywhere, is_device_lost, is_out_of_memory
 
@@ -128,8 +128,8 @@ class World:
     def _leave(self, err: BaseException | None = None) -> None:
         """Go when process 0 goes, unless this one fails alone: then say why, which process 0 tells when it sees it."""
         lost = isinstance(err, LostProcessError)
-        known_to_all = isinstance(err, StoppedError) or isinstance(err and err.__cause__, OutOfMemoryEverywhere)
-        together = err is None or (known_to_all and not lost)
+        known_to_all = isinstance(err, StoppedError) and not isinstance(err, LostProcessError | LostDeviceError)
+        together = err is None or known_to_all or isinstance(err.__cause__, OutOfMemoryEverywhere)
         with contextlib.suppress(RuntimeError, LostProcessError):  # others may be gone, and the store with them
             if not together and not lost:
                 self._tell(f"failed{self.rank}", f"{type(err).__name__}: {err}")

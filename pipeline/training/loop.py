@@ -116,7 +116,9 @@ class Trainer:
         Raises:
             StoppedError: asked to stop; the state is saved.
             DivergedError: non-finite values that no fallback cured.
-            StorageError: memory or disk ran out, and the last good state is saved; or the device failed.
+            StorageError: memory or disk ran out, and the last good state is saved.
+            LostDeviceError: the device failed; the last checkpoint is intact.
+            LostProcessError: another process of the run is gone.
         """
         self.telemetry, self.log = telemetry, telemetry.log
         state, settings = self.state, self.config.train
@@ -397,8 +399,8 @@ class Trainer:
         if self._saved_at != (progress.step, progress.epoch):
             self.save()
         raise StoppedError(
-            f"{self.store.folder.parent}: stopped at step {progress.step} of {self.steps} ({reason}); the state is "
-            "saved. Next: the same command goes on from there."
+            f"{self.store.folder.parent}: stopped at step {self.progress.step} of {self.steps} ({reason}); the state "
+            "is saved. Next: the same command goes on from there."
         )
 
     def _out_of_memory(self, err: BaseException) -> StorageError:

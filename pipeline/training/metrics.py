@@ -45,10 +45,7 @@ class ErrorMeter:
         mask_BL = batch.inputs.mask_BL
         predicted_TC = outputs.values_BLC[mask_BL].float().cpu().numpy()
         if not np.isfinite(predicted_TC).all():
-            raise DivergedError(
-                f"validation: a prediction for {', '.join(batch.ids[:4])}{' …' if len(batch.ids) > 4 else ''} is not "
-                "finite. Next: train again with train.precision = 'fp32' or a lower train.lr."
-            )
+            raise _not_finite(batch)
         sums_C, counts_C = self._error_sums(predicted_TC, batch.target_BLC[mask_BL].cpu().numpy())
         self._sums_C += sums_C
         self._counts_C += counts_C
@@ -74,7 +71,10 @@ class StructureMeter:
 
     def add(self, outputs: RnaOutputs, batch: RnaBatch) -> None:
         terms = self._loss.terms(outputs, batch)
-        self._sums_T += [float(self._loss.weighted(terms)), *map(float, terms)]
+        values_T = [float(self._loss.weighted(terms)), *map(float, terms)]
+        if not np.isfinite(values_T).all():
+            raise _not_finite(batch)
+        self._sums_T += values_T
         self._weight += self._loss.weight(batch)
 
     def join(self, world: World) -> None:
@@ -85,6 +85,13 @@ class StructureMeter:
         with np.errstate(invalid="ignore"):
             metric, *parts = map(float, self._sums_T / self._weight)
         return {"metric": metric, **dict(zip(StructureTerms._fields, parts, strict=True))}
+
+
+def _not_finite(batch: RnaBatch) -> DivergedError:
+    return DivergedError(
+        f"validation: a prediction for {', '.join(batch.ids[:4])}{' …' if len(batch.ids) > 4 else ''} is not finite. "
+        "Next: train again with train.precision = 'fp32' or a lower train.lr."
+    )
 
 
 def metric_name(competition: Competition) -> str:

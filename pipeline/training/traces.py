@@ -60,8 +60,8 @@ def _unit(vector_F3: Tensor) -> Tensor:
 def soft_tm_score(predicted_L3: Tensor, true_L3: Tensor) -> Tensor:
     """TM-score of a superposition that a few rounds of reweighting find: [] in (0, 1]; no gradient through the motion.
 
-    Below 46 nt its scale stays 1.5 Å: that of the score, 0.3 Å for the shortest, leaves no gradient to whatever is not
-    nearly right.
+    Below 45 resolved nt its scale stays 1.5 Å: that of the score, 0.3 Å for the shortest, leaves no gradient to
+    whatever is not nearly right.
 
     Args:
         predicted_L3: [L, 3] Å.

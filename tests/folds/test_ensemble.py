@@ -202,10 +202,24 @@ def test_sequences_without_prediction_are_counted_and_named(paths):
     assert report.facts["oof_rows"] == 58
 
 
+def test_what_is_no_run_of_the_split_is_named_with_those_that_are(paths):
+    """RUNS=foo was answered with "Next: make train FOLD=0 MODEL= SPLIT=foo"."""
+    with pytest.raises(ConfigError, match=r"RUNS=foo: no run of sim80_k3; there are: .*good\.sim80_k3.* Next: RUNS="):
+        join(paths, runs=["foo"])
+
+
 def test_missing_fold_names_the_command_that_makes_it(paths):
     paths.oof("other+wide.sim80_k3", 2).unlink()
-    with pytest.raises(ConfigError, match=r"fold 2 .* make train FOLD=2 MODEL=other SPLIT=sim80_k3 TAG=wide\."):
+    with pytest.raises(
+        ConfigError, match=r"fold 2 .* make train FOLD=2 COMP=ribonanza MODEL=other SPLIT=sim80_k3 TAG=wide\."
+    ):
         join(paths)
+
+
+def test_a_missing_run_without_a_network_names_its_own_command(paths):
+    """The sentence said make train MODEL=templates."""
+    with pytest.raises(ConfigError, match=r"Next: make templates-predict COMP=ribonanza SPLIT=sim80_k3\."):
+        join(paths, runs=["good.sim80_k3", "templates.sim80_k3"])
 
 
 @pytest.mark.parametrize("name", ["..", ".hidden", "a/b", "-x", ""])
@@ -404,7 +418,7 @@ def test_the_policy_learns_nothing_from_targets_that_teach_nothing(structure_pat
 
     def learned():
         policy = join(structure_paths, runs=["one.s", "two.s"], comp=RNA3D, score=closeness).facts["policy"]
-        return policy["weights"], policy["novelty"], policy["best_of_five"]
+        return policy["weights"], policy["novelty"], policy["best_of_five"], policy["best_of_five_of_runs"]
 
     before = learned()
     path = structure_paths.clean("references")

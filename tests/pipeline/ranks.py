@@ -67,6 +67,8 @@ def happens(at: int, what: str) -> Any:
             time.sleep(24 * 3600)
         elif number == at and what == "memory":
             raise MemoryError("CUDA out of memory")
+        elif number == at and what == "device":
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
         elif number == at - 3 and what == "SIGTERM after a hang-up":
             os.kill(os.getppid(), signal.SIGHUP)
         elif number == at and what.startswith("SIG"):
@@ -158,6 +160,23 @@ def play(paths: Paths, scenes: Sequence[Scene]) -> Callable[[str], list[dict[str
     with ThreadPoolExecutor() as pool:
         ends = list(itertools.chain(*pool.map(start, groups.values())))
     return lambda name: [end for end in ends if end["run"] == run_name(name)]
+
+
+def fixtures(scenes: Sequence[Scene]) -> tuple[Any, Any]:
+    """``paths, ended = fixtures(scenes)`` in a test module: where its scenes are played, and how each start ended."""
+    import pytest  # here, as no process needs it
+
+    @pytest.fixture(scope="module")
+    def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
+        paths = Paths(comp="tiny", root=tmp_path_factory.mktemp("ranks"))
+        tiny.write_values(paths)
+        return paths
+
+    @pytest.fixture(scope="module")
+    def ended(paths: Paths) -> Callable[[str], list[dict[str, Any]]]:
+        return play(paths, scenes)
+
+    return paths, ended
 
 
 def run_name(name: str) -> str:

@@ -5,9 +5,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.batch import collate, make_batch
+from pipeline.batch import make_batch, unpack
 from pipeline.dataset import RnaExample, open_examples
-from pipeline.packing import padding_share, plan_by_tokens, plan_epoch, split_batch
+from pipeline.packing import pack, padding_share, plan_by_tokens, plan_epoch, split_batch
 from pipeline.paths import Paths
 from tests.pipeline import tiny
 
@@ -114,6 +114,7 @@ def test_a_collated_batch_holds_every_example_and_nothing_else(tmp_path):
 
 
 def test_a_batch_without_targets_or_pairs_has_none():
-    batch = collate([RnaExample("a", np.zeros(4, dtype=np.uint8)), RnaExample("b", np.ones(2, dtype=np.uint8))])
+    packed = pack([RnaExample("a", np.zeros(4, dtype=np.uint8)), RnaExample("b", np.ones(2, dtype=np.uint8))])
+    batch = unpack(packed)
     assert (batch.target_BLC, batch.weight_BC, batch.inputs.bpp_BLL) == (None, None, None)
     assert batch.to(torch.device("cpu")) is batch

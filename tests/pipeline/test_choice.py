@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from models.heads import distance_bins
+from pipeline.structure.assembly import trace_from_pairs
 from pipeline.structure.choice import expected_lddt, most_trusted
-from pipeline.structure.geometry import rotation_onto, trace_from_pairs
+from pipeline.structure.geometry import rotation_onto
 from pipeline.training.traces import lddt
 
 BINS = 200  # 0.28 Å

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 
+from pipeline.structure.assembly import trace_from_pairs
 from pipeline.structure.denovo import assemble
-from pipeline.structure.geometry import Stem, crossing_stacks, double_helix, find_stems, rotation_onto, trace_from_pairs
+from pipeline.structure.geometry import Stem, double_helix, find_stems, rotation_onto
 from pipeline.structure.motifs import MotifArranger, MotifLibrary
+from pipeline.structure.rings import crossing_stacks
 from pipeline.structure.secondary import crossing_helices
+from tests.pipeline.dot_bracket import pairs_of
 
 #: Two hairpins whose loops of nine pair as those of HIV-1's dimerisation site do.
 KISSING = "GGCGACGC" + "AAGGACGGA" + "GCGUCGCC" + "A" * 15 + "GCCUGAGC" + "AACCGUCCA" + "GCUCAGGC"
@@ -19,16 +22,6 @@ TILE = (
     *("((((((((((", "((((((((.........))))))))", "((((((((((((((((((((((((((", "((((((((.........))))))))"),
     *("((((((....))))))", "((((((....))))))", "))))))))))))))))))))))))))", "((((((....))))))", "))))))))))"),
 )
-
-
-def pairs_of(dots: str) -> list[tuple[int, int]]:
-    opened, pairs = [], []
-    for place, sign in enumerate(dots):
-        if sign == "(":
-            opened.append(place)
-        elif sign == ")":
-            pairs.append((opened.pop(), place))
-    return sorted(pairs)
 
 
 def axis_of(xyz_L3: np.ndarray, stem: Stem) -> tuple[np.ndarray, np.ndarray]:

@@ -12,32 +12,17 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.schema import ALPHABET
 from pipeline.structure import predict
+from pipeline.structure.assembly import trace_from_pairs
 from pipeline.structure.denovo import WEIGHTS, assemble, choose_assemblies, features, fit_weights
-from pipeline.structure.geometry import (
-    Frame,
-    double_helix,
-    find_stems,
-    rotation_onto,
-    similarity,
-    trace_from_pairs,
-)
+from pipeline.structure.geometry import Frame, double_helix, find_stems, rotation_onto, similarity
 from pipeline.structure.motifs import MotifArranger, MotifLibrary, find_loops
 from submissions.tm_score import tm_score, tm_scores
+from tests.pipeline.dot_bracket import pairs_of
 
 CLOVERLEAF = "(((((((..((((........)))).((((.........)))).....(((((.......))))))))))))...."
 INTERNAL = "((((((...((((((.....))))))....))))))"
 TILE = "((((((((((((....))))))((((((....))))))..((((((....))))))((((((....))))))((((((....))))))..))))))"
 CROSSING = "((((((((((((....))))))((((((....))))))((((((....))))))))))))"
-
-
-def pairs_of(dots: str) -> list[tuple[int, int]]:
-    opened, pairs = [], []
-    for place, sign in enumerate(dots):
-        if sign == "(":
-            opened.append(place)
-        elif sign == ")":
-            pairs.append((opened.pop(), place))
-    return sorted(pairs)
 
 
 def folded(dots: str, rng: np.random.Generator) -> str:

@@ -2,23 +2,21 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from pipeline.paths import Paths
 from pipeline.training import distributed
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.distributed import ALONE
 from pipeline.training.stop import lock_holder
-from tests.pipeline import ranks, tiny
-from tests.pipeline.ranks import Scene, codes, everything, losses, play, rows, run_name
+from tests.pipeline import ranks
+from tests.pipeline.ranks import Scene, codes, everything, fixtures, losses, rows, run_name
 
 pytestmark = pytest.mark.slow
 PLAIN = {"model": {"dropout": 0.0}, "epochs": 5}  # 20 steps
@@ -39,22 +37,13 @@ SCENES: list[Scene] = [
     ("short of memory", 2, {**PLAIN, "micro_batch": "auto"}, [1, 6, "memory"]),
     ("out of memory", 2, {}, [1, 6, "memory"]),
     ("out of memory", 2, {}, None),
+    ("second device lost", 2, {}, [1, 6, "device"]),
+    ("first device lost", 2, {}, [0, 6, "device"]),
     ("fewer", 2, PLAIN, [0, 6, "SIGTERM"]),
     ("fewer", 1, PLAIN, None),
 ]
 
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
-    paths = Paths(comp="tiny", root=tmp_path_factory.mktemp("ranks"))
-    tiny.write_values(paths)
-    return paths
-
-
-@pytest.fixture(scope="module")
-def ended(paths: Paths) -> Callable[[str], list[dict[str, Any]]]:
-    """How every start of a run ended."""
-    return play(paths, SCENES)
+paths, ended = fixtures(SCENES)
 
 
 @pytest.mark.parametrize("name", ["both", "accumulated"])
@@ -119,6 +108,23 @@ def test_memory_that_runs_out_in_one_process_saves_and_ends_all(paths, ended):
     assert codes(ended("out of memory")) == [[5, 5], [0, 0]]
     assert rows(paths, "out of memory", "start")[1]["resumed_step"] == 5
     assert everything(paths, "out of memory") == everything(paths, "whole")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("second device lost", "0: LostProcessError: .* did not answer in time; process 1: LostDeviceError: "),
+        ("first device lost", "1: LostProcessError: process 1 of 2 has lost another one"),  # with it the store is gone
+    ],
+)
+def test_a_device_that_one_process_loses_ends_the_others_at_once(ended, name, told):
+    """Taken for a stop that all know of: the others waited for the whole train.process_timeout, and then said "has
+    lost another one, which died, failed or did not answer in time. Next: ...", without the reason.
+    """
+    (lost,) = ended(name)
+    assert lost["codes"] == [75, 75]
+    assert lost["seconds"] < ranks.LONG_S
+    assert re.search(told, lost["said"])
 
 
 def test_a_run_goes_on_with_fewer_processes(paths, ended):

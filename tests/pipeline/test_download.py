@@ -68,6 +68,29 @@ def test_the_whole_archive_is_unpacked(kaggle: FakeKaggle, paths: Paths):
     assert download.run(HERE, paths, files=["all"]).status == "current"
 
 
+@pytest.mark.parametrize("left", ["tiny-rna", ".tiny-rna.part"])
+def test_a_killed_unpacking_is_begun_anew(kaggle: FakeKaggle, paths: Paths, left: str):
+    """Every later call ended with "kaggle ended with 0 and said '(nothing)'"."""
+    kaggle.files["tiny-rna.zip"] = zipped(**{"train.csv": CSV})
+    incoming = paths.raw / ".incoming" / "all"
+    (incoming / left).mkdir(parents=True)
+    (incoming / left / "train.csv").write_bytes(CSV[:10])
+    (incoming / "tiny-rna.zip").write_bytes(kaggle.files["tiny-rna.zip"])
+    download.run(HERE, paths, files=["all"])
+    assert (paths.raw / "train.csv").read_bytes() == CSV
+    assert not incoming.parent.exists()
+
+
+def test_what_came_with_the_whole_archive_does_not_come_again(kaggle: FakeKaggle, paths: Paths):
+    """`make download FILES=all`, then `make download`: every file came a second time."""
+    kaggle.files["tiny-rna.zip"] = zipped(**{"train.csv": CSV, "test.csv": CSV * 2})
+    download.run(HERE, paths, files=["all"])
+    assert download.run(HERE, paths).status == "current"
+    (paths.raw / "train.csv").write_bytes(CSV.replace(b"A", b"G"))
+    assert download.run(HERE, paths).status == "built"
+    assert download.run(HERE, paths, files=["all"]).status == "current"
+
+
 @pytest.mark.parametrize(
     ("how", "sentence"),
     [

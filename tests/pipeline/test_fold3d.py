@@ -9,6 +9,7 @@ import pytest
 
 from models.heads import distance_bins
 from pipeline.competitions.rna3d import RNA3D
+from pipeline.structure.assembly import trace_from_pairs
 from pipeline.structure.fold3d import candidates_from_distogram, draw_structures
 from pipeline.structure.geometry import (
     close_pairs,
@@ -19,9 +20,9 @@ from pipeline.structure.geometry import (
     helix_strand,
     relax,
     rotation_onto,
-    trace_from_pairs,
 )
 from pipeline.structure.secondary import nested_pairs, probable_pairs, stacking_pairs
+from tests.pipeline.dot_bracket import pairs_of
 
 TRNA = "GCGGAUUUAGCUCAGUUGGGAGAGCGCCAGACUGAAGAUCUGGAGGUCCUGUGUUCGAUCCACAGAAUUCGCACCA"
 CLOVERLEAF = "(((((((..((((........)))).((((.........)))).....(((((.......))))))))))))...."
@@ -38,19 +39,9 @@ SHAPES = {
 }
 
 
-def _pairs(dots: str) -> list[tuple[int, int]]:
-    opened, pairs = [], []
-    for place, sign in enumerate(dots):
-        if sign == "(":
-            opened.append(place)
-        elif sign == ")":
-            pairs.append((opened.pop(), place))
-    return sorted(pairs)
-
-
 def _bpp(dots: str, probability: float = 0.95) -> np.ndarray:
     bpp_LL = np.zeros((len(dots), len(dots)), dtype=np.float32)
-    for i, j in _pairs(dots):
+    for i, j in pairs_of(dots):
         bpp_LL[i, j] = bpp_LL[j, i] = probability
     return bpp_LL
 
@@ -96,7 +87,7 @@ def test_handedness_of_a_line_or_a_gap_is_nan() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_trace_has_the_chain_and_the_helices_of_its_structure(shape: str) -> None:
-    dots, pairs = SHAPES[shape], _pairs(SHAPES[shape])
+    dots, pairs = SHAPES[shape], pairs_of(SHAPES[shape])
     for seed in range(3):
         trace = trace_from_pairs(len(dots), pairs, np.random.default_rng(seed))
         assert trace.shape == (len(dots), 3)
@@ -112,21 +103,21 @@ def test_a_trace_has_the_chain_and_the_helices_of_its_structure(shape: str) -> N
 
 
 def test_helices_of_a_trace_are_right_handed() -> None:
-    trace = trace_from_pairs(len(TRNA), _pairs(CLOVERLEAF), np.random.default_rng(1))
-    for stem in find_stems(len(TRNA), _pairs(CLOVERLEAF)):
+    trace = trace_from_pairs(len(TRNA), pairs_of(CLOVERLEAF), np.random.default_rng(1))
+    for stem in find_stems(len(TRNA), pairs_of(CLOVERLEAF)):
         assert (handedness(trace[stem.i : stem.i + stem.pairs]) > 0.1).all()
 
 
 def test_equal_generators_give_equal_traces_and_others_do_not() -> None:
     first, again, other = (
-        trace_from_pairs(len(TRNA), _pairs(CLOVERLEAF), np.random.default_rng(seed)) for seed in (3, 3, 4)
+        trace_from_pairs(len(TRNA), pairs_of(CLOVERLEAF), np.random.default_rng(seed)) for seed in (3, 3, 4)
     )
     assert np.array_equal(first, again)
     assert _rmsd(first, other) > 2.0
 
 
 def test_a_helix_goes_on_across_a_symmetric_internal_loop() -> None:
-    trace = trace_from_pairs(40, _pairs("((((((((...((((((......))))))...))))))))"), np.random.default_rng(0))
+    trace = trace_from_pairs(40, pairs_of("((((((((...((((((......))))))...))))))))"), np.random.default_rng(0))
     stems = np.r_[0:8, 11:17, 23:29, 32:40]
     helix = double_helix(17)
     ideal = np.concatenate([helix[0, :8], helix[0, 11:17], helix[1, 11:17][::-1], helix[1, :8][::-1]])
@@ -140,7 +131,7 @@ def test_neighbouring_hairpins_can_stack_on_one_axis() -> None:
     # the second arm's strand runs on where the first arm's partner strand ends
     ideal = np.concatenate([helix[0, 6:], helix[1, 6:][::-1], helix[1, :6][::-1], helix[0, :6]])
     arms = np.r_[0:6, 10:16, 16:22, 26:32]
-    apart = [_rmsd(trace_from_pairs(32, _pairs(dots), np.random.default_rng(s))[arms], ideal) for s in range(4)]
+    apart = [_rmsd(trace_from_pairs(32, pairs_of(dots), np.random.default_rng(s))[arms], ideal) for s in range(4)]
     assert min(apart) < 0.1
 
 
@@ -185,7 +176,7 @@ def test_relaxation_closes_the_chain_and_keeps_helices_rigid() -> None:
 
 
 def test_helices_fit_a_fold_better_than_its_mirror_image() -> None:
-    pairs = _pairs(CLOVERLEAF)
+    pairs = pairs_of(CLOVERLEAF)
     trace = trace_from_pairs(len(TRNA), pairs, np.random.default_rng(2))
     stems = find_stems(len(TRNA), pairs)
     assert fit_helices(trace, stems)[1] < 0.5 < 1.0 < fit_helices(-trace, stems)[1]
@@ -222,7 +213,7 @@ def _is_nested(pairs: list[tuple[int, int]]) -> bool:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_certain_structure_is_found_again(shape: str) -> None:
-    pairs = [(i, j) for i, j in _pairs(SHAPES[shape]) if j - i > 3]
+    pairs = [(i, j) for i, j in pairs_of(SHAPES[shape]) if j - i > 3]
     found = nested_pairs(len(SHAPES[shape]), *probable_pairs(_bpp(SHAPES[shape])))
     assert found == pairs
 
@@ -240,7 +231,7 @@ def test_stacking_leaves_a_sequence_that_cannot_pair_alone() -> None:
 def test_drawn_structures_differ_where_they_can(rng: np.random.Generator) -> None:
     bpp = _bpp(CLOVERLEAF, 0.6)
     drawn = draw_structures(len(CLOVERLEAF), *probable_pairs(bpp), count=5, rng=rng)
-    assert drawn[0] == _pairs(CLOVERLEAF)
+    assert drawn[0] == pairs_of(CLOVERLEAF)
     assert len({tuple(pairs) for pairs in drawn}) == 5
 
 
@@ -271,7 +262,7 @@ def test_as_many_candidates_come_as_were_asked_for(count: int, length: int) -> N
 
 @pytest.mark.parametrize("with_distances", [False, True])
 def test_equal_seeds_give_equal_candidates_and_others_do_not(with_distances: bool) -> None:
-    trace = trace_from_pairs(len(TRNA), _pairs(CLOVERLEAF), np.random.default_rng(0))
+    trace = trace_from_pairs(len(TRNA), pairs_of(CLOVERLEAF), np.random.default_rng(0))
     logits = _logits(trace, width=6.0) if with_distances else None
     first, again, other = (
         candidates_from_distogram(logits, sequence=TRNA, bpp_LL=_bpp(CLOVERLEAF, 0.7), seed=seed) for seed in (5, 5, 6)
@@ -288,7 +279,7 @@ def test_candidates_of_a_branched_molecule_differ_from_each_other() -> None:
 
 @pytest.mark.parametrize("with_bpp", [False, True])
 def test_known_distances_give_the_fold_and_not_its_mirror_image(with_bpp: bool) -> None:
-    trace = trace_from_pairs(len(TRNA), _pairs(CLOVERLEAF), np.random.default_rng(8))
+    trace = trace_from_pairs(len(TRNA), pairs_of(CLOVERLEAF), np.random.default_rng(8))
     bpp = _bpp(CLOVERLEAF) if with_bpp else None
     xyz, confidence = candidates_from_distogram(_logits(trace), sequence=TRNA, bpp_LL=bpp, seed=3)
     assert _rmsd(xyz[0], trace) < 2.0

@@ -15,6 +15,7 @@ from pipeline.config import load_config
 from pipeline.errors import DataError
 from pipeline.paths import REPOSITORY
 from pipeline.stage import write_json
+from pipeline.templates.collection import library_path
 from pipeline.training.checkpoint import CheckpointStore
 from tests.chain_tables import make_paths
 from tests.pipeline.kernels import COMPETITION
@@ -34,7 +35,8 @@ def written(tmp_path: Path) -> dict[str, Path]:
             meta = {"config": asdict(CONFIG), "progress": {"finished": True}, "best_step": 7}
             CheckpointStore(folder / "checkpoints").save(7, weights={}, training=None, state={}, meta=meta)
             start = {"event": "start", "time": 100.0, "device": "cpu", "precision": "fp32", "parameters": 123456}
-            rows = [start, {"event": "done", "time": 190.0}]
+            again = [{"event": "step", "time": 130.0}, start | {"time": 9000.0}]  # a day later, say
+            rows = [start, *again, {"event": "done", "time": 9060.0}]
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return handover.run(paths, competition=COMPETITION, name="all").outputs
 
@@ -66,12 +68,29 @@ def test_runs_without_a_network_are_told_with_their_commands(tmp_path: Path):
     write_json(paths.ensemble_dir("all") / "weights.json", told)
     written = handover.run(paths, competition=get_competition("rna3d"), name="all").outputs
     text = written["entry_points.md"].read_text()
-    assert "make denovo COMP=rna3d SPLIT=sim80_k5" in text
-    assert "make templates-predict COMP=rna3d SPLIT=sim80_k5" in text
+    assert "make denovo COMP=rna3d SPLIT=sim80_k5\n" in text
+    assert "make templates-predict COMP=rna3d SPLIT=sim80_k5\n" in text
     assert "train-all" not in text
+    assert "make templates COMP" not in text
     settings = json.loads(written["SETTINGS.json"].read_text())
     assert list(settings["LEARNED_DIRS"]) == runs
     assert "denovo.sim80_k5: without a network" in written["README.md"].read_text()
+
+
+def test_a_library_and_alignments_that_were_used_are_asked_for(tmp_path: Path):
+    """Both were left out: the commands gave other candidates than the ensemble's."""
+    paths = make_paths(tmp_path, "rna3d2")
+    told = {"runs": ["templates.sim80_k5"], "folds": [0, 1], "split": "sim80_k5", "chosen": "by policy"}
+    write_json(paths.ensemble_dir("all") / "weights.json", told)
+    library_path(paths).parent.mkdir(parents=True)
+    library_path(paths).touch()
+    manifest = paths.run_dir("templates.sim80_k5") / "templates-predict.manifest.json"
+    manifest.parent.mkdir(parents=True)
+    write_json(manifest, {"inputs": {"train": "0", "msa/R1107": "1"}})
+    written = handover.run(paths, competition=get_competition("rna3d2"), name="all").outputs
+    commands = re.findall(r"^ *(make .*)$", written["entry_points.md"].read_text(), re.MULTILINE)
+    assert "make templates COMP=rna3d2 RAW=<folder of mmCIF files>" in commands
+    assert "make templates-predict COMP=rna3d2 SPLIT=sim80_k5 MSA=<folder of alignments>" in commands
 
 
 def test_settings_name_folders_that_are_there(written: dict[str, Path]):
@@ -83,6 +102,7 @@ def test_settings_name_folders_that_are_there(written: dict[str, Path]):
 
 
 def test_the_readme_tells_models_settings_and_what_they_took(written: dict[str, Path]):
+    """The pause before a run went on was counted: it said "2 h 29 min" here."""
     text = written["README.md"].read_text()
     assert text.count("| 123,456 | 7 | cpu | fp32 | 1 min 30 s |") == 4
     assert '"lr": 1e-05' in text

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -255,6 +256,20 @@ def test_no_signal_is_sent_to_a_process_that_does_not_hold_the_folder(tmp_path):
         assert stranger.returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        ({"exit_code": 75}, "exit code 75, before its first step"),
+        ({"step": 3, "steps": 8}, "step 3 of 8"),
+        ({"step": 3, "steps": 8, "exit_code": 75}, "exit code 75, step 3 of 8"),
+    ],
+)
+def test_stop_tells_how_far_a_job_was_also_one_that_only_read_its_tables(tmp_path, status, told):
+    """Stopped while it still prepared, make stop ended in a traceback: KeyError: 'step'."""
+    write_status(tmp_path, {"pid": 5, "state": "stopped", **status})
+    assert f"process 5 has stopped ({told})" in jobs._last_words(tmp_path, 5)
+
+
 def test_looking_at_a_lock_does_not_keep_a_run_from_taking_it(tmp_path):
     ended = threading.Event()
 
@@ -303,6 +318,14 @@ def test_the_survey_tells_of_every_fold_what_its_lock_says(surveyed, capsys):
         ("ribonanza", "a.sim80_k2", 1, "lost", None),
     ]
     assert (rows[1]["percent"], rows[1]["eta_s"], rows[2]["eta_s"]) == (25.0, 185.0, None)
+
+
+def test_a_copy_of_a_fold_beside_it_is_no_fold(surveyed):
+    """make status ended in "ValueError: invalid literal for int() with base 10: '0_old'"."""
+    before = jobs.survey(surveyed)
+    fold = surveyed / "ribonanza" / "runs" / "a.sim80_k2" / "fold0"
+    shutil.copytree(fold, fold.with_name("fold0_old"))
+    assert len(jobs.survey(surveyed)) == len(before) > 0
 
 
 def test_the_table_has_it_all_for_people(surveyed, capfd):
@@ -357,6 +380,13 @@ def test_stop_of_a_fold_leaves_the_job_that_trains_all_of_them_alone_and_names_i
             jobs.stop(run / "fold0")
     with jobs.at_work(run / "fold1"):
         assert "nothing is running here. Next: make stop FOLD=<one of 1>" in jobs.stop(run)
+
+
+def test_a_job_of_all_folds_that_has_ended_is_not_told_as_never_begun(tmp_path):
+    """make stop ALL=1 twice: the second one said "never begun" of three trained folds and one half-trained."""
+    (tmp_path / "fold0").mkdir()
+    (tmp_path / "fold0" / "status.json").write_text('{"state": "stopped"}')
+    assert "nothing is running here. Next: make status shows all runs" in jobs.stop(tmp_path)
 
 
 # --- starts that are refused ---

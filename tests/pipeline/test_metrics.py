@@ -61,6 +61,17 @@ def test_a_prediction_that_is_not_finite_is_a_divergence_and_names_its_batch(tru
         make_meter(tiny.TINY, TrainConfig()).add(RnaOutputs(predicted), batch_of(truth))
 
 
+@pytest.mark.parametrize("bad", ["distances", "coordinates"])
+def test_a_structure_that_is_not_finite_is_a_divergence_too(bad):
+    """Was: a metric of NaN, and with it "ValueError: Out of range float values are not JSON compliant"."""
+    xyz_BL3 = torch.from_numpy(tiny.helix(9)).float().unsqueeze(0)
+    outputs = RnaOutputs(None, torch.zeros(1, 9, 9, 8), None, xyz_BL3.clone(), torch.zeros(1, 9, 5))
+    spoilt = outputs.distance_logits_BLLK if bad == "distances" else outputs.c1_xyz_BL3
+    spoilt[0, 3] = math.nan
+    with pytest.raises(DivergedError, match=r"validation: a prediction for .* is not finite. Next: .*fp32"):
+        make_meter(tiny.TINY3D, TrainConfig()).add(outputs, batch_of(xyz_BL3))
+
+
 def test_the_structure_metric_is_the_loss_of_the_epoch_and_its_terms_stand_beside_it():
     xyz_BL3 = torch.from_numpy(np.stack([tiny.helix(9)] * 3)).float()
     moved_BL3 = xyz_BL3 * torch.tensor([1.0, 1.0, -1.0])

@@ -54,6 +54,14 @@ def need(name: str, *, batch: int = 2, length: int = 48, every: int = 0, accumul
     return estimate(build(name, **changes), step, precision=FP32, device=CPU, averaged=True)
 
 
+def test_planning_leaves_random_numbers_alone_also_beside_several_gpus(monkeypatch):
+    """Each process of a run said: "CUDA reports that you have 2 available devices, and you have used fork_rng ..."."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    before = torch.get_rng_state()
+    need("tiny_drsn")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 @pytest.mark.parametrize(("family", "every"), [*((family, 0) for family in FAMILIES), ("transformer_sepconv", 1)])
 def test_estimate_is_within_a_quarter_of_the_real_peak(family: str, every: int):

@@ -2,7 +2,7 @@
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from models.registry import create_model
 from pipeline import train
 from pipeline.config import TrainConfig, load_config
 from pipeline.errors import ConfigError
-from pipeline.paths import Paths
 from pipeline.training import sharding
 from pipeline.training.checkpoint import Checkpoint, CheckpointStore
 from pipeline.training.distributed import World
@@ -24,7 +23,7 @@ from pipeline.training.optim import decay_groups
 from pipeline.training.precision import Precision
 from pipeline.training.state import TrainingState
 from tests.pipeline import tiny
-from tests.pipeline.ranks import Scene, codes, everything, losses, play, rows, run_name
+from tests.pipeline.ranks import Scene, codes, everything, fixtures, losses, rows, run_name
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
@@ -47,18 +46,7 @@ SCENES: list[Scene] = [
     ("short batches", 3, {"sharding": "fsdp2", "batch_size": 2, "epochs": 1, "precision": "fp16"}, None),
 ]
 
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
-    paths = Paths(comp="tiny", root=tmp_path_factory.mktemp("parts"))
-    tiny.write_values(paths)
-    return paths
-
-
-@pytest.fixture(scope="module")
-def ended(paths: Paths) -> Callable[[str], list[dict[str, Any]]]:
-    """How every start of a run ended."""
-    return play(paths, SCENES)
+paths, ended = fixtures(SCENES)
 
 
 def test_two_processes_with_half_a_network_each_give_the_losses_of_one(paths, ended):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import math
 import re
 import resource
 from collections.abc import Mapping
@@ -42,6 +43,15 @@ class Listener:
     def _fail(self, where: str) -> None:
         if where == self.fails:
             raise RuntimeError(f"broken in {where}")
+
+
+def test_a_target_that_validation_has_nothing_of_is_null_in_the_log_and_the_run_goes_on(tmp_path):
+    """Ended the run after its first epoch: "ValueError: Out of range float values are not JSON compliant"."""
+    with Telemetry(tmp_path, label="", steps=1, first_step=0, metric="MAE") as telemetry:
+        told = {"train_loss": 1.0, "metric": 0.5, "best": True}
+        telemetry.epoch(step=1, epoch=0, **told, valid={"a": 0.5, "b": math.nan})
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert row["valid"] == {"a": 0.5, "b": None, "b_nonfinite": "nan"}
 
 
 def test_a_tracker_hears_the_numbers_of_metrics_jsonl(paths):

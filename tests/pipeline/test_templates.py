@@ -20,7 +20,8 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.schema import ALPHABET, encode
 from pipeline.stage import sha256_file
-from pipeline.structure.geometry import helix_strand, trace_from_pairs
+from pipeline.structure.assembly import trace_from_pairs
+from pipeline.structure.geometry import helix_strand
 from pipeline.templates import predict, search
 from pipeline.templates.align import Costs, align_all, letter_scores, state_scores
 from pipeline.templates.gate import allowed, allowed_mask

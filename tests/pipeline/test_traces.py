@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.structure.geometry import trace_from_pairs
+from pipeline.structure.assembly import trace_from_pairs
 from pipeline.training import traces
 from submissions.tm_score import tm_score
 

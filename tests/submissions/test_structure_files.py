@@ -13,7 +13,8 @@ import pytest
 from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
-from pipeline.structure.geometry import rotation_onto, trace_from_pairs
+from pipeline.structure.assembly import trace_from_pairs
+from pipeline.structure.geometry import rotation_onto
 from submissions import structure_files
 from submissions.structure_files import Structure, to_cif, to_pdb, viewer_page
 from tests.chain_tables import make_paths, write, write_structure_data

@@ -10,7 +10,7 @@ import pytest
 from pipeline.competitions.rna3d import RNA3D
 from pipeline.errors import DataError
 from pipeline.paths import Paths
-from pipeline.structure.geometry import trace_from_pairs
+from pipeline.structure.assembly import trace_from_pairs
 from submissions import align, usalign
 from submissions import tm_score as matching
 from submissions.align import tm_align

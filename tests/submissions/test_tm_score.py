@@ -8,7 +8,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pipeline.structure.geometry import helix_strand, rotation_onto, trace_from_pairs
+from pipeline.structure.assembly import trace_from_pairs
+from pipeline.structure.geometry import helix_strand, rotation_onto
 from submissions.superpose import superpose
 from submissions.tm_score import best_tm, d0_rna, tm_matrix, tm_score, tm_scores
 

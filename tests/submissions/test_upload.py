@@ -119,6 +119,19 @@ def test_a_run_killed_after_sending_finds_its_submission_and_waits_on(desk: Desk
     assert desk.sent() == 1
 
 
+def test_what_was_listed_once_is_not_sent_again_when_the_list_hides_it(desk: Desk):
+    """It said "the submission did not arrive", wrote it down as failed, and the next call sent it a second time."""
+    desk.kaggle.score_after = 10**6
+    with pytest.raises(NetworkError, match="has no score"):
+        desk.submit(wait=0.0)
+    desk.kaggle.hidden = True
+    with pytest.raises(NetworkError, match=r"\(submission 1000\).*sends nothing"):
+        desk.submit()
+    desk.kaggle.hidden, desk.kaggle.score_after = False, 0
+    assert desk.submit()["public"] == "0.20831"
+    assert desk.sent() == 1
+
+
 def test_an_upload_that_fails_with_exit_code_zero_is_seen(desk: Desk):
     desk.kaggle.fail["PUT"] = 500
     with pytest.raises(NetworkError, match="submission of"):

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
-from pipeline.structure.geometry import rotation_onto, trace_from_pairs
+from pipeline.structure.assembly import trace_from_pairs
+from pipeline.structure.geometry import rotation_onto
 
 seeds = st.integers(0, 2**32 - 1)
 
