@@ -164,8 +164,9 @@ def read_folds(path: Path, *, examples: ExampleSet) -> np.ndarray:
     """
     import pyarrow.parquet as pq
 
+    hint = f"make folds COMP={path.parents[1].name} SPLIT={path.stem}"
     if not path.is_file():
-        raise DataError(f"{path}: no fold table. Next: make folds SPLIT={path.stem}.")
+        raise DataError(f"{path}: no fold table. Next: {hint}.")
     folds = _read_parquet(path, lambda: pq.read_table(path, columns=["sequence_id", "fold"]))
     ids = np.array(folds["sequence_id"].to_pylist(), dtype=bytes)
     order = np.argsort(ids)
@@ -175,7 +176,7 @@ def read_folds(path: Path, *, examples: ExampleSet) -> np.ndarray:
         raise DataError(
             f"{path}: fold table from other data: {len(theirs - ours)} of its {len(ids)} rows are not in the clean "
             f"train table and {len(ours - theirs)} of {len(ours)} clean rows have no fold (such as {other!r}); "
-            f"expected the same sequence_id once each. Next: make folds SPLIT={path.stem}."
+            f"expected the same sequence_id once each. Next: {hint}."
         )
     return folds["fold"].to_numpy().astype(np.uint8)[order]
 

@@ -18,7 +18,7 @@ from pipeline.paths import REPOSITORY
 from pipeline.stage import versions, write_json
 from pipeline.tables import open_parquet
 from submissions import align, tm_score, usalign
-from submissions.score_traces import Pair, read_pairs
+from submissions.score_traces import Pair, read_pairs, tables_of
 
 #: What `run` writes beside the tests.
 RECORD = REPOSITORY / "tests" / "benchmarks" / "tm.json"
@@ -42,6 +42,7 @@ def run(traces: Path, *, repeats: int = 3, record: Path = RECORD) -> Table:
     Raises:
         DataError: a table is missing or damaged.
     """
+    tables_of(traces, stage="bench-tm")
     pairs, program = read_pairs(traces), usalign.find_program()
     if program is None:
         runlog.say(

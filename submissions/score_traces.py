@@ -49,6 +49,21 @@ class Pair:
         return self.model_L3, self.native_L3, self.names
 
 
+def tables_of(traces: Path, *, stage: str) -> dict[str, Path]:
+    """The three tables of a folder, by name.
+
+    Raises:
+        DataError: in the name of a stage, if it has none or not all of them.
+    """
+    if traces == Path() or not traces.is_dir():
+        got = "TRACES is empty" if traces == Path() else f"{traces} is not a folder"
+        raise DataError(f"{stage}: {got}. Next: TRACES=<folder> with {', '.join(_TABLES)}.parquet.")
+    for name in _TABLES:
+        if not (traces / f"{name}.parquet").is_file():
+            raise DataError(f"{stage}: {traces} has no {name}.parquet. Next: TRACES=<folder> with that table.")
+    return {name: traces / f"{name}.parquet" for name in _TABLES}
+
+
 def run(traces: Path, out: Path, *, engine: str = BUILT_IN) -> Report:
     """Write ``model_id, tm_byresi, tm_seqindep`` (residue-matched; by the default alignment), sorted by model.
 
@@ -65,16 +80,11 @@ def run(traces: Path, out: Path, *, engine: str = BUILT_IN) -> Report:
         DataError: a table is missing, damaged or contradicts another.
     """
     chosen = choose_engine(engine, where="score-tm")
-    if not traces.is_dir():
-        raise DataError(f"score-tm: {traces} is not a folder. Next: TRACES=<folder> with {', '.join(_TABLES)}.parquet.")
-    for name in _TABLES:
-        if not (traces / f"{name}.parquet").is_file():
-            raise DataError(f"score-tm: {traces} has no {name}.parquet. Next: TRACES=<folder> with that table.")
+    tables = tables_of(traces, stage="score-tm")
     out.parent.mkdir(parents=True, exist_ok=True)
     return run_stage(
         "score-tm",
-        inputs={name: traces / f"{name}.parquet" for name in _TABLES}
-        | ({"program": chosen.program} if chosen.program else {}),
+        inputs=tables | ({"program": chosen.program} if chosen.program else {}),
         outputs={"scores": out},
         params={"version": VERSION, "engine": chosen.matched_by},
         build=lambda parts: _write(read_pairs(traces), parts["scores"], chosen),
