@@ -18,8 +18,8 @@ import polars as pl
 import pytest
 
 from folds import ensemble
+from pipeline import bpp, preprocess, synthetic, train_folds
 from pipeline import predict as stages
-from pipeline import preprocess, synthetic, train_folds
 from pipeline.cli import run_verb
 from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError
@@ -246,7 +246,7 @@ def test_what_both_stages_learned_from_is_packed_once(pooled: Trained):
 
 
 def test_a_notebook_pools_assemblies_and_templates_as_the_stages_do_here(pooled: Trained, tmp_path: Path):
-    found, called = predict_pooled(pooled, tmp_path, pooled.folder / "raw")
+    found, called = predict_pooled(pooled, tmp_path, pooled.folder / "raw", folds_pairs=bpp.available()[0])
     at = ["--comp", "rna3d", "--artifacts", str(pooled.paths.root)]
     assert run_verb(["submit", *at, "--to", str(tmp_path)]) == 0
     assert found.equals(pl.read_csv(tmp_path / "rna3d-all.csv"))

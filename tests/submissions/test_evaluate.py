@@ -207,7 +207,11 @@ def test_predictions_without_any_scored_position_are_refused(paths):
     [
         ({"name": "all", "run": "good"}, ConfigError, "not both"),
         ({"name": None}, ConfigError, "give the name of an ensemble or that of a run"),
-        ({"name": "absent"}, DataError, r"weights.json: missing or unreadable. Next: make ensemble NAME=absent"),
+        (
+            {"name": "absent"},
+            DataError,
+            r"weights.json: missing or unreadable. Next: make ensemble COMP=ribonanza NAME=absent",
+        ),
         ({"run": "absent"}, ConfigError, "run 'absent' has no out-of-fold predictions"),
     ],
 )
@@ -225,7 +229,9 @@ def test_weights_that_were_edited_are_refused(paths):
     """An edited weights.json was believed: a missing key ended in a traceback (KeyError: 'split')."""
     edited = paths.ensemble_dir("all") / "weights.json"
     edited.write_text("{}")
-    with pytest.raises(DataError, match=r"weights.json: not what its stage wrote.* Next: make ensemble NAME=all\."):
+    with pytest.raises(
+        DataError, match=r"weights.json: not what its stage wrote.* Next: make ensemble COMP=ribonanza NAME=all\."
+    ):
         score(paths)
     edited.write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=r"weights.json: missing or unreadable"):
