@@ -183,7 +183,7 @@ class Room:
 
     def __init__(self, folder: Path, python: Path) -> None:
         self.folder = folder
-        self.python = folder / "env" / "bin" / "python"
+        self.python = (folder / "env" / "bin" / "python").absolute()  # notebooks run in folders of their own
         self.versions = self._furnish(python)
         unshare = shutil.which("unshare")
         allowed = unshare and subprocess.run([unshare, "-rn", "true"], capture_output=True, check=False).returncode == 0

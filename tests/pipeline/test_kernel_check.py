@@ -42,6 +42,13 @@ def test_processes_in_a_room_talk_to_each_other(tmp_path: Path):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_room_in_a_relative_folder_runs_from_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`make kernel-check`, whose ARTIFACTS is relative, said FileNotFoundError of the interpreter."""
+    monkeypatch.chdir(tmp_path)
+    room = Room(Path("room"), Path(sys.executable))
+    assert within(room, "pass").returncode == 0
+
+
 def test_an_interpreter_that_is_none_is_refused(tmp_path: Path):
     """It said "Permission denied. Next: check the path, its permissions and the disk." and left with exit code 5."""
     with pytest.raises(ConfigError, match=r"absent: expected a Python interpreter. Next: IMAGE="):
