@@ -1,6 +1,6 @@
 """Predicted structures as files: PDB and mmCIF of every target (C1' only), and a page that shows them.
 
-The page needs no network: it draws on a plain canvas with the script beside this module.
+The page needs no network: 3Dmol.js (``vendor``) is part of it and draws what the script beside this module asks for.
 
 Letters: M candidates, R references, L length (nt), 3 xyz. Lengths in Å.
 """
@@ -25,9 +25,11 @@ from submissions.layout import LOWEST_SUBMITTED, MAX_SUBMITTED
 from submissions.tm_score import d0_rna, tm_matrix
 
 #: Raised when the same tables give other files than before.
-VERSION = 1
+VERSION = 2
 
 _SCRIPT = Path(__file__).with_name("viewer.js")
+_LIBRARY = Path(__file__).with_name("vendor") / "3Dmol-min.js"
+_LICENCE = _LIBRARY.with_name("LICENSE")
 _LONGEST_PDB = 9_999  # residues: four columns
 _FITS = 12  # rounds of superposition, each weighting residues by their TM-score of the round before
 _CIF_COLUMNS = (
@@ -65,7 +67,7 @@ def run(paths: Paths, *, competition: Competition, name: str, table: str = "test
         raise ConfigError(f"structures: table {table!r}; expected test or oof. Next: TABLE=oof or none.")
     predictions = paths.ensemble_dir(name) / f"{table}.parquet"
     clean = paths.clean("test" if table == "test" else "train")
-    inputs = {"predictions": predictions, "sequences": clean, "script": _SCRIPT}
+    inputs = {"predictions": predictions, "sequences": clean, "script": _SCRIPT, "library": _LIBRARY}
     if paths.clean("references").is_file():
         inputs["references"] = paths.clean("references")
     home = paths.ensemble_dir(name) / f"structures-{table}"
@@ -223,33 +225,48 @@ def viewer_page(structures: Sequence[Structure], known: dict[str, np.ndarray], *
         class_="controls",
     )
     scale = element("div", element("span", id="low"), element("i", id="bar"), element("span", id="high"), id="legend")
-    canvas = element(
-        "canvas", id="view", tabindex="0", role="img", aria_label="C1' traces; arrow keys turn, + and - zoom"
+    view = element(
+        "div", element("p", _NOTHING_DRAWN, id="missing"), id="view", tabindex="0", role="img", aria_label=_KEYS
     )
     body = page.join(
         element("div", "C1' traces", class_="kicker"),
         element("h1", title),
         controls,
-        element("div", canvas, element("div", id="hover"), class_="stage"),
+        element("div", view, element("div", id="hover"), element("div", id="ruler"), class_="stage"),
         scale,
         element("div", id="candidates"),
         element("p", id="facts", class_="note"),
-        element("p", "Drag to turn, scroll to zoom, point at a residue to read its name.", class_="note"),
+        element(
+            "p",
+            "Drag to turn, scroll or pinch to zoom, point at a residue to read its name. A ball is a 5′ end.",
+            class_="note",
+        ),
+        page.details("Drawn with 3Dmol.js; its licence", element("pre", _LICENCE.read_text(encoding="utf-8"))),
         markup(f'<script type="application/json" id="data">{text}</script>'),
     )
-    return page.page(title, body, style=_STYLE, script=_SCRIPT.read_text(encoding="utf-8"))
+    script = "\n".join(path.read_text(encoding="utf-8") for path in (_LIBRARY, _SCRIPT))
+    return page.page(title, body, style=_STYLE, script=script)
 
 
+_KEYS = "C1' traces; arrow keys turn, + and - zoom"
+_NOTHING_DRAWN = (
+    "Drawing needs JavaScript and WebGL, and this browser lacks one of them or has it switched off; the .pdb and .cif "
+    "files beside this page hold the same structures."
+)
 _STYLE = """
 .controls { display: flex; flex-wrap: wrap; gap: .6rem 1.4rem; align-items: center; margin: 1rem 0; }
 .controls select { font: inherit; max-width: 14rem; color: var(--ink); background: var(--card);
   border: 1px solid var(--line); border-radius: 4px; padding: .2rem .4rem; }
 .stage { position: relative; background: var(--card); border: 1px solid var(--line); border-radius: 6px; }
-#view { display: block; width: 100%; height: min(68vh, 40rem); touch-action: none; cursor: grab; }
+#view { position: relative; height: min(68vh, 40rem, 80vw); overflow: hidden; touch-action: none; cursor: grab; }
+#missing { padding: 1rem 1.2rem; }
 #view:focus-visible { outline: 2px solid var(--accent); }
 #hover { position: absolute; top: .6rem; left: .9rem; font-size: .86rem; color: var(--muted); pointer-events: none; }
+#ruler { position: absolute; bottom: .9rem; left: .9rem; font-size: .8rem; line-height: 1.3; color: var(--muted);
+  border-bottom: 2px solid; white-space: nowrap; pointer-events: none; }
 #legend { display: flex; align-items: center; gap: .6rem; font-size: .84rem; color: var(--muted); margin: .7rem 0; }
 #legend[hidden] { display: none; }
+#low { white-space: nowrap; }
 #bar { width: 12rem; height: .7rem; border-radius: 3px; }
 #candidates { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; margin: .8rem 0; font-size: .92rem; }
 #candidates i { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin: 0 .35rem; }
@@ -260,29 +277,39 @@ def _shown(structure: Structure, references_RL3: np.ndarray | None) -> dict[str,
     """What the page needs of one target, centred, with the candidates superposed."""
     scores_M: list[float | None] = [None] * len(structure.xyz_ML3)
     fixed_L3, is_known = structure.xyz_ML3[0], False
+    facts = "no known structure: candidates lie on candidate 1"
     if references_RL3 is not None and np.isfinite(references_RL3).all(axis=2).sum(axis=1).max() >= 3:
         scores_MR = tm_matrix(structure.xyz_ML3, references_RL3)
-        fixed_L3, is_known = references_RL3[int(np.argmax(scores_MR.max(axis=0)))], True
         scores_M = [round(score, 4) for score in scores_MR.max(axis=1).tolist()]
-    fixed_L3 = fixed_L3 - np.nanmean(fixed_L3, axis=0)
-    moved_ML3 = np.stack([_superposed(xyz_L3, fixed_L3) for xyz_L3 in structure.xyz_ML3])
-    far_ML = np.linalg.norm(moved_ML3 - fixed_L3, axis=2)
+        closest, count = int(np.argmax(scores_MR.max(axis=0))), len(references_RL3)
+        fixed_L3, is_known = references_RL3[closest], True
+        facts = "candidates lie on the known structure (grey)"
+        facts += f", number {closest + 1} of {count}, the closest" if count > 1 else ""
+    fixed_L3 = _laid_flat(fixed_L3)
     return {
         "name": structure.name,
         "sequence": structure.sequence,
-        "reach": round(float(np.nanmax(np.linalg.norm(fixed_L3, axis=1))), 1) + 5.0,
+        "facts": facts,
         "reference": _listed(fixed_L3) if is_known else None,
         "candidates": [
             {
                 "number": m + 1,
                 "confidence": round(float(structure.confidence_M[m]), 4),
                 "score": scores_M[m],
-                "xyz": _listed(moved_ML3[m]),
-                "error": [None if np.isnan(far) else round(far, 1) for far in far_ML[m].tolist()] if is_known else None,
+                "xyz": _listed(_superposed(xyz_L3, fixed_L3)),
             }
-            for m in range(len(moved_ML3))
+            for m, xyz_L3 in enumerate(structure.xyz_ML3)
         ],
     }
+
+
+def _laid_flat(xyz_L3: np.ndarray) -> np.ndarray:
+    """A trace around the origin, longest along x and shortest along z, where the page looks from."""
+    known_L3 = xyz_L3[np.isfinite(xyz_L3).all(axis=1)]
+    centre_3 = known_L3.mean(axis=0)
+    axes_33 = np.linalg.eigh((known_L3 - centre_3).T @ (known_L3 - centre_3)).eigenvectors[:, ::-1]
+    axes_33 = axes_33 * [1.0, 1.0, np.linalg.det(axes_33)]  # turned, not mirrored
+    return (xyz_L3 - centre_3) @ axes_33
 
 
 def _listed(xyz_L3: np.ndarray) -> list[list[float] | None]:

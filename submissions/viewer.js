@@ -1,203 +1,137 @@
-"use strict";
-// A rotating view of C1' traces on a plain canvas: no library, no network. The page hands over `data` as JSON.
+// What the page asks of 3Dmol.js, inlined before this: one target at a time, as bonded C1' atoms.
 (() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
-  const canvas = document.getElementById("view"), pen = canvas.getContext("2d");
+  "use strict";
   const $ = (id) => document.getElementById(id);
-  const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#a8568a", "#b8860b"];
-  const SMOOTH = 5; // segments a residue
-  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  let target, shown, turn, zoom, spinning = !still, paths = [], points = [], scale = 1;
-
-  const mix = (a, b, t) => a.map((v, k) => Math.round(v + (b[k] - v) * t));
-  const ramp = (stops, t) => {
-    const x = Math.min(Math.max(t, 0), 1) * (stops.length - 1), k = Math.min(Math.floor(x), stops.length - 2);
-    return mix(stops[k], stops[k + 1], x - k);
+  const { targets } = JSON.parse($("data").textContent);
+  const GOOD_TO_BAD = ["#0072b2", "#78bedc", "#f0e4a0", "#e68c32", "#be281e"];
+  const VIRIDIS = ["#440154", "#3b528b", "#21918c", "#5ec962", "#fde725"]; // even in lightness: reads in grey too
+  const scale = (end, stops, low, high) => {
+    // the library gives the last colour a step of its own: here it begins at the end
+    const last = (end * stops.length) / (stops.length - 1);
+    return { stops, low, high, at: new $3Dmol.Gradient.CustomLinear(0, last, stops) };
   };
-  // viridis-like from dark to light: even in lightness, so that it reads without colours too
-  const RAMP = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
-  const GOOD_TO_BAD = [[0, 114, 178], [120, 190, 220], [240, 228, 160], [230, 140, 50], [190, 40, 30]];
-  const hex = (text) => [1, 3, 5].map((k) => parseInt(text.slice(k, k + 2), 16));
-
-  const rotation = (axis, angle) => {
-    const c = Math.cos(angle), s = Math.sin(angle);
-    return axis === "x" ? [1, 0, 0, 0, c, -s, 0, s, c] : [c, 0, s, 0, 1, 0, -s, 0, c];
+  const SCALES = {
+    error: scale(16, GOOD_TO_BAD, "0 Å", "16 Å or more off the known structure; colourless where that is not resolved"),
+    confidence: scale(0.8, [...GOOD_TO_BAD].reverse(), "0", "0.8 expected TM-score"),
+    position: scale(1, VIRIDIS, "5′", "3′"),
   };
-  const times = (a, b) => Array.from({ length: 9 }, (_, n) => {
-    const r = 3 * Math.floor(n / 3), c = n % 3;
-    return a[r] * b[c] + a[r + 1] * b[c + 3] + a[r + 2] * b[c + 6];
-  });
-  const spun = (m, p) => [0, 3, 6].map((r) => m[r] * p[0] + m[r + 1] * p[1] + m[r + 2] * p[2]);
+  const themed = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  let target, shown, viewer;
 
-  // Catmull-Rom through the residues, cut where one is not resolved
-  const smooth = (trace) => {
-    const out = [];
-    for (let i = 0; i + 1 < trace.length; i++) {
-      const b = trace[i], c = trace[i + 1];
-      if (!b || !c) continue;
-      const a = trace[i - 1] || b, d = trace[i + 2] || c;
-      for (let k = 0; k < SMOOTH; k++) {
-        const at = (t) => b.map((v, x) => 0.5 * (2 * v + (c[x] - a[x]) * t +
-          (2 * a[x] - 5 * v + 4 * c[x] - d[x]) * t * t + (3 * v - a[x] - 3 * c[x] + d[x]) * t * t * t));
-        out.push([at(k / SMOOTH), at((k + 1) / SMOOTH), i + (k + 0.5) / SMOOTH]);
-      }
-    }
-    return out;
+  const error = (candidate, i) => {
+    const known = target.reference?.[i];
+    return known ? Math.hypot(...known.map((at, axis) => at - candidate.xyz[i][axis])) : null;
+  };
+  const VALUES = {
+    error, confidence: (candidate) => candidate.confidence, position: (_, i) => i / target.sequence.length,
+  };
+  const colour = (candidate, i) => {
+    const how = $("colour").value, value = VALUES[how]?.(candidate, i);
+    if (value === null) return themed("--blank");
+    return value === undefined ? themed(`--s${candidate.number - 1}`) : SCALES[how].at.valueToHex(value);
   };
 
-  const colour = (candidate, residue) => {
-    const how = $("colour").value, number = Math.min(Math.round(residue), target.sequence.length - 1);
-    if (how === "error" && candidate.error) {
-      const far = candidate.error[number];
-      return far === null ? [150, 150, 150] : ramp(GOOD_TO_BAD, far / 16);
-    }
-    if (how === "confidence") return ramp([...GOOD_TO_BAD].reverse(), candidate.confidence / 0.8);
-    if (how === "position") return ramp(RAMP, residue / Math.max(target.sequence.length - 1, 1));
-    return hex(COLOURS[candidate.number - 1] || "#555555");
-  };
-
-  const rebuild = () => {
-    paths = [];
-    if (target.reference && $("reference").checked)
-      paths.push({ reference: true, segments: smooth(target.reference), trace: target.reference });
-    for (const candidate of target.candidates)
-      if (shown.has(candidate.number)) paths.push({ candidate, segments: smooth(candidate.xyz), trace: candidate.xyz });
-    draw();
-  };
-
-  const draw = () => {
-    const ratio = window.devicePixelRatio || 1, box = canvas.getBoundingClientRect();
-    if (canvas.width !== Math.round(box.width * ratio)) canvas.width = Math.round(box.width * ratio);
-    if (canvas.height !== Math.round(box.height * ratio)) canvas.height = Math.round(box.height * ratio);
-    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-    pen.clearRect(0, 0, box.width, box.height);
-    scale = zoom * 0.46 * Math.min(box.width, box.height) / target.reach;
-    const project = (p) => {
-      const q = spun(turn, p), near = 1 / (1 - q[2] / (4 * target.reach));
-      return [box.width / 2 + q[0] * scale * near, box.height / 2 - q[1] * scale * near, q[2], near];
-    };
-    const dark = matchMedia("(prefers-color-scheme: dark)").matches, paper = dark ? [27, 31, 35] : [255, 255, 255];
-    const lines = [];
-    points = [];
-    for (const path of paths) {
-      for (const [from, to, residue] of path.segments) {
-        const a = project(from), b = project(to);
-        const base = path.reference ? (dark ? [150, 156, 162] : [150, 150, 150]) : colour(path.candidate, residue);
-        const fog = 0.5 * Math.min(Math.max(0.5 - a[2] / (2 * target.reach), 0), 1);
-        lines.push([a[2] + b[2], a, b, mix(base, paper, fog), Math.max((path.reference ? 2.8 : 2.2) * scale * a[3], 1.2)]);
-      }
-      path.trace.forEach((p, i) => {
-        if (p) points.push([...project(p).slice(0, 3), i, path]);
+  const add = (xyz, radius, colours, told) => {
+    const atoms = [], pieces = xyz.length > 1000 ? 2 : 4; // of the curve, a residue: 4,640 nt are drawn 3 times as fast
+    for (let end = 0, start = 0; end <= xyz.length; end++) {
+      if (xyz[end]) continue; // a piece of chain ends where a residue is not resolved: a gap stays a gap
+      const run = xyz.slice(start, end).map((p, k) => Object.assign(new $3Dmol.Vector3(...p), { atom: start + k }));
+      const curve = run.length > 1 ? $3Dmol.subdivide_spline(run, pieces) : run;
+      curve.forEach(({ x, y, z, atom }, k) => {
+        const index = atoms.length, bonds = [...(k ? [index - 1] : []), ...(k + 1 < curve.length ? [index + 1] : [])];
+        atoms.push({ x, y, z, bonds, elem: "C", resi: atom, color: colours[atom] });
       });
+      start = end + 1;
     }
-    lines.sort((a, b) => a[0] - b[0]);
-    for (const [, a, b, rgb, width] of lines) {
-      for (const [extra, shade, cap] of [[1.8, 0.55, "butt"], [0, 1, "round"]]) {
-        pen.lineCap = cap; // round only inside: rims would show as rings
-        pen.strokeStyle = `rgb(${rgb.map((v) => Math.round(v * shade)).join(",")})`;
-        pen.lineWidth = width + extra;
-        pen.beginPath(); pen.moveTo(a[0], a[1]); pen.lineTo(b[0], b[1]); pen.stroke();
-      }
-    }
-    const left = 18, low = box.height - 18, bar = target.reach > 60 ? 50 : 10;
-    pen.strokeStyle = pen.fillStyle = dark ? "#e8e6e1" : "#1d2125";
-    pen.lineWidth = 2;
-    pen.beginPath(); pen.moveTo(left, low); pen.lineTo(left + bar * scale, low); pen.stroke();
-    pen.font = "12px sans-serif";
-    pen.fillText(`${bar} Å`, left, low - 7);
-    for (const path of paths) {
-      if (path.reference) continue;
-      const first = points.find((p) => p[4] === path && p[3] === 0);
-      if (first) pen.fillText("5′", first[0] + 6, first[1] - 6);
-    }
+    const model = viewer.addModel();
+    model.addAtoms(atoms);
+    const name = ({ resi }) => { $("hover").textContent = `${target.sequence[resi]}${resi + 1}, ${told(resi)}`; };
+    model.setHoverable({}, true, name, () => { $("hover").textContent = ""; });
+    model.setStyle({ stick: { radius, showNonBonded: true } }); // a residue between two gaps has no bond
+    model.setStyle({ index: 0 }, { sphere: { radius: 2 * radius } }, true); // the 5′ end
   };
 
-  const choose = (index) => {
-    target = data.targets[index];
-    const best = target.candidates.reduce((a, b) => ((b.score ?? 0) > (a.score ?? 0) ? b : a));
-    shown = new Set([best.number]);
-    turn = [1, 0, 0, 0, 1, 0, 0, 0, 1];
-    zoom = 1;
-    $("reference").disabled = !target.reference;
-    $("reference").checked = Boolean(target.reference);
-    $("error").disabled = !target.reference;
-    if (!target.reference && $("colour").value === "error") $("colour").value = "candidate";
-    $("candidates").replaceChildren(...target.candidates.map((candidate) => {
-      const label = document.createElement("label"), box = document.createElement("input");
-      const swatch = document.createElement("i");
-      swatch.style.background = COLOURS[candidate.number - 1];
-      box.type = "checkbox";
-      box.checked = shown.has(candidate.number);
-      box.addEventListener("change", () => {
-        shown[box.checked ? "add" : "delete"](candidate.number);
-        rebuild();
+  const draw = (fresh) => {
+    if (!viewer) return;
+    const view = viewer.getView(), radius = 0.9 + target.sequence.length / 2000;
+    viewer.removeAllModels();
+    viewer.setBackgroundColor(themed("--card"));
+    viewer.setViewStyle({ style: "outline", color: "black", width: 0.1 });
+    if ($("reference").checked)
+      add(target.reference, 0.6 * radius, target.reference.map(() => themed("--faint")), () => "known structure");
+    for (const candidate of target.candidates.filter((each) => shown.has(each.number)))
+      add(candidate.xyz, radius, candidate.xyz.map((_, i) => colour(candidate, i)), (i) => {
+        const far = error(candidate, i);
+        return `candidate ${candidate.number}${far === null ? "" : `, ${far.toFixed(1)} Å off`}`;
       });
-      const score = candidate.score === null ? "" : `, TM-score ${candidate.score.toFixed(3)}`;
-      label.append(box, swatch, `Candidate ${candidate.number}: expected ${candidate.confidence.toFixed(3)}${score}`);
-      return label;
-    }));
-    $("facts").textContent = `${target.sequence.length} nt` +
-      (target.reference ? "; candidates lie on the known structure (grey)" : "; no known structure: they lie on candidate 1");
-    legend();
-    rebuild();
+    if (fresh) viewer.setView([0, 0, 0, 0, 0, 0, 0, 1]); // not turned
+    viewer.zoomTo(); // also says how near and how far is seen
+    if (!fresh) viewer.setView(view);
+    viewer.render();
   };
 
   const legend = () => {
-    const how = $("colour").value, gradient = (stops) => `linear-gradient(90deg, ${stops.map((s) => `rgb(${s})`).join(",")})`;
-    const told = { error: [GOOD_TO_BAD, "0 Å", "16 Å or more from the known structure"],
-      confidence: [[...GOOD_TO_BAD].reverse(), "0", "0.8 expected TM-score"], position: [RAMP, "5′", "3′"] }[how];
+    const told = SCALES[$("colour").value];
     $("legend").hidden = !told;
     if (!told) return;
-    $("bar").style.background = gradient(told[0]);
-    $("low").textContent = told[1];
-    $("high").textContent = told[2];
+    $("bar").style.background = `linear-gradient(90deg, ${told.stops})`;
+    $("low").textContent = told.low;
+    $("high").textContent = told.high;
   };
 
-  data.targets.forEach((each, index) => $("target").append(new Option(each.name, index)));
-  $("target").addEventListener("change", () => choose(Number($("target").value)));
+  const choose = () => {
+    target = targets[$("target").value];
+    $("hover").textContent = "";
+    const best = target.candidates.reduce((a, b) => ((b.score ?? 0) > (a.score ?? 0) ? b : a));
+    shown = new Set([best.number]);
+    $("reference").disabled = $("error").disabled = !target.reference;
+    $("reference").checked = Boolean(target.reference);
+    if (!target.reference && $("colour").value === "error") $("colour").value = "candidate";
+    $("candidates").replaceChildren(...target.candidates.map((candidate) => {
+      const [label, box, swatch] = ["label", "input", "i"].map((tag) => document.createElement(tag));
+      swatch.style.background = `var(--s${candidate.number - 1})`;
+      box.type = "checkbox";
+      box.checked = shown.has(candidate.number);
+      box.addEventListener("change", () => { shown[box.checked ? "add" : "delete"](candidate.number); draw(); });
+      const score = candidate.score === null ? "" : `, TM‑score ${candidate.score.toFixed(3)}`;
+      label.append(box, swatch, `Candidate ${candidate.number}: expected ${candidate.confidence.toFixed(3)}${score}`);
+      return label;
+    }));
+    $("facts").textContent = `${target.sequence.length} nt; ${target.facts}`;
+    legend();
+    draw(true);
+  };
+
+  const turn = () => viewer.spin($("spin").checked && "vy", 0.6, true);
+  const KEYS = {
+    ArrowLeft: () => viewer.rotate(-10, "vy"), ArrowRight: () => viewer.rotate(10, "vy"),
+    ArrowUp: () => viewer.rotate(-10, "vx"), ArrowDown: () => viewer.rotate(10, "vx"),
+    "+": () => viewer.zoom(1.15), "-": () => viewer.zoom(1 / 1.15),
+  };
+  try {
+    viewer = $3Dmol.createViewer($("view"), { hoverDuration: 60 });
+  } catch (reason) {
+    console.warn(reason); // no WebGL: the page says so, and still has the scores
+  }
+  if (viewer) {
+    $("missing").remove();
+    viewer.setViewChangeCallback(() => { // 10 or 50 Å where the middle of the structure is
+      const apart = viewer.screenOffsetToModel(100, 0).length(), long = apart > 60 ? 50 : 10;
+      $("ruler").style.width = `${(100 * long) / apart}px`;
+      $("ruler").textContent = `${long} Å`;
+    });
+    $("view").addEventListener("keydown", (event) => {
+      if (!KEYS[event.key]) return;
+      event.preventDefault();
+      KEYS[event.key]();
+    });
+    $("view").addEventListener("pointerdown", () => { $("spin").checked = false; turn(); });
+    $("spin").addEventListener("change", turn);
+  }
+  targets.forEach((each, index) => $("target").append(new Option(each.name, index)));
+  $("target").addEventListener("change", choose);
   $("colour").addEventListener("change", () => { legend(); draw(); });
-  $("reference").addEventListener("change", rebuild);
-  $("spin").checked = spinning;
-  $("spin").addEventListener("change", () => { spinning = $("spin").checked; });
-  const move = (dx, dy) => {
-    turn = times(rotation("x", dy * 0.008), times(rotation("y", dx * 0.008), turn));
-    draw();
-  };
-  let held = null;
-  canvas.addEventListener("pointerdown", (event) => {
-    held = [event.clientX, event.clientY];
-    canvas.setPointerCapture(event.pointerId);
-    spinning = $("spin").checked = false;
-  });
-  canvas.addEventListener("pointerup", () => { held = null; });
-  canvas.addEventListener("pointermove", (event) => {
-    if (held) {
-      move(event.clientX - held[0], event.clientY - held[1]);
-      held = [event.clientX, event.clientY];
-      return;
-    }
-    const box = canvas.getBoundingClientRect(), x = event.clientX - box.left, y = event.clientY - box.top;
-    const near = points.filter((p) => Math.hypot(p[0] - x, p[1] - y) < 9).sort((a, b) => b[2] - a[2])[0];
-    if (!near) { $("hover").textContent = "\u00a0"; return; }
-    const [, , , i, path] = near, far = path.candidate?.error?.[i];
-    $("hover").textContent = `${target.sequence[i]}${i + 1}, ${path.reference ? "known structure" : `candidate ${path.candidate.number}`}` +
-      (typeof far === "number" ? `, ${far.toFixed(1)} Å off` : "");
-  });
-  canvas.addEventListener("wheel", (event) => {
-    event.preventDefault();
-    zoom = Math.min(Math.max(zoom * Math.exp(-event.deltaY * 0.001), 0.3), 12);
-    draw();
-  }, { passive: false });
-  canvas.addEventListener("keydown", (event) => {
-    const step = { ArrowLeft: [-20, 0], ArrowRight: [20, 0], ArrowUp: [0, -20], ArrowDown: [0, 20] }[event.key];
-    if (step) { event.preventDefault(); move(...step); }
-    if (event.key === "+" || event.key === "-") { zoom *= event.key === "+" ? 1.15 : 1 / 1.15; draw(); }
-  });
-  addEventListener("resize", draw);
-  const tick = () => {
-    if (spinning) move(1.1, 0);
-    requestAnimationFrame(tick);
-  };
-  choose(0);
-  tick();
+  $("reference").addEventListener("change", () => draw());
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
+  choose();
 })();

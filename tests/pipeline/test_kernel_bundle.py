@@ -77,6 +77,7 @@ def test_our_wheel_holds_what_stages_read_beside_code_and_nothing_else(tmp_path:
     with zipfile.ZipFile(tmp_path / name) as opened:
         members = set(opened.namelist())
     assert {"pipeline/configs/hyena.toml", "models/layers/csrc/selective_scan.cpp", "submissions/LOG.md"} <= members
+    assert {f"submissions/{name}" for name in ("viewer.js", "vendor/3Dmol-min.js", "vendor/LICENSE")} <= members
     assert {Path(member).parts[0] for member in members} == {
         "pipeline", "models", "folds", "submissions", "rna_competition_pipeline-0.1.0.dist-info",
     }  # fmt: skip

@@ -2,8 +2,11 @@
 
 import base64
 import hashlib
+import html
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from pipeline.structure.assembly import trace_from_pairs
 from pipeline.structure.geometry import rotation_onto
 from submissions import structure_files
 from submissions.structure_files import Structure, to_cif, to_pdb, viewer_page
+from submissions.superpose import rmsd
 from tests.chain_tables import make_paths, write, write_structure_data
 
 RNA3D = get_competition("rna3d")
@@ -24,7 +28,9 @@ RNA3D = get_competition("rna3d")
 
 def structure(name: str = "R1_A", length: int = 40, count: int = 5) -> Structure:
     traces = [
-        trace_from_pairs(length, [(i, length - 1 - i) for i in range(8 + m)], np.random.default_rng(m))
+        trace_from_pairs(
+            length, [(i, length - 1 - i) for i in range(min(8 + m, length // 3))], np.random.default_rng(m)
+        )
         for m in range(count)
     ]
     return Structure(
@@ -62,20 +68,55 @@ def test_pdb_lines_are_as_wide_as_the_format_says() -> None:
 
 # -- the page
 
+SUBMISSIONS = Path(structure_files.__file__).parent
+VENDOR = SUBMISSIONS / "vendor"
+LIBRARY = (VENDOR / "3Dmol-min.js").read_text(encoding="utf-8")
+SCRIPT = (SUBMISSIONS / "viewer.js").read_text(encoding="utf-8")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
 
 def data_of(text: str) -> list[dict]:
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text).group(1))["targets"]
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text).group(1)
+    return json.loads(found, parse_constant=pytest.fail)["targets"]
 
 
-def test_the_page_loads_nothing_and_runs_only_its_own_script() -> None:
+def points_of(listed: list[list[float] | None]) -> np.ndarray:
+    return np.array([[np.nan] * 3 if point is None else point for point in listed])
+
+
+def test_the_vendored_files_are_those_that_their_note_names() -> None:
+    noted = dict(re.findall(r"^\| `(.+?)` \| ([0-9a-f]{64}) \|$", (VENDOR / "README.md").read_text(), re.MULTILINE))
+    files = {path.name for path in VENDOR.iterdir()} - {"README.md"}
+    assert noted == {name: hashlib.sha256((VENDOR / name).read_bytes()).hexdigest() for name in files}
+    assert files == {"3Dmol-min.js", "LICENSE"}
+
+
+def test_the_page_runs_the_library_once_and_its_own_script_and_nothing_else() -> None:
     text = viewer_page([structure()], {}, title="a <b> & c")
-    assert "default-src 'none'" in text
-    script = re.search(r"<script>(.*)</script>", text, re.DOTALL).group(1)
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert script == f"{LIBRARY}\n{SCRIPT}"
+    assert text.count("<script") == 2  # the other holds the data
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in text
     assert "<h1>a &lt;b&gt; &amp; c</h1>" in text
-    assert not re.search(r'(?:src|href)="(?!#)', text)
-    assert not re.search(r"https?://", text)
+
+
+def test_the_page_loads_nothing() -> None:
+    """The library knows addresses of databases: the page's policy forbids them, and ours asks for none."""
+    text = viewer_page([structure()], {}, title="t")
+    policy = re.search(r'Content-Security-Policy" content="(.*?)"', text).group(1)
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules.pop("default-src") == "'none'"
+    assert set(rules) == {"style-src", "img-src", "base-uri", "form-action", "script-src"}
+    assert not re.search(r"https?:|unsafe-eval", policy)
+    rest = text.replace(LIBRARY, "")
+    assert not re.search(r"(?:src|href|srcset|action)\s*=|@import|url\(", rest)
+    assert not re.search(r"https?://|fetch|XMLHttpRequest|viewer_3Dmoljs", SCRIPT)
+
+
+def test_the_licence_of_the_library_goes_with_the_page() -> None:
+    text = html.unescape(viewer_page([structure()], {}, title="t"))
+    assert (VENDOR / "LICENSE").read_text(encoding="utf-8") in text
 
 
 def test_a_name_cannot_break_out_of_the_data() -> None:
@@ -84,24 +125,81 @@ def test_a_name_cannot_break_out_of_the_data() -> None:
     assert "</script><b>" not in text
 
 
-def test_candidates_lie_on_the_known_structure_with_score_and_error(rng: np.random.Generator) -> None:
+def test_the_page_holds_every_candidate_unbent_and_unmirrored() -> None:
+    one = structure()
+    (shown,) = data_of(viewer_page([one], {}, title="t"))
+    assert shown["sequence"] == one.sequence
+    assert [each["confidence"] for each in shown["candidates"]] == np.round(one.confidence_M, 4).tolist()
+    assert rmsd(np.array([each["xyz"] for each in shown["candidates"]]), one.xyz_ML3).max() < 0.1  # rounded to 0.1 Å
+
+
+def test_the_page_looks_at_the_flat_side() -> None:
+    trace_L3 = np.random.default_rng(0).normal(size=(40, 3)) * [3.0, 30.0, 9.0] + 50.0
+    one = Structure(name="R1", sequence="A" * 40, xyz_ML3=trace_L3[None], confidence_M=np.array([0.5]))
+    (shown,) = data_of(viewer_page([one], {}, title="t"))
+    x, y, z = np.array(shown["candidates"][0]["xyz"]).std(axis=0)
+    assert x > 2 * y > 4 * z
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_the_shortest_chains_have_a_page(length: int) -> None:
+    (shown,) = data_of(viewer_page([structure(length=length)], {}, title="t"))
+    assert [len(each["xyz"]) for each in shown["candidates"]] == [length] * 5
+
+
+def test_candidates_lie_on_the_known_structure_and_gaps_stay_gaps(rng: np.random.Generator) -> None:
     one = structure()
     known = one.xyz_ML3[2] @ rotation_onto(*rng.standard_normal((2, 9, 3))) + 70.0
-    known[:3] = np.nan
+    known[[0, 1, 2, 20, 22, 39], [0, 1, 2, 0, 1, 2]] = np.nan  # one axis is enough to be unresolved
     (shown,) = data_of(viewer_page([one], {one.name: known[None]}, title="t"))
-    assert [point is None for point in shown["reference"][:5]] == [True] * 3 + [False] * 2
+    assert [i for i, point in enumerate(shown["reference"]) if point is None] == [0, 1, 2, 20, 22, 39]
+    far_ML = np.linalg.norm(
+        [points_of(each["xyz"]) - points_of(shown["reference"]) for each in shown["candidates"]], axis=2
+    )
     assert [each["score"] for each in shown["candidates"]].index(1.0) == 2
-    same = shown["candidates"][2]
-    assert same["error"][:3] == [None] * 3
-    assert max(same["error"][3:]) < 0.11
-    assert max(shown["candidates"][0]["error"][3:]) > 2.0
+    assert np.nanmax(far_ML[2]) < 0.2
+    assert np.nanmax(far_ML[0]) > 2.0
+
+
+def test_of_several_known_structures_the_closest_is_shown_and_named() -> None:
+    one = structure()
+    known_RL3 = np.stack([one.xyz_ML3[0, ::-1], np.full((40, 3), np.nan), one.xyz_ML3[1]])
+    (shown,) = data_of(viewer_page([one], {one.name: known_RL3}, title="t"))
+    assert shown["facts"] == "candidates lie on the known structure (grey), number 3 of 3, the closest"
+    assert rmsd(points_of(shown["reference"]), one.xyz_ML3[1]) < 0.1
+    assert shown["candidates"][1]["score"] == 1.0
 
 
 def test_without_a_known_structure_nothing_is_said_of_errors() -> None:
     (shown,) = data_of(viewer_page([structure()], {"other": np.zeros((1, 40, 3))}, title="t"))
     assert shown["reference"] is None
-    assert {each["error"] for each in shown["candidates"]} == {None}
+    assert shown["facts"] == "no known structure: candidates lie on candidate 1"
     assert {each["score"] for each in shown["candidates"]} == {None}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("webgl", [True, False])
+def test_a_browser_draws_or_says_in_a_sentence_why_not(tmp_path: Path, webgl: bool) -> None:
+    one, path = structure(), tmp_path / "viewer.html"
+    known = one.xyz_ML3[2].copy()
+    known[[0, 20, 22]] = np.nan
+    path.write_text(viewer_page([one, structure("R2", 1)], {one.name: known[None]}, title="t"), encoding="utf-8")
+    graphics = "--use-gl=angle --use-angle=swiftshader --enable-unsafe-swiftshader"
+    flags = graphics if webgl else "--disable-gpu --disable-software-rasterizer --disable-3d-apis"
+    quiet = "--no-first-run --disable-background-networking --disable-component-update --enable-logging=stderr"
+    command = ["timeout", "300", CHROMIUM, "--headless", "--no-sandbox", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += [*quiet.split(), *flags.split(), "--virtual-time-budget=2000", "--dump-dom", path.as_uri()]
+    ran = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    if ran.returncode or "<html" not in ran.stdout:
+        pytest.skip(f"Chromium does not start here: {ran.stderr[-200:]}")
+    if webgl and "error creating viewer" in ran.stderr:
+        pytest.skip("this Chromium has no software WebGL")
+    assert not re.search(r"CONSOLE.*(Uncaught|Refused|violates)", ran.stderr)
+    assert re.findall(r"<option value=\"\d\">(.*?)</option>", ran.stdout) == ["R1_A", "R2"]
+    assert re.findall(r"(Candidate \d): expected [\d.]+, TM.score 1.000", ran.stdout) == ["Candidate 3"]
+    body = re.sub(r"<script.*?</script>", "", ran.stdout, flags=re.DOTALL)
+    is_drawn, is_told = "<canvas" in body, "Drawing needs JavaScript and WebGL" in body
+    assert (is_drawn, is_told) == (webgl, not webgl)
 
 
 # -- the stage
