@@ -5,21 +5,43 @@ import torch
 from torch import Tensor, library
 from torch.utils.checkpoint import checkpoint
 
-from models.layers import long_conv
+from models.layers import extension, kernels, long_conv
 from models.layers.long_conv import fft_conv, fft_conv_ref
 
-PATHS = ["plain", "ring", "rows-and-columns"]
+COMPILED = "compiled" if extension.load("long_conv")[0] else "no compiler"
+PATHS = [COMPILED, "plain", "ring"]
+WAYS = [
+    (path, dtype)
+    for path in PATHS
+    for dtype in (torch.float32, torch.float64)
+    if (path, dtype) != (COMPILED, torch.float64)
+]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+needs_compiler = pytest.mark.skipif(COMPILED != "compiled", reason=extension.load("long_conv")[1])
+
+
+def take(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In plain PyTorch, small inputs go the way of long ones in blocks that do not divide the width."""
+    if path == "no compiler":
+        pytest.skip(extension.load("long_conv")[1])
+    monkeypatch.setenv("RNA_KERNELS", "auto" if path == "compiled" else "reference")
+    assert (kernels.path("long_conv", torch.device("cpu")) == "compiled") == (path == "compiled")
+    if path == "ring":
+        monkeypatch.setitem(long_conv._PLAIN_POINTS, "cpu", 0)
+        monkeypatch.setitem(long_conv._BLOCK_POINTS, "cpu", 1 << 9)
 
 
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Small inputs go the way of long ones, in blocks and parts that do not divide the width."""
-    if request.param != "plain":
-        monkeypatch.setitem(long_conv._PLAIN_POINTS, "cpu", 0)
-        monkeypatch.setattr(long_conv, "_LANES", 2)
-        monkeypatch.setitem(long_conv._BLOCK_POINTS, "cpu", 1)
-        monkeypatch.setattr(long_conv, "_SPLIT_POINTS", 8 if request.param == "rows-and-columns" else 1 << 30)
+    take(request.param, monkeypatch)
     return request.param
+
+
+@pytest.fixture(params=WAYS, ids=lambda way: f"{way[0]}-{way[1]}")
+def dtype(request, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Each path in each precision that it has."""
+    take(request.param[0], monkeypatch)
+    return request.param[1]
 
 
 def arguments(length: int, *, both: bool, dtype: torch.dtype, width: int = 3):
@@ -35,48 +57,44 @@ def gradients(found: Tensor, args: list[Tensor | None], weight: Tensor) -> tuple
     return torch.autograd.grad(found, [x for x in args if x is not None], weight.to(found.dtype))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("both", [False, True], ids=["causal", "both-sides"])
 @pytest.mark.parametrize("length", [1, 2, 31, 64, 100])
-def test_outputs_and_all_gradients_equal_the_sum(path, length: int, both: bool, dtype: torch.dtype, tolerance: float):
-    args = arguments(length, both=both, dtype=dtype)
+def test_outputs_and_all_gradients_equal_the_sum(dtype: torch.dtype, length: int, both: bool):
+    check_against_the_sum(arguments(length, both=both, dtype=dtype), TOLERANCE[dtype])
+
+
+def check_against_the_sum(args: list[Tensor | None], tolerance: float) -> None:
     found, expected = fft_conv(*args), fft_conv_ref(*args)
-    assert found.dtype == dtype
+    assert found.dtype == args[0].dtype
     assert (found - expected).abs().max() < tolerance * expected.abs().max()
-    weight = torch.randn(found.shape, dtype=dtype)
+    weight = torch.randn(found.shape, dtype=found.dtype)
     for grad, wanted in zip(gradients(found, args, weight), gradients(expected, args, weight), strict=True):
         assert (grad - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
-@pytest.mark.parametrize("both", [False, True], ids=["causal", "both-sides"])
-def test_gradients_equal_finite_differences(path, both: bool):
-    args = arguments(11, both=both, dtype=torch.float64)
-    assert torch.autograd.gradcheck(fft_conv, args)
-
-
 def test_a_second_derivative_is_refused(path):
-    args = arguments(11, both=True, dtype=torch.float64)
+    args = arguments(11, both=True, dtype=torch.float32)
     found = torch.autograd.grad(fft_conv(*args).square().sum(), args, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"autograd|differentiate twice"):
+    with pytest.raises(RuntimeError, match=r"differentiate twice"):
         found[0].sum().backward()
 
 
-def test_the_kernel_over_what_comes_after_is_not_used_at_lag_zero(path):
-    args = arguments(16, both=True, dtype=torch.float64)
+def test_the_kernel_over_what_comes_after_is_not_used_at_lag_zero(dtype: torch.dtype):
+    args = arguments(16, both=True, dtype=dtype)
     grad_DL = gradients(fft_conv(*args), args, torch.ones(2, 16, 3))[2]
-    assert grad_DL[:, 0].abs().max() < 1e-12
-    assert (grad_DL[:, 1:].abs() > 1e-6).all()
+    assert grad_DL[:, 0].abs().max() < TOLERANCE[dtype]
+    assert (grad_DL[:, 1:].abs() > 1e-3).all()
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["causal", "both-sides"])
-def test_a_change_is_felt_afterwards_only_or_everywhere(path, both: bool):
-    u, after, before, skip = (None if x is None else x.detach() for x in arguments(50, both=both, dtype=torch.float64))
+def test_a_change_is_felt_afterwards_only_or_everywhere(dtype: torch.dtype, both: bool):
+    u, after, before, skip = (None if x is None else x.detach() for x in arguments(50, both=both, dtype=dtype))
     changed = u.clone()
     changed[:, 20] += 1
-    felt_L = (fft_conv(changed, after, before, skip) - fft_conv(u, after, before, skip)).abs().amin(dim=(0, 2))
-    most_L = (fft_conv(changed, after, before, skip) - fft_conv(u, after, before, skip)).abs().amax(dim=(0, 2))
-    assert (felt_L[20:] > 1e-6).all()
-    assert (felt_L[:20] > 1e-6).all() if both else (most_L[:20] < 1e-13).all()
+    difference_BLD = (fft_conv(changed, after, before, skip) - fft_conv(u, after, before, skip)).abs()
+    felt_L, most_L = difference_BLD.amin(dim=(0, 2)), difference_BLD.amax(dim=(0, 2))
+    assert (felt_L[20:] > 1e-4).all()
+    assert (felt_L[:20] > 1e-4).all() if both else (most_L[:20] < TOLERANCE[dtype]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -108,20 +126,22 @@ def test_it_is_deterministic_and_survives_gradient_checkpointing(path):
 @pytest.mark.parametrize("both", [False, True], ids=["causal", "both-sides"])
 def test_the_operator_can_be_traced_and_compiled_whole(path, both: bool):
     args = arguments(40, both=both, dtype=torch.float32)
+    operator = torch.ops.rna_conv.forward.default if path == "compiled" else long_conv._long_conv
     for laid_out in (args, [x if x is None else x.detach().mT.contiguous().mT if x.ndim > 1 else x for x in args]):
-        library.opcheck(long_conv._long_conv, tuple(laid_out))
+        library.opcheck(operator, tuple(laid_out))
     compiled = torch.compile(fft_conv, backend="aot_eager", fullgraph=True)
     weight = torch.randn(2, 40, 3)
     for a, b in zip(gradients(compiled(*args), args, weight), gradients(fft_conv(*args), args, weight), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize(("batch", "length"), [(2, 140_000), (24, 9_000)])
-def test_long_inputs_keep_no_spectra_and_are_as_exact_as_the_plain_transform(batch: int, length: int):
-    """At the sizes as they ship: the first is taken as rows and columns, the second whole."""
-    torch.manual_seed(0)
-    args = [torch.randn(shape).requires_grad_() for shape in ((batch, length, 3), (3, length), (3, length), (3,))]
-    assert (long_conv._Ring(args[0]).rows > 1) == (length == 140_000)
+@pytest.mark.parametrize("path", ["ring", COMPILED])
+@pytest.mark.parametrize(("batch", "length", "width"), [(3, 5_000, 19), (2, 70_000, 3)])
+def test_long_inputs_keep_no_spectra_and_are_as_exact_as_the_plain_transform(path, batch, length, width, monkeypatch):
+    """Compiled, the first is taken as 2 rows and the second as 32: an odd number of levels each."""
+    take(path, monkeypatch)
+    shapes = (batch, length, width), (width, length), (width, length), (width,)
+    args = [torch.randn(shape).requires_grad_() for shape in shapes]
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         found = fft_conv(*args)
@@ -132,6 +152,66 @@ def test_long_inputs_keep_no_spectra_and_are_as_exact_as_the_plain_transform(bat
     tensors = [(y, *gradients(y, xs, weight)[:3]) for y, xs in ((found, args), (plain, args), (exact, exact_args))]
     for ours, theirs, wanted in zip(*tensors, strict=True):
         assert (ours - wanted).norm() < 1.1 * (theirs - wanted).norm()
+
+
+@needs_compiler
+@pytest.mark.parametrize("both", [False, True], ids=["causal", "both-sides"])
+@pytest.mark.parametrize("length", [15, 16, 17, 300, 520])
+def test_tiles_and_blocks_that_are_not_full_give_the_sum(length: int, both: bool, monkeypatch):
+    """300 and 520 positions are transformed by recursion, with an odd and an even number of levels."""
+    take("compiled", monkeypatch)
+    check_against_the_sum(arguments(length, both=both, dtype=torch.float32, width=37), 1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("batch", "length", "width"), [(1, 40, 200), (3, 100, 40), (2, 9_000, 20)])
+def test_outputs_and_gradients_have_the_same_bits_whatever_the_number_of_threads(batch, length, width, monkeypatch):
+    """Threads share out blocks of channels, or the passes over a long one."""
+    take("compiled", monkeypatch)
+    shapes = (batch, length, width), (width, length), (width, length), (width,)
+    args = [torch.randn(shape).requires_grad_() for shape in shapes]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            y = fft_conv(*args)
+            results.append([y, *torch.autograd.grad(y.square().sum(), args)])
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(torch.equal, results[0], result))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("batch", "width"), [(0, 3), (2, 0)], ids=["no sequence", "no channel"])
+def test_empty_input_gives_empty_output_and_zero_gradients(batch: int, width: int, monkeypatch):
+    """Which PyTorch's own transforms refuse."""
+    take("compiled", monkeypatch)
+    shapes = (batch, 5, width), (width, 5), (width, 5), (width,)
+    args = [torch.randn(shape).requires_grad_() for shape in shapes]
+    y = fft_conv(*args)
+    assert y.shape == (batch, 5, width)
+    assert all(not grad.any() for grad in torch.autograd.grad(y.sum(), args))
+
+
+@needs_compiler
+@pytest.mark.parametrize("place", range(4), ids=["u", "after", "before", "skip"])
+def test_shapes_and_types_that_do_not_fit_are_refused_and_not_read(place: int):
+    args = [x.detach() for x in arguments(20, both=True, dtype=torch.float32)]
+    for wrong in (args[place][..., :-1], args[place].double(), args[place].unsqueeze(0)):
+        with pytest.raises(RuntimeError, match="long_conv: "):
+            torch.ops.rna_conv.forward(*args[:place], wrong, *args[place + 1 :])
+    with pytest.raises(RuntimeError, match="long_conv: gradient"):
+        torch.ops.rna_conv.backward(args[0][:1], *args)
+
+
+@needs_compiler
+def test_what_is_not_a_number_stays_in_its_own_channel_and_sequence(monkeypatch):
+    take("compiled", monkeypatch)
+    args = [x.detach() for x in arguments(70, both=True, dtype=torch.float32, width=20)]
+    args[0][1, 3, 17] = float("nan")
+    spoilt_BD = fft_conv(*args).isnan().any(dim=1)
+    assert spoilt_BD.nonzero().tolist() == [[1, 17]]
 
 
 @pytest.mark.gpu
