@@ -21,8 +21,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.compiled import njit
-from submissions.seed_search import FAR, MOTION, NEAR, SUMS, best_motion, collect, prefix_sums, search
-from submissions.tm_score import d0_rna, in_threads, resolved
+from submissions.seed_search import (
+    FAR,
+    FAST,
+    LANES,
+    MOTION,
+    NEAR,
+    SUMS,
+    apart,
+    best_motions,
+    cell,
+    pair_terms,
+    search,
+    take_motion,
+)
+from submissions.tm_score import centred, counts, d0_rna, in_threads, joined, resolved
 
 #: What `evaluate` and reports call this code.
 ENGINE = "built-in sequence-independent alignment"
@@ -35,12 +48,18 @@ _REMEMBERED = 512  # alignments whose search is remembered, a power of two
 _GAP = -0.6  # of the first of two rounds of dynamic programming; the second has none
 _GAP_STRUCTURE = -1.0  # where secondary structure counts
 _BONUS = 0.5  # for equal secondary structure, beside a similarity in (0, 1]
-_MATCH, _GAP_IN_X, _GAP_IN_Y = np.uint8(1), np.uint8(2), np.uint8(0)  # how a cell's value came about
+_MATCH, _GAP_IN_X = 1, 2  # bits of how a cell's value came about; a gap in y has none
 _NO_MARKS = np.zeros(0, dtype=np.uint8)
-_LANES = 16  # superpositions of fragments that are aligned side by side
 _MOST_CHOICES = 2**25  # bytes of choices, beyond which there is one lane only
 
-_LETTERS = {"A": 1, "C": 2, "G": 3, "U": 4, "T": 4}
+#: Of all traces of one side, one behind the other: [T, 3] Å, [T] residues that are there, [T] codes of their names, and
+#: [N + 1] where each trace begins and the last ends.
+_Side = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+#: Sums, room and motions of `LANES` superpositions, as `best_motions` takes them.
+_Tables = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+_CODES = np.zeros(256, dtype=np.uint8)  # of letters; 0 pairs with nothing
+_CODES[np.frombuffer(b"ACGUTacgut", dtype=np.uint8)] = 1, 2, 3, 4, 4, 1, 2, 3, 4, 4
 
 
 def tm_align(model_X3: np.ndarray, native_Y3: np.ndarray, model_names: str, native_names: str) -> float:
@@ -78,51 +97,46 @@ def tm_aligns(pairs: Sequence[tuple[np.ndarray, np.ndarray, str, str]]) -> np.nd
     """
     if not pairs:
         return np.zeros(0)
-    sides = [[_prepared(pair[0], pair[2]) for pair in pairs], [_prepared(pair[1], pair[3]) for pair in pairs]]
-    xyz = [np.concatenate([part for part, _ in side], axis=1) for side in sides]
-    names = [np.concatenate([part for _, part in side]) for side in sides]
-    lengths = [np.array([len(part) for _, part in side], dtype=np.int64) for side in sides]
-    offsets = [np.concatenate([[0], np.cumsum(each)]) for each in lengths]
-    scales = np.array([d0_rna(max(int(length), 1)) for length in lengths[1]])
+    models = _side([(pair[0], pair[2]) for pair in pairs])
+    natives = _side([(pair[1], pair[3]) for pair in pairs])
+    model_lengths, native_lengths = (counts(there_T, offsets) for _, there_T, _, offsets in (models, natives))
+    scales = np.array([d0_rna(max(int(length), 1)) for length in native_lengths])
     scores = np.zeros(len(pairs))
 
     def work(share: np.ndarray) -> None:
-        _align_all(xyz[0], xyz[1], names[0], names[1], offsets[0], offsets[1], scales, share, scores)
+        _align_all(models, natives, scales, share, scores)
 
-    in_threads(work, lengths[0] * lengths[1])
+    in_threads(work, model_lengths * native_lengths)
     return np.minimum(scores, 1.0)
 
 
-def _prepared(xyz_L3: np.ndarray, names: str) -> tuple[np.ndarray, np.ndarray]:
-    """[3, R] float32 about the centre and [R] uint8 codes of the residues that are there."""
-    if xyz_L3.ndim != 2 or xyz_L3.shape[1] != 3 or len(names) != len(xyz_L3):
-        raise ValueError(f"tm_align: got a trace {xyz_L3.shape} and {len(names)} names; expected [L, 3] and L names")
-    there_L = resolved(xyz_L3)
-    xyz_R3 = xyz_L3[there_L].astype(np.float64)
-    codes_L = np.array([_LETTERS.get(name, 0) for name in names.upper()], dtype=np.uint8)
-    centred_R3 = xyz_R3 - xyz_R3.mean(axis=0) if len(xyz_R3) else xyz_R3
-    return np.ascontiguousarray(centred_R3.T, dtype=np.float32), codes_L[there_L]
+def _side(traces: Sequence[tuple[np.ndarray, str]]) -> _Side:
+    """The traces of one side one behind the other."""
+    for xyz_L3, names in traces:
+        if xyz_L3.ndim != 2 or xyz_L3.shape[1] != 3 or len(names) != len(xyz_L3):
+            got = f"a trace {xyz_L3.shape} and {len(names)} names"
+            raise ValueError(f"tm_align: got {got}; expected [L, 3] and L names")
+    xyz_T3, offsets = joined([xyz_L3 for xyz_L3, _ in traces])
+    letters = "".join(names for _, names in traces).encode("ascii", errors="replace")
+    return xyz_T3, resolved(xyz_T3), _CODES[np.frombuffer(letters, dtype=np.uint8)], offsets
 
 
 @njit(cache=True, nogil=True)
-def _align_all(
-    models: np.ndarray,
-    natives: np.ndarray,
-    model_names: np.ndarray,
-    native_names: np.ndarray,
-    model_offsets: np.ndarray,
-    native_offsets: np.ndarray,
-    scales: np.ndarray,
-    share: np.ndarray,
-    scores: np.ndarray,
-) -> None:
+def _align_all(models: _Side, natives: _Side, scales: np.ndarray, share: np.ndarray, scores: np.ndarray) -> None:
     """Scores of the pairs in `share`; each is aligned by one thread, so their number changes nothing."""
     for pair in share:
-        a, b = model_offsets[pair], model_offsets[pair + 1]
-        c, d = native_offsets[pair], native_offsets[pair + 1]
-        if min(b - a, d - c) >= _MIN_RESIDUES:
-            x, y = models[:, a:b].copy(), natives[:, c:d].copy()
-            scores[pair] = _align(x, y, model_names[a:b].copy(), native_names[c:d].copy(), scales[pair])
+        x, x_names = _one(models, pair)
+        y, y_names = _one(natives, pair)
+        if min(len(x_names), len(y_names)) >= _MIN_RESIDUES:
+            scores[pair] = _align(x, y, x_names, y_names, scales[pair])
+
+
+@njit(cache=True)
+def _one(side: _Side, pair: int) -> tuple[np.ndarray, np.ndarray]:
+    """[3, R] float32 about the centre and [R] codes of one trace's residues that are there."""
+    xyz_T3, there_T, names_T, offsets = side
+    start, end = offsets[pair], offsets[pair + 1]
+    return centred(xyz_T3, there_T, start, end), names_T[start:end][there_T[start:end]]
 
 
 @njit(cache=True, error_model="numpy")
@@ -196,7 +210,12 @@ def _guess(
     elif start == 3:
         motion = np.empty(MOTION)
         mobile, fixed = _paired(x, y, chosen)
-        best_motion(prefix_sums(mobile, fixed)[-1], motion)
+        tables = _tables()
+        terms = pair_terms(mobile, fixed)
+        for k in range(SUMS):
+            tables[0][cell(k, 0)] = terms[:, k].sum()
+        best_motions(*tables)
+        take_motion(tables[2], 0, motion)
         inverse = 1.0 / (d0 + 1.5) ** 2
         _dynamic(_moved(x, motion), y_back, inverse, _BONUS, _GAP_STRUCTURE, x_marks, y_marks_back, space, guess)
     else:
@@ -258,14 +277,17 @@ def _thread(
     guess: np.ndarray,
 ) -> float:
     """Slide a stretch of x along one of y without gaps, at least `least` residues in touch; keep the last best."""
-    sums, motion = np.empty(SUMS), np.empty(MOTION)
-    place = least - y_count
-    found = False
-    for shift in range(least - y_count, x_count - least + 1):
-        first, last = max(0, -shift), min(y_count, x_count - shift)
-        score = _quick_score(x, x_start + first + shift, y, y_start + first, last - first, d0, near, sums, motion)
-        if score >= best:
-            best, place, found = score, shift, True
+    place, found = least - y_count, False
+    stretches, scores, tables = np.empty((LANES, 3), dtype=np.int64), np.empty(LANES), _tables()
+    for low in range(least - y_count, x_count - least + 1, LANES):
+        used = min(LANES, x_count - least + 1 - low)
+        for lane in range(used):
+            first, last = max(0, -low - lane), min(y_count, x_count - low - lane)
+            stretches[lane] = x_start + first + low + lane, y_start + first, last - first
+        _quick_scores(x, y, stretches[:used], d0, near, tables, scores)
+        for lane in range(used):
+            if scores[lane] >= best:
+                best, place, found = scores[lane], low + lane, True
     if found or best < 0.0:
         guess[:] = -1
         for j in range(max(0, -place), min(y_count, x_count - place)):
@@ -274,61 +296,125 @@ def _thread(
 
 
 @njit(cache=True, error_model="numpy")
-def _quick_score(
-    x: np.ndarray,
-    x_start: int,
-    y: np.ndarray,
-    y_start: int,
-    count: int,
-    d0: float,
-    near: float,
-    sums: np.ndarray,
-    motion: np.ndarray,
-) -> float:
-    """Best sum of three superpositions: of all pairs, of those within `near`, and of those within a little more.
-
-    Source: US-align, get_score_fast.
-    """
-    if count < 1:
-        return 0.0
-    inverse, inner = 1.0 / (d0 * d0), near * near
-    motion[:] = 0.0
-    collect(x, x_start, y, y_start, count, motion, inverse, np.inf, np.inf, sums)
-    best_motion(sums, motion)
-    best = collect(x, x_start, y, y_start, count, motion, inverse, inner, np.inf, sums)
-    if sums[0] == count:
-        return best
-    for limit in (inner, inner + 1.0):
-        if sums[0] < min(3, count):
-            reach = _reach(x, x_start, y, y_start, count, motion, limit)
-            collect(x, x_start, y, y_start, count, motion, inverse, reach, np.inf, sums)
-        best_motion(sums, motion)
-        best = max(best, collect(x, x_start, y, y_start, count, motion, inverse, inner + 1.0, np.inf, sums))
-    return best
+def _tables() -> _Tables:
+    return np.zeros(SUMS * LANES), np.zeros(4 * LANES), np.zeros(MOTION * LANES, dtype=np.float32)
 
 
 @njit(cache=True, error_model="numpy")
-def _reach(
-    x: np.ndarray, x_start: int, y: np.ndarray, y_start: int, count: int, motion: np.ndarray, limit: float
-) -> float:
+def _quick_scores(
+    x: np.ndarray,
+    y: np.ndarray,
+    stretches: np.ndarray,
+    d0: float,
+    near: float,
+    tables: _Tables,
+    scores: np.ndarray,
+) -> None:
+    """Best sum of three superpositions: of all pairs, of those within `near`, and of those within a little more.
+
+    Args:
+        x: [3, X] float32 Å.
+        y: [3, Y] float32 Å.
+        stretches: [at most LANES, 3] first residue of x, its partner in y, residues that face each other.
+        d0: scale, Å.
+        near: cut-off, Å.
+        tables: of `_tables`.
+        scores: [LANES], receives the sums.
+
+    Source: US-align, get_score_fast.
+    """
+    sums, room, motions = tables
+    inverse, inner, used = 1.0 / (d0 * d0), near * near, len(stretches)
+    motions[:] = 0.0
+    for lane in range(used):
+        _collect(x, y, stretches[lane], motions, lane, inverse, np.inf, sums)
+    best_motions(sums, room, motions)
+    for lane in range(used):
+        scores[lane] = _collect(x, y, stretches[lane], motions, lane, inverse, inner, sums)
+    for limit in (inner, inner + 1.0):
+        for lane in range(used):
+            if sums[lane] < min(3, stretches[lane, 2]):
+                reach = _reach(x, y, stretches[lane], motions, lane, limit)
+                _collect(x, y, stretches[lane], motions, lane, inverse, reach, sums)
+        best_motions(sums, room, motions)
+        for lane in range(used):
+            if sums[lane] < stretches[lane, 2]:  # else all are within, and that motion has been tried
+                score = _collect(x, y, stretches[lane], motions, lane, inverse, inner + 1.0, sums)
+                scores[lane] = max(scores[lane], score)
+
+
+@njit(cache=True, error_model="numpy")
+def _reach(x: np.ndarray, y: np.ndarray, stretch: np.ndarray, motions: np.ndarray, lane: int, limit: float) -> float:
     """Squared distance within which three pairs lie (infinite if there are fewer), `limit` or more, Å^2."""
+    x_start, y_start, count = stretch
     first, second, third = np.inf, np.inf, np.inf
+    for i in range(x_start, x_start + count):
+        j = i - x_start + y_start
+        distance = float(apart(motions, lane, x[0, i], x[1, i], x[2, i], y[0, j], y[1, j], y[2, j]))
+        if distance < first:
+            first, second, third = distance, first, second
+        elif distance < second:
+            second, third = distance, second
+        elif distance < third:
+            third = distance
+    return max(limit, 1.00001 * third + 1e-6)  # a little more: `_collect` leaves out the limit
+
+
+@njit(cache=True, fastmath=FAST, error_model="numpy")
+def _collect(
+    x: np.ndarray,
+    y: np.ndarray,
+    stretch: np.ndarray,
+    motions: np.ndarray,
+    lane: int,
+    inverse: float,
+    near: float,
+    sums: np.ndarray,
+) -> float:
+    """One pass over a stretch, without branches: the score of a lane's motion; its sums of the near pairs to `sums`.
+
+    Args:
+        x: [3, X] float32 Å.
+        y: [3, Y] float32 Å.
+        stretch: first residue of x, its partner in y, residues.
+        motions: [12 * LANES] float32, of x.
+        lane: which.
+        inverse: 1 / d0^2.
+        near: squared distance, Å^2, below which a pair is near.
+        sums: [16 * LANES] float64.
+    """
+    x_start, y_start, count = stretch
+    scale, inner, one, zero = np.float32(inverse), np.float32(near), np.float32(1.0), np.float32(0.0)
+    score, n, sp, sq, sr, su, sv, sw = zero, zero, zero, zero, zero, zero, zero, zero
+    pu, pv, pw, qu, qv, qw, ru, rv, rw = zero, zero, zero, zero, zero, zero, zero, zero, zero
+    ps, qs, rs = x[0][x_start : x_start + count], x[1][x_start : x_start + count], x[2][x_start : x_start + count]
+    us, vs, ws = y[0][y_start : y_start + count], y[1][y_start : y_start + count], y[2][y_start : y_start + count]
     for i in range(count):
-        u, v, w = x[0, x_start + i], x[1, x_start + i], x[2, x_start + i]
-        a = motion[0] * u + motion[1] * v + motion[2] * w + motion[9] - y[0, y_start + i]
-        b = motion[3] * u + motion[4] * v + motion[5] * w + motion[10] - y[1, y_start + i]
-        c = motion[6] * u + motion[7] * v + motion[8] * w + motion[11] - y[2, y_start + i]
-        apart = a * a + b * b + c * c
-        if apart < third:
-            if apart < second:
-                third = second
-                if apart < first:
-                    second, first = first, apart
-                else:
-                    second = apart
-            else:
-                third = apart
-    return max(limit, 1.00001 * third + 1e-6)  # a little more: `collect` leaves out the limit
+        p, q, r, u, v, w = ps[i], qs[i], rs[i], us[i], vs[i], ws[i]
+        distance = apart(motions, lane, p, q, r, u, v, w)
+        score += one / (one + distance * scale)
+        inside = one if distance < inner else zero
+        n += inside
+        su += inside * u
+        sv += inside * v
+        sw += inside * w
+        p, q, r = inside * p, inside * q, inside * r
+        sp += p
+        sq += q
+        sr += r
+        pu += p * u
+        pv += p * v
+        pw += p * w
+        qu += q * u
+        qv += q * v
+        qw += q * w
+        ru += r * u
+        rv += r * v
+        rw += r * w
+    found = (n, sp, sq, sr, su, sv, sw, pu, pv, pw, qu, qv, qw, ru, rv, rw)
+    for k in range(SUMS):
+        sums[cell(k, lane)] = found[k]
+    return np.float64(score)
 
 
 @njit(cache=True, error_model="numpy")
@@ -337,28 +423,32 @@ def _superpose_fragments(
 ) -> None:
     """The best alignment in the superposition of a short or a long fragment of x on one of y. Source: get_initial5."""
     count_x, count_y = x.shape[1], y.shape[1]
-    lanes = _LANES if (count_x + count_y) * count_x * _LANES < _MOST_CHOICES else 1
-    space = _workspace(count_x, count_y, lanes)
+    lanes = LANES if (count_x + count_y) * count_x * LANES < _MOST_CHOICES else 1
+    space, tables, scores = _workspace(count_x, count_y, lanes), _tables(), np.empty(LANES)
     y_lanes, moved = _in_lanes(y_back, lanes), np.zeros((3, count_x * lanes), dtype=np.float32)
-    sums, motion, found = np.empty(SUMS), np.zeros(MOTION), np.empty(count_y, dtype=np.int64)
+    mobile, fixed = np.empty((3, lanes * count_y), dtype=np.float32), np.empty((3, lanes * count_y), dtype=np.float32)
+    found, faced = np.empty((lanes, count_y), dtype=np.int64), np.zeros((lanes, 3), dtype=np.int64)
     places = _fragment_places(count_x, count_y)
     best = 0.0
     for first in range(0, len(places), lanes):
         batch = places[first : first + lanes]
+        tables[2][:] = 0.0
         for lane in range(len(batch)):
-            i, j, size = batch[lane]
-            motion[:] = 0.0
-            collect(x, i, y, j, size, motion, 1.0, np.inf, np.inf, sums)
-            best_motion(sums, motion)
-            _move_into_lane(x, motion, lane, lanes, moved)
+            _collect(x, y, batch[lane], tables[2], lane, 1.0, np.inf, tables[0])
+        best_motions(*tables)
+        _move_in_lanes(x, tables[2], lanes, moved)
         _fill(moved, y_lanes, lanes, 1.0 / (d0 + 1.5) ** 2, 0.0, 0.0, _NO_MARKS, _NO_MARKS, space)
         for lane in range(len(batch)):
-            _trace_back(space[3], count_x, count_y, lane, lanes, found)
-            mobile, fixed = _paired(x, y, found)
-            score = _quick_score(mobile, 0, fixed, 0, mobile.shape[1], d0, near, sums, motion)
-            if score > best:
-                best = score
-                guess[:] = found
+            _trace_back(space[3], count_x, count_y, lane, lanes, found[lane])
+            pair = _paired(x, y, found[lane])
+            start, size = lane * count_y, pair[0].shape[1]
+            mobile[:, start : start + size], fixed[:, start : start + size] = pair
+            faced[lane] = start, start, size
+        _quick_scores(mobile, fixed, faced[: len(batch)], d0, near, tables, scores)
+        for lane in range(len(batch)):
+            if scores[lane] > best:
+                best = scores[lane]
+                guess[:] = found[lane]
 
 
 @njit(cache=True, error_model="numpy")
@@ -384,11 +474,17 @@ def _in_lanes(xyz: np.ndarray, lanes: int) -> np.ndarray:
 
 
 @njit(cache=True, error_model="numpy")
-def _move_into_lane(xyz: np.ndarray, motion: np.ndarray, lane: int, lanes: int, wide: np.ndarray) -> None:
-    moved = _moved(xyz, motion)
+def _move_in_lanes(xyz: np.ndarray, motions: np.ndarray, lanes: int, wide: np.ndarray) -> None:
+    """Write [3, L * lanes]: every point after each lane's motion."""
     for axis in range(3):
+        row, first, second, third = wide[axis], 3 * axis, 3 * axis + 1, 3 * axis + 2
         for place in range(xyz.shape[1]):
-            wide[axis, place * lanes + lane] = moved[axis, place]
+            x, y, z, start = xyz[0, place], xyz[1, place], xyz[2, place], np.uint64(place * lanes)
+            for lane in range(lanes):
+                turned = (
+                    motions[cell(first, lane)] * x + motions[cell(second, lane)] * y + motions[cell(third, lane)] * z
+                )
+                row[start + np.uint64(lane)] = turned + motions[cell(9 + axis, lane)]
 
 
 @njit(cache=True, error_model="numpy")
@@ -584,14 +680,11 @@ def _fill(
         if bonus > 0.0:
             _add_bonus(x_marks, low - 1, y_marks_back, back, np.float32(bonus), size, row)
         before, now, place = ((k + 1) % 3) * width + start - lanes, (k % 3) * width, k * width + start
-        if gap < 0.0:
-            old, new = ((k + 1) % 2) * width + start - lanes, (k % 2) * width
-            _choose(values, before, opened, old, lanes, row, now + start, choices, place, size)
-            _open_gaps(values, now + start, choices, place, np.float32(gap), opened, new + start, size)
-            _clear(opened, new, k * lanes, lanes, width)
-        else:
-            old = ((k + 2) % 3) * width + start - lanes
-            _choose(values, before, values, old, lanes, row, now + start, choices, place, size)
+        old, new = ((k + 1) % 2) * width + start - lanes, (k % 2) * width
+        _choose(
+            values, before, now + start, opened, old, new + start, lanes, row, np.float32(gap), choices, place, size
+        )
+        _clear(opened, new, k * lanes, lanes, width)
         _clear(values, now, k * lanes, lanes, width)
 
 
@@ -610,10 +703,10 @@ def _trace_back(choices: np.ndarray, count_x: int, count_y: int, lane: int, lane
     i, j, width = count_x, count_y, count_x + 1
     while i > 0 and j > 0:
         choice = choices[((i + j) * width + i) * lanes + lane]
-        if choice == _MATCH:
+        if choice & _MATCH:
             chosen[j - 1] = i - 1
             i, j = i - 1, j - 1
-        elif choice == _GAP_IN_X:
+        elif choice & _GAP_IN_X:
             j -= 1
         else:
             i -= 1
@@ -665,48 +758,30 @@ def _add_bonus(
 def _choose(
     values: np.ndarray,
     before_start: int,
+    now_start: int,
     opened: np.ndarray,
     above_start: int,
+    new_start: int,
     lanes: int,
     row: np.ndarray,
-    now_start: int,
+    gap: np.float32,
     choices: np.ndarray,
     choice_start: int,
     size: int,
 ) -> None:
-    """Values along an anti-diagonal, and how they came about; a match wins a tie."""
-    before, above, now, place_of = (
-        np.uint64(before_start),
-        np.uint64(above_start),
-        np.uint64(now_start),
-        np.uint64(choice_start),
-    )
-    right = np.uint64(lanes)
+    """Values along an anti-diagonal, those for what follows a gap that opens there, and how they came about.
+
+    A match wins a tie.
+    """
+    before, now, chosen = np.uint64(before_start), np.uint64(now_start), np.uint64(choice_start)
+    above, beside, new = np.uint64(above_start), np.uint64(above_start + lanes), np.uint64(new_start)
     for place in range(size):
         i = np.uint64(place)
-        match, up, left = values[before + i] + row[i], opened[above + i], opened[above + right + i]
+        match, up, left = values[before + i] + row[i], opened[above + i], opened[beside + i]
         side = max(up, left)
         values[now + i] = max(match, side)
-        choices[place_of + i] = _MATCH if match >= side else (_GAP_IN_X if left >= up else _GAP_IN_Y)
-
-
-@njit(cache=True, error_model="numpy")
-def _open_gaps(
-    values: np.ndarray,
-    now_start: int,
-    choices: np.ndarray,
-    choice_start: int,
-    gap: np.float32,
-    opened: np.ndarray,
-    new_start: int,
-    size: int,
-) -> None:
-    """Values for what follows a gap that begins here."""
-    now, new, place_of = np.uint64(now_start), np.uint64(new_start), np.uint64(choice_start)
-    for place in range(size):
-        i = np.uint64(place)
-        value = values[now + i]
-        opened[new + i] = value + gap if choices[place_of + i] == _MATCH else value
+        opened[new + i] = side if match < side else match + gap
+        choices[chosen + i] = np.uint8(match >= side) | (np.uint8(left >= up) << np.uint8(1))
 
 
 @njit(cache=True, error_model="numpy")

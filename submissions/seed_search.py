@@ -2,10 +2,11 @@
 
 Every fragment of L, L/2, L/4 … 4 pairs is superposed, the pairs that come near are collected, those are superposed, and
 so on until the set stays the same. Which set follows is a function of the set before alone, so a set that was met
-already is not followed twice: same result, a fraction of the work.
+already is not followed twice: same result, a fraction of the work. Sets take their steps `LANES` at a time, in SIMD.
 
-Points are [3, L] float32 about a common centre, so that one pass over the pairs runs in SIMD; superpositions are solved
-in float64. Lengths in Å. Letters: L pairs, 3 xyz.
+What belongs to lanes lies in flat tables with rows of `LANES` numbers, at constant distances, so that the compiler sees
+that rows do not overlap. Sums are float64, motions and passes over the pairs float32. Lengths in Å. Letters: L pairs,
+3 xyz.
 
 Source:
     TMscore8_search of US-align (Zhang et al. 2022, Nat. Methods 19:1109).
@@ -17,8 +18,10 @@ import numpy as np
 
 from pipeline.compiled import njit
 
-#: Numbers that describe a set of pairs: count, sums of both sides, of their products, of their squared lengths.
-SUMS = 17
+#: Sets of pairs that are handled side by side: a SIMD register of float32 at its widest.
+LANES = 16
+#: Numbers that describe a set of pairs: count, sums of both sides, sums of their products.
+SUMS = 16
 #: Numbers of a rigid motion: rotation (row-major), shift.
 MOTION = 12
 #: d0 is clipped to these for collecting residues, Å. Source: US-align, d0_search.
@@ -26,9 +29,20 @@ NEAR, FAR = 4.5, 8.0
 
 _SHORTEST_SEED = 4  # pairs; US-align: L_ini_min
 _SEED_LENGTHS = 6  # US-align: n_init_max
-_WIDE = 16  # points that a SIMD step takes at most
+_STEPS = 20  # after which a seed is left; US-align: n_it
 _NOWHERE = 1e15  # Å: a partner there is never near, adds nothing to a score, and its square is finite in float32
-_ITERATIONS = 20  # US-align: n_it
+_CUTOFF, _FOUND = MOTION, MOTION + 1  # rows of the table of a pass, behind the motions: cut-off; sums and score
+_CHUNK = 512  # pairs whose sums stay in float32
+_NAMES = 2048  # places for the names of sets, at first
+
+#: Freedoms of the compiler that a pass over pairs needs for SIMD.
+FAST = {"reassoc", "nsz", "contract", "arcp"}
+
+
+@njit(cache=True, forceinline=True)
+def cell(row: int, lane: int) -> np.uint64:
+    """Where a lane's number lies in a table; unsigned, as a signed index keeps a loop from becoming SIMD."""
+    return np.uint64(row * LANES) + np.uint64(lane)
 
 
 @njit(cache=True, error_model="numpy")
@@ -49,90 +63,127 @@ def search(
     Returns:
         The sum, not divided by a length.
     """
-    count = mobile.shape[1]
-    inverse, limit = 1.0 / (d0 * d0), farthest * farthest
-    first, later = near - 1.0, near + 1.0
-    seen = np.zeros(_table_size(count, step), dtype=np.uint64)
-    prefix = prefix_sums(mobile, fixed)
-    mobile, fixed = _padded(mobile, 0.0), _padded(fixed, _NOWHERE)
-    sums, tried = np.empty(SUMS), np.empty(MOTION)
-    best, filled = -1.0, 0
+    pairs = pair_terms(mobile, fixed)
+    narrow, enough = _padded(pairs), min(3, len(pairs))
+    sets, waiting = _seeds(pairs, step, near - 1.0)
+    seen, filled = np.zeros(_NAMES, dtype=np.uint64), 0
+    lanes, found = np.zeros((_FOUND + SUMS + 1) * LANES, dtype=np.float32), np.zeros((SUMS + 1) * LANES)
+    names = np.empty(LANES, dtype=np.uint64)
+    best = -1.0
+    while waiting > 0:
+        present, waiting = waiting, 0
+        for first in range(0, present, LANES):
+            sums = sets[first // LANES]
+            best_motions(sums, found, lanes)
+            for lane in range(LANES):
+                lanes[cell(_CUTOFF, lane)] = sums[cell(SUMS, lane)] ** 2
+            _collect(narrow, 1.0 / (d0 * d0), farthest * farthest, lanes, found)
+            _name_all(found, names)
+            for lane in range(min(LANES, present - first)):
+                if found[cell(SUMS, lane)] > best:
+                    best = found[cell(SUMS, lane)]
+                    take_motion(lanes, lane, motion)
+                steps = sums[cell(SUMS + 1, lane)]
+                if found[lane] < enough:  # US-align, too, goes on with half an Å more
+                    _put(sums, lane, sums[cell(SUMS, lane)] + 0.5, steps, sets, waiting)
+                    waiting += 1
+                elif steps < _STEPS and _remember(seen, names[lane]):
+                    _put(found, lane, near + 1.0, steps + 1.0, sets, waiting)
+                    waiting += 1
+                    filled += 1
+                    if 2 * filled > len(seen):
+                        seen = _larger(seen)
+    return best
+
+
+@njit(cache=True, error_model="numpy")
+def take_motion(motions: np.ndarray, lane: int, motion: np.ndarray) -> None:
+    """Copy a lane's motion to `motion`, [12] float64."""
+    for k in range(MOTION):
+        motion[k] = motions[cell(k, lane)]
+
+
+@njit(cache=True, error_model="numpy")
+def _put(sums: np.ndarray, lane: int, cutoff: float, steps: float, sets: np.ndarray, place: int) -> None:
+    """Copy a lane's set to a place in the queue, with the cut-off for what comes near it and the steps so far."""
+    block, there = sets[place // LANES], place % LANES
+    for k in range(SUMS):
+        block[cell(k, there)] = sums[cell(k, lane)]
+    block[cell(SUMS, there)], block[cell(SUMS + 1, there)] = cutoff, steps
+
+
+@njit(cache=True, error_model="numpy")
+def pair_terms(mobile: np.ndarray, fixed: np.ndarray) -> np.ndarray:
+    """[L, 16] float64: what each pair adds to a set's sums."""
+    terms = np.empty((mobile.shape[1], SUMS))
+    for i in range(mobile.shape[1]):
+        row = terms[i]
+        x, y, z = np.float64(mobile[0, i]), np.float64(mobile[1, i]), np.float64(mobile[2, i])
+        u, v, w = np.float64(fixed[0, i]), np.float64(fixed[1, i]), np.float64(fixed[2, i])
+        row[0], row[1], row[2], row[3], row[4], row[5], row[6] = 1.0, x, y, z, u, v, w
+        row[7], row[8], row[9], row[10], row[11], row[12] = x * u, x * v, x * w, y * u, y * v, y * w
+        row[13], row[14], row[15] = z * u, z * v, z * w
+    return terms
+
+
+@njit(cache=True, error_model="numpy")
+def _padded(pairs: np.ndarray) -> np.ndarray:
+    """The same in float32, and one more pair that comes never near if their number is odd."""
+    count = len(pairs)
+    narrow = np.zeros((count + count % 2, SUMS), dtype=np.float32)
+    narrow[-1, 4:7] = _NOWHERE
+    for i in range(count):
+        for k in range(SUMS):
+            narrow[i, k] = pairs[i, k]
+    return narrow
+
+
+@njit(cache=True, error_model="numpy")
+def _seeds(pairs: np.ndarray, step: int, cutoff: float) -> tuple[np.ndarray, int]:
+    """Tables of the sums of all fragments that the search starts from, and how many these are."""
+    count = len(pairs)
+    before = np.zeros((count + 1, SUMS))
+    for i in range(count):
+        for k in range(SUMS):
+            before[i + 1, k] = before[i, k] + pairs[i, k]
+    sets = np.zeros((_SEED_LENGTHS * (count // step + 2) // LANES + 1, (SUMS + 2) * LANES))
+    filled = 0
     for level in range(_SEED_LENGTHS):
         length = count >> level
         if level == _SEED_LENGTHS - 1 or length < _SHORTEST_SEED:
             length = min(_SHORTEST_SEED, count)
-        last = count - length
-        start = 0
+        start, last = 0, count - length
         while True:
-            sums[:] = prefix[start + length] - prefix[start]
-            cutoff = first
-            for _ in range(_ITERATIONS + 1):
-                best_motion(sums, tried)
-                score = _collect(mobile, fixed, count, tried, inverse, cutoff, limit, sums)
-                cutoff = later
-                if score > best:
-                    best = score
-                    motion[:] = tried
-                if not _remember(seen, _name(sums)):
-                    break
-                filled += 1
-                if 2 * filled > len(seen):  # a crowded table gets slow; forgetting costs time, not exactness
-                    seen[:] = 0
-                    filled = 0
+            for k in range(SUMS):
+                sets[filled // LANES, cell(k, filled % LANES)] = before[start + length, k] - before[start, k]
+            sets[filled // LANES, cell(SUMS, filled % LANES)] = cutoff
+            filled += 1
             if start >= last:
                 break
             start = min(start + step, last)
         if length <= _SHORTEST_SEED:
             break
-    return best
+    return sets, filled
 
 
 @njit(cache=True, error_model="numpy")
-def _padded(xyz: np.ndarray, value: float) -> np.ndarray:
-    """The same points, and so many more that a SIMD loop has no rest: 85 ns a pass of 77 points became 60 ns."""
-    count = xyz.shape[1]
-    wide = np.full((3, (count + _WIDE - 1) // _WIDE * _WIDE), np.float32(value), dtype=np.float32)
-    for axis in range(3):
-        for place in range(count):
-            wide[axis, place] = xyz[axis, place]
-    return wide
+def _larger(seen: np.ndarray) -> np.ndarray:
+    """A table of twice the size with the same names."""
+    larger = np.zeros(2 * len(seen), dtype=np.uint64)
+    for name in seen:
+        if name != 0:
+            _remember(larger, name)
+    return larger
 
 
 @njit(cache=True, error_model="numpy")
-def prefix_sums(mobile: np.ndarray, fixed: np.ndarray) -> np.ndarray:
-    """[L + 1, 17] running sums of what `best_motion` needs; a fragment's sums are one difference."""
-    prefix = np.zeros((mobile.shape[1] + 1, SUMS))
-    for i in range(mobile.shape[1]):
-        before, row = prefix[i], prefix[i + 1]
-        x, y, z = np.float64(mobile[0, i]), np.float64(mobile[1, i]), np.float64(mobile[2, i])
-        u, v, w = np.float64(fixed[0, i]), np.float64(fixed[1, i]), np.float64(fixed[2, i])
-        row[0] = before[0] + 1.0
-        row[1], row[2], row[3] = before[1] + x, before[2] + y, before[3] + z
-        row[4], row[5], row[6] = before[4] + u, before[5] + v, before[6] + w
-        row[7], row[8], row[9] = before[7] + x * u, before[8] + x * v, before[9] + x * w
-        row[10], row[11], row[12] = before[10] + y * u, before[11] + y * v, before[12] + y * w
-        row[13], row[14], row[15] = before[13] + z * u, before[14] + z * v, before[15] + z * w
-        row[16] = before[16] + x * x + y * y + z * z + u * u + v * v + w * w
-    return prefix
-
-
-@njit(cache=True, error_model="numpy")
-def _table_size(count: int, step: int) -> int:
-    size = 256
-    while size * step < 16 * count:
-        size *= 2
-    return size
-
-
-@njit(cache=True, error_model="numpy")
-def _name(sums: np.ndarray) -> np.uint64:
-    """A set's name: its sums, of which the same set always gives the same digits."""
+def _name_all(sums: np.ndarray, names: np.ndarray) -> None:
+    """Each lane's set gets a name: of its sums, as the same set always gives the same digits."""
     digits = sums.view(np.uint64)
-    name = digits[1] * np.uint64(0x9E3779B97F4A7C15) + digits[4]
-    name = name * np.uint64(0xBF58476D1CE4E5B9) + digits[7]
-    name = name * np.uint64(0x94D049BB133111EB) + digits[11]
-    name = (name ^ (name >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15) + digits[0]
-    return (name ^ (name >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    for lane in range(LANES):
+        name = digits[lane] * np.uint64(0x9E3779B97F4A7C15) + digits[cell(1, lane)] * np.uint64(0xBF58476D1CE4E5B9)
+        name += digits[cell(4, lane)] * np.uint64(0x94D049BB133111EB) + digits[cell(7, lane)]
+        names[np.uint64(lane)] = (name ^ (name >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15)
 
 
 @njit(cache=True, error_model="numpy")
@@ -149,168 +200,133 @@ def _remember(seen: np.ndarray, name: np.uint64) -> bool:
     return True
 
 
-@njit(cache=True, error_model="numpy")
-def _collect(
-    mobile: np.ndarray,
-    fixed: np.ndarray,
-    count: int,
-    motion: np.ndarray,
-    inverse: float,
-    cutoff: float,
-    limit: float,
-    sums: np.ndarray,
-) -> float:
-    """Score of a motion, and the sums of the pairs within the cut-off (written to `sums`).
-
-    The cut-off grows by half an Å until three pairs are within (or all, of fewer), as US-align's does.
-    """
-    width = mobile.shape[1]
-    score = collect(mobile, 0, fixed, 0, width, motion, inverse, cutoff * cutoff, limit, sums)
-    while sums[0] < 3.0 and sums[0] < count:
-        cutoff += 0.5
-        score = collect(mobile, 0, fixed, 0, width, motion, inverse, cutoff * cutoff, limit, sums)
-    return score
-
-
-@njit(cache=True, fastmath={"reassoc", "nsz", "contract", "arcp"}, error_model="numpy")
-def collect(
-    mobile: np.ndarray,
-    mobile_start: int,
-    fixed: np.ndarray,
-    fixed_start: int,
-    count: int,
-    motion: np.ndarray,
-    inverse: float,
-    near: float,
-    limit: float,
-    sums: np.ndarray,
-) -> float:
-    """One pass over `count` pairs, without branches: the score of a motion, and the sums of the pairs that come near.
+@njit(cache=True, fastmath=FAST, error_model="numpy")
+def _collect(pairs: np.ndarray, inverse: float, limit: float, lanes: np.ndarray, sums: np.ndarray) -> None:
+    """One pass over all pairs: each lane's score, and the sums of the pairs that come near, written to `sums`.
 
     Args:
-        mobile: [3, ≥ mobile_start + count] float32 Å.
-        mobile_start: its first point.
-        fixed: [3, ≥ fixed_start + count] float32 Å.
-        fixed_start: the first point's partner.
-        count: pairs.
-        motion: [12] of `mobile`.
+        pairs: [even, 16] float32 of `_padded`.
         inverse: 1 / d0^2.
-        near: squared distance, Å^2, below which a pair is near.
         limit: squared distance, Å^2, up to which a pair counts in the score.
-        sums: [17] float64, receives the sums over the near pairs.
+        lanes: motions, and squared distances below which a pair is near, Å^2; room for what is found.
+        sums: [17 * LANES] float64, receives the sums and the score.
     """
-    r00, r01, r02 = np.float32(motion[0]), np.float32(motion[1]), np.float32(motion[2])
-    r10, r11, r12 = np.float32(motion[3]), np.float32(motion[4]), np.float32(motion[5])
-    r20, r21, r22 = np.float32(motion[6]), np.float32(motion[7]), np.float32(motion[8])
-    t0, t1, t2 = np.float32(motion[9]), np.float32(motion[10]), np.float32(motion[11])
-    scale, inner, outer = np.float32(inverse), np.float32(near), np.float32(limit)
-    one, zero = np.float32(1.0), np.float32(0.0)
-    score, n, sx, sy, sz, ux, uy, uz = zero, zero, zero, zero, zero, zero, zero, zero
-    xx, xy, xz, yx, yy, yz, zx, zy, zz, square = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
-    mobile_end, fixed_end = mobile_start + count, fixed_start + count
-    xs, ys, zs = (
-        mobile[0][mobile_start:mobile_end],
-        mobile[1][mobile_start:mobile_end],
-        mobile[2][mobile_start:mobile_end],
-    )
-    us, vs, ws = fixed[0][fixed_start:fixed_end], fixed[1][fixed_start:fixed_end], fixed[2][fixed_start:fixed_end]
-    for i in range(count):
-        x, y, z, u, v, w = xs[i], ys[i], zs[i], us[i], vs[i], ws[i]
-        a = r00 * x + r01 * y + r02 * z + t0 - u
-        b = r10 * x + r11 * y + r12 * z + t1 - v
-        c = r20 * x + r21 * y + r22 * z + t2 - w
-        distance = a * a + b * b + c * c
-        score += one / (one + distance * scale) if distance <= outer else zero
-        inside = one if distance < inner else zero
-        n += inside
-        kx, ky, kz = inside * x, inside * y, inside * z
-        ku, kv, kw = inside * u, inside * v, inside * w
-        sx += kx
-        sy += ky
-        sz += kz
-        ux += ku
-        uy += kv
-        uz += kw
-        xx += kx * u
-        xy += kx * v
-        xz += kx * w
-        yx += ky * u
-        yy += ky * v
-        yz += ky * w
-        zx += kz * u
-        zy += kz * v
-        zz += kz * w
-        square += kx * x + ky * y + kz * z + ku * u + kv * v + kw * w
-    sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], sums[6] = n, sx, sy, sz, ux, uy, uz
-    sums[7], sums[8], sums[9], sums[10], sums[11] = xx, xy, xz, yx, yy
-    sums[12], sums[13], sums[14], sums[15], sums[16] = yz, zx, zy, zz, square
-    return np.float64(score)
+    scale, outer, one, zero = np.float32(inverse), np.float32(limit), np.float32(1.0), np.float32(0.0)
+    sums[:] = 0.0
+    for start in range(0, len(pairs), _CHUNK):
+        lanes[_FOUND * LANES :] = 0.0
+        for place in range(start, min(start + _CHUNK, len(pairs)), 2):
+            i, j = np.uint64(place), np.uint64(place + 1)
+            x, y, z, u, v, w = pairs[i, 1], pairs[i, 2], pairs[i, 3], pairs[i, 4], pairs[i, 5], pairs[i, 6]
+            x_, y_, z_, u_, v_, w_ = pairs[j, 1], pairs[j, 2], pairs[j, 3], pairs[j, 4], pairs[j, 5], pairs[j, 6]
+            for lane in range(LANES):
+                first, second = apart(lanes, lane, x, y, z, u, v, w), apart(lanes, lane, x_, y_, z_, u_, v_, w_)
+                near = one if first < lanes[cell(_CUTOFF, lane)] else zero
+                near_ = one if second < lanes[cell(_CUTOFF, lane)] else zero
+                for k in range(SUMS):
+                    lanes[cell(_FOUND + k, lane)] += near * pairs[i, np.uint64(k)] + near_ * pairs[j, np.uint64(k)]
+                a, b = one + first * scale, one + second * scale  # one division for both: 1 / a + 1 / b
+                both = (b if first <= outer else zero) + (a if second <= outer else zero)
+                lanes[cell(_FOUND + SUMS, lane)] += both / (a * b)
+        for place in range((SUMS + 1) * LANES):
+            sums[place] += lanes[_FOUND * LANES + place]
+
+
+@njit(cache=True, fastmath=FAST, forceinline=True)
+def apart(
+    motions: np.ndarray,
+    lane: int,
+    x: np.float32,
+    y: np.float32,
+    z: np.float32,
+    u: np.float32,
+    v: np.float32,
+    w: np.float32,
+) -> np.float32:
+    """Squared distance of a pair after a lane's motion, Å^2."""
+    m = motions
+    a = m[cell(0, lane)] * x + m[cell(1, lane)] * y + m[cell(2, lane)] * z + m[cell(9, lane)] - u
+    b = m[cell(3, lane)] * x + m[cell(4, lane)] * y + m[cell(5, lane)] * z + m[cell(10, lane)] - v
+    c = m[cell(6, lane)] * x + m[cell(7, lane)] * y + m[cell(8, lane)] * z + m[cell(11, lane)] - w
+    return a * a + b * b + c * c
 
 
 @njit(cache=True, error_model="numpy")
-def best_motion(sums: np.ndarray, motion: np.ndarray) -> None:
-    """Rotation (row-major) and shift that bring the set that `sums` describes closest to its partners.
+def best_motions(sums: np.ndarray, room: np.ndarray, motions: np.ndarray) -> None:
+    """Rotations (row-major) and shifts that bring the sets that `sums` describes closest to their partners.
 
     Largest eigenvalue of the traceless 4 x 4 quaternion matrix by Halley's method from above, eigenvector from the
-    adjugate's longest row.
+    adjugate's longest row. A lane whose set is empty gets no numbers.
+
+    Args:
+        sums: [16 * LANES or more] float64.
+        room: [4 * LANES or more] float64, overwritten.
+        motions: [12 * LANES or more] float32 or float64, receives the motions.
 
     Source:
         Theobald 2005, Acta Cryst. A61:478; Liu, Agrafiotis and Theobald 2010, J. Comput. Chem. 31:1561.
     """
-    part = 1.0 / sums[0]
-    mx, my, mz = sums[1] * part, sums[2] * part, sums[3] * part
-    fx, fy, fz = sums[4] * part, sums[5] * part, sums[6] * part
-    sxx, sxy, sxz = sums[7] - sums[1] * fx, sums[8] - sums[1] * fy, sums[9] - sums[1] * fz
-    syx, syy, syz = sums[10] - sums[2] * fx, sums[11] - sums[2] * fy, sums[12] - sums[2] * fz
-    szx, szy, szz = sums[13] - sums[3] * fx, sums[14] - sums[3] * fy, sums[15] - sums[3] * fz
-    bound = 0.5 * (sums[16] - sums[1] * mx - sums[2] * my - sums[3] * mz - sums[4] * fx - sums[5] * fy - sums[6] * fz)
-    b, c, d = syz - szy, szx - sxz, sxy - syx
-    f, g, i = sxy + syx, szx + sxz, syz + szy
-    ka, ke, kh, kj = sxx + syy + szz, sxx - syy - szz, syy - sxx - szz, szz - sxx - syy
-    square = sxx * sxx + sxy * sxy + sxz * sxz + syx * syx + syy * syy + syz * syz + szx * szx + szy * szy + szz * szz
-    det = sxx * (syy * szz - syz * szy) - sxy * (syx * szz - syz * szx) + sxz * (syx * szy - syy * szx)
-    top = _top_eigenvalue(bound, -2.0 * square, -8.0 * det, _determinant(ka, b, c, d, ke, f, g, kh, i, kj))
-    qw, qx, qy, qz = _longest_row(ka - top, b, c, d, ke - top, f, g, kh - top, i, kj - top)
-    motion[0], motion[1], motion[2] = (
-        qw * qw + qx * qx - qy * qy - qz * qz,
-        2.0 * (qx * qy - qw * qz),
-        2.0 * (qx * qz + qw * qy),
-    )
-    motion[3], motion[4], motion[5] = (
-        2.0 * (qx * qy + qw * qz),
-        qw * qw - qx * qx + qy * qy - qz * qz,
-        2.0 * (qy * qz - qw * qx),
-    )
-    motion[6], motion[7], motion[8] = (
-        2.0 * (qx * qz - qw * qy),
-        2.0 * (qy * qz + qw * qx),
-        qw * qw - qx * qx - qy * qy + qz * qz,
-    )
-    motion[9] = fx - (motion[0] * mx + motion[1] * my + motion[2] * mz)
-    motion[10] = fy - (motion[3] * mx + motion[4] * my + motion[5] * mz)
-    motion[11] = fz - (motion[6] * mx + motion[7] * my + motion[8] * mz)
+    for lane in range(LANES):
+        a, b, c, d, e, f, g, h, i, j, square, det = _quaternion_matrix(sums, lane)
+        room[cell(0, lane)] = 1.0000001 * math.sqrt(3.0 * square)  # no sum of three singular values is above
+        room[cell(1, lane)] = -2.0 * square
+        room[cell(2, lane)] = -8.0 * det
+        room[cell(3, lane)] = _determinant(a, b, c, d, e, f, g, h, i, j)
+    _top_eigenvalues(room)
+    for lane in range(LANES):
+        top = room[cell(0, lane)]
+        a, b, c, d, e, f, g, h, i, j, _, _ = _quaternion_matrix(sums, lane)
+        w, x, y, z = _longest_row(a - top, b, c, d, e - top, f, g, h - top, i, j - top)
+        r0, r1, r2 = w * w + x * x - y * y - z * z, 2.0 * (x * y - w * z), 2.0 * (x * z + w * y)
+        r3, r4, r5 = 2.0 * (x * y + w * z), w * w - x * x + y * y - z * z, 2.0 * (y * z - w * x)
+        r6, r7, r8 = 2.0 * (x * z - w * y), 2.0 * (y * z + w * x), w * w - x * x - y * y + z * z
+        part = 1.0 / sums[cell(0, lane)]
+        x, y, z = sums[cell(1, lane)] * part, sums[cell(2, lane)] * part, sums[cell(3, lane)] * part
+        u, v, w = sums[cell(4, lane)] * part, sums[cell(5, lane)] * part, sums[cell(6, lane)] * part
+        motions[cell(0, lane)], motions[cell(1, lane)], motions[cell(2, lane)] = r0, r1, r2
+        motions[cell(3, lane)], motions[cell(4, lane)], motions[cell(5, lane)] = r3, r4, r5
+        motions[cell(6, lane)], motions[cell(7, lane)], motions[cell(8, lane)] = r6, r7, r8
+        motions[cell(9, lane)] = u - (r0 * x + r1 * y + r2 * z)
+        motions[cell(10, lane)] = v - (r3 * x + r4 * y + r5 * z)
+        motions[cell(11, lane)] = w - (r6 * x + r7 * y + r8 * z)
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def _quaternion_matrix(sums: np.ndarray, lane: int) -> tuple[float, ...]:
+    """Upper triangle a b c d, e f g, h i, j of the matrix; sum of squares and determinant of the covariance."""
+    part = 1.0 / sums[cell(0, lane)]
+    x, y, z = sums[cell(1, lane)], sums[cell(2, lane)], sums[cell(3, lane)]
+    u, v, w = sums[cell(4, lane)] * part, sums[cell(5, lane)] * part, sums[cell(6, lane)] * part
+    xx, xy, xz = sums[cell(7, lane)] - x * u, sums[cell(8, lane)] - x * v, sums[cell(9, lane)] - x * w
+    yx, yy, yz = sums[cell(10, lane)] - y * u, sums[cell(11, lane)] - y * v, sums[cell(12, lane)] - y * w
+    zx, zy, zz = sums[cell(13, lane)] - z * u, sums[cell(14, lane)] - z * v, sums[cell(15, lane)] - z * w
+    square = xx * xx + xy * xy + xz * xz + yx * yx + yy * yy + yz * yz + zx * zx + zy * zy + zz * zz
+    det = xx * (yy * zz - yz * zy) - xy * (yx * zz - yz * zx) + xz * (yx * zy - yy * zx)
+    diagonal = xx + yy + zz, xx - yy - zz, yy - xx - zz, zz - xx - yy
+    b, c, d, f, g, i = yz - zy, zx - xz, xy - yx, xy + yx, zx + xz, yz + zy
+    return diagonal[0], b, c, d, diagonal[1], f, g, diagonal[2], i, diagonal[3], square, det
 
 
 @njit(cache=True, error_model="numpy")
-def _top_eigenvalue(bound: float, c2: float, c1: float, c0: float) -> float:
-    """Largest root of x^4 + c2 x^2 + c1 x + c0, which is `bound` or less."""
-    top = bound
+def _top_eigenvalues(room: np.ndarray) -> None:
+    """Largest root of x^4 + c2 x^2 + c1 x + c0, from a bound in the first of the four rows, c2, c1 and c0 behind it."""
     for _ in range(30):
-        square = top * top
-        value = (square + c2) * square + c1 * top + c0
-        slope = (4.0 * square + 2.0 * c2) * top + c1
-        bend = 6.0 * square + c2  # half of the second derivative
-        below = slope * slope - value * bend
-        if below == 0.0:
+        moving = 0
+        for lane in range(LANES):
+            top, c2 = room[cell(0, lane)], room[cell(1, lane)]
+            c1, c0 = room[cell(2, lane)], room[cell(3, lane)]
+            square = top * top
+            value = (square + c2) * square + c1 * top + c0
+            slope = (4.0 * square + 2.0 * c2) * top + c1
+            below = slope * slope - value * (6.0 * square + c2)  # the second derivative's half
+            move = value * slope / below if below != 0.0 else 0.0
+            room[cell(0, lane)] = top - move
+            moving += abs(move) > 1e-9 * abs(top)
+        if moving == 0:
             break
-        move = value * slope / below
-        top -= move
-        if abs(move) <= 1e-9 * abs(top):
-            break
-    return top
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", forceinline=True)
 def _determinant(
     a: float, b: float, c: float, d: float, e: float, f: float, g: float, h: float, i: float, j: float
 ) -> float:
@@ -325,28 +341,27 @@ def _determinant(
     )
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", forceinline=True)
 def _longest_row(
     a: float, b: float, c: float, d: float, e: float, f: float, g: float, h: float, i: float, j: float
 ) -> tuple[float, float, float, float]:
     """Unit row of the adjugate of that matrix; if it is singular, the vector that it sends to zero."""
     hj, gi, gh = h * j - i * i, f * j - g * i, f * i - g * h
     cj, ci, cg = c * j - d * i, c * i - d * h, c * g - d * f
-    ae, af, ag = a * e - b * b, a * f - b * c, a * g - b * d
+    ae, af, ag, bf, bg = a * e - b * b, a * f - b * c, a * g - b * d, b * f - c * e, b * g - d * e
     a00, a11 = e * hj - f * gi + g * gh, a * hj - c * cj + d * ci
-    a22, a33 = j * ae - g * ag + d * (b * g - d * e), h * ae - f * af + c * (b * f - c * e)
+    a22, a33 = j * ae - g * ag + d * bg, h * ae - f * af + c * bf
     a01, a02, a03 = -(b * hj - f * cj + g * ci), b * gi - e * cj + g * cg, -(b * gh - e * ci + f * cg)
-    a12, a13, a23 = -(a * gi - b * cj + d * cg), a * gh - b * ci + c * cg, -(i * ae - f * ag + c * (b * g - d * e))
-    s0, s1, s2, s3 = abs(a00), abs(a11), abs(a22), abs(a33)
-    if s0 >= s1 and s0 >= s2 and s0 >= s3:
-        w, x, y, z = a00, a01, a02, a03
-    elif s1 >= s2 and s1 >= s3:
-        w, x, y, z = a01, a11, a12, a13
-    elif s2 >= s3:
-        w, x, y, z = a02, a12, a22, a23
-    else:
-        w, x, y, z = a03, a13, a23, a33
+    a12, a13, a23 = -(a * gi - b * cj + d * cg), a * gh - b * ci + c * cg, -(i * ae - f * ag + c * bg)
+    w, x, y, z = a00, a01, a02, a03
+    longest = abs(a00)
+    w, x, y, z = (a01, a11, a12, a13) if abs(a11) > longest else (w, x, y, z)
+    longest = abs(a11) if abs(a11) > longest else longest
+    w, x, y, z = (a02, a12, a22, a23) if abs(a22) > longest else (w, x, y, z)
+    longest = abs(a22) if abs(a22) > longest else longest
+    w, x, y, z = (a03, a13, a23, a33) if abs(a33) > longest else (w, x, y, z)
     norm = math.sqrt(w * w + x * x + y * y + z * z)
     if norm == 0.0:  # all points in one place: any rotation will do
         return 1.0, 0.0, 0.0, 0.0
-    return w / norm, x / norm, y / norm, z / norm
+    part = 1.0 / norm
+    return w * part, x * part, y * part, z * part

@@ -88,27 +88,34 @@ def tm_scores(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     Raises:
         ValueError: the shapes of a pair differ or are not [L, 3].
     """
-    mobile, fixed, lengths, scales = [], [], [], []
     for predicted_L3, reference_L3 in pairs:
         if predicted_L3.shape != reference_L3.shape or predicted_L3.ndim != 2 or predicted_L3.shape[1] != 3:
             raise ValueError(f"tm_score: got {predicted_L3.shape} and {reference_L3.shape}; expected [L, 3] twice")
-        resolved_L = resolved(reference_L3)
-        common_L = resolved_L & resolved(predicted_L3)
-        mobile.append(_centred(predicted_L3[common_L]))
-        fixed.append(_centred(reference_L3[common_L]))
-        lengths.append(int(resolved_L.sum()))
-        scales.append(d0_rna(max(lengths[-1], 1)))
     if not pairs:
         return np.zeros(0)
-    offsets = np.concatenate([[0], np.cumsum([part.shape[1] for part in mobile])]).astype(np.int64)
-    mobile_3T, fixed_3T = np.concatenate(mobile, axis=1), np.concatenate(fixed, axis=1)
-    scores, normalisers, d0 = np.zeros(len(pairs)), np.array(lengths), np.array(scales)
+    predicted_T3, offsets = joined([predicted_L3 for predicted_L3, _ in pairs])
+    reference_T3, _ = joined([reference_L3 for _, reference_L3 in pairs])
+    known_T = resolved(reference_T3)
+    common_T, lengths = known_T & resolved(predicted_T3), counts(known_T, offsets)
+    d0 = np.array([d0_rna(max(int(length), 1)) for length in lengths])
+    scores = np.zeros(len(pairs))
 
     def work(share: np.ndarray) -> None:
-        _search_all(mobile_3T, fixed_3T, offsets, normalisers, d0, share, scores)
+        _search_all(predicted_T3, reference_T3, common_T, offsets, lengths, d0, share, scores)
 
-    in_threads(work, np.diff(offsets) ** 2)
+    in_threads(work, counts(common_T, offsets) ** 2)
     return np.minimum(scores, 1.0)
+
+
+def joined(traces: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """[T, 3] float64 of all traces one behind the other, and [N + 1] where each begins and the last ends."""
+    offsets = np.cumsum([0, *map(len, traces)], dtype=np.int64)
+    return np.concatenate(traces).astype(np.float64, copy=False), offsets
+
+
+def counts(chosen_T: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """[N] how many residues of each trace are chosen."""
+    return np.diff(np.concatenate([[0], np.cumsum(chosen_T)])[offsets])
 
 
 def in_threads(work: Callable[[np.ndarray], None], sizes: np.ndarray) -> None:
@@ -165,18 +172,26 @@ def resolved(xyz_L3: np.ndarray) -> np.ndarray:
     return (np.abs(xyz_L3) < -SENTINEL).all(axis=1)  # NaN is not
 
 
-def _centred(xyz_L3: np.ndarray) -> np.ndarray:
-    """[3, L] float32 about the centre: sums of squares lose fewer digits, and columns are read with SIMD."""
-    if not len(xyz_L3):
-        return np.zeros((3, 0), dtype=np.float32)
-    xyz_L3 = xyz_L3.astype(np.float64)
-    return np.ascontiguousarray((xyz_L3 - xyz_L3.mean(axis=0)).T, dtype=np.float32)
+@njit(cache=True)
+def centred(xyz_T3: np.ndarray, chosen_T: np.ndarray, start: int, end: int) -> np.ndarray:
+    """[3, R] float32, the chosen residues of one trace about their centre: products lose fewer digits."""
+    kept = start + np.flatnonzero(chosen_T[start:end])
+    columns = np.empty((3, len(kept)), dtype=np.float32)
+    for axis in range(3):
+        centre = 0.0
+        for place in kept:
+            centre += xyz_T3[place, axis]
+        centre /= max(len(kept), 1)
+        for r, place in enumerate(kept):
+            columns[axis, r] = xyz_T3[place, axis] - centre
+    return columns
 
 
 @njit(cache=True, nogil=True)
 def _search_all(
-    mobile_3T: np.ndarray,
-    fixed_3T: np.ndarray,
+    predicted_T3: np.ndarray,
+    reference_T3: np.ndarray,
+    common_T: np.ndarray,
     offsets: np.ndarray,
     lengths: np.ndarray,
     scales: np.ndarray,
@@ -184,10 +199,10 @@ def _search_all(
     scores: np.ndarray,
 ) -> None:
     """Best scores of the pairs in `share`; each is searched by one thread, so their number changes nothing."""
+    motion = np.empty(MOTION)
     for pair in share:
-        start, end = offsets[pair], offsets[pair + 1]
-        if end - start >= _MIN_RESOLVED:
-            mobile, fixed = mobile_3T[:, start:end].copy(), fixed_3T[:, start:end].copy()
+        mobile = centred(predicted_T3, common_T, offsets[pair], offsets[pair + 1])
+        fixed = centred(reference_T3, common_T, offsets[pair], offsets[pair + 1])
+        if mobile.shape[1] >= _MIN_RESOLVED:
             near = min(max(scales[pair], NEAR), FAR)
-            motion = np.empty(MOTION)
             scores[pair] = search(mobile, fixed, scales[pair], near, np.inf, 1, motion) / lengths[pair]

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from submissions.tm_score import resolved
 
 #: What `score-tm` and reports call this engine.
 ENGINE = "US-align"
+#: Options for residues that are matched by number, part 2's metric; part 1's needs none.
+MATCHED = ("-TMscore", "1")
 
 _LIMITS = (-999.999, 9999.999)  # Å: eight columns of a PDB file
 _LAST_NUMBER = 9999  # four columns
@@ -54,16 +57,22 @@ def usalign_score(
         paths = Path(folder) / "model.pdb", Path(folder) / "native.pdb"
         write_pdb(paths[0], model_L3, names[0])
         write_pdb(paths[1], native_L3, names[1])
-        return run_program(program, *paths, by_residue=by_residue)
+        return run_program(program, *paths, options=MATCHED if by_residue else ())
 
 
-def run_program(program: Path, model: Path, native: Path, *, by_residue: bool) -> float:
+def run_program(program: Path, model: Path, native: Path, *, options: Sequence[str] = ()) -> float:
     """The score that the program prints for two PDB files, normalised by the second.
+
+    Args:
+        program: US-align, or one that takes and says the same.
+        model: PDB file.
+        native: PDB file.
+        options: beside that which picks C1' atoms.
 
     Raises:
         ConfigError: the program fails or says something else than scores.
     """
-    command = [str(program), str(model), str(native), "-atom", " C1'", *(["-TMscore", "1"] if by_residue else [])]
+    command = [str(program), str(model), str(native), "-atom", " C1'", *options]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as err:

@@ -1,14 +1,18 @@
 """Scores of a folder of traces: both modes, a row a model, and one sentence for each kind of bad input."""
 
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 
 from pipeline.errors import ConfigError, DataError
-from submissions import bench_tm, score_traces
+from submissions import bench_tm, score_traces, tmalign, usalign
 from submissions.align import tm_align
 from submissions.tm_score import tm_score
 from tests.submissions.trace_cases import folded, moved
@@ -102,13 +106,60 @@ def test_an_engine_that_is_not_there_is_refused(traces: Path, tmp_path: Path, mo
         score_traces.run(traces, tmp_path / "scores.parquet", engine="fast")
 
 
-def test_the_benchmark_says_what_it_compared(traces: Path, tmp_path: Path) -> None:
+def _benchmark(traces: Path, tmp_path: Path) -> dict[str, Any]:
     stored = pl.read_parquet(traces / "models.parquet").with_columns(pl.lit(0.5).alias("tm_usalign_c1_byresi"))
     stored.write_parquet(traces / "models.parquet")
     bench_tm.run(traces, repeats=1, record=tmp_path / "tm.json")
-    facts = json.loads((tmp_path / "tm.json").read_text())
+    return json.loads((tmp_path / "tm.json").read_text())
+
+
+def test_the_benchmark_says_what_it_compared(traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "bin" / "USalign"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho TM-score= 0.1\necho TM-score= 0.75\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    facts = _benchmark(traces, tmp_path)
     rows = {row["mode"]: row for row in facts["rows"]}
-    assert facts["pairs"] == 2
-    assert rows["residue-matched"]["lowest"] == pytest.approx(35 / 40 - 0.5, abs=1e-4)
-    assert "lowest" not in rows["sequence-independent"]
-    assert all(row["ours_ms"] > 0 for row in rows.values())
+    matched, free = rows["residue-matched"], rows["sequence-independent"]
+    assert (facts["pairs"], facts["sample"], facts["peer"]) == (2, 2, "US-align")
+    assert matched["lowest"] == pytest.approx(35 / 40 - 0.5, abs=1e-4)
+    assert matched["peer_to_stored"]["lowest"] == matched["peer_to_stored"]["highest"] == 0.25
+    assert not free.keys() & {"lowest", "peer_to_stored"}
+    assert all(row["ours_ms"] > 0 and row["ratio"] > 0 for row in rows.values())
+
+
+def test_the_benchmark_does_without_a_peer(
+    traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(usalign, "find_program", lambda: None)
+    monkeypatch.setattr(tmalign, "_HOME", tmp_path / "peer")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    facts = _benchmark(traces, tmp_path)
+    assert facts["peer"] is None
+    assert all(row["ours_ms"] > 0 and "ratio" not in row for row in facts["rows"])
+    said = [line for line in capfd.readouterr().err.splitlines() if "bench-tm" in line]
+    assert len(said) == 1
+    assert "the source package tmtools==0.3.0 could not be had" in said[0]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_peer_is_built_without_the_lines_for_proteins(
+    known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["int main() {", "    int chain_i = 0, mol_vec1[1] = {0};", "    mol_vec1[chain_i]=-1;"]
+    lines += ["    int chain_j = 0, mol_vec2[1] = {0};", "    mol_vec2[chain_j]=-1;" if known else ""]
+    source = "\n".join([*lines, "    return mol_vec1[chain_i] + mol_vec2[chain_j];", "}"])
+    monkeypatch.setattr(tmalign, "_downloaded", lambda _: source)
+    monkeypatch.setattr(tmalign, "_HOME", tmp_path)
+    monkeypatch.setattr(tmalign, "_COMPILE", ("g++",))  # not every machine links statically
+    if not known:
+        with pytest.raises(ConfigError, match="1 lines that take chains for proteins; expected 2"):
+            tmalign.build()
+        assert not (tmp_path / "TMalign").exists()
+    elif shutil.which("g++"):
+        program = tmalign.build()
+        assert subprocess.run([program], check=False).returncode == 0
+        monkeypatch.delattr(tmalign, "_downloaded")
+        assert tmalign.build() == program

@@ -35,14 +35,15 @@ def test_the_score_by_the_native_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("by_residue", "expected"), [(True, "-atom| C1'|-TMscore|1|"), (False, "-atom| C1'|")])
 def test_each_metric_has_its_options(tmp_path: Path, by_residue: bool, expected: str) -> None:
     program = _program(tmp_path, f"shift 2; printf '%s|' \"$@\" > {tmp_path}/said; cat <<'end'\n{_SAID}end")
-    run_program(program, tmp_path, tmp_path, by_residue=by_residue)
+    trace, names = folded(30, 0)
+    usalign_score(trace, trace, (names, names), by_residue=by_residue, program=program)
     assert (tmp_path / "said").read_text() == expected
 
 
 @pytest.mark.parametrize("script", ["echo no >&2; exit 3", "echo TM-score= 0.5"])
 def test_a_program_that_gives_no_scores_is_named(tmp_path: Path, script: str) -> None:
     with pytest.raises(ConfigError, match=r"USalign: ended with code \d and said .*; expected two scores"):
-        run_program(_program(tmp_path, script), tmp_path, tmp_path, by_residue=True)
+        run_program(_program(tmp_path, script), tmp_path, tmp_path)
 
 
 def test_the_file_has_the_columns_of_the_format(tmp_path: Path) -> None:
