@@ -19,15 +19,12 @@ from rich.table import Table
 from pipeline.batch import unpack
 from pipeline.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from pipeline.dataset import BppArrays, ExampleSet, create_mapped
-from pipeline.measure import RECORDS
+from pipeline.measure import RECORDS, machine_class
 from pipeline.packing import padding_share, plan_epoch
 from pipeline.paths import Paths
 from pipeline.runlog import say
 from pipeline.stage import versions, write_json
 from pipeline.training.loader import BatchSource, Loader, Place
-
-#: What `run` writes beside the tests.
-RECORD = RECORDS / "loader.json"
 
 LENGTH = 177
 _SEQUENCES = 20_000
@@ -38,7 +35,7 @@ _BASE, _TIMES = "ribonanza_mamba", 10  # the network whose training rate is the 
 
 
 def run(paths: Paths) -> Group:
-    """Measure, print and write tests/benchmarks/loader.json."""
+    """Measure, print and write ``tests/benchmarks/loader-<class>.json``, one file for each class of machines."""
     cells = []
     with tempfile.TemporaryDirectory() as folder:
         for bpp in (False, True):
@@ -48,7 +45,8 @@ def run(paths: Paths) -> Group:
                 cells.append({"bpp": bpp, "workers": workers, "tokens_per_s": round(median(rates)), "runs": rates})
                 say(f"bpp {bpp}, {workers} workers: {cells[-1]['tokens_per_s']:,} nt/s")
     facts = {"length": LENGTH, "batch": _BATCH, "cells": cells, "padding": real_padding(paths), "bar": bar(RECORDS)}
-    write_json(RECORD, facts | {"versions": versions()})
+    machine = machine_class()
+    write_json(RECORDS / f"loader-{machine}.json", facts | {"machine": machine, "versions": versions()})
     return _table(facts)
 
 

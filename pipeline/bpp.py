@@ -22,7 +22,7 @@ import shutil
 import signal
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -31,6 +31,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from pipeline.classes import read_classes
 from pipeline.errors import ConfigError, DataError, PipelineError, StoppedError, StorageError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, say
@@ -45,6 +46,7 @@ MAX_WHOLE = 1200
 #: to WINDOW / 2 apart lie in that window, none beyond WINDOW is found. 4,640 nt take 20 s instead of two minutes.
 WINDOW = 1000
 
+_TABLES = ("train", "test")
 _LENGTH = "longest"  # parameter of a result that other calls complete
 _LONGEST = 65_535  # nt: positions take two bytes
 _ROWS = 1024  # of a row group of the result
@@ -88,10 +90,12 @@ def run(
     paths: Paths,
     *,
     workers: int | None = None,
-    tables: Sequence[str] = ("train", "test"),
+    tables: Sequence[str] = _TABLES,
     longest: int | None = None,
 ) -> Report:
     """Compute the base-pair probabilities of all sequences of the clean train and test tables.
+
+    A call for a part of them, by `tables` or `longest`, adds to what is there and takes nothing away.
 
     Args:
         paths: artefacts of one competition; ``clean/train`` and ``clean/test`` are read, ``bpp/bpp.parquet`` written.
@@ -108,6 +112,7 @@ def run(
         StoppedError: a signal came; finished parts are kept and the next call goes on from them.
         StorageError: a worker was killed, most likely for memory, or the disk is full.
     """
+    tables = _foldable(paths, tables)
     if workers is not None and workers < 1:
         raise ConfigError(f"workers={workers}: expected at least 1. Next: leave it out for one per CPU.")
     params = {
@@ -119,11 +124,19 @@ def run(
         "window": WINDOW,
     }
     inputs = {table: paths.clean(table) for table in tables}
+    is_part = longest is not None or set(tables) != set(_TABLES)
+    if is_part and (done := _recorded(paths)) and _covers(done, inputs, params, longest):
+        return Report(stage="bpp", status="current", outputs={"bpp": paths.bpp}, facts=done["facts"])
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
         with run_lock(paths.bpp.parent):  # only around work: folds that train at once all ask whether it is done
-            wanted = [each for each in _unique_sequences(inputs.values()) if len(each) <= (longest or len(each))]
-            return _build(parts["bpp"], wanted, paths=paths, params=params, workers=workers)
+            wanted = {each for each in _unique_sequences(inputs.values()) if len(each) <= (longest or len(each))}
+            kept = (
+                {each for source in _finished_result(paths, params) for each in source.sequences()}
+                if is_part
+                else set()
+            )
+            return _build(parts["bpp"], sorted(wanted | kept), paths=paths, params=params, workers=workers)
 
     of_all = params if longest is None else params | {_LENGTH: longest}
     report = run_stage("bpp", inputs=inputs, outputs={"bpp": paths.bpp}, params=of_all, build=build)
@@ -216,6 +229,15 @@ def _program_version(paths: Paths) -> str:
     return done["params"]["program_version"]
 
 
+def _foldable(paths: Paths, tables: Sequence[str]) -> Sequence[str]:
+    """The tables to fold: a labelled set may have no test set, and must not be of proteins."""
+    if not paths.clean("classes").is_file():
+        return tables
+    if not read_classes(paths).is_nucleic:
+        raise ConfigError(f"bpp: {paths.comp} holds proteins; expected RNA or DNA. Next: use_bpp = false.")
+    return [table for table in tables if table != "test" or paths.clean(table).is_file()]
+
+
 def _recorded(paths: Paths) -> dict[str, Any] | None:
     """Manifest of an earlier, undamaged result."""
     try:
@@ -224,6 +246,22 @@ def _recorded(paths: Paths) -> dict[str, Any] | None:
         return None
     intact = paths.bpp.is_file() and sha256_file(paths.bpp) == done["outputs"]["bpp"]
     return done if intact else None
+
+
+def _covers(done: dict[str, Any], inputs: Mapping[str, Path], params: dict[str, Any], longest: int | None) -> bool:
+    """Whether an earlier result, of more tables or longer sequences, holds what is asked for."""
+    until = done["params"].get(_LENGTH)
+    reaches = until is None or (longest is not None and longest <= until)
+    is_same = _without_length(done) == params and inputs.keys() <= done["inputs"].keys()
+    return (
+        reaches
+        and is_same
+        and all(path.is_file() and sha256_file(path) == done["inputs"][table] for table, path in inputs.items())
+    )
+
+
+def _without_length(done: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in done["params"].items() if name != _LENGTH}
 
 
 def _build(
@@ -308,10 +346,7 @@ class _Source:
 
 def _sources(paths: Paths, params: dict[str, Any]) -> list[_Source]:
     """Files with rows of these parameters: an earlier result, and the parts of an interrupted call."""
-    found = []
-    done = _recorded(paths)
-    if done and {name: value for name, value in done["params"].items() if name != _LENGTH} == params:
-        found.append(_Source(paths.bpp))
+    found = _finished_result(paths, params)
     for path in sorted(_parts_dir(paths).glob("*")):
         try:
             part = _Source(path)
@@ -322,6 +357,12 @@ def _sources(paths: Paths, params: dict[str, Any]) -> list[_Source]:
         else:
             path.unlink()
     return found
+
+
+def _finished_result(paths: Paths, params: dict[str, Any]) -> list[_Source]:
+    """An earlier result, if it was made with these parameters."""
+    done = _recorded(paths)
+    return [_Source(paths.bpp)] if done and _without_length(done) == params else []
 
 
 class _Located(NamedTuple):

@@ -23,11 +23,11 @@ from rich.text import Text
 from pipeline.errors import BusyError, ConfigError, DataError, PipelineError, StoppedError
 from pipeline.paths import Paths
 from pipeline.runlog import duration, read_status, say
-from pipeline.training.stop import already_at_work, lock_holder, run_lock
+from pipeline.training.stop import JOB, already_at_work, lock_holder, run_lock
 
-_JOB = ".job"
+_START = ".start"  # held by who starts a job in the background, until that trains
 _LOG = "run.log"
-_TRACES = (_JOB, ".lock", _LOG, "status.json")  # what a start leaves that ends before anything is begun
+_TRACES = (JOB, ".lock", _START, _LOG, "status.json")  # what a start leaves that ends before anything is begun
 _POLL_S = 0.1
 _BEGIN_S = 20.0  # after it took the lock, a job that still reads its tables is left to itself
 _STOP_S = 40.0
@@ -52,10 +52,10 @@ def at_work(folder: Path) -> Iterator[None]:
     Raises:
         StoppedError: another process holds it.
     """
-    with run_lock(folder, name=_JOB):
+    with run_lock(folder, name=JOB):
         try:
             yield
-        except PipelineError:
+        except (PipelineError, OSError):
             if not ((folder / _LOG).exists() or (folder.parent / _LOG).exists()):
                 _forget(folder)
             raise
@@ -64,13 +64,13 @@ def at_work(folder: Path) -> Iterator[None]:
 def _forget(folder: Path) -> None:
     """Remove the traces of starts that were refused, and the folders that are empty then; for who holds the lock."""
     for fold in folder.glob("fold*"):
-        with contextlib.suppress(BusyError), run_lock(fold, name=_JOB):
+        with contextlib.suppress(BusyError), run_lock(fold, name=JOB):
             _forget(fold)
     if any(path.name not in _TRACES for path in folder.iterdir()):
         return
-    for name in _TRACES:
-        (folder / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # the first one that is not empty stays, and all above it
+    with contextlib.suppress(OSError):  # the first folder that is not empty stays, and all above it
+        for name in _TRACES:
+            (folder / name).unlink(missing_ok=True)
         for each in (folder, *folder.parents):
             each.rmdir()
             if each.name == "runs":
@@ -78,8 +78,13 @@ def _forget(folder: Path) -> None:
 
 
 def worker(folder: Path) -> int | None:
-    """Process at work in a job's folder; None if there is none, 0 if it cannot be said which."""
-    holders = (lock_holder(folder, name=_JOB), lock_holder(folder))
+    """Process at work in a job's folder, or starting one there; None if there is none, 0 if it cannot be said which."""
+    pid = _at_work(folder)
+    return lock_holder(folder, name=_START) if pid is None else pid
+
+
+def _at_work(folder: Path) -> int | None:
+    holders = (lock_holder(folder, name=JOB), lock_holder(folder))
     return next((pid for pid in holders if pid is not None), None)
 
 
@@ -106,18 +111,48 @@ def start(arguments: Sequence[str], *, folder: Path) -> int:
         0 if it is at work or was finished before, else its exit code, after its own last words.
 
     Raises:
-        StoppedError: a process is at work in the folder already.
+        StoppedError: a process is at work in the folder already; or this one was asked to stop before its job trained,
+            which is stopped then.
     """
     pid = worker(folder)
     if pid is not None:
         raise already_at_work(folder, pid)
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / _LOG
-    with log.open("a") as handle:
+    with run_lock(folder, name=_START):
+        process, begin = _start(arguments, folder)
+        try:
+            with _signal_set(signal.SIGTERM, signal.default_int_handler):  # make stop asks like Ctrl-C does
+                code = _wait_for_begin(process, folder)
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            with run_lock(folder, name=JOB):
+                _forget(folder)
+            raise StoppedError(
+                f"{folder}: stopped while it was started in the background. Next: the same command again."
+            ) from None
+        if code is not None:
+            with (folder / _LOG).open() as handle:
+                handle.seek(begin)
+                say(handle.read().rstrip())
+            with run_lock(folder, name=JOB):
+                _forget(folder)
+            return code
+    process.returncode = 0  # it lives on: not to be warned of when this object goes
+    say(f"training in the background as process {process.pid}; it goes on when this terminal closes")
+    say(f"  its log   {folder / _LOG}")
+    which = " ALL=1" if "--all-folds" in arguments else ""
+    hint = f"make logs{which} FOLLOW=1    all runs    make status    stop    make stop{which}"
+    say(f"  follow    {hint}    (same MODEL, {'' if which else 'FOLD, '}TAG)")
+    return 0
+
+
+def _start(arguments: Sequence[str], folder: Path) -> tuple[subprocess.Popen, int]:
+    """The process, and where in the log its words begin."""
+    with (folder / _LOG).open("a") as handle:
         handle.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} rna {' '.join(arguments)}\n")
         handle.flush()
         begin = handle.tell()
-        with _hang_up_ignored():
+        with _signal_set(signal.SIGHUP, signal.SIG_IGN):  # the process ignores it for its whole life, as under nohup
             process = subprocess.Popen(
                 [sys.executable, "-m", "pipeline", *arguments],
                 stdin=subprocess.DEVNULL,
@@ -126,21 +161,7 @@ def start(arguments: Sequence[str], *, folder: Path) -> int:
                 start_new_session=True,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
-    code = _wait_for_begin(process, folder)
-    if code is not None:
-        with log.open() as handle:
-            handle.seek(begin)
-            say(handle.read().rstrip())
-        with run_lock(folder, name=_JOB):
-            _forget(folder)
-        return code
-    process.returncode = 0  # it lives on: not to be warned of when this object goes
-    say(f"training in the background as process {process.pid}; it goes on when this terminal closes")
-    say(f"  its log   {log}")
-    which = " ALL=1" if "--all-folds" in arguments else ""
-    hint = f"make logs{which} FOLLOW=1    all runs    make status    stop    make stop{which}"
-    say(f"  follow    {hint}    (same MODEL, {'' if which else 'FOLD, '}TAG)")
-    return 0
+    return process, begin
 
 
 def _wait_for_begin(process: subprocess.Popen, folder: Path) -> int | None:
@@ -149,7 +170,7 @@ def _wait_for_begin(process: subprocess.Popen, folder: Path) -> int | None:
     while (code := process.poll()) is None:
         if time.monotonic() >= give_up or _trains(folder):
             return None
-        if give_up == float("inf") and worker(folder) is not None:
+        if give_up == float("inf") and _at_work(folder) is not None:
             give_up = time.monotonic() + _BEGIN_S
         time.sleep(_POLL_S)
     return code
@@ -157,19 +178,18 @@ def _wait_for_begin(process: subprocess.Popen, folder: Path) -> int | None:
 
 def _trains(folder: Path) -> bool:
     """Whether the process at work has said of a fold that it is running; of several that is the first of them."""
-    pid = worker(folder)
+    pid = _at_work(folder)
     found = (read_status(each) for each in (folder, *folder.glob("fold*")))
     return any(pid is not None and status.get("pid") == pid and status.get("state") == "running" for status in found)
 
 
 @contextlib.contextmanager
-def _hang_up_ignored() -> Iterator[None]:
-    """A process started meanwhile ignores SIGHUP for its whole life, as under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def _signal_set(number: signal.Signals, handler: Any) -> Iterator[None]:
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
 
 
 # --- stop ---
@@ -189,7 +209,7 @@ def stop(folder: Path, *, patience: float = _STOP_S) -> str:
         ConfigError: the process at work trains this fold and others; nothing is stopped.
         StoppedError: it is still at work after that time.
     """
-    pid, above = worker(folder), lock_holder(folder.parent, name=_JOB)
+    pid, above = worker(folder), lock_holder(folder.parent, name=JOB)
     if pid is None:
         return _nothing_to_stop(folder, above)
     if above is not None:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from models.interface import RnaModel
 from pipeline.batch import RnaBatch
+from pipeline.classes import Classes
 from pipeline.competitions.base import Competition
 from pipeline.config import config_from_dict
 from pipeline.errors import ConfigError, DataError
@@ -21,6 +22,7 @@ from pipeline.paths import Paths
 from pipeline.stage import Report
 from pipeline.train import build_model
 from pipeline.training.bad_batch import BadBatch, find_bad_batches, load_bad_batch
+from pipeline.training.failures import in_one_sentence
 from pipeline.training.guard import Activation, Origin, Seen, classify, find_origin
 from pipeline.training.losses import training_loss
 from pipeline.training.optim import gradients, total_norm
@@ -33,6 +35,7 @@ _BEFORE = 6  # modules shown before the one that broke
 _LARGEST = 5  # modules shown for the magnitude of their output
 
 
+@in_one_sentence("replay")
 def run(
     *,
     competition: Competition,
@@ -59,6 +62,8 @@ def run(
     Raises:
         ConfigError: no batch of that step, unknown precision, or the run is of another competition.
         DataError: no batch was ever saved, or its file is damaged.
+        StorageError: memory ran out, perhaps because training goes on beside.
+        LostDeviceError: the device failed.
     """
     if precision not in (None, *_RUNGS):
         raise ConfigError(f"--precision: got {precision!r}; expected {', '.join(_RUNGS)}. Next: one of these, or none.")
@@ -149,7 +154,7 @@ def _choose(paths: Paths, *, run: str, fold: int, step: int | None) -> Any:
 
 
 def _network(bad: BadBatch, competition: Competition, *, where: str) -> RnaModel:
-    model = build_model(config_from_dict(bad.meta["config"], where=where).model, competition)
+    model = build_model(config_from_dict(bad.meta["config"], where=where).model, competition, _classes(bad))
     try:
         model.load_state_dict(dict(bad.weights))
     except RuntimeError as err:
@@ -160,12 +165,16 @@ def _network(bad: BadBatch, competition: Competition, *, where: str) -> RnaModel
     return model.train()
 
 
+def _classes(bad: BadBatch) -> Classes | None:
+    return Classes.of(bad.meta["classes"]) if "classes" in bad.meta else None
+
+
 def _observe(
     model: RnaModel, bad: BadBatch, competition: Competition, precision: Precision, device: torch.device
 ) -> dict[str, Any]:
     """One forward and backward pass with the random numbers of training."""
     settings = config_from_dict(bad.meta["config"], where="the saved batch").train
-    loss, scaler = training_loss(competition, settings), precision.scaler(device)
+    loss, scaler = training_loss(competition, settings, _classes(bad)), precision.scaler(device)
     if precision.name == bad.precision:
         scaler.load_state_dict({**scaler.state_dict(), "scale": bad.scale})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # the scaler unscales gradients through one

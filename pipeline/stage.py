@@ -217,14 +217,25 @@ def fsync(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: readers see the old file or the new one. NaN is refused."""
-    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, default=str) + "\n"
+    """Write JSON atomically, see `write_text`. NaN is refused."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically: readers see the old one or the new one.
+
+    Raises:
+        OSError: naming the file also where the system does not, as of a full disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
         part.write_text(text)
         fsync(part)
         part.replace(path)
+    except OSError as err:
+        err.filename = err.filename or str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
 

@@ -4,6 +4,7 @@ A job is an ordinary run, so it resumes, and its lock keeps two workers off the 
 here or on another machine, takes the jobs that nobody does. The global batch is the configuration's unless it is swept.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -26,11 +27,12 @@ from pipeline.errors import BusyError, ConfigError, DivergedError
 from pipeline.paths import Paths
 from pipeline.runlog import say
 from pipeline.stage import Report, write_json
-from pipeline.training.stop import lock_holder, run_lock
+from pipeline.training.stop import StopRequest, lock_holder, run_lock
 
 _CONFIDENCE = 0.95
 _POLL_S = 1.0  # between two looks at a job that another process does
 _UNSIGNED_S = 60.0  # after which a trial that no worker signed counts as left behind
+_WORKER = ".worker-"  # and a random name: a lock
 TAG = "sweep-"  # a run of a sweep is <config>+sweep-<name>-<cell>-s<seed>.<split>; ensembles leave it out
 
 Settings = tuple[tuple[str, Any], ...]
@@ -198,27 +200,40 @@ def run(sweep: Sweep, axes: Sequence[Axis], *, trials: int = 0) -> Report:
     results: dict[Job, float | None] = {}
     search = _study(sweep, axes, trials, results) if trials else _walk(sweep, cells, results)
     busy = 0
-    for seen_busy in search:
-        busy = seen_busy
-        path = _write(sweep, results)
+    with StopRequest():  # also between jobs, and while one is waited for
+        for seen_busy in search:
+            busy = seen_busy
+            path = _write(sweep, results)
     facts = {"cells": summarise(results), "busy": busy}
     seconds = time.monotonic() - started
     return Report(stage="sweep", status="built", outputs={"results": path}, facts=facts, seconds=seconds)
 
 
 def _walk(sweep: Sweep, cells: Sequence[Settings], results: dict[Job, float | None]) -> Iterator[int]:
-    """Do the grid's jobs, seed by seed, so that a table over few seeds is complete early; yields how many are busy."""
+    """Do the grid's jobs, seed by seed, so that a table over few seeds is complete early; yields how many are busy.
+
+    Those that others were at are looked at again in the end: of several workers the last one has the whole table.
+    """
     jobs = [job for cell in cells for job in sweep.jobs(cell)]
     jobs.sort(key=lambda job: (job.seed, job.fold))
-    busy = 0
+    busy: list[Job] = []
     for count, job in enumerate(jobs, start=1):
-        try:
-            results[job] = sweep.metric(job)
-        except BusyError as err:
-            say(f"{err} It is left to that process.")
-            busy += 1
-        say(f"sweep {sweep.name}: {count} of {len(jobs)} jobs seen, {busy} at work elsewhere")
-        yield busy
+        if not _take(sweep, job, results):
+            busy.append(job)
+        say(f"sweep {sweep.name}: {count} of {len(jobs)} jobs seen, {len(busy)} at work elsewhere")
+        yield len(busy)
+    if busy:
+        yield len([job for job in busy if not _take(sweep, job, results)])
+
+
+def _take(sweep: Sweep, job: Job, results: dict[Job, float | None]) -> bool:
+    """Do a job, unless another process is at it."""
+    try:
+        results[job] = sweep.metric(job)
+    except BusyError as err:
+        say(f"{err} It is left to that process.")
+        return False
+    return True
 
 
 def _study(sweep: Sweep, axes: Sequence[Axis], trials: int, results: dict[Job, float | None]) -> Iterator[int]:
@@ -238,8 +253,8 @@ def _study(sweep: Sweep, axes: Sequence[Axis], trials: int, results: dict[Job, f
     _require_same(study, sweep, axes)
     complete = optuna.trial.TrialState.COMPLETE
     _requeue(study, optuna.trial.TrialState, sweep.folder)
-    me = f".worker-{uuid.uuid4().hex[:12]}"
-    with run_lock(sweep.folder, name=me):
+    me = f"{_WORKER}{uuid.uuid4().hex[:12]}"
+    with _signed(sweep.folder, me):
         while len(study.get_trials(deepcopy=False, states=(complete,))) < trials:
             trial = study.ask()
             trial.set_user_attr("worker", me)
@@ -250,11 +265,23 @@ def _study(sweep: Sweep, axes: Sequence[Axis], trials: int, results: dict[Job, f
             finite = [value for value in metrics.values() if value is not None]
             study.tell(trial, statistics.fmean(finite) if len(finite) == len(metrics) else math.inf)
             yield 0
-    (sweep.folder / me).unlink(missing_ok=True)
     for done in study.get_trials(deepcopy=False, states=(complete,)):  # also what other workers did
         cell = tuple((key, value) for key, value in done.user_attrs["cell"])
         results |= {job: sweep.awaited_metric(job) for job in sweep.jobs(cell)}
     yield 0
+
+
+@contextlib.contextmanager
+def _signed(folder: Path, me: str) -> Iterator[None]:
+    """Hold a worker's lock, by which others know that it lives; those that killed workers left behind are removed."""
+    with run_lock(folder, name=me):
+        for path in folder.glob(f"{_WORKER}*"):
+            if lock_holder(folder, name=path.name) is None:
+                path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            (folder / me).unlink(missing_ok=True)
 
 
 def _require_same(study: Any, sweep: Sweep, axes: Sequence[Axis]) -> None:

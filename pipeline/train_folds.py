@@ -18,7 +18,7 @@ from pipeline.stage import Report
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.distributed import World, join
 from pipeline.training.stop import StopRequest
-from pipeline.training.telemetry import outcome
+from pipeline.training.telemetry import outcome, tell_status
 from pipeline.training.trackers import OpenTracker
 
 #: Predictions are given this many times the time that a sample of them took.
@@ -182,7 +182,8 @@ class _Fold:
 
     def predict(self) -> None:
         facts = {"state": "running", "phase": "predicting", "pid": os.getpid()}
-        write_status(self.folder, read_status(self.folder) | facts)
+        with contextlib.suppress(OSError):  # a finished run may lie on a read-only disk
+            write_status(self.folder, read_status(self.folder) | facts)
         self.show(predict.run(competition=self.competition, paths=self.paths, run=self.run, fold=self.fold))
 
 
@@ -193,7 +194,9 @@ def _status_told(folder: Path) -> Iterator[None]:
         before = read_status(folder)
         try:
             yield
-            write_status(folder, _without_phase(read_status(folder)) | {"state": "done", "exit_code": 0})
+            now = read_status(folder)
+            if now.get("state") != "done":
+                tell_status(folder, _without_phase(now) | {"state": "done", "exit_code": 0})
         except BusyError:  # the status is the other process's
             raise
         except BaseException as err:

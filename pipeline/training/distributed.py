@@ -15,7 +15,9 @@ All decisions go over the CPU (gloo), where a process that died is seen at once 
 
 import contextlib
 import itertools
+import logging
 import os
+import pickle
 import signal
 import sys
 import time
@@ -28,13 +30,14 @@ import torch
 from torch import distributed, nn
 
 from pipeline import runlog
-from pipeline.errors import ConfigError, LostDeviceError, StoppedError, StorageError
+from pipeline.errors import ConfigError, PipelineError, StoppedError, StorageError
 from pipeline.training.checkpoint import Checkpoint, CheckpointStore, DamagedError, load_checkpoint
 from pipeline.training.failures import OutOfMemoryEverywhere, is_device_lost, is_out_of_memory
 
 _BUCKET = 2**24  # gradient values that are sent together: 64 MiB
-_POLL_S = 0.02
+_POLL_S, _HEARD_TRIES = 0.02, 1500
 _Value = TypeVar("_Value")
+_Error = TypeVar("_Error", bound=Exception)
 
 
 class LostProcessError(StoppedError):
@@ -53,6 +56,7 @@ class World:
     def __init__(self, *, rank: int = 0, size: int = 1, store: distributed.Store | None = None) -> None:
         self.rank, self.size, self._store = rank, size, store
         self._turns = itertools.count()
+        self._agreed = False  # whether every process ends now, and with the same error
 
     @property
     def is_alone(self) -> bool:
@@ -91,6 +95,34 @@ class World:
             value = compute() if self.is_main else None
         return self.gather(value)[0]  # type: ignore[return-value]
 
+    def together(self, work: Callable[[], _Value]) -> _Value:
+        """Do something that may fail in one process alone: it fails in all of them then, with the same error.
+
+        Raises:
+            OutOfMemoryEverywhere: memory ran out in one of them; they may try again together.
+            PipelineError: what the first of them failed with; an OSError likewise.
+        """
+        if self.is_alone:
+            return work()
+        failed: Exception | None = None
+        try:
+            result = work()
+        except (PipelineError, OSError) as err:
+            failed = err
+        except (MemoryError, RuntimeError) as err:
+            if not is_out_of_memory(err):
+                raise
+            failed = OutOfMemoryEverywhere(str(err) or type(err).__name__)
+        if not self.any(failed is not None):
+            return result
+        first = next(filter(None, self.gather(failed)))
+        raise first if isinstance(first, OutOfMemoryEverywhere) else self.agreed(first)
+
+    def agreed(self, err: _Error) -> _Error:
+        """An error that every process ends with now: process 0 tells it, and the others leave after it."""
+        self._agreed = True
+        return err
+
     def add_gradients(self, model: nn.Module) -> None:
         """Add up the gradients of all processes; a parameter that has one in none of them keeps none."""
         if self.is_alone:
@@ -126,31 +158,51 @@ class World:
             self._tell(turn)
 
     def _leave(self, err: BaseException | None = None) -> None:
-        """Go when process 0 goes, unless this one fails alone: then say why, which process 0 tells when it sees it."""
-        lost = isinstance(err, LostProcessError)
-        known_to_all = isinstance(err, StoppedError) and not isinstance(err, LostProcessError | LostDeviceError)
-        together = err is None or known_to_all or isinstance(err.__cause__, OutOfMemoryEverywhere)
-        with contextlib.suppress(RuntimeError, LostProcessError):  # others may be gone, and the store with them
-            if not together and not lost:
-                self._tell(f"failed{self.rank}", f"{type(err).__name__}: {err}")
+        """Go after process 0, unless this one fails alone: then say why, and the others miss it and tell."""
+        together = err is None or self._agreed
+        with contextlib.suppress(RuntimeError, OSError, PipelineError):  # others may be gone, and the store with them
+            if err is not None and not together and not isinstance(err, LostProcessError):
+                told: BaseException = err
+                if not isinstance(err, PipelineError | OSError):
+                    told = PipelineError(f"{type(err).__name__}: {err}. Next: the traceback of process {self.rank}.")
+                self._tell(f"failed{self.rank}", pickle.dumps(told).hex())
             if self.is_main:
                 self._tell("left")
             elif together:
                 self._wait_for("left")
+            else:
+                self._hear()
             if together:
                 distributed.barrier()
+                if err is not None and not self.is_main:  # until process 0, which tells it, is gone
+                    distributed.barrier()
+            elif self.is_main and isinstance(err, PipelineError | OSError) and not _is_in_a_pass(err):
+                self._wait_until_heard()
 
     def _speaks_for_itself(self, err: BaseException) -> bool:
         """Whether process 0 may be unable to tell: it is missed itself, or hangs in what this one left unfinished."""
+        if self._agreed:
+            return False
         if isinstance(err, LostProcessError):
             with contextlib.suppress(RuntimeError):
                 assert self._store is not None
                 return self._store.add("missed", 1) == 1
             return True
-        cause = err.__cause__
-        if cause is None or isinstance(cause, OutOfMemoryEverywhere):
-            return False
-        return is_out_of_memory(cause) or is_device_lost(cause)
+        return _is_in_a_pass(err)
+
+    def _hear(self) -> None:
+        """Let process 0 go, as far as this one is concerned."""
+        assert self._store is not None
+        with self._together():
+            self._store.add("heard", 1)
+
+    def _wait_until_heard(self) -> None:
+        """Stay until those who wait for process 0 have read its last words, or left: the store goes with it."""
+        assert self._store is not None
+        for _ in range(_HEARD_TRIES):  # one that is in a collective reads nothing before this process is gone
+            if self._store.add("heard", 0) >= self.size - 1:
+                return
+            time.sleep(_POLL_S)
 
     def _wait_for(self, key: str) -> None:
         """Wait for process 0, in short naps: a signal is heard, and no timeout of a collective runs meanwhile."""
@@ -158,7 +210,9 @@ class World:
         with self._together():
             while not self._store.check([key]):
                 if self._store.check(["left"]):
-                    raise self.lost()
+                    failed = self._failures().get(0)
+                    self._hear()
+                    raise self.agreed(failed) if failed else self.lost()
                 time.sleep(_POLL_S)
 
     def _tell(self, key: str, value: str = "") -> None:
@@ -176,19 +230,33 @@ class World:
                 raise
             raise self.lost() from err
 
-    def lost(self) -> LostProcessError:
-        """What to raise where another process is gone, with what it said last."""
-        said = ""
+    def lost(self) -> Exception:
+        """What to raise where another process is gone: what it failed with, or that it is lost, with its last words."""
+        failed: dict[int, Exception] = {}
         with contextlib.suppress(RuntimeError):  # the store may be gone as well
-            assert self._store is not None
-            others = (rank for rank in range(self.size) if rank != self.rank)
-            failed = {rank: f"failed{rank}" for rank in others if self._store.check([f"failed{rank}"])}
-            words = {rank: self._store.get(key).decode().rstrip(".") for rank, key in failed.items()}
-            said = "".join(f"; process {rank}: {words[rank]}" for rank in words)
+            failed = self._failures()
+        for err in failed.values():
+            if not isinstance(err, StoppedError):
+                return err
+        words = {rank: f"{type(err).__name__}: {err}".rstrip(".") for rank, err in failed.items()}
+        said = "".join(f"; process {rank}: {words[rank]}" for rank in words)
         return LostProcessError(
             f"process {self.rank} of {self.size} has lost another one, which died, failed or did not answer in time"
             f"{said}. Next: the same command goes on from the last checkpoint."
         )
+
+    def _failures(self) -> dict[int, Exception]:
+        """What other processes said that they fail with, by rank."""
+        assert self._store is not None
+        others = {rank: f"failed{rank}" for rank in range(self.size) if rank != self.rank}
+        told = {rank: self._store.get(key) for rank, key in others.items() if self._store.check([key])}
+        return {rank: pickle.loads(bytes.fromhex(words.decode())) for rank, words in told.items()}
+
+
+def _is_in_a_pass(err: BaseException) -> bool:
+    """Whether an error broke off what the others may be in the middle of, too."""
+    cause = err.__cause__
+    return cause is not None and (is_out_of_memory(cause) or is_device_lost(cause))
 
 
 ALONE = World()
@@ -282,14 +350,21 @@ def launch(arguments: Sequence[str], *, processes: int, module: str = "pipeline"
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or each loss of a connection comes with traces of C++
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     listens = "SIGTERM,SIGINT" + ("" if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else ",SIGHUP")
     options = ["--standalone", "--nproc-per-node", str(processes), "--signals-to-handle", listens]
+    for name in ("agent.server.api", "multiprocessing.api"):  # what they log, the processes or the lines below say
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     try:
         run(parse_args([*options, "-m", module, *arguments]))
     except ChildFailedError as err:
-        code = err.get_first_failure()[1].exitcode
-        return code if code > 0 else 128 - code
+        rank, failure = err.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode
+        name = signal.Signals(-failure.exitcode).name
+        sys.stderr.write(f"process {rank} was ended by {name}; the same command goes on from the last checkpoint\n")
+        return 128 - failure.exitcode
     except SignalException as err:
         sys.stderr.write(f"stopped ({err.sigval.name}); the same command goes on from the last checkpoint\n")
         return StoppedError.exit_code

@@ -1,10 +1,18 @@
 """What an error of torch means for a run: memory ran out, device or process are gone, or anomaly mode saw a NaN."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 
 import torch
 from torch import distributed
 
+from pipeline.errors import LostDeviceError, StorageError
+
+#: What CUDA's libraries say where there is no memory left for them.
+_NO_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|CUFFT_ALLOC_FAILED", re.IGNORECASE
+)
 #: Errors after which nothing can be read from the device any more: CUDA's own, its libraries' and the driver's.
 _DEVICE_LOST = re.compile(
     r"CUDA error|CUDA driver error|device-side assert|illegal memory access|CUBLAS_STATUS_|CUDNN_STATUS_|HIP error"
@@ -22,7 +30,7 @@ def is_out_of_memory(err: BaseException) -> bool:
     """Whether an error says that memory ran out, on the CPU (a plain RuntimeError) or a GPU."""
     if isinstance(err, MemoryError | torch.OutOfMemoryError):
         return True
-    return "out of memory" in str(err).lower() or "can't allocate memory" in str(err)
+    return bool(_NO_MEMORY.search(str(err)))
 
 
 def is_device_lost(err: BaseException) -> bool:
@@ -40,3 +48,32 @@ def is_process_lost(err: BaseException) -> bool:
 def is_anomaly(err: BaseException) -> bool:
     """Whether torch's anomaly mode broke off a backward pass because of a NaN."""
     return isinstance(err, RuntimeError) and bool(_ANOMALY.search(str(err)))
+
+
+@contextlib.contextmanager
+def in_one_sentence(what: str) -> Iterator[None]:
+    """Say what it means where memory runs out, or the device is lost, in work that leaves nothing half-written.
+
+    Args:
+        what: is done, for the message.
+
+    Raises:
+        StorageError: memory ran out.
+        LostDeviceError: the device failed.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as err:
+        told = (str(err).strip() or type(err).__name__).splitlines()[0]
+        if is_out_of_memory(err):
+            raise StorageError(
+                f"{what}: out of memory ({told}); nothing is half-written. Next: close what else uses this machine's "
+                "memory (nvidia-smi shows it), then run the same command again."
+            ) from err
+        if is_device_lost(err):
+            raise LostDeviceError(
+                f"{what}: the device failed ({told}); nothing is half-written. Next: the same command again; if it "
+                "fails in the same place, CUDA_LAUNCH_BLOCKING=1 names the operation, otherwise look for Xid lines in "
+                "dmesg."
+            ) from err
+        raise

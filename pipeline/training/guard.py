@@ -121,6 +121,7 @@ class Origin:
     phase: Literal["forward", "backward", "weights", "unknown"]
     module: str = ""  # dotted name of the module (or parameter) that made it out of finite ones
     activations: list[Activation] = field(default_factory=list)  # of every module, up to the first bad one
+    summed: bool = False  # seen in a gradient that is the sum over all processes: one of them may know better
 
     def describe(self) -> str:
         """One clause for a sentence."""
@@ -158,13 +159,16 @@ def find_origin(model: nn.Module, replay: Callable[[], object]) -> Origin:
     finally:
         for handle in handles:
             handle.remove()
+    gradients = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+    bad = nonfinite(gradients)  # of a sharded network all processes ask for it, whatever each of them has seen
     activations = observer.activations
     if observer.bad_forward:
         return Origin(phase="forward", module=observer.bad_forward, activations=activations)
-    # a sharded gradient is the sum over all processes and does not say where it began
-    gradients = {name: x.grad for name, x in model.named_parameters() if x.grad is not None and not is_sharded(x)}
-    culprit = observer.culprit() or next(iter(nonfinite(gradients)), "")
-    return Origin(phase="backward" if culprit else "unknown", module=culprit, activations=activations)
+    if culprit := observer.culprit():
+        return Origin(phase="backward", module=culprit, activations=activations)
+    if not bad:
+        return Origin(phase="unknown", activations=activations)
+    return Origin(phase="backward", module=bad[0], activations=activations, summed=is_sharded(gradients[bad[0]]))
 
 
 class _Observer:

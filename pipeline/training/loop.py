@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from models.interface import RnaModel
+from models.interface import RnaModel, RnaOutputs
 from pipeline.augment import central_crop
-from pipeline.batch import make_batch, unpack
+from pipeline.batch import RnaBatch, make_batch, unpack
 from pipeline.competitions.base import Competition
 from pipeline.config import RunConfig
 from pipeline.dataset import ExampleSet, RnaExample
@@ -86,7 +86,7 @@ class Trainer:
         self.config, self.competition, self.data, self.world = config, competition, data, world
         self.device, self.store, self.stop, self.meta = device, store, stop, meta
         self.state = TrainingState(model, settings=config.train, device=device, precision=precision, world=world)
-        self.loss = training_loss(competition, config.train)
+        self.loss = training_loss(competition, config.train, data.examples.classes)
         self.source = BatchSource(data.examples, data.train, config=config, rank=world.rank, ranks=world.size)
         self.steps = self.source.batches * config.train.epochs
         self._last_step: int | None = None
@@ -211,22 +211,25 @@ class Trainer:
 
         lengths = (self.source.lengths_N if is_structure else examples.lengths)[valid]
         network = self.state.predictor.eval()
-        meter = make_meter(self.competition, self.config.train)
+        meter = make_meter(self.competition, self.config.train, examples.classes)
         max_pairs = _VALID_PAIRS if is_structure else None
         parts = plan_by_tokens(lengths, max_tokens=micro_batch * longest, max_pairs=max_pairs)
 
-        def predict(part: np.ndarray, *, counts: bool) -> None:
+        def predict(part: np.ndarray) -> tuple[RnaBatch, RnaOutputs]:
             batch = make_batch(examples, valid[part], change=middle if is_structure else None).to(self.device)
             with self.state.precision.autocast(self.device):
-                outputs = network(batch.inputs)
-            if counts:
+                return batch, network(batch.inputs)
+
+        def count(batch: RnaBatch, outputs: RnaOutputs, *, mine: bool) -> None:
+            if mine:
                 meter.add(outputs, batch)
 
         rank, size = self.world.rank, self.world.size
         for first in range(0, len(parts), size):
             self._poll_stop()
             last = min(first + rank, len(parts) - 1)  # at the end some predict what another counts: all meet in a pass
-            self._everywhere(partial(predict, parts[last], counts=last == first + rank))
+            batch, outputs = self._everywhere(partial(predict, parts[last]))
+            self.world.together(partial(count, batch, outputs, mine=last == first + rank))
         meter.join(self.world)
         return meter.result()
 
@@ -266,7 +269,7 @@ class Trainer:
     def _take(self, place: list[int]) -> Taken:
         """This process's share of one batch, with the weight of all of it."""
         where = Place(place[0], place[1], self.micro_batch)
-        batches = [unpack(packed) for packed in self._loader.take(where)]
+        batches = [unpack(packed) for packed in self.world.together(partial(self._loader.take, where))]
         (weight,) = self.world.sum(sum(self.loss.weight(batch) for batch in batches))
         passes = max(self.world.gather(len(batches))) if self.state.sharded else 0
         return Taken(place, batches, weight, self.source.tokens(where), passes)
@@ -296,22 +299,11 @@ class Trainer:
             taken = self._take(taken.place)
 
     def _everywhere(self, work: Callable[[], _Result]) -> _Result:
-        """Do something that takes memory; if it runs out in one process, that is an error in all of them.
+        """Do something that takes memory; if it fails in one process, it does in all of them.
 
         One that leaves the middle of a sharded network can tell the others only by being gone.
         """
-        if self.world.is_alone or self.state.sharded:
-            return work()
-        failed = ""
-        try:
-            result = work()
-        except (MemoryError, RuntimeError) as err:
-            if not is_out_of_memory(err):
-                raise
-            failed = str(err) or type(err).__name__
-        if self.world.any(bool(failed)):
-            raise OutOfMemoryEverywhere(failed or "in another process")
-        return result
+        return work() if self.state.sharded else self.world.together(work)
 
     def _may_halve(self, err: BaseException, *, size: int) -> bool:
         return is_out_of_memory(err) and self.config.train.micro_batch == "auto" and size > 1
@@ -375,9 +367,11 @@ class Trainer:
         """Of several processes each makes the update by itself, and devices of different kinds round differently."""
         norms = self.world.gather(self.state.norm())
         if len(set(norms)) > 1:
-            raise DivergedError(
-                f"step {self.progress.step}: the processes' weights are no longer the same (norms {norms}). "
-                "Next: devices of one kind; the run goes on from its last checkpoint."
+            raise self.world.agreed(
+                DivergedError(
+                    f"step {self.progress.step}: the processes' weights are no longer the same (norms {norms}). "
+                    "Next: devices of one kind; the run goes on from its last checkpoint."
+                )
             )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -398,9 +392,11 @@ class Trainer:
             return
         if self._saved_at != (progress.step, progress.epoch):
             self.save()
-        raise StoppedError(
-            f"{self.store.folder.parent}: stopped at step {self.progress.step} of {self.steps} ({reason}); the state "
-            "is saved. Next: the same command goes on from there."
+        raise self.world.agreed(
+            StoppedError(
+                f"{self.store.folder.parent}: stopped at step {self.progress.step} of {self.steps} ({reason}); the "
+                "state is saved. Next: the same command goes on from there."
+            )
         )
 
     def _out_of_memory(self, err: BaseException) -> StorageError:
@@ -417,10 +413,11 @@ class Trainer:
             smaller = (
                 f"SET='train.micro_batch={size // 2}' ALLOW_CHANGES=1 makes the same optimiser steps in less memory"
             )
-        return StorageError(
+        told = StorageError(
             f"{self.device} is out of memory at step {self.progress.step + 1} with micro-batches of {size} sequences; "
             f"{'the state is saved' if saves else 'the last checkpoint is intact'}. Next: {smaller}."
         )
+        return self.world.agreed(told) if together else told
 
     def _device_lost(self, err: BaseException) -> LostDeviceError:
         """Say it, and touch the device no more: saving from a context that is dead fails, or hangs."""

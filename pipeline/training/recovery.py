@@ -3,7 +3,7 @@
 Everything here may fail without harm to the run's last checkpoint, and a diagnosis that fails never ends a run.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +13,7 @@ from pipeline import runlog
 from pipeline.batch import RnaBatch
 from pipeline.config import TrainConfig
 from pipeline.errors import DivergedError, StorageError
+from pipeline.stage import write_text
 from pipeline.training.bad_batch import BadBatch
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.distributed import load_newest
@@ -22,6 +23,9 @@ from pipeline.training.precision import next_precision
 from pipeline.training.state import TrainingState
 from pipeline.training.step import Taken
 
+#: In the fold's folder of a run that diverged: every event of the guard, for people.
+REPORT = "diverged.md"
+_COLUMNS = ("step", "seen", "precision", "loss", "grad_norm", "phase", "module", "ids", "saved")
 _IDS_SHOWN = 16
 
 
@@ -108,18 +112,21 @@ class Recovery:
             what: happened; one clause for a sentence.
 
         Raises:
-            DivergedError: that was done ``max_rollbacks`` times already, or there is no checkpoint yet.
+            DivergedError: that was done ``max_rollbacks`` times already, or there is no checkpoint yet; `REPORT` tells.
         """
         state, before = self.state, self.state.progress
         counts = before.guard
         left = counts.rollbacks < self.settings.max_rollbacks
         checkpoint = load_newest(self.store, state.world) if left else None
         if checkpoint is None:
-            raise DivergedError(
+            told = (
                 f"{what}; {counts.skips} batches skipped and {counts.rollbacks} rollbacks did not cure it. Next: make "
                 "replay runs such a batch again, and says where it breaks and in which precision it does not; then a "
                 "lower train.lr, or train.precision = 'fp32'."
             )
+            if state.world.is_main:
+                self._report(told)
+            raise state.world.agreed(DivergedError(told))
         row = {"step": before.step + 1, "before": state.precision.name, "rollbacks": counts.rollbacks + 1}
         lower = next_precision(state.precision, state.device)
         state.restore(checkpoint)
@@ -130,6 +137,18 @@ class Recovery:
         progress.guard = GuardCounts(**{**asdict(counts), "rollbacks": counts.rollbacks + 1, "skips_in_a_row": 0})
         self.log.write("rollback", **row, to_step=progress.step, precision=lower.name)
         runlog.warn(f"{what}; back to step {progress.step}, {lower.name}, without {len(progress.left_out)} batches")
+
+    def _report(self, told: str) -> None:
+        """Write `REPORT` out of the log's rows."""
+        path = self.folder.parent / REPORT
+        try:
+            rows = [row for row in runlog.read_metrics(self.log.path) if row["event"] in ("guard", "rollback")]
+            table = [_COLUMNS, ["---"] * len(_COLUMNS), *map(_cells, rows)]
+            lines = (f"| {' | '.join(cells)} |" for cells in table)
+            write_text(path, f"# {self.folder.parent}\n\n{told}\n\n" + "\n".join(lines) + "\n")
+            runlog.say(f"{path}: what the guard saw and did, {len(rows)} events")
+        except (OSError, ValueError) as err:
+            runlog.warn(f"{path}: could not be written: {err}")
 
     def halve_micro_batch(self, size: int) -> None:
         """Remember half the micro-batch that memory ran out with, and give back what torch still holds.
@@ -161,7 +180,7 @@ class Recovery:
     def _of_all(self, taken: Taken, origin: Origin, what: str) -> tuple[Taken, Origin, str]:
         """The whole batch, and where it began in the process that knows."""
         found = self.state.world.gather((taken.batches, origin, what))
-        _, origin, what = next((one for one in found if one[1].module), found[0])
+        _, origin, what = min(found, key=lambda one: (not one[1].module, one[1].summed))
         return taken._replace(batches=[batch for batches, _, _ in found for batch in batches]), origin, what
 
     def _trace(self, random: dict[str, torch.Tensor], replay: Callable[[], object]) -> Origin:
@@ -223,6 +242,15 @@ class Recovery:
         except (OSError, StorageError) as err:
             runlog.warn(f"{self.folder}: the bad batch could not be saved for replay: {err}")
             return None
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    """Of one event's line in the report; a rollback says where to."""
+    if row["event"] == "rollback":
+        row = {"step": row["step"], "seen": f"rolled back to step {row['to_step']}", "precision": row["precision"]}
+    shown = {**row, "ids": ", ".join(row.get("ids", []))}
+    values = (shown.get(f"{name}_nonfinite", shown.get(name)) for name in _COLUMNS)
+    return ["" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
 
 
 def input_statistics(batches: Sequence[RnaBatch]) -> dict[str, float]:

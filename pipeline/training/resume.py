@@ -1,7 +1,8 @@
 """Whether a run may go on as it is now: the same settings and data, or changes that were asked for and do no harm."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -35,13 +36,22 @@ class Change(NamedTuple):
 
 
 def require_same(
-    wanted: dict[str, Any], begun: dict[str, Any], *, where: Path, allow_changes: bool = False
+    wanted: dict[str, Any],
+    begun: dict[str, Any],
+    *,
+    where: Path,
+    allow_changes: bool = False,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Change]:
     """Refuse to go on with a run under other settings or with other data.
+
+    A setting that the code did not have when the run was begun was at its default, and one that it has no more was
+    none where it was off.
 
     Args:
         wanted: meta data of the run as it would be begun now.
         begun: meta data of its newest checkpoint.
+        defaults: the part of `wanted` that follows where nothing is set.
         where: folder of the run, for the message.
         allow_changes: let changes through that do no harm.
 
@@ -51,7 +61,9 @@ def require_same(
     Raises:
         ConfigError: with every difference.
     """
-    now, before = dict(_leaves(wanted)), dict(_leaves({key: begun.get(key) for key in wanted}))
+    now = dict(_leaves(wanted))
+    told = dict(_leaves({key: begun.get(key) for key in wanted}))
+    before = dict(_leaves(defaults)) | {key: value for key, value in told.items() if key in now or value}
     missing = "(absent)"
     keys = [key for key in sorted(now.keys() | before.keys()) if now.get(key, missing) != before.get(key, missing)]
     changes = [Change(key, before.get(key, missing), now.get(key, missing), _HARMLESS.get(key, "")) for key in keys]
@@ -98,7 +110,7 @@ def warn_of_other_environment(begun: dict[str, Any], now: dict[str, Any], *, lab
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
+    if isinstance(tree, Mapping):
         for key, value in tree.items():
             yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
     else:

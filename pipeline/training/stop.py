@@ -1,6 +1,7 @@
 """Asking a run to stop, and being asked: signals, time budget, one run a folder."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import signal
@@ -13,7 +14,10 @@ from typing import ClassVar, TextIO
 
 from pipeline.errors import BusyError, StoppedError
 
+#: Name of the lock that a job holds in its folder: that of a fold, or of a run where it trains all folds.
+JOB = ".job"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _LOCK_TRIES, _LOCK_NAP_S = 25, 0.02  # a look at a lock (`lock_holder`) holds it for microseconds
 
 
@@ -96,6 +100,8 @@ def _changes_handlers(frame: FrameType | None) -> bool:
 def run_lock(folder: Path, *, name: str = ".lock") -> Iterator[None]:
     """Hold a folder for one process; the lock dies with its process.
 
+    Where nothing can be written, on a read-only disk or in another user's folder, there is nothing to hold.
+
     Args:
         folder: is made if it is not there.
         name: of the lock's file; a folder can have several locks.
@@ -104,14 +110,22 @@ def run_lock(folder: Path, *, name: str = ".lock") -> Iterator[None]:
         BusyError: another process holds it; the message names its pid.
     """
     while True:
-        with _open(folder, name) as handle:
+        try:
+            opened = _open(folder, name)
+        except OSError as err:
+            if err.errno not in _REFUSED or not folder.is_dir() or os.access(folder, os.W_OK):
+                raise
+            yield
+            return
+        with opened as handle:
             if not _lock(handle.fileno()):
                 raise already_at_work(folder, lock_holder(folder, name=name))
             if not _is_still(handle, folder / name):
                 continue
-            handle.truncate(0)
-            handle.write(f"{os.getpid()}\n")
-            handle.flush()
+            with contextlib.suppress(OSError):  # a full disk: the lock holds without a number
+                handle.truncate(0)
+                handle.write(f"{os.getpid()}\n")
+                handle.flush()
             yield
             return
 
@@ -168,10 +182,15 @@ def _has_open(pid: int, path: Path) -> bool:
 
 
 def already_at_work(folder: Path, pid: int | None) -> BusyError:
-    """The refusal of a second run in a folder."""
+    """The refusal of a second process in a folder: of a fold, of a run with all its folds, or of another stage."""
+    stops = f"kill {pid}" if pid else "end its process"
+    if folder.parent.name == "runs" or lock_holder(folder.parent, name=JOB) is not None:
+        stops = "make stop ALL=1"
+    elif folder.parent.parent.name == "runs":
+        stops = "make stop"
     return BusyError(
-        f"{folder}: process {pid or '(unknown)'} is already at work here. Next: wait for it or stop it "
-        "(make stop); then run again."
+        f"{folder}: process {pid or '(unknown)'} is already at work here. Next: wait for it or stop it ({stops}); "
+        "then run again."
     )
 
 

@@ -15,6 +15,7 @@ import torch
 
 from pipeline import runlog
 from pipeline.errors import DataError, StoppedError
+from pipeline.stage import write_text
 from pipeline.training.trackers import OpenTracker, Tracker
 
 _ROWS = 2000  # "step" rows of a whole run in metrics.jsonl, at most
@@ -216,14 +217,9 @@ def drop_rows_after(path: Path, *, step: int, epoch: int) -> None:
 
     saved = [place for place, row in enumerate(rows) if row["event"] == "checkpoint" and row["step"] == step]
     until = saved[-1] if saved else 0  # a run may have been killed before it could log its checkpoint
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    try:
-        part.write_text(
-            "".join(json.dumps(row) + "\n" for place, row in enumerate(rows) if place < until or stays(row))
-        )
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    if rows:
+        kept = [row for place, row in enumerate(rows) if place < until or stays(row)]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def outcome(err: BaseException) -> dict[str, Any]:
@@ -236,7 +232,15 @@ def settle_status(folder: Path) -> None:
     """Correct the status of a finished run that was killed before it could say so."""
     status = runlog.read_status(folder)
     if status.get("state") != "done":
-        runlog.write_status(folder, status | {"state": "done", "exit_code": 0})
+        tell_status(folder, status | {"state": "done", "exit_code": 0})
+
+
+def tell_status(folder: Path, status: Mapping[str, Any]) -> None:
+    """Replace a fold's status, where that is possible: it is there to be looked at, and work is done without."""
+    try:
+        runlog.write_status(folder, status)
+    except OSError as err:
+        runlog.warn(f"{folder}: status.json cannot be written: {err.strerror}")
 
 
 def gpu_memory() -> dict[str, int]:

@@ -95,7 +95,8 @@ def clock_set_back(paths: Paths) -> str:
         fit(paths, RUN, tiny.config(), max_steps=8)
     for age, path in enumerate(CheckpointStore(paths.fold_dir(RUN, 0) / "checkpoints").steps().values()):
         os.utime(path, (1e9 + age, 1e9 + age))  # the newest step looks oldest
-    return ends_with(paths)
+    with mock.patch("time.time", side_effect=itertools.count(1.7e9, -3600).__next__):  # an hour back at every look
+        return ends_with(paths)
 
 
 def torn_metrics(paths: Paths) -> str:
@@ -151,7 +152,7 @@ FAULTS: dict[str, tuple[str, Callable[[Paths], str], str]] = {
     "disk full": ("ENOSPC from the third save on", full_disk, "exit code 5"),
     "out of memory": ("raised in a forward pass", out_of_memory, "exit code 5"),
     "GPU lost": ("CUDA error raised in a forward pass", device_lost, "exit code 75"),
-    "clock set back": ("time stamps of checkpoints reversed", clock_set_back, "went on"),
+    "clock set back": ("time stamps of checkpoints reversed; an hour at every look", clock_set_back, "went on"),
     "torn metrics.jsonl": ("half a line at its end", torn_metrics, "went on"),
     "second run in the folder": ("its lock held", second_run, "exit code 75"),
     "other settings": ("learning rate changed between two starts", other_settings, "exit code 2"),

@@ -1,7 +1,11 @@
 """What tests of training start from: tiny tables, the tiny network, and a place to make something go wrong."""
 
+import errno
+import io
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -36,3 +40,30 @@ def paths(tmp_path: Path, known_model: None) -> Paths:
 def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Tensor], Tensor] | None], None]:
     """Call a function in every training forward pass of the tiny network; None = no more."""
     return lambda fault: monkeypatch.setattr(tiny.Fault, "inject", staticmethod(fault) if fault else None)
+
+
+@pytest.fixture
+def read_only(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Make a folder one that nothing can be written to, as on a disk that is mounted so: root may write elsewhere."""
+
+    def forbid(folder: Path) -> None:
+        def below(path: Any) -> bool:
+            return not isinstance(path, int) and Path(path).is_relative_to(folder)
+
+        def guarded(call: Callable[..., Any], writes: Callable[..., bool]) -> Callable[..., Any]:
+            def checked(path: Any, *args: Any, **options: Any) -> Any:
+                if below(path) and writes(path, *args, **options):
+                    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+                return call(path, *args, **options)
+
+            return checked
+
+        may = os.access
+        monkeypatch.setattr(io, "open", guarded(io.open, lambda _, mode="r", *__, **___: mode not in ("r", "rb")))
+        for name in ("unlink", "rename", "replace", "rmdir", "utime"):
+            monkeypatch.setattr(os, name, guarded(getattr(os, name), lambda *_, **__: True))
+        # of a folder that is there the system says that first
+        monkeypatch.setattr(os, "mkdir", guarded(os.mkdir, lambda path, *_, **__: not Path(path).is_dir()))
+        monkeypatch.setattr(os, "access", lambda path, mode: may(path, mode) and not (mode & os.W_OK and below(path)))
+
+    return forbid

@@ -20,15 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from models.registry import register_model
 from pipeline import runlog, train
-from pipeline.errors import PipelineError
+from pipeline.errors import BusyError, DataError, DivergedError, PipelineError, StorageError
 from pipeline.paths import Paths
 from pipeline.runlog import read_metrics
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.distributed import join
+from pipeline.training.loader import Loader
+from pipeline.training.metrics import ErrorMeter
 from tests.pipeline import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +39,15 @@ ROOT = Path(__file__).resolve().parents[2]
 Scene = tuple[str, int, dict[str, Any], list[Any] | None]
 
 TIMEOUT_S, LONG_S = 3.0, 600.0  # where a process hangs, and elsewhere: a busy machine must not look like that
+#: What can fail in one process alone: which call, and what it raises.
+RAISED: dict[str, tuple[Any, str, Exception]] = {
+    "lock": (train, "run_lock", BusyError("process 1 is at work here. Next: wait.")),
+    "tables": (train, "load_data", DataError("the tables are gone. Next: make data.")),
+    "worker": (Loader, "take", DataError("a loader worker died, twice. Next: no workers.")),
+    "prediction": (ErrorMeter, "add", DivergedError("a prediction is not finite. Next: fp32.")),
+    "disk": (CheckpointStore, "save", StorageError("the disk is full. Next: free space.")),
+    "permission": (train, "drop_rows_after", PermissionError(13, "Permission denied", "metrics.jsonl")),
+}
 MERCY_S = 60.0  # for the others to end, once one has; where one hangs there is nothing to wait for
 
 
@@ -43,16 +55,50 @@ def scene(
     paths: Paths, *, run: str, config: dict[str, Any], fault: list[Any] | None, timeout: float = LONG_S, **options: Any
 ) -> int:
     """Train as one of the ranks; the exit code. `fault` is what happens: [rank, forward pass, what]."""
+    runlog.console.quiet = False
     if fault and fault[0] == int(os.environ.get("RANK", "0")):
-        tiny.Fault.inject = staticmethod(happens(*fault[1:]))
+        arm(*fault[1:])
     try:
         with join(timeout=timeout) as world:
             where = {"competition": tiny.TINY, "paths": paths, "run": run, "split": tiny.SPLIT, "fold": 0}
             train.run(tiny.config(**config), **where, **options, world=world)
-    except PipelineError as err:
-        sys.stderr.write(f"{os.environ.get('RANK')}: {type(err).__name__}: {err}\n")
-        return err.exit_code
+    except (PipelineError, OSError) as err:
+        if not runlog.console.quiet:
+            sys.stderr.write(f"{os.environ.get('RANK')}: {type(err).__name__}: {err}\n")
+        return getattr(err, "exit_code", StorageError.exit_code)  # as the command line does
     return 0
+
+
+def arm(at: int, what: str) -> None:
+    """Let something happen in this process: in one forward pass of training, or in one call of `RAISED`."""
+    if what == "nan gradient":
+        nn.Linear.forward = spoils_gradient(at)  # type: ignore[method-assign]
+        return
+    if what not in RAISED:
+        tiny.Fault.inject = staticmethod(happens(at, what))
+        return
+    owner, name, error = RAISED[what]
+    call, count = getattr(owner, name), itertools.count(1)
+
+    def faulty(*args: Any, **options: Any) -> Any:
+        if next(count) == at:
+            raise error
+        return call(*args, **options)
+
+    setattr(owner, name, faulty)
+
+
+def spoils_gradient(at: int) -> Callable[[nn.Linear, Tensor], Tensor]:
+    """A NaN that is in no tensor but a weight's gradient, in one pass of training and when it is traced."""
+    forward, count = nn.Linear.forward, itertools.count(1)
+
+    def spoiling(self: nn.Linear, x: Tensor) -> Tensor:
+        planned = isinstance(x, FakeTensor)  # the memory plan's pass, which is no step
+        if self.training and not planned and next(count) in (at, at + 1):
+            handle = self.weight.register_hook(lambda grad: (handle.remove(), grad * float("nan"))[1])
+        return forward(self, x)
+
+    return spoiling
 
 
 def happens(at: int, what: str) -> Any:

@@ -166,6 +166,25 @@ def test_a_first_result_without_long_sequences_is_completed_by_the_next_call(pat
     assert sorted(map(len, pl.read_parquet(paths.bpp)["sequence"])) == lengths
 
 
+@pytest.mark.parametrize("part", [{"tables": ("test",)}, {"longest": 30}, {"tables": ("test",), "longest": 30}])
+def test_a_call_for_a_part_takes_nothing_away(paths, rng, part):
+    """After make bpp, rna bpp --test-only replaced the table of all sequences by the test's alone, and the next make
+    bpp, or training with use_bpp, computed the others again.
+    """
+    train, tests = (random_sequences(rng, 4, length=length) for length in (40, 20))
+    write_clean(paths, train, tests)
+    bpp.run(paths, workers=1)
+    whole = paths.bpp.read_bytes()
+    assert bpp.run(paths, workers=1, **part).status == "current"
+    assert bpp.run(paths, workers=1).status == "current"
+    assert paths.bpp.read_bytes() == whole
+    write_clean(paths, train, [*tests, "GGGGAAACCCC"])
+    report = bpp.run(paths, workers=1, **part)
+    assert (report.facts["computed"], report.facts["sequences"]) == (1, 9)
+    assert bpp.run(paths, workers=1).facts["computed"] == 0
+    assert pl.read_parquet(paths.bpp)["sequence"].to_list() == sorted([*train, *tests, "GGGGAAACCCC"])
+
+
 def test_rows_of_a_damaged_file_or_of_another_version_are_not_reused(paths, rng):
     write_clean(paths, random_sequences(rng, 4, length=30))
     bpp.run(paths, workers=1)

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.paths import Paths
 from pipeline.training import distributed
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.distributed import ALONE
 from pipeline.training.stop import lock_holder
-from tests.pipeline import ranks
+from tests.pipeline import ranks, tiny
 from tests.pipeline.ranks import Scene, codes, everything, fixtures, losses, rows, run_name
 
 pytestmark = pytest.mark.slow
@@ -39,6 +40,16 @@ SCENES: list[Scene] = [
     ("out of memory", 2, {}, None),
     ("second device lost", 2, {}, [1, 6, "device"]),
     ("first device lost", 2, {}, [0, 6, "device"]),
+    ("no lock", 2, {}, [0, 1, "lock"]),
+    ("no tables", 2, {}, [0, 1, "tables"]),
+    ("no tables in the second", 2, {}, [1, 1, "tables"]),
+    ("no permission", 2, {}, [0, 1, "permission"]),
+    ("worker of the first", 3, {}, [0, 6, "worker"]),
+    ("worker of the second", 3, {}, [1, 6, "worker"]),
+    ("first diverges", 2, {}, [0, 2, "prediction"]),
+    ("second diverges", 2, {}, [1, 1, "prediction"]),
+    ("second diverges in parts", 2, {"sharding": "fsdp2"}, [1, 1, "prediction"]),
+    ("full disk", 2, {}, [0, 3, "disk"]),
     ("fewer", 2, PLAIN, [0, 6, "SIGTERM"]),
     ("fewer", 1, PLAIN, None),
 ]
@@ -127,6 +138,33 @@ def test_a_device_that_one_process_loses_ends_the_others_at_once(ended, name, to
     assert re.search(told, lost["said"])
 
 
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("no lock", 75),
+        ("no tables", 3),
+        ("no tables in the second", 3),
+        ("no permission", 5),
+        ("worker of the first", 3),
+        ("worker of the second", 3),
+        ("first diverges", 4),
+        ("second diverges", 4),
+        ("second diverges in parts", 4),
+        ("full disk", 5),
+    ],
+)
+def test_what_fails_in_one_process_ends_all_with_its_exit_code_and_one_sentence(ended, name, code):
+    """A prediction that was not finite in one process ended it with 4 and the others with 75, "process 0 of 2 has lost
+    another one, which died, failed or did not answer in time", and traces of C++ where that was the first.
+    """
+    (end,) = ended(name)
+    assert set(end["codes"]) == {code}
+    fault = next(fault for run, _, _, fault in SCENES if run == name)
+    said = [line for line in end["said"].splitlines() if str(ranks.RAISED[fault[2]][2]) in line]
+    starts = [run for run, _, _, other in SCENES if other and other[2] == fault[2]]
+    assert len(said) == len(starts)
+
+
 def test_a_run_goes_on_with_fewer_processes(paths, ended):
     assert codes(ended("fewer")) == [[75, 75], [0]]
     np.testing.assert_allclose(losses(paths, "fewer"), losses(paths, "alone"), atol=1e-5)
@@ -150,6 +188,33 @@ def test_torchrun_under_nohup_survives_a_hang_up_and_gives_the_exit_code_of_its_
     meta = CheckpointStore(paths.fold_dir(run_name("launched"), 0) / "checkpoints").newest_meta()
     assert meta["step"] == 6
     assert meta["environment"]["processes"] == 2
+
+
+DIVERGES = """
+[model]
+name = "drsn"
+kwargs = {width = 8, depth = 1}
+[train]
+lr = 1e38
+schedule = "constant"
+max_rollbacks = 1
+"""
+
+
+def test_two_processes_of_the_command_line_fail_with_one_sentence_and_its_exit_code(tmp_path):
+    """``rna train --nproc 2``, as make train NPROC=2 calls it; torchrun's own log lines stood around the sentence."""
+    tiny.write_values(Paths(comp="ribonanza", root=tmp_path))
+    (tmp_path / "diverges.toml").write_text(DIVERGES)
+    command = [sys.executable, "-m", "pipeline", "train", "--nproc", "2", f"--split={tiny.SPLIT}"]
+    command += [f"--artifacts={tmp_path}", f"--model={tmp_path / 'diverges.toml'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ranks.ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    *said, last = done.stderr.splitlines()
+    assert last.startswith("error: step 2: nonfinite weights")
+    assert last.endswith("(exit code 4)")
+    assert [line for line in said if not line.startswith(("diverges.", "warning: step 1: ", str(tmp_path)))] == []
+    assert (tmp_path / f"ribonanza/runs/diverges.{tiny.SPLIT}/fold0/diverged.md").is_file()
 
 
 def test_two_machines_train_as_one(paths, ended, tmp_path):

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from pipeline import jobs
 from pipeline.cli import finished_runs, run_verb
-from pipeline.errors import ConfigError, DataError, StoppedError
+from pipeline.errors import BusyError, ConfigError, DataError, StoppedError
 from pipeline.paths import Paths
 from pipeline.runlog import read_status, write_status
 from pipeline.training import stop
@@ -202,6 +202,30 @@ def test_a_terminal_shows_a_bar_with_everything_and_closing_it_saves_and_ends_th
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_start_that_is_interrupted_leaves_no_job_behind(tmp_path, monkeypatch, number):
+    """Ctrl-C while make train-bg waited for its job said "interrupted; nothing is half-written", and the job went on;
+    make stop in that time, from another terminal, said "nothing is running here", and the job began.
+    """
+    program, told, folder = tmp_path / "program", tmp_path / "pid", tmp_path / "runs" / "a.sim80_k2" / "fold0"
+    program.write_text(f"#!/bin/sh\necho $$ > {told}\nexec sleep 86400\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+    def interrupted(_process: subprocess.Popen, where: Path) -> None:
+        wait_until(lambda: told.exists() and told.read_text().strip())
+        assert jobs.worker(where) == os.getpid()
+        os.kill(os.getpid(), number)  # Ctrl-C; or make stop, which finds this process
+
+    monkeypatch.setattr(jobs, "_wait_for_begin", interrupted)
+    with pytest.raises(StoppedError, match="stopped while it was started in the background"):
+        jobs.start(["train"], folder=folder)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(told.read_text()), 0)
+    assert jobs.worker(folder) is None
+    assert not folder.exists()
+
+
 def test_a_start_that_fails_is_answered_at_once_with_its_sentence_and_exit_code(endless, capfd):
     endless.paths.fold_table(tiny.SPLIT).unlink()
     assert run_verb(["train", "--background", *endless.options]) == 3
@@ -382,6 +406,17 @@ def test_stop_of_a_fold_leaves_the_job_that_trains_all_of_them_alone_and_names_i
         assert "nothing is running here. Next: make stop FOLD=<one of 1>" in jobs.stop(run)
 
 
+def test_a_refusal_says_how_to_stop_what_is_at_work(tmp_path):
+    """Of a run over all folds it said "make stop", which refuses to stop that; of make bpp, which it cannot stop."""
+    run, other, table = (tmp_path / name for name in ("runs/a.sim80_k2", "runs/b.sim80_k2/fold0", "bpp"))
+    with jobs.at_work(run), jobs.at_work(run / "fold0"), jobs.at_work(other), run_lock(table):
+        for folder, told in ((run, "make stop ALL=1"), (run / "fold0", "make stop ALL=1"), (other, "make stop")):
+            with pytest.raises(BusyError, match=rf"Next: wait for it or stop it \({told}\)"), jobs.at_work(folder):
+                pass
+        with pytest.raises(BusyError, match=rf"stop it \(kill {os.getpid()}\)"), run_lock(table):
+            pass
+
+
 def test_a_job_of_all_folds_that_has_ended_is_not_told_as_never_begun(tmp_path):
     """make stop ALL=1 twice: the second one said "never begun" of three trained folds and one half-trained."""
     (tmp_path / "fold0").mkdir()
@@ -449,7 +484,7 @@ def test_unfinished_predictions_are_used_and_named(tmp_path, capsys):
     """An ensemble took predictions of a training that was stopped by its clock for those of a finished one."""
     from pipeline.cli import warn_of_unfinished
 
-    paths = Paths(comp="tiny", root=tmp_path)
+    paths = Paths(comp="ribonanza", root=tmp_path)
     for fold in range(2):
         folder = paths.fold_dir("a.sim80_k2", fold)
         (folder / "checkpoints").mkdir(parents=True)

@@ -313,6 +313,9 @@ def test_errors_are_told_apart_by_what_can_be_done():
     assert not any(is_out_of_memory(error) for error in LOST)
     assert not is_device_lost(torch.OutOfMemoryError("CUDA out of memory."))
     assert not is_device_lost(RuntimeError("CUDA error: out of memory"))
+    for word in ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`", "cuFFT: CUFFT_ALLOC_FAILED"):
+        assert is_out_of_memory(RuntimeError(word))  # the first was a lost device, whose rerun fails in the same place
+        assert not is_device_lost(RuntimeError(word))
     assert not is_device_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_device_lost(ValueError("CUDA error"))
     assert is_anomaly(RuntimeError("Function 'MulBackward0' returned nan values in its 0th output."))

@@ -1,5 +1,6 @@
 """A run goes on under other settings only where that was asked for and does no harm, and says what is different."""
 
+import copy
 import subprocess
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 
 from models.registry import list_models
 from pipeline import cli, train
+from pipeline.classes import Classes
+from pipeline.competitions import get_competition
 from pipeline.config import RunConfig, config_from_dict, list_configs, load_config
 from pipeline.errors import ConfigError, DataError, StoppedError
 from pipeline.paths import Paths
@@ -143,13 +146,42 @@ def test_a_default_that_changed_in_the_code_is_noticed(paths, monkeypatch):
         fit(paths)
 
 
+@pytest.mark.parametrize(
+    ("setting", "refused"),
+    [({}, ""), ({"width": 9}, r"model\.kwargs\.width 8 -> 9"), ({"dropout": 0.0}, "dropout 0.1 -> 0.0")],
+)
+def test_a_setting_that_is_new_in_the_code_is_at_its_default_in_a_run_that_was_begun_before(paths, setting, refused):
+    """After an update of the code every run was refused: "config.data.crop (absent) -> 0; … num_classes 0 -> (absent)".
+
+    And one whose own setting changed as well is still refused.
+    """
+    begin(paths)
+    store = CheckpointStore(paths.fold_dir(tiny.RUN, 0) / "checkpoints")
+    newest = store.load_newest()
+    old = copy.deepcopy({key: value for key, value in newest.meta.items() if key not in ("files", "format")})
+    for name in ("width", "use_bpp"):
+        del old["config"]["model"]["kwargs"][name]
+    del old["config"]["train"]["warmup"]
+    old["config"]["model"]["kwargs"]["gone"] = 0
+    store.save(old.pop("step"), weights=newest.weights, training=newest.training, state=newest.state, meta=old)
+    if refused:
+        with pytest.raises(ConfigError, match=refused):
+            fit(paths, tiny.config(model=setting))
+    else:
+        assert fit(paths).status == "built"
+        assert rows_of(paths, "start")[1]["resumed_step"] > 0
+
+
 @pytest.mark.parametrize("name", list_configs())
 def test_the_settings_a_checkpoint_keeps_build_the_network_of_its_toml(name):
     config = load_config(name)
+    task: tuple = (tiny.TINY,)
+    if "pool" in config.model.kwargs:  # of classes
+        task = (get_competition("labelled"), Classes(("a", "b"), (1, 1), True, "ACGUN"))
     with torch.device("meta"):
-        model = train.build_model(config.model, tiny.TINY)
+        model = train.build_model(config.model, *task)
         kept = config_from_dict(train.resolved_config(config, model), where="kept")
-        again = train.build_model(kept.model, tiny.TINY)
+        again = train.build_model(kept.model, *task)
     assert {key: tensor.shape for key, tensor in again.state_dict().items()} == {
         key: tensor.shape for key, tensor in model.state_dict().items()
     }

@@ -42,6 +42,7 @@ SCENES: list[Scene] = [
     ("regrouped", 3, PARTS, None),
     ("hung", 2, PARTS, [1, 12, "hang"]),
     ("one with a NaN", 2, {"sharding": "fsdp2", "epochs": 2}, [1, 6, "nan"]),
+    ("one with a NaN gradient", 2, {"sharding": "fsdp2", "epochs": 2}, [1, 6, "nan gradient"]),
     ("out of memory", 2, PARTS, [1, 12, "memory"]),
     ("short batches", 3, {"sharding": "fsdp2", "batch_size": 2, "epochs": 1, "precision": "fp16"}, None),
 ]
@@ -103,12 +104,19 @@ def test_a_nan_in_one_process_is_skipped_by_all(paths, ended):
     assert len(row["ids"]) == row["sequences"] == 8, "the whole batch"
 
 
+def test_a_nan_that_begins_in_the_gradient_of_a_parameter_is_named(paths, ended):
+    """Gradients are sums over all processes: the guard said "not seen again in a replay" of one that was NaN in one."""
+    assert codes(ended("one with a NaN gradient")) == [[0, 0]]
+    (row,) = rows(paths, "one with a NaN gradient", "guard")
+    assert (row["seen"], row["answer"], row["step"]) == ("nonfinite_grad", "skip", 6)
+    assert (row["phase"], row["module"]) == ("backward", "heads.per_base.weight")
+
+
 def test_memory_that_runs_out_in_one_process_ends_the_others_with_what_it_said(ended):
     """The others are in the middle of the same pass, where nothing but its end reaches them."""
     (end,) = ended("out of memory")
-    assert end["codes"] == [75, 5]
-    assert "process 0 of 2 has lost another one" in end["said"]
-    assert "process 1: StorageError: cpu is out of memory at step 6 with micro-batches of 3 sequences" in end["said"]
+    assert end["codes"] == [5, 5]
+    assert "0: StorageError: cpu is out of memory at step 6 with micro-batches of 3 sequences" in end["said"]
 
 
 def test_a_process_without_a_sequence_of_a_batch_makes_the_passes_of_the_others(ended):

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from rich.console import Console
 
 from models import registry
 from pipeline import sweep
-from pipeline.errors import BusyError, ConfigError
+from pipeline.errors import BusyError, ConfigError, StoppedError
 from pipeline.paths import Paths
 from pipeline.sweep import Axis, Job, Sweep, grid, parse_axis, summarise
 from pipeline.training.stop import run_lock
@@ -72,6 +74,30 @@ def test_a_job_that_another_process_does_is_left_to_it(small: Sweep):
     assert report.facts["cells"][0]["n"] == 1
 
 
+def test_the_last_of_several_workers_has_the_whole_table(small: Sweep, monkeypatch: pytest.MonkeyPatch):
+    """Each of two workers left out what the other one did, and results.json was that of whoever wrote last."""
+    seen: list[Job] = []
+
+    def metric(_self: Sweep, job: Job) -> float:
+        seen.append(job)
+        if len(seen) == 1:
+            raise BusyError("process 1 is at work here. Next: wait.")
+        return 0.5
+
+    monkeypatch.setattr(Sweep, "metric", metric)
+    found = sweep.run(small, [parse_axis("train.lr=[1e-3, 1e-2]")])
+    assert seen[-1] == seen[0]
+    assert [row["n"] for row in found.facts["cells"]] == [2, 2]
+    assert found.facts["busy"] == 0
+
+
+def test_a_signal_between_two_jobs_is_a_stop_too(small: Sweep, monkeypatch: pytest.MonkeyPatch):
+    """It ended the process: exit code 143 and no sentence, where a signal in a job gave 75."""
+    monkeypatch.setattr(Sweep, "metric", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(StoppedError, match=r"stopped \(SIGTERM\)"):
+        sweep.run(small, [parse_axis("train.lr=[1e-3, 1e-2]")])
+
+
 def test_a_study_stops_at_its_number_of_trials_and_goes_on_from_them(small: Sweep):
     pytest.importorskip("optuna")
     axes = [parse_axis("train.lr={low=1e-4, high=1e-1, log=true}")]
@@ -126,7 +152,10 @@ def test_what_a_killed_worker_left_is_proposed_again(small: Sweep, monkeypatch: 
         killed.setattr(Sweep, "metric", die)
         with pytest.raises(KeyboardInterrupt):
             sweep.run(small, axes, trials=1)
+    dead = small.folder / ".worker-0123456789ab"  # as SIGKILL leaves it, which lets nobody clean up
+    dead.write_text("1\n")
     assert sweep.run(small, axes, trials=1).facts["cells"][0]["cell"][0][1] == seen[0]
+    assert not list(small.folder.glob(".worker-*"))
 
 
 def test_a_study_is_not_mixed_with_another_of_its_name(small: Sweep):

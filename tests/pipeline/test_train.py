@@ -4,6 +4,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from pipeline import train
 from pipeline.config import RunConfig, load_config
 from pipeline.errors import ConfigError, DataError, DivergedError, StoppedError, StorageError
 from pipeline.paths import Paths
+from pipeline.stage import commit
 from pipeline.training import loop
 from pipeline.training.checkpoint import CheckpointStore, load_checkpoint
 from pipeline.training.stop import StopRequest, run_lock
@@ -70,6 +72,7 @@ def test_the_log_tells_the_whole_run(paths):
     assert start["config"]["train"]["seed"] == 7
     assert start["precision_reason"] == "auto: no CUDA device (cpu)"
     assert start["data"].keys() == {"examples", "folds"}
+    assert (start["commit"], start["command"]) == (commit(), sys.argv)
     assert (start["train"], start["valid"]) == (32, 25)
     assert [row["step"] for row in rows_of(paths, "step")] == list(range(1, 13))
     epochs = rows_of(paths, "epoch")
@@ -670,6 +673,16 @@ def test_what_no_fallback_cures_stops_with_a_reason(paths, inject):
     assert len(rows_of(paths, "rollback")) == 2
     assert (status_of(paths)["state"], status_of(paths)["exit_code"]) == ("diverged", 4)
     assert store_of(paths).newest_meta()["progress"]["updates"] == 0
+    report = paths.fold_dir(tiny.RUN, 0) / "diverged.md"
+    told = [line for line in report.read_text().splitlines() if line.startswith("|")]
+    assert len(told) == 2 + len(rows_of(paths, "guard")) + len(rows_of(paths, "rollback"))
+    assert re.search(
+        r"\| 1 \| nonfinite_loss \| fp32 \| nan \| nan \| forward \| fault \| s\d+, .* \| 0001-step-", told[2]
+    )
+    assert "rolled back to step 0" in report.read_text()
+    inject(None)
+    fit(paths, tiny.config(max_skips=1, max_rollbacks=2))
+    assert not report.exists()
 
 
 def test_weights_that_explode_never_reach_average_or_checkpoint(paths):

@@ -1,11 +1,13 @@
 """Folds in turn, asked to stop at any moment and by a clock: predictions in time, nothing lost, every code said."""
 
+import errno
 import json
 import os
 import shutil
 import signal
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -50,6 +52,40 @@ def test_every_fold_is_trained_and_predicted_in_turn(paths):
         (0, "done", 0, 100.0),
         (1, "done", 0, 100.0),
     ]
+
+
+@pytest.mark.parametrize("budget", [None, Budget(seconds=600.0)])
+def test_a_finished_run_on_a_read_only_disk_is_current(paths, read_only, capsys, budget):
+    """It said "…/fold0/.job: Read-only file system" and left with exit code 5, though there was nothing to do."""
+    fit(paths)
+    capsys.readouterr()
+    read_only(paths.root)
+    assert [report.status for report in fit(paths, budget=budget)] == ["current", "current"]
+    assert capsys.readouterr().err == ""
+
+
+def test_an_unfinished_run_on_a_read_only_disk_is_refused_by_the_system(paths, read_only):
+    with suppress(StoppedError):
+        fit(paths, max_steps=5)
+    read_only(paths.root)
+    with pytest.raises(OSError, match="Read-only file system"):
+        fit(paths)
+
+
+def test_a_full_disk_is_told_with_its_place_and_a_run_that_did_not_begin_leaves_no_trace(paths, monkeypatch):
+    """It said "No space left on device. Next: check the path", and did not say which, and left an empty run behind."""
+    fit(paths)  # the arrays are there
+    write = Path.write_text
+
+    def full(path: Path, text: str) -> int:
+        write(path, "")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        fit(paths, run=f"other.{tiny.SPLIT}")
+    assert str(caught.value.filename).endswith("config.json")
+    assert not paths.run_dir(f"other.{tiny.SPLIT}").exists()
 
 
 # the signal may come between open and its `with`, or while an object is removed; it is remembered then
@@ -129,15 +165,14 @@ def test_a_start_that_is_refused_leaves_what_was_done_before_and_nothing_else(pa
 
 def test_a_signal_while_the_end_is_told_leaves_no_run_that_says_it_is_at_work(paths, monkeypatch):
     """All was done, the status said "running", and make status showed a run that was lost."""
-    write = train_folds.write_status
+    tell = train_folds.tell_status
 
     def signalled(*told: Any) -> None:
-        if told[1]["state"] == "done":
-            os.kill(os.getpid(), signal.SIGTERM)
-        write(*told)
+        os.kill(os.getpid(), signal.SIGTERM)
+        tell(*told)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_folds, "write_status", signalled)
+        patch.setattr(train_folds, "tell_status", signalled)
         with pytest.raises(StoppedError):
             fit(paths)
     assert survey(paths.root)[0]["state"] == "stopped"
