@@ -21,7 +21,6 @@ from models.interface import RnaInputs
 from models.layers.checkpointing import run_blocks
 from models.layers.distogram import PairEmbedding
 from models.layers.dropout import Dropout
-from models.layers.embedding import NUM_NUCLEOTIDES
 from models.layers.masked import zero_pads
 from models.layers.sepconv import conv1d
 from models.layers.shrinkage import Shrink, Shrinkage
@@ -125,7 +124,7 @@ class Drsn(RnaEncoder):
                 for i in range(count)
             )
 
-        super().__init__(width, kernel, NUM_NUCLEOTIDES, pair_width if pair_depth else 0, **common)
+        super().__init__(width, kernel, pair_width if pair_depth else 0, **common)
         if not pair_depth:
             refuse_without_effect(self, "without blocks over pairs (pair_depth)", pair_width=pair_width)
         self.blocks = blocks(depth, width, kernel=kernel)

@@ -29,7 +29,6 @@ class RnaEncoder(RnaModel):
     Args:
         width: D, of the hidden layers.
         stem_kernel: of a separable convolution on the input, in nt, odd; 0 = none.
-        vocabulary: rows of the token table.
         pair_width: of the pair features that the subclass hands to the heads; 0 = none.
         num_channels: values per nucleotide; 0 = no such head.
         num_distance_bins: bins of the distance head; 0 = no such head.
@@ -37,8 +36,10 @@ class RnaEncoder(RnaModel):
         coordinates: predict C1' coordinates.
         use_bpp: read base-pair probabilities.
         gru_head: put a bidirectional GRU before the values.
-        pool: how a sequence becomes one vector for the classes: mean over its positions, mean weighted by a learned
-            query, or the last states of a bidirectional GRU.
+        pool: how a sequence becomes one vector for the classes: mean over its positions, largest value of each channel,
+            mean weighted by a learned query, or the last states of a bidirectional GRU.
+        vocabulary: rows of the token table: 4 nucleotides or 20 amino acids, one more for an unknown letter; HyenaDNA
+            has 16.
     """
 
     blocks: nn.ModuleList
@@ -47,7 +48,6 @@ class RnaEncoder(RnaModel):
         self,
         width: int,
         stem_kernel: int,
-        vocabulary: int = NUM_NUCLEOTIDES,
         pair_width: int = 0,
         /,
         *,
@@ -58,6 +58,7 @@ class RnaEncoder(RnaModel):
         use_bpp: bool = False,
         gru_head: bool = False,
         pool: Pool = "mean",
+        vocabulary: int = NUM_NUCLEOTIDES,
     ) -> None:
         super().__init__()
         if not num_channels:
@@ -170,7 +171,7 @@ class BlockEncoder(RnaEncoder):
             update = PairUpdate(width, pair_width=pair_width, triangle=triangle, dropout=dropout) if updates else None
             return PairBlock(block, update)
 
-        super().__init__(width, kernel, NUM_NUCLEOTIDES, pair_width, **common)
+        super().__init__(width, kernel, pair_width, **common)
         if not kernel:
             shape = {"multi_kernel": multi_kernel, "glu": glu, "squeeze_excite": squeeze_excite}
             refuse_without_effect(self, "without convolutions (kernel)", **shape)

@@ -15,7 +15,7 @@ from models.layers.distogram import DistanceHead
 from models.layers.masked import masked_mean, zero_pads
 from models.layers.precision import at_least_float32
 
-Pool = Literal["mean", "attention", "gru"]
+Pool = Literal["mean", "max", "attention", "gru"]
 
 DISTANCE_RANGE = (4.0, 60.0)  # Å; C1'–C1' is 5.4 between neighbours and 10.4 in a Watson–Crick pair
 NUM_LDDT_BINS = 20  # of the lDDT that a network expects of its coordinates, from 0 to 1
@@ -123,6 +123,7 @@ class ClassHead(nn.Module):
 
     def __init__(self, width: int, *, num_classes: int, pool: Pool) -> None:
         super().__init__()
+        self.pool = pool
         # of zeros: attention starts as the mean
         self.query_D = nn.Parameter(torch.zeros(width)) if pool == "attention" else None
         self.gru = PackedGru(width) if pool == "gru" else None
@@ -136,6 +137,8 @@ class ClassHead(nn.Module):
     def _pool(self, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         if self.gru is not None:
             return self.gru.last(x_BLD, mask_BL)
+        if self.pool == "max":
+            return torch.where(mask_BL.unsqueeze(-1), x_BLD, torch.finfo(x_BLD.dtype).min).amax(1)
         if self.query_D is None:
             return masked_mean(x_BLD, mask_BL)
         score_BL = torch.where(mask_BL, x_BLD @ self.query_D, torch.finfo(x_BLD.dtype).min)

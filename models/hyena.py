@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from models.encoder import RnaEncoder
 from models.layers.blocks import EncoderBlock, FeedForward
-from models.layers.embedding import NUM_NUCLEOTIDES
 from models.layers.long_conv import fft_conv
 from models.layers.masked import zero_pads
 from models.layers.precision import at_least_float32
@@ -70,13 +69,16 @@ class HyenaFilter(nn.Module):
             return [(kernel_TD * window_TD).t() for kernel_TD in kernels]
 
     def _features(self, position_T1: Tensor, time_T1: Tensor) -> Tensor:
-        bands = torch.linspace(1e-4, self.bands - 1, self.bands).to(position_T1)
+        # made where it is used: a copy from the CPU waits for the device in every block
+        bands = torch.linspace(1e-4, self.bands - 1, self.bands, device=position_T1.device).to(position_T1)
         angle = position_T1 * (bands * (2 * math.pi / self.l_max))
         return torch.cat([time_T1, torch.cos(angle), -torch.sin(angle)], dim=-1)
 
 
 class HyenaOperator(nn.Module):
     """Gates and long convolutions in turn, as a mixer for `EncoderBlock`."""
+
+    operators = ("long_conv",)
 
     def __init__(
         self,
@@ -137,7 +139,6 @@ class Hyena(RnaEncoder):
         kernel: of a separable convolution in each block, in nt, odd; 0 = none.
         stem_kernel: of a separable convolution on the input, in nt, odd; 0 = none.
         ffn_expand: hidden over outer width of the feed-forward network; 0 = none.
-        vocabulary: rows of the token table; HyenaDNA's has 16.
         dropout: share dropped of each branch's output.
         **common: what every network takes, see `RnaEncoder`.
     """
@@ -158,7 +159,6 @@ class Hyena(RnaEncoder):
         kernel: int = 9,
         stem_kernel: int = 9,
         ffn_expand: int = 4,
-        vocabulary: int = NUM_NUCLEOTIDES,
         dropout: float = 0.1,
         **common: Any,
     ) -> None:
@@ -180,7 +180,7 @@ class Hyena(RnaEncoder):
             )
             return EncoderBlock(mixer, width=width, kernel=kernel, expand=ffn_expand, dropout=dropout, gelu="tanh")
 
-        super().__init__(width, stem_kernel, vocabulary, **common)
+        super().__init__(width, stem_kernel, **common)
         self.blocks = nn.ModuleList(block() for _ in range(depth))
         self._reset_like_hyenadna()
 

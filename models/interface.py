@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class RnaInputs(NamedTuple):
     """A padded batch of sequences. Nothing that stands under the padding may change an output at a real position."""
 
-    tokens_BL: Tensor  # int64, index into "ACGU"; arbitrary where padded
+    tokens_BL: Tensor  # int64, index into "ACGU", or into the letters of a labelled set; arbitrary where padded
     mask_BL: Tensor  # bool, True at real nucleotides, at least one a row; never modified
     bpp_BLL: Tensor | None = None  # float32 in [0, 1], symmetric, zero diagonal, rows sum to at most 1
 
@@ -30,7 +30,8 @@ class RnaModel(nn.Module):
     """Base of all networks.
 
     A constructor takes keyword arguments only, annotated and defaulted: its signature is the model's schema in a
-    TOML file. ``num_channels``, ``num_distance_bins`` and ``num_classes`` (0 = no such head) come from the task.
+    TOML file. ``num_channels``, ``num_distance_bins`` and ``num_classes`` (0 = no such head) come from the task, and
+    ``vocabulary`` from the letters of the data, unless it is larger.
     """
 
     name: ClassVar[str]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline import measure
 from pipeline.measure import Bar
+from pipeline.training.precision import choose_device
 
 _BATCH, _INNER, _STATE = 8, 512, 16
 _HEAD = 64  # channels that share a decay in the SSD
@@ -156,10 +157,10 @@ def measure_cell(cell: Cell) -> dict[str, float]:
         torch.set_num_threads(cell["threads"])
     in_turn = {_IN_TURN: _ratios, _SLOPE: _slope}.get(cell["who"])
     if in_turn:
-        with measure.device():
+        with choose_device():
             return in_turn(cell)
     prepare = {"scan": _prepare_scan, "conv": _prepare_conv, "attention": _prepare_attention}[cell["what"]]
-    with measure.device():
+    with choose_device():
         short, operands = prepare(cell["who"], 8), prepare(cell["who"], cell["length"])
         _both(*short)  # compiles, loads and chooses
         return _times(*operands)

@@ -19,7 +19,7 @@ from pipeline import measure
 from pipeline.config import load_config
 from pipeline.measure import Bar
 from pipeline.training.optim import make_optimizer
-from pipeline.training.precision import choose_precision
+from pipeline.training.precision import choose_device, choose_precision
 
 PEER = "RibonanzaNet"
 
@@ -103,7 +103,7 @@ def measure_cell(cell: Cell) -> dict[str, float]:
     """Parameters, tokens/s and MiB a sequence, of prediction and of a training step."""
     if cell["threads"]:
         torch.set_num_threads(cell["threads"])
-    device, batch, length = measure.device(), cell["batch"], cell["length"]
+    device, batch, length = choose_device(), cell["batch"], cell["length"]
     precision = choose_precision(cell["precision"], device)
     with device:
         model, call = _build(cell)

@@ -45,11 +45,6 @@ class Bar(NamedTuple):
         return self.found <= self.wanted if self.at_most else self.found >= self.wanted
 
 
-def device() -> torch.device:
-    """The first CUDA device, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def machine_class() -> str:
     """What sort of machine this is, and nothing that tells which: ``cpu-2core-avx2``, ``cuda-h100``."""
     if torch.cuda.is_available():

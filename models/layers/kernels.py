@@ -1,23 +1,29 @@
 """Which code computes an operator on a device, and why: the one home of that decision.
 
-An operator (the selective scan, the causal convolution) lists its kernels, fastest first. The first that is usable is
-taken, and usable is what has just given, on that very device, the definition's outputs and gradients: an installed
-package may lack the kernel, or hold it for another GPU. Otherwise, and where ``RNA_KERNELS=reference`` asks for it,
-the operator runs in plain PyTorch. Weights do not depend on the choice.
+An operator (the selective scan, a convolution) lists its kernels, fastest first. The first that is usable is taken,
+and usable is what has just given, on that very device, the definition's outputs and gradients: an installed package
+may lack the kernel, or hold it for another GPU. Otherwise, and where ``RNA_KERNELS=reference`` asks for it, the
+operator runs in plain PyTorch. Weights do not depend on the choice.
 """
 
 import functools
 import importlib
 import logging
 import os
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 MODES = ("auto", "reference")
-_HOMES = {"selective_scan": "models.layers.selective_scan", "causal_conv1d": "models.layers.causal_conv"}
+_HOMES = {
+    "selective_scan": "models.layers.selective_scan",
+    "causal_conv1d": "models.layers.causal_conv",
+    "long_conv": "models.layers.long_conv",
+}
+_BOTH_DIRECTIONS = ({"reverse": False}, {"reverse": True})
 _TOLERANCE = 1e-4  # largest difference to the definition, over its largest number
 _LOG = logging.getLogger("models.kernels")
 
@@ -46,11 +52,13 @@ class Operator(NamedTuple):
         kernels: by the name of the path, fastest first.
         reference: the definition, in float64.
         example: names and small float32 values of its tensors, in order.
+        options: further arguments; a kernel is tried with each set of them.
     """
 
     kernels: Mapping[str, Kernel]
     reference: Callable[..., Tensor]
     example: Callable[[], dict[str, Tensor]]
+    options: Sequence[Mapping[str, Any]] = _BOTH_DIRECTIONS
 
 
 class Choice(NamedTuple):
@@ -72,16 +80,11 @@ def mode() -> str:
     return asked
 
 
-def force_reference(on: bool = True) -> None:
-    """Run everything in plain PyTorch from now on, in this process and those it starts; or, with False, no longer."""
-    os.environ["RNA_KERNELS"] = "reference" if on else "auto"
-
-
 def choose(operator: str, device: torch.device) -> Choice:
     """The path of an operator on a device; found out once, and logged then.
 
     Args:
-        operator: "selective_scan" or "causal_conv1d".
+        operator: "selective_scan", "causal_conv1d" or "long_conv".
         device: where its tensors are.
     """
     return _choose(operator, _one_name(torch.device(device)), mode(), torch.are_deterministic_algorithms_enabled())
@@ -134,8 +137,10 @@ def _first_usable(operator: Operator, device: torch.device, *, deterministic: bo
         try:
             if deterministic and not kernel.repeatable:
                 raise RuntimeError("its sums differ from run to run, and deterministic algorithms are asked for")
-            about = kernel.load()
-            _check(kernel, operator, device)
+            with warnings.catch_warnings():  # what a package deprecates at its import is no reason against it
+                warnings.simplefilter("ignore")
+                about = kernel.load()
+                _check(kernel, operator, device)
         except Exception as err:  # third-party kernels raise anything: ImportError, RuntimeError, TypeError …
             refused.append(f"{name}: {' '.join(str(err).split())[:150] or type(err).__name__}")
         else:
@@ -144,7 +149,7 @@ def _first_usable(operator: Operator, device: torch.device, *, deterministic: bo
 
 
 def _check(kernel: Kernel, operator: Operator, device: torch.device) -> None:
-    """Run forward and backward, in both directions, and compare with the definition.
+    """Run forward and backward, with each set of options, and compare with the definition.
 
     Raises:
         RuntimeError: the output or a gradient is another.
@@ -153,19 +158,20 @@ def _check(kernel: Kernel, operator: Operator, device: torch.device) -> None:
     unseen = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     with unseen, torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         values = operator.example()
-        for reverse in (False, True):
-            found = _output_and_gradients(kernel.run, values, device=device, reverse=reverse)
-            expected = _output_and_gradients(operator.reference, values, device=torch.device("cpu"), reverse=reverse)
+        for options in operator.options:
+            found = _output_and_gradients(kernel.run, values, device, options)
+            expected = _output_and_gradients(operator.reference, values, torch.device("cpu"), options)
             for name, one, other in zip(("output", *values), found, expected, strict=True):
                 error = float((one.double().cpu() - other).abs().max() / other.abs().max())
                 if not error <= _TOLERANCE:  # true for NaN
-                    raise RuntimeError(f"differs from the definition by {error:.1e} in {name} (reverse={reverse})")
+                    said = "".join(f" ({key}={value})" for key, value in options.items())
+                    raise RuntimeError(f"differs from the definition by {error:.1e} in {name}{said}")
 
 
 def _output_and_gradients(
-    run: Callable[..., Tensor], values: dict[str, Tensor], *, device: torch.device, reverse: bool
+    run: Callable[..., Tensor], values: dict[str, Tensor], device: torch.device, options: Mapping[str, Any]
 ) -> list[Tensor]:
     args = [value.detach().to(device).requires_grad_() for value in values.values()]
-    output = run(*args, reverse=reverse)
+    output = run(*args, **options)
     weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=device).view_as(output)
     return [output.detach(), *torch.autograd.grad(output, args, weight)]

@@ -15,7 +15,7 @@ Source: Dao & Gu 2024, Transformers are SSMs, section 6. Where this differs: one
 instead of being repeated for every head, so that the products with the states are one matrix product for all heads.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -100,13 +100,21 @@ def _cut(x: Tensor, chunk: int) -> Tensor:
 
 def _to_and_from_states(log_decay_BJHQ: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """Decay from the state before a chunk to each position, and from each to the state after: [B, J, Q, H, 1]."""
-    before_BJHQ = log_decay_BJHQ.cumsum(-1)
-    after_BJHQ = log_decay_BJHQ.flip(-1).cumsum(-1).flip(-1)
+    before_BJHQ = _cumsum(log_decay_BJHQ)
+    after_BJHQ = _cumsum(log_decay_BJHQ.flip(-1)).flip(-1)
     if reverse:
         enter_BJHQ, leave_BJHQ = after_BJHQ, F.pad(before_BJHQ[..., :-1], (1, 0))
     else:
         enter_BJHQ, leave_BJHQ = before_BJHQ, F.pad(after_BJHQ[..., 1:], (0, 1))
     return enter_BJHQ.exp().transpose(2, 3).unsqueeze(-1), leave_BJHQ.exp().transpose(2, 3).unsqueeze(-1)
+
+
+def _cumsum(x: Tensor, dim: Literal[-1, -2] = -1) -> Tensor:
+    """Sums along one of the last two axes; on a GPU that is to be deterministic, where cumsum is refused, a product."""
+    if x.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
+        return x.cumsum(dim)
+    upper_QQ = torch.ones(x.shape[dim], x.shape[dim], device=x.device, dtype=x.dtype).triu()
+    return x @ upper_QQ if dim == -1 else upper_QQ.mT @ x
 
 
 def _scan(ends_BJNHP: Tensor, decay_BJH: Tensor, reverse: bool) -> Tensor:
@@ -144,7 +152,7 @@ class _Decay(torch.autograd.Function):
         size = a_Q.shape[-1]
         later_QQ = torch.ones(size, size, dtype=torch.bool, device=a_Q.device).tril(-1)
         # not cumsum_: in place along this axis is 6 times slower on the CPU
-        decay_QQ = torch.where(later_QQ, a_Q.unsqueeze(-1), 0).cumsum(-2).exp_().tril_()
+        decay_QQ = _cumsum(torch.where(later_QQ, a_Q.unsqueeze(-1), 0), -2).exp_().tril_()
         ctx.save_for_backward(decay_QQ)
         return decay_QQ
 
@@ -152,5 +160,5 @@ class _Decay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_QQ: Tensor) -> Tensor:
         # a_r stands in the exponents of all s < r <= t
-        up_to_s_QQ = (grad_QQ * ctx.saved_tensors[0]).cumsum(-1).tril_(-1)
+        up_to_s_QQ = _cumsum(grad_QQ * ctx.saved_tensors[0]).tril_(-1)
         return F.pad(up_to_s_QQ[..., :-1].sum(-2), (1, 0))

@@ -29,7 +29,8 @@ from torch import Tensor, library
 from models.layers.compiled_scan import register_gradient
 
 # Triton's own language: it joins tuples with + alone, and its values have no types here.
-# ruff: noqa: ANN202, B007, RUF005
+# Its interpreter (3.9) loses a scalar truth in & with a block, and one whose left side is a compile-time number.
+# ruff: noqa: ANN202, B007, RUF005, SIM300
 # mypy: disable-error-code="assignment, union-attr"
 
 _TILE = tl.constexpr(16)  # positions held in registers; the first state of each tile is kept
@@ -39,6 +40,8 @@ _LOG2_E = math.log2(math.e)
 _ENOUGH = 1024  # programs that keep a large GPU busy: eight warps on each of 128 multiprocessors
 _GROUP_TILES = 4  # a group is no shorter than this: its work must outweigh the chain's
 
+#: one warp; products and sums fused, which Triton 3.9 wants said and 3.10 leaves out otherwise
+_LAUNCH = {"num_warps": 1, "enable_fp_fusion": True}
 _VARYING = ("L", "tiles", "per_group", "groups", "stride", "batch_stride")  # one compilation serves all lengths
 
 
@@ -55,7 +58,7 @@ def _load_tile(x, b, tile, channels, L, E, reverse: tl.constexpr):
     offset, step = _place(b, tile, channels, L, E, reverse)
     rows = ()
     for t in tl.static_range(_TILE):
-        inside = (channels < E) & (tile * _TILE + t < L)
+        inside = channels < tl.where(L > tile * _TILE + t, E, 0)
         rows = rows + (tl.load(x + offset + t * step, mask=inside, other=0.0).to(tl.float32),)
     return rows
 
@@ -64,7 +67,7 @@ def _load_tile(x, b, tile, channels, L, E, reverse: tl.constexpr):
 def _store_tile(x, rows, b, tile, channels, L, E, reverse: tl.constexpr):
     offset, step = _place(b, tile, channels, L, E, reverse)
     for t in tl.static_range(_TILE):
-        inside = (channels < E) & (tile * _TILE + t < L)
+        inside = channels < tl.where(L > tile * _TILE + t, E, 0)
         tl.store(x + offset + t * step, rows[t], mask=inside)
 
 
@@ -111,7 +114,7 @@ def _forward_kernel(u, delta, A, B, C, D, y, starts, L, E, N, tiles, per_group, 
                 h = tl.exp2(delta_T[t] * decay) * h + x_T[t] * B_T[t]
                 sums_T = sums_T + (y_T[t] + h * C_T[t],)
             y_T = sums_T
-            tl.store(start + (N + n) * E, h, mask=real & (tile + 1 < last))
+            tl.store(start + (N + n) * E, h, mask=channels < tl.where(last > tile + 1, E, 0))
         _store_tile(y, y_T, b, tile, channels, L, E, reverse)
         tl.debug_barrier()  # the next tile reads what this one has stored
 
@@ -260,10 +263,10 @@ def forward(
     with torch.cuda.device_of(u):
         if grid[1] > 1:
             ends, sums = y.new_zeros(batch, grid[1], *A_NE.shape), y.new_empty(batch, grid[1], inner)
-            _ends_kernel[grid](delta, u, B_BNS, A_NE, ends, sums, *sizes, adjoint=False, reverse=reverse, num_warps=1)
+            _ends_kernel[grid](delta, u, B_BNS, A_NE, ends, sums, *sizes, adjoint=False, reverse=reverse, **_LAUNCH)
             _chain(ends, sums, A_NE, starts, stride=per_group * A.numel(), adjoint=False)
         _forward_kernel[grid](
-            u, delta, A_NE, B_BNS, C_BNS, D.float(), y, starts, *sizes, reverse=reverse, num_warps=1
+            u, delta, A_NE, B_BNS, C_BNS, D.float(), y, starts, *sizes, reverse=reverse, **_LAUNCH
         )  # fmt: skip
     return y, starts
 
@@ -293,12 +296,12 @@ def backward(
         if grid[1] > 1:
             sums = torch.empty_like(dD)
             _ends_kernel[grid](
-                delta, dy, C_BNS, A_NE, carries, sums, *sizes, adjoint=True, reverse=reverse, num_warps=1
+                delta, dy, C_BNS, A_NE, carries, sums, *sizes, adjoint=True, reverse=reverse, **_LAUNCH
             )  # fmt: skip
             _chain(carries, sums, A_NE, carries, stride=A.numel(), adjoint=True)
         _backward_kernel[grid](
             dy, u, delta, A_NE, B_BNS, C_BNS, D.float(), starts, carries, du, ddelta, dA, dB, dC, dD,
-            *sizes, reverse=reverse, num_warps=1,
+            *sizes, reverse=reverse, **_LAUNCH,
         )  # fmt: skip
     grads = dA.sum((0, 1)).t(), _rows(dB.sum(0), length, reverse), _rows(dC.sum(0), length, reverse), dD.sum((0, 1))
     return du, ddelta, *(grad.to(x.dtype).contiguous() for grad, x in zip(grads, (A, B, C, D), strict=True))
@@ -350,5 +353,5 @@ def _chain(ends: Tensor, sums: Tensor, A_NE: Tensor, into: Tensor, *, stride: in
     grid = (-(-inner // _LANES.value), states, batch)
     batch_stride = into.stride(0)
     _chain_kernel[grid](
-        ends, sums, A_NE, into, inner, states, groups, stride, batch_stride, adjoint=adjoint, num_warps=1
+        ends, sums, A_NE, into, inner, states, groups, stride, batch_stride, adjoint=adjoint, **_LAUNCH
     )  # fmt: skip

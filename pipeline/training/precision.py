@@ -31,8 +31,15 @@ class Precision(NamedTuple):
 
 
 def choose_device() -> torch.device:
-    """The first CUDA device, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The first CUDA device, where float32 means float32 from here on, or the CPU.
+
+    cuDNN rounds the factors of convolutions and recurrent layers to 10 bits unless it is told not to: predictions would
+    depend on the batch, and the last rung of the ladder would be hardly above bf16.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda")
 
 
 def choose_precision(requested: str, device: torch.device) -> Precision:

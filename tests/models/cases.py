@@ -75,7 +75,8 @@ def preset_cases() -> dict[str, tuple[str, Kwargs]]:
     found: dict[str, tuple[str, Kwargs]] = {}
     for config in sorted(list_configs(), key=len):
         model = load_config(config).model
-        case = (model.name, shrunk(model.kwargs))
+        classes: Kwargs = {"num_channels": 0, "num_classes": 3} if "pool" in model.kwargs else {}
+        case = (model.name, shrunk(model.kwargs) | classes)
         if case not in found.values():
             found[f"{config}.toml"] = case
     return found

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from models.interface import RnaInputs, RnaModel
+from models.layers import kernels
 from tests.models.cases import Kwargs, batch, build, gradients, loss, outputs
 
 # the compiler makes an instance of Mamba-2's autograd function, of which torch itself warns
@@ -55,6 +56,13 @@ def test_lengths_share_a_graph_and_outputs_are_those_of_the_network(case: str, g
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # float32 means float32 here
 @pytest.mark.parametrize("case", GRAPHS)
 def test_on_a_gpu_compiled_kernels_give_the_gradients_of_the_network(case: str):
+    device = torch.device("cuda")
+    theirs = {kernels.path(name, device) for name in ("selective_scan", "causal_conv1d")} & {
+        "mamba-ssm",
+        "causal-conv1d",
+    }
+    if theirs and case.startswith("ribonanza_mamba"):
+        pytest.skip(f"{theirs} is no operator, at which a graph breaks")
     check_gradients(small(case, device="cuda"), batch([33, 20], device="cuda"), backend="inductor", tolerance=1e-4)
 
 

@@ -1,5 +1,6 @@
 """Every shipped configuration loads, builds the network it says it does, and keeps the contracts at its full size."""
 
+import os
 import re
 
 import pytest
@@ -13,11 +14,15 @@ from pipeline.config import find_config, list_configs, load_config
 from tests.models.cases import alone, batch, outputs, real
 
 CONFIGS = list_configs()
+#: what keeps its contracts at full size: networks of the usual one, and with RNA_EVERY_SIZE=1 every configuration
+FULL = CONFIGS if os.environ.get("RNA_EVERY_SIZE") else list_models()
 SIZES = {"tiny_": (0.01, 0.1), "small_": (0.1, 0.5), "": (9, 12.5), "large_": (30, 100)}  # million parameters
 
 
 def build(name: str, **heads: int) -> RnaModel:
     config = load_config(name)
+    if "pool" in config.model.kwargs and not heads:  # of classes, which another head goes without
+        heads = {"num_channels": 0, "num_classes": 2}
     return create_model(config.model.name, **heads, **config.model.kwargs)
 
 
@@ -33,7 +38,8 @@ def million_parameters(model: nn.Module) -> float:
 
 
 HYENADNA = [f"hyenadna_{size}" for size in ("tiny_1k", "tiny_1k_d256", "small_32k", "medium_160k", "large_1m")]
-OTHERS = {"small_structure": "ribonanza_mamba"} | dict.fromkeys(HYENADNA, "hyena")  # configuration -> network
+#: configuration -> network
+OTHERS = {"small_structure": "ribonanza_mamba", "small_labelled": "drsn"} | dict.fromkeys(HYENADNA, "hyena")
 
 
 def test_every_network_comes_in_four_sizes():
@@ -80,23 +86,37 @@ def test_the_first_line_tells_the_parameters(name: str):
     assert f"{parameters:.{len(found[2])}f}" == found[1]
 
 
-@pytest.mark.parametrize("name", list_models())
-def test_a_base_network_at_full_size_does_not_see_the_padding(name: str):
+def two_sided(name: str) -> dict[str, int]:
+    """A head on pairs of positions, for the networks that look at both sides and are not of classes."""
+    return {} if name in HYENADNA or "pool" in load_config(name).model.kwargs else {"num_distance_bins": 5}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_at_full_size_no_network_sees_the_padding(name: str):
     torch.manual_seed(0)
-    model, inputs = build(name, num_distance_bins=5).eval(), batch([60, 41], pad=20)
+    model, inputs = build(name, **two_sided(name)).eval(), batch([60, 41], pad=20)
     with torch.inference_mode():
         together, by_itself = outputs(model, inputs), outputs(model, alone(inputs, 1))
     for key, expected in by_itself.items():
         torch.testing.assert_close(real(key, together[key], 1, 41), expected[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", list_models())
-def test_a_base_network_at_full_size_gives_every_parameter_a_gradient(name: str):
+@pytest.mark.parametrize("name", FULL)
+def test_at_full_size_every_parameter_gets_its_gradient_recomputed_or_not(name: str):
     torch.manual_seed(0)
-    model, inputs = build(name), batch([40])
-    outputs(model, inputs)["values_BLC"].square().mean().backward()
-    dead = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert not dead
+    model, inputs, found = build(name, **two_sided(name)).train(), batch([40]), []
+    for every in (0, 2):
+        model.zero_grad()
+        model.set_gradient_checkpointing(every)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            predicted = outputs(model, inputs)
+        torch.stack([x.square().mean() for x in predicted.values()]).sum().backward()
+        found.append({key: p.grad for key, p in model.named_parameters()})
+    for key, grad in found[0].items():
+        assert grad is not None
+        assert grad.isfinite().all(), key
+        torch.testing.assert_close(found[1][key], grad, rtol=0, atol=0, msg=key)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("tiny_")])

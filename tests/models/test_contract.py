@@ -9,7 +9,6 @@ from torch import Tensor
 
 from models.heads import NUM_LDDT_BINS
 from models.interface import RnaInputs
-from models.layers import kernels
 from models.registry import create_model, list_models
 from tests.models.cases import ANGSTROM, CASES, SMALL, alone, batch, build, gradients, loss, outputs, real
 
@@ -196,7 +195,7 @@ def test_weights_trained_on_the_fast_path_predict_the_same_on_the_reference_path
     loss(fast, inputs).backward()
     optimizer.step()
     expected = outputs(fast, inputs)
-    kernels.force_reference()
+    monkeypatch.setenv("RNA_KERNELS", "reference")
     slow = build(case, device=device, seed=1, dropout=0.0)
     slow.load_state_dict(fast.state_dict())
     for name, x in outputs(slow, inputs).items():

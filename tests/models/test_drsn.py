@@ -125,7 +125,7 @@ def test_a_stack_over_pairs_that_no_head_reads_is_refused():
         create_model("drsn", pair_depth=2)
 
 
-@pytest.mark.parametrize("pool", ["mean", "attention", "gru"])
+@pytest.mark.parametrize("pool", ["mean", "max", "attention", "gru"])
 def test_forty_one_classes_are_learned(pool: str):
     """The antibiotic-resistance diary's task in small: each sequence has a letter that it holds most of."""
     torch.manual_seed(0)

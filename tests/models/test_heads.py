@@ -66,7 +66,7 @@ def pooled(pool: str, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
     return head(x_BLD, mask_BL)
 
 
-@pytest.mark.parametrize("pool", ["mean", "attention", "gru"])
+@pytest.mark.parametrize("pool", ["mean", "max", "attention", "gru"])
 def test_classes_do_not_see_the_padding(pool: str):
     x_BLD, mask_BL = torch.randn(2, 9, 8), torch.ones(2, 9, dtype=torch.bool)
     padded = F.pad(x_BLD, (0, 0, 0, 30), value=torch.nan)
@@ -84,7 +84,7 @@ def test_attention_starts_as_the_mean_and_then_weighs():
     torch.testing.assert_close(head(x_BLD, mask_BL), head.linear(strongest), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("pool", ["mean", "attention", "gru"])
+@pytest.mark.parametrize("pool", ["mean", "max", "attention", "gru"])
 def test_only_a_gru_knows_the_order(pool: str):
     torch.manual_seed(3)
     x_BLD, mask_BL = torch.randn(1, 9, 8), torch.ones(1, 9, dtype=torch.bool)

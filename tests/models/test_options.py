@@ -72,7 +72,7 @@ OTHER: dict[str, list[Any]] = {
     "pair_every": [3],
     "pair_width": [6],
     "pattern": ["MAA"],
-    "pool": ["mean", "attention", "gru"],
+    "pool": ["mean", "max", "attention", "gru"],
     "shrink": ["channel", "shared"],
     "squeeze_excite": [True, False],
     "state": [6],
@@ -183,7 +183,7 @@ def test_the_pipeline_says_it_as_an_error_of_the_configuration():
         build_for_the_pipeline("ribonanza_mamba", "model.kwargs.head_width=32")
 
 
-def test_classes_that_no_competition_has_are_refused():
+def test_a_number_of_classes_is_never_the_configurations_to_say():
     """They were built, trained on nothing, and left out of every prediction."""
-    with pytest.raises(ConfigError, match=r"num_classes: got 3; .*Next: leave it out"):
+    with pytest.raises(ConfigError, match=r"num_classes follows from the competition. Next: leave it out"):
         build_for_the_pipeline("drsn", "model.kwargs.num_classes=3")

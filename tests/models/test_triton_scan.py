@@ -88,7 +88,7 @@ def test_every_kernel_compiles_for_gpus_from_turing_on_without_shared_memory(cap
         signature = {arg: "constexpr" if arg in flags else kind for arg, kind in kinds.items()}
         constants = {(place,): True for place, arg in enumerate(kernel.arg_names) if arg in flags}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1})
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=triton_scan._LAUNCH)
         assert built.metadata.shared == 0, name
 
 

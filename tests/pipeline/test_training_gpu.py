@@ -7,12 +7,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor, distributed
 
 from models.interface import RnaInputs
 from models.registry import create_model
+from pipeline import predict
 from pipeline.config import load_config
 from pipeline.errors import StoppedError
 from pipeline.runlog import read_metrics
@@ -52,6 +55,20 @@ def test_memory_that_runs_out_halves_the_micro_batch(paths, monkeypatch):
     assert fit(paths, tiny.config(micro_batch="auto")).facts["updates"] == 12
     rows = read_metrics(paths.fold_dir(tiny.RUN, 0) / "metrics.jsonl")
     assert [row["now"] for row in rows if row["event"] == "micro_batch"] == [4, 2]
+
+
+def test_what_was_trained_here_predicts_the_same_on_the_cpu(paths, monkeypatch):
+    fit(paths, tiny.config(precision="fp16"))
+    tables = []
+    for device in ("cuda", "cpu"):
+        monkeypatch.setattr(predict, "choose_device", lambda device=device: torch.device(device))
+        report = predict.run(competition=tiny.TINY, paths=paths, run=tiny.RUN, fold=0, which=("oof",))
+        tables.append(pq.read_table(report.outputs["oof"]))
+        report.outputs["oof"].unlink()
+    for name in tiny.TARGETS:
+        one, other = (np.concatenate([np.ravel(row) for row in table[name].to_pylist()]) for table in tables)
+        assert np.isfinite(one).all()
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @pytest.fixture

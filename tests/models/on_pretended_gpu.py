@@ -1,0 +1,87 @@
+"""What holds on a pretended GPU (`tests.models.pretended_gpu`); `tests/models/test_pretended_gpu.py` runs it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.layers.ssd import ssd
+from pipeline.training.precision import choose_device, choose_precision
+from tests.models import pretended_gpu
+from tests.models.cases import CASES, batch, build, outputs
+from tests.models.test_ssd import arguments
+
+#: networks of which every kind of part is in one
+WAITLESS = [case for case in CASES if "gru" not in case]
+
+
+def total(found: dict[str, Tensor]) -> Tensor:
+    return torch.stack([(x / 10).square().mean() for x in found.values()]).sum()
+
+
+def test_tensors_on_different_devices_do_not_meet():
+    one = torch.ones(3)
+    with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+        one.to("cuda") + one
+    assert (one.to("cuda") + one[0]).device == torch.device("cuda:0")
+
+
+def test_what_waits_is_written_down():
+    one = torch.ones(3, device="cuda")
+    assert not pretended_gpu.waits
+    assert one.sum().item() == 3
+    one[one > 0].cpu()
+    torch.ones(3).to("cuda", non_blocking=True)
+    torch.ones(3).to("cuda")
+    names = [wait.split(" ")[0].split(".")[1] for wait in pretended_gpu.waits]
+    assert names == ["_local_scalar_dense", "index", "_to_copy", "_to_copy"]
+
+
+@pytest.mark.parametrize("case", WAITLESS)
+def test_no_network_makes_the_program_wait(case: str):
+    """Hyena copied three numbers from the CPU in every block, and waited for the device each time."""
+    model, inputs = build(case, device="cuda"), batch([12, 7], pad=3, device="cuda")
+    pretended_gpu.waits.clear()
+    with torch.autocast("cuda", dtype=torch.float16):
+        found = outputs(model, inputs)
+    total(found).backward()
+    assert pretended_gpu.waits == []
+    assert {x.device.type for x in found.values()} == {"cuda"}
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.endswith(("/all-heads", "/gru", "/mamba-2"))])
+def test_numbers_are_those_of_the_cpu(case: str):
+    """Half of the branches on a device's kind are those for a GPU."""
+    model, inputs = build(case, dropout=0.0), batch([12, 7], pad=3)
+    expected = outputs(model, inputs)
+    wanted = torch.autograd.grad(total(expected), list(model.parameters()))
+    found = outputs(model.to("cuda"), type(inputs)(*(x.to("cuda") for x in inputs)))
+    grads = torch.autograd.grad(total(found), list(model.parameters()))
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name].cpu(), x, rtol=1e-4, atol=1e-4)
+    for grad, other in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad.cpu(), other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_mamba_2_runs_under_deterministic_algorithms(reverse: bool):
+    """ "cumsum_cuda_kernel does not have a deterministic implementation"."""
+    args = arguments(70, heads=2, channels=3, state=5)
+    moved = [x.detach().to("cuda").requires_grad_() for x in args]
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = ssd(*moved, reverse=reverse, chunk=16)
+        grads = torch.autograd.grad(found.square().sum(), moved)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    expected = ssd(*args, reverse=reverse, chunk=16)
+    torch.testing.assert_close(found.cpu(), expected)
+    for grad, other in zip(grads, torch.autograd.grad(expected.square().sum(), args), strict=True):
+        torch.testing.assert_close(grad.cpu(), other, rtol=1e-5, atol=1e-4)
+
+
+def test_float32_means_float32():
+    """Predictions of convolutions were rounded to 10 bits on a GPU, though they promise 1e-6."""
+    torch.backends.cudnn.allow_tf32 = True
+    assert choose_precision("auto", choose_device()).name == "bf16"
+    assert not torch.backends.cudnn.allow_tf32

@@ -1,0 +1,55 @@
+"""Code for a GPU runs to its end on a pretended one: in a process of its own, where torch believes in a CUDA device."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for CUDA: hooks exist already"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
+]
+
+
+@pytest.fixture(scope="module")
+def hooks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What tells torch of a device, compiled."""
+    folder, home = tmp_path_factory.mktemp("hooks"), Path(torch.__file__).parent
+    source = (ROOT / "tests" / "models" / "pretended_gpu.py").read_text().split('HOOKS = """')[1].split('"""')[0]
+    (folder / "hooks.cpp").write_text(source)
+    options = ["-std=c++20", "-O0", "-fPIC", "-shared", f"-I{home}/include", f"-L{home}/lib", f"-Wl,-rpath,{home}/lib"]
+    command = ["g++", *options, "hooks.cpp", "-o", "hooks.so", "-lc10", "-ltorch_cpu"]
+    subprocess.run(command, cwd=folder, check=True)
+    return folder / "hooks.so"
+
+
+CONTRACT = "cuda and /all-heads and (changes_no_gradient and 2 or autocast_stays and 1.0 and fp16)"
+RUNS = "memory_that or predicts_the_same or test_a_run_stopped and fp16"
+
+
+@pytest.mark.parametrize(
+    ("files", "which"),
+    [
+        (["models/on_pretended_gpu.py", "models/test_causal_conv.py", "models/test_ssd.py"], "gpu or cuda"),
+        (["pipeline/test_training_gpu.py", "models/test_contract.py"], f"{RUNS} or {CONTRACT}"),
+    ],
+    ids=["operators and networks", "runs and contracts"],
+)
+def test_what_is_for_a_gpu_runs_to_its_end_on_a_pretended_one(hooks: Path, files: list[str], which: str):
+    command = [sys.executable, "-m", "pytest", "-p", "tests.models.pretended_gpu", "-p", "no:cacheprovider", "-q", "-x"]
+    done = subprocess.run(
+        [*command, "-k", which, *(f"tests/{name}" for name in files)],
+        cwd=ROOT,
+        env=os.environ | {"LD_PRELOAD": str(hooks), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert " passed" in done.stdout
