@@ -1,14 +1,16 @@
 """Which five structures are submitted, when several checkpoints, templates and assemblies offer more.
 
-The policy: what a source says of its candidates is turned into an expected TM-score, learned from its out-of-fold
-candidates; the best goes first; then, one after the other, what promises most of that which is unlike those taken. How
-much likeness costs is the most that does no harm out of fold.
+The policy: what a run says of its candidates, and how like they are to those of other runs, is turned into an expected
+TM-score, learned from its out-of-fold candidates; the best goes first; then, one after the other, what promises most of
+that which is unlike those taken. How much likeness costs is the most that does no harm out of fold. A run without which
+the five are better out of fold lends candidates only where there are no others.
 
 Letters: M candidates of one sequence, N of all, F features, L length (nt), 3 xyz. Lengths in Å.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,41 +41,83 @@ def choose_candidates(
     keep: int = CANDIDATES,
     weights: Mapping[str, Sequence[float]] | None = None,
     novelty: float = _NOVELTY,
+    spare: Collection[str] = (),
 ) -> pl.DataFrame:
     """Of all candidates of a sequence, the one with the highest expected score, then what is good and new.
 
     Coordinates of different models have no common frame, so they are chosen and never averaged.
 
     Args:
-        tables: source (a run, or one fold of it) -> table with ``sequence_id, candidate, confidence, x, y, z`` and
-            whatever belongs to a candidate; unique in (sequence_id, candidate).
+        tables: source (``<run>``, or ``<run>/fold<k>``) -> table with ``sequence_id, candidate, confidence, x, y, z``
+            and whatever belongs to a candidate; unique in (sequence_id, candidate).
         keep: candidates of each sequence at most.
-        weights: source -> weights of its regression, from which the confidence becomes the expected TM-score; None
-            takes the confidence as it is.
+        weights: run -> weights of its regression, from which the confidence becomes the expected TM-score; None takes
+            the confidence as it is.
         novelty: what being a copy of a candidate already taken costs, in TM-score.
+        spare: runs whose candidates are taken only where the others have fewer than `keep`.
 
     Returns:
         The columns of the tables and ``source``, candidates renumbered from 1, the most confident first, sorted by
         (sequence_id, candidate).
     """
-    parts = []
-    for place, (source, table) in enumerate(tables.items()):
-        if weights is not None:
-            table = table.with_columns(pl.Series("confidence", _features(table) @ np.array(weights[source])))
-            table = table.with_columns(pl.col("confidence").clip(0.0, 1.0))
-        parts.append(table.with_columns(pl.lit(source).alias("source"), pl.lit(place).alias("_place")))
-    pooled = pl.concat(parts).sort("sequence_id", "_place", "candidate").drop("_place")
-    if not pooled.height:
+    pools = _pools(tables)
+    if not pools:
         raise DataError(f"ensemble: no candidate in any of {', '.join(tables)}. Next: make predict.")
-    taken: list[int] = []
-    numbers: list[int] = []
-    for rows in pooled.with_row_index("_row").partition_by("sequence_id", maintain_order=True):
-        expected_M = rows["confidence"].cast(pl.Float64).to_numpy()
-        chosen = _take(expected_M, similarity(_traces(rows)), keep=keep, novelty=novelty)
-        chosen.sort(key=lambda m, expected_M=expected_M: (-expected_M[m], m))  # type: ignore[misc]
-        taken += rows["_row"].gather(chosen).to_list()
-        numbers += range(1, len(chosen) + 1)
-    return pooled[taken].with_columns(pl.Series("candidate", numbers, dtype=pl.UInt8))
+    return pl.concat([pool.chosen(keep=keep, weights=weights, novelty=novelty, spare=spare) for pool in pools])
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """All candidates of one sequence."""
+
+    rows: pl.DataFrame
+    run_M: np.ndarray
+    confidence_M: np.ndarray
+    alike_MM: np.ndarray
+
+    @staticmethod
+    def of(rows: pl.DataFrame) -> "_Pool":
+        run_M = np.array([source.split("/")[0] for source in rows["source"]])
+        return _Pool(rows, run_M, rows["confidence"].cast(pl.Float64).to_numpy(), similarity(_traces(rows)))
+
+    def features(self, spare: Collection[str]) -> np.ndarray:
+        """[M, F] of which the expected TM-score is made: the confidence, of short sequences the length, the likeness
+        to what other runs offer."""
+        log_M = np.full(len(self.run_M), np.log(np.clip(len(self.rows["x"][0]), 15, 60) / 60.0))
+        known = [np.ones(len(log_M)), self.confidence_M, log_M, self.confidence_M * log_M]
+        return np.stack([*known, self._seconded(spare)], axis=1)
+
+    def _seconded(self, spare: Collection[str]) -> np.ndarray:
+        """[M] likeness to the most alike of the five most confident of each other run; 0 where there is none."""
+        voice_M = np.zeros(len(self.run_M), dtype=bool)
+        for run in set(self.run_M.tolist()) - set(spare):
+            own = np.flatnonzero(self.run_M == run)
+            voice_M[own[np.argsort(-self.confidence_M[own], kind="stable")[:CANDIDATES]]] = True
+        other_MM = (self.run_M[:, None] != self.run_M) & voice_M
+        return np.where(other_MM, self.alike_MM, 0.0).max(axis=1)
+
+    def chosen(
+        self, *, keep: int, weights: Mapping[str, Sequence[float]] | None, novelty: float, spare: Collection[str]
+    ) -> pl.DataFrame:
+        """The rows that are taken, as `choose_candidates` says."""
+        expected_M = self.confidence_M
+        if weights is not None:
+            weights_MF = np.array([weights[run] for run in self.run_M])
+            expected_M = np.clip(np.sum(self.features(spare) * weights_MF, axis=1), 0.0, 1.0)
+        last_M = np.isin(self.run_M, list(spare))
+        taken = _take(expected_M - 2.0 * last_M, self.alike_MM, keep=keep, novelty=novelty)
+        taken.sort(key=lambda m: (-expected_M[m], m))
+        rows = self.rows.with_columns(pl.Series("confidence", expected_M))[taken]
+        return rows.with_columns(pl.Series("candidate", range(1, len(taken) + 1), dtype=pl.UInt8))
+
+
+def _pools(tables: Mapping[str, pl.DataFrame]) -> list[_Pool]:
+    parts = [
+        table.with_columns(pl.lit(source).alias("source"), pl.lit(place).alias("_place"))
+        for place, (source, table) in enumerate(tables.items())
+    ]
+    pooled = pl.concat(parts).sort("sequence_id", "_place", "candidate").drop("_place")
+    return [_Pool.of(rows) for rows in pooled.partition_by("sequence_id", maintain_order=True)]
 
 
 def _take(expected_M: np.ndarray, alike_MM: np.ndarray, *, keep: int, novelty: float) -> list[int]:
@@ -91,16 +135,8 @@ def _traces(rows: pl.DataFrame) -> list[np.ndarray]:
     return [np.array(axes, dtype=np.float64).T for axes in rows.select("x", "y", "z").iter_rows()]
 
 
-def _features(table: pl.DataFrame) -> np.ndarray:
-    """[N, F] what a source's expected TM-score is computed from: its confidence and, of short sequences, the length."""
-    confidence_N = table["confidence"].cast(pl.Float64).to_numpy()
-    log_N = np.log(table["x"].list.len().cast(pl.Float64).clip(15.0, 60.0).to_numpy() / 60.0)
-    return np.stack([np.ones(len(log_N)), confidence_N, log_N, confidence_N * log_N], axis=1)
-
-
-def _fit(table: pl.DataFrame, tm_N: np.ndarray) -> list[float]:
+def _fit(features_NF: np.ndarray, tm_N: np.ndarray) -> list[float]:
     """Ridge regression of the TM-score; a confidence that says nothing leaves the mean."""
-    features_NF = _features(table)
     spread_F = features_NF.std(axis=0)
     spread_F = np.where(spread_F > 1e-9, spread_F, np.inf)
     spread_F[0] = 1.0
@@ -157,47 +193,78 @@ def _count(table: pl.DataFrame) -> dict[str, int]:
 
 
 def _learn(job: Job, tables: Mapping[str, pl.DataFrame], score: Scorer) -> dict[str, Any] | None:
-    """Weights of every run, the largest novelty that does no harm, and its five (``oof``); None if none is known."""
+    """What `_Policy` learns, runs that lower the score in reserve, and its five (``oof``); None if nothing is known."""
     known = _references(job.paths.clean("references"))
     tables = {each: table.with_columns(pl.Series("_tm", _score(table, known, score))) for each, table in tables.items()}
-    teaches = pl.col("sequence_id").is_in(sorted(read_teaching(job.paths.clean("train"))))
-    judged = {each: table.filter(pl.col("_tm").is_not_nan(), teaches) for each, table in tables.items()}
-    if any(not table.height or table["fold"].n_unique() < 2 for table in judged.values()):
+    teaching = read_teaching(job.paths.clean("train"))
+    pools = _pools(tables)
+    judged = [pool for pool in pools if pool.rows["sequence_id"][0] in teaching and pool.rows["_tm"].is_not_nan().all()]
+    if any(len({pool.rows["fold"][0] for pool in judged if run in pool.run_M}) < 2 for run in tables):
         return None
-    held_out = {
-        fold: {
-            each: _fit(rows, rows["_tm"].to_numpy())
-            for each, table in judged.items()
-            for rows in [table.filter(pl.col("fold") != fold)]
-        }
-        for fold in job.folds
-    }
-    choices = {}
-    for novelty in _NOVELTIES:
-        folds = [
-            choose_candidates(
-                {each: table.filter(pl.col("fold") == fold) for each, table in tables.items()},
-                weights=held_out[fold],
-                novelty=novelty,
-            )
-            for fold in job.folds
-        ]
-        choices[novelty] = pl.concat(folds).sort("sequence_id", "candidate")
-    best = {novelty: _mean_best(table.filter(teaches)) for novelty, table in choices.items()}
-    novelty = max(each for each, value in best.items() if value >= max(best.values()) - _AS_GOOD)
+    learned = _Policy.learn(pools, judged, runs=list(tables), spare=())
+    while len(learned.spare) < len(tables) - 1:
+        others = [run for run in tables if run not in learned.spare]
+        fewer = [_Policy.learn(pools, judged, runs=list(tables), spare=(*learned.spare, run)) for run in others]
+        better = max(fewer, key=lambda each: each.score)
+        if better.score <= learned.score:
+            break
+        learned = better
+    alone = {run: _mean_best([pool.rows.filter(pl.col("source") == run) for pool in judged]) for run in tables}
     return {
-        "oof": choices[novelty].drop("_tm"),
-        "novelty": novelty,
-        "best_of_five": {str(each): round(value, 4) for each, value in best.items()},
-        "best_of_five_of_runs": {each: round(_mean_best(table), 4) for each, table in judged.items()},
-        "weights": {each: _fit(table, table["_tm"].to_numpy()) for each, table in judged.items()},
+        "oof": learned.oof.drop("_tm"),
+        "novelty": learned.novelty,
+        "spare": sorted(learned.spare),
+        "best_of_five": {str(each): round(value, 4) for each, value in learned.best_of_five.items()},
+        "best_of_five_of_runs": {each: round(value, 4) for each, value in alone.items()},
+        "weights": learned.weights,
     }
 
 
-def _mean_best(table: pl.DataFrame) -> float:
-    """Mean over the known targets of the best candidate."""
-    best = table.filter(pl.col("_tm").is_not_nan()).group_by("sequence_id").agg(pl.col("_tm").max()).sort("sequence_id")
-    return float(np.mean(best["_tm"].to_numpy()))
+@dataclass(frozen=True)
+class _Policy:
+    """What was learned with some runs in reserve, and what it takes out of fold, by weights that never saw the fold."""
+
+    spare: tuple[str, ...]
+    weights: dict[str, list[float]]  # of every run, from all folds
+    best_of_five: dict[float, float]  # novelty -> mean over the targets that teach
+    novelty: float
+    oof: pl.DataFrame
+
+    @property
+    def score(self) -> float:
+        return max(self.best_of_five.values())
+
+    @staticmethod
+    def learn(pools: list[_Pool], judged: list[_Pool], *, runs: list[str], spare: tuple[str, ...]) -> "_Policy":
+        features = [pool.features(spare) for pool in judged]
+
+        def fit(without: int | None) -> dict[str, list[float]]:
+            used = [n for n, pool in enumerate(judged) if pool.rows["fold"][0] != without]
+            run_N = np.concatenate([judged[n].run_M for n in used])
+            told_NF = np.concatenate([features[n] for n in used])
+            tm_N = np.concatenate([judged[n].rows["_tm"].to_numpy() for n in used])
+            return {run: _fit(told_NF[run_N == run], tm_N[run_N == run]) for run in runs}
+
+        held_out = {fold: fit(fold) for fold in {pool.rows["fold"][0] for pool in pools}}
+        taken = {
+            novelty: [
+                pool.chosen(keep=CANDIDATES, weights=held_out[pool.rows["fold"][0]], novelty=novelty, spare=spare)
+                for pool in pools
+            ]
+            for novelty in _NOVELTIES
+        }
+        teaching = {pool.rows["sequence_id"][0] for pool in judged}
+        best = {
+            novelty: _mean_best([rows for rows in tables if rows["sequence_id"][0] in teaching])
+            for novelty, tables in taken.items()
+        }
+        novelty = max(each for each, value in best.items() if value >= max(best.values()) - _AS_GOOD)
+        return _Policy(spare, fit(None), best, novelty, pl.concat(taken[novelty]))
+
+
+def _mean_best(tables: list[pl.DataFrame]) -> float:
+    """Mean over targets, each with its own candidates, of the best; those without any do not count."""
+    return float(np.mean([rows["_tm"].max() for rows in tables if rows.height]))
 
 
 def _references(path: Path) -> dict[str, list[np.ndarray]]:
@@ -238,8 +305,7 @@ def _choose_test(job: Job, policy: Mapping[str, Any] | None) -> pl.DataFrame:
     tables = {source: _read_structures(job.paths.test(*place)) for source, place in sources.items()}
     if policy is None:
         return choose_candidates(tables)
-    weights = {source: policy["weights"][each] for source, (each, _) in sources.items()}
-    return choose_candidates(tables, weights=weights, novelty=policy["novelty"])
+    return choose_candidates(tables, weights=policy["weights"], novelty=policy["novelty"], spare=policy["spare"])
 
 
 def _read_structures(path: Path, *, fold: bool = False) -> pl.DataFrame:

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from pipeline.structure.geometry import RISE, STEP, Frame, Scaffold, Stem, double_helix, find_stems, helix_strand, relax
-from pipeline.structure.rings import Stack, close_rings, crossing_stacks
+from pipeline.structure.rings import Stack, close_rings, crossing_stacks, ring_gaps
 
 _DRAWS = 24  # random placements tried for a helix that is not stacked on another
 _PAIR_WIDTH = 18.0  # Å that a helix which is not placed yet may bridge
@@ -94,6 +94,20 @@ def trace_from_pairs(
     close_rings(assembly, stacks)
     assembly.fill_gaps()
     return relax(assembly.xyz_L3, assembly.bodies())
+
+
+def gaps_of_rings(
+    length: int, pairs: list[tuple[int, int]], rng: np.random.Generator, *, arranger: Arranger, crossing: Sequence[Stem]
+) -> dict[Stem, float]:
+    """How far rings are from closing, Å RMS of each helix between loops, before what does not fit is shared.
+
+    The arguments are those of `trace_from_pairs`, and so are the places of the helices.
+    """
+    stems = find_stems(length, pairs)
+    stacks = crossing_stacks(crossing, stems)
+    assembly = _Assembly(length, stems, stacks, rng, arranger)
+    assembly.place_stems()
+    return ring_gaps(assembly, stacks)
 
 
 class _Assembly(Scaffold):

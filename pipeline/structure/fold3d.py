@@ -37,7 +37,8 @@ _NOISE, _NOISE_GROWTH, _DRAWS = 2.0, 1.5, 4
 #: With distances: candidates that stay assemblies, so that a weak network does no harm; of a sequence shorter than
 #: `_SHORT` nt all but one, since TM-score's d0 is then finer (0.3 to 0.7 Å) than the bins (1.9 Å).
 _ASSEMBLED, _SHORT = 2, 30
-_STRUCTURES = 8  # drawn where there are no distances
+_STRUCTURES = 8, 12  # drawn where there are no distances: for long chains, and for short ones
+_DRAWN_RESIDUES = 12_000  # nt in all of those
 _ARRANGEMENTS = 4  # assemblies of each structure that the network judges
 _ARRANGED_RESIDUES = 1_000  # nt in all of them; longer chains get fewer
 _JITTER = 2.0  # Å on the scaled start
@@ -118,7 +119,8 @@ def assemble_drawn(
         library: loops of known structures that may be used.
         rng: source of structures and arrangements.
     """
-    structures = draw_structures(len(sequence), *likely, count=max(count, _STRUCTURES), rng=rng)
+    drawn = int(np.clip(_DRAWN_RESIDUES // len(sequence), *_STRUCTURES))
+    structures = draw_structures(len(sequence), *likely, count=max(count, drawn), rng=rng)
     weighed = [(pairs, _pairing_confidence(len(sequence), pairs, *likely)) for pairs in structures]
     return assemble(sequence, weighed, library=library, rng=rng)
 

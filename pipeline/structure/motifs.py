@@ -9,7 +9,7 @@ Letters: L length (nt), P pairs of a helix, G residues of a gap, 3 xyz; lengths 
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,15 +109,20 @@ class MotifArranger:
         self._similar: dict[tuple[str, ...], list[tuple[float, Motif]]] = {}
         self._preferred = 0
         self.costs: list[float] = []
+        self._known: dict[Stem, int] = {}
+        self.ways: dict[Stem, int] = {}
 
-    def start(self, rng: np.random.Generator, *, temperature: float) -> None:
+    def start(self, rng: np.random.Generator, *, temperature: float, ways: Mapping[Stem, int] | None = None) -> None:
         """Begin a trace: forget the costs, and draw how four-way junctions prefer to stack in all of it.
 
         Args:
             rng: source of the preference.
             temperature: of the draws that follow, in units of a loop's cost; 0 takes the most alike.
+            ways: in which of its two ways the tight four-way junction that a helix closes stacks, where that is known;
+                after the trace, `ways` holds them and those of the others that the library has nothing nearer to.
         """
         self._temperature, self._preferred, self.costs = temperature, int(rng.integers(2)), []
+        self._known, self.ways = dict(ways or {}), dict(ways or {})
 
     def draw(self, closing: Stem, branches: list[Stem], inner: Frame, rng: np.random.Generator) -> Placed | None:
         """A loop for the helices around it, in place; None if there is nothing like it."""
@@ -128,7 +133,12 @@ class MotifArranger:
         strands = tuple(self._sequence[start : end + 1] for start, end in ends)
         if strands not in self._similar:
             self._similar[strands] = self._library.similar(strands)
-        similar = self._similar[strands] + self._crossovers(strands)
+        crossovers = self._crossovers(strands, way=self._known.get(closing))
+        if len(crossovers) > 1 and crossovers[self._preferred][0] <= min(
+            (cost for cost, _ in self._similar[strands]), default=np.inf
+        ):
+            self.ways[closing] = self._preferred
+        similar = crossovers if closing in self._known else self._similar[strands] + crossovers
         if not similar:
             self.costs.append(_UNKNOWN_COST)
             return None
@@ -137,8 +147,8 @@ class MotifArranger:
         self.costs.append(similar[drawn][0])
         return similar[drawn][1].place(inner, strands)
 
-    def _crossovers(self, strands: tuple[str, ...]) -> list[tuple[float, Motif]]:
-        """Tight junctions of four or six helices: stacks that lie side by side, the preferred way first."""
+    def _crossovers(self, strands: tuple[str, ...], *, way: int | None) -> list[tuple[float, Motif]]:
+        """Tight junctions of four or six helices: stacks that lie side by side, in one way or in all there are."""
         gaps = sum(len(strand) - 2 for strand in strands)
         if gaps > _CROSSOVER_GAPS.get(len(strands), -1):
             return []
@@ -146,8 +156,12 @@ class MotifArranger:
         ways = [(*_LEFT, _AHEAD), (_AHEAD, *_RIGHT)] if len(strands) == 4 else [(*_LEFT, _AHEAD, *_RIGHT)]
         empty = tuple(np.empty((0, 3)) for _ in strands)
         return [
-            (cost + _ISOMER_COST * (len(ways) > 1 and way != self._preferred), Motif(("",) * len(strands), empty, each))
-            for way, each in enumerate(ways)
+            (
+                cost + _ISOMER_COST * (len(ways) > 1 and number not in (way, self._preferred)),
+                Motif(("",) * len(strands), empty, each),
+            )
+            for number, each in enumerate(ways)
+            if way is None or number == way
         ]
 
 

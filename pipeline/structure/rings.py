@@ -55,6 +55,24 @@ def crossing_stacks(crossing: Sequence[Stem], stems: Sequence[Stem]) -> list[Sta
     return found
 
 
+def ring_gaps(scaffold: Scaffold, stacks: Sequence[Stack]) -> dict[Stem, float]:
+    """How far apart the two helices that a helix between loops goes on with want it, Å RMS: 0 where the ring closes.
+
+    Args:
+        scaffold: every nested helix in place.
+        stacks: as `crossing_stacks` gives them; helices that stack on one other alone close no ring.
+    """
+    wanted: dict[Stem, list[np.ndarray]] = {}
+    for stack in stacks:
+        frame = stack.seen_from_stem().within(scaffold.frames[stack.stem])
+        wanted.setdefault(stack.crossing, []).append(frame.place(double_helix(stack.crossing.pairs)))
+    return {
+        stem: float(np.sqrt(np.mean(np.sum((places[0] - places[1]) ** 2, axis=-1))))
+        for stem, places in wanted.items()
+        if len(places) == 2
+    }
+
+
 def close_rings(scaffold: Scaffold, stacks: Sequence[Stack]) -> None:
     """Put in the helices between loops, and share what does not fit among all joints of the helices.
 

@@ -167,6 +167,42 @@ def _best_nested(length: int, starts: np.ndarray, partner_K: np.ndarray, gain_K:
     return partner_L
 
 
+def pair_across_junctions(sequence: str, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The pairs, and those of helices too short for an energy model that part a tight junction of six into two of four.
+
+    Two crossovers of three helices side by side are seldom further apart than two or three pairs. Loops of five
+    helices cost an energy model more than so few pairs are worth; that the only two gaps of such a junction lie
+    opposite each other and pair from end to end is no chance.
+
+    Args:
+        sequence: letters A, C, G, U.
+        pairs: 0-based nested pairs.
+
+    >>> arms = [(1, 5), (8, 12), (13, 17), (18, 22), (25, 29)]
+    >>> found = pair_across_junctions("G" + "CAAAG" + "GC" + "CAAAG" * 3 + "GC" + "CAAAG" + "C", [(0, 30), *arms])
+    >>> sorted(set(found) - {(0, 30), *arms})
+    [(6, 24), (7, 23)]
+    """
+    partner, found = dict(pairs), list(pairs)
+    for i, j in pairs:
+        gaps, start, residue = [], i + 1, i + 1
+        while residue < j:
+            if residue in partner:
+                gaps.append(range(start, residue))
+                start = residue = partner[residue] + 1
+            else:
+                residue += 1
+        gaps.append(range(start, j))
+        whole = [place for place, gap in enumerate(gaps) if gap]
+        if len(gaps) == 6 and len(whole) == 2 and whole[1] - whole[0] == 3:
+            left, right = gaps[whole[0]], gaps[whole[1]][::-1]
+            if len(left) == len(right) > 1 and all(
+                sequence[a] + sequence[b] in _PAIR_TYPES for a, b in zip(left, right, strict=True)
+            ):
+                found += zip(left, right, strict=True)
+    return sorted(found)
+
+
 def crossing_helices(
     sequence: str, pairs: list[tuple[int, int]], *, stable: float = _CROSSING_STABLE
 ) -> list[tuple[int, int, int]]:

@@ -1,14 +1,16 @@
 """Helices between loops: which are found, that they stack on what follows them, and that rings close."""
 
+import itertools
+
 import numpy as np
 import pytest
 
-from pipeline.structure.assembly import trace_from_pairs
+from pipeline.structure.assembly import gaps_of_rings, trace_from_pairs
 from pipeline.structure.denovo import assemble
 from pipeline.structure.geometry import Stem, double_helix, find_stems, rotation_onto
 from pipeline.structure.motifs import MotifArranger, MotifLibrary
 from pipeline.structure.rings import crossing_stacks
-from pipeline.structure.secondary import crossing_helices
+from pipeline.structure.secondary import crossing_helices, pair_across_junctions
 from tests.pipeline.dot_bracket import pairs_of
 
 #: Two hairpins whose loops of nine pair as those of HIV-1's dimerisation site do.
@@ -97,7 +99,8 @@ def test_a_ring_closes_through_a_kiss() -> None:
     loops = [part for part in find_stems(len(dots), pairs) if part.inner[1] - part.inner[0] == 10]
     kiss = Stem(loops[0].inner[0] + 3, loops[1].inner[0] + 8, 6)
     arranger = MotifArranger(MotifLibrary([]), "A" * len(dots))
-    apart, closed = [], []
+    apart: list[float] = []
+    closed: list[float] = []
     for crossing, found in ((), apart), ([kiss], closed):
         arranger.start(np.random.default_rng(0), temperature=0.0)
         xyz_L3 = trace_from_pairs(len(dots), pairs, np.random.default_rng(0), arranger=arranger, crossing=crossing)
@@ -112,3 +115,75 @@ def test_assemblies_say_how_many_pairs_are_between_loops() -> None:
     found = assemble(KISSING, [(KISSING_PAIRS, 0.9), ([], 0.1)], library=None, rng=rng)
     assert {each.crossing for each in found if each.pairs} == {6}
     assert {each.crossing for each in found if not each.pairs} == {0}
+
+
+#: As `TILE`, but two turns between the junctions and as much beside them: nothing is strained.
+RING = (
+    *("((((((((((", "(((((((.........)))))))", "((((((((((((((((((((((", "(((((((.........)))))))"),
+    *("((((((....))))))", "((((((....))))))", "))))))))))))))))))))))", "((((((....))))))", "))))))))))"),
+)
+
+
+def ring() -> tuple[str, list[tuple[int, int]], Stem]:
+    """A sequence that folds into `RING`, its nested pairs, and the helix that its loops form."""
+    dots = "".join(RING)
+    pairs = pairs_of(dots)
+    loops = [part.inner[0] for part in find_stems(len(dots), pairs) if part.inner[1] - part.inner[0] == 10]
+    letters = np.array(list("A" * len(dots)))
+    rng = np.random.default_rng(1)
+    for i, j in pairs:
+        letters[[i, j]] = list(("GC", "CG")[rng.integers(2)])
+    letters[loops[0] + 3 : loops[0] + 9] = list("GGACGG")
+    letters[loops[1] + 3 : loops[1] + 9] = list("CCGUCC")
+    return "".join(letters), pairs, Stem(loops[0] + 3, loops[1] + 8, 6)
+
+
+def gap_of(pairs: list[tuple[int, int]], length: int, kiss: Stem, ways: dict[Stem, int] | None) -> tuple[float, list]:
+    arranger = MotifArranger(MotifLibrary([]), "A" * length)
+    arranger.start(np.random.default_rng(0), temperature=0.0, ways=ways)
+    gaps = gaps_of_rings(length, pairs, np.random.default_rng(0), arranger=arranger, crossing=[kiss])
+    return gaps[kiss], list(arranger.ways)
+
+
+def test_one_way_of_stacking_closes_a_ring_of_whole_turns_and_no_other_does() -> None:
+    sequence, pairs, kiss = ring()
+    junctions = gap_of(pairs, len(sequence), kiss, None)[1]
+    assert len(junctions) == 2
+    ways = [dict(zip(junctions, each, strict=True)) for each in itertools.product((0, 1), repeat=2)]
+    gaps = sorted(gap_of(pairs, len(sequence), kiss, each)[0] for each in ways)
+    assert gaps[0] < 2.0
+    assert gaps[1] > 50.0
+
+
+def test_assemblies_stack_junctions_so_that_rings_close() -> None:
+    """It said 57 to 413 Å RMS of strain in designed bundles: all junctions of a trace stacked in one way."""
+    sequence, pairs, kiss = ring()
+    found = assemble(sequence, [(pairs, 0.9)], library=None, rng=np.random.default_rng(0))
+    assert {each.crossing for each in found} == {6}
+    beside = find_stems(len(sequence), pairs)[2]
+    for each in found:
+        angle, aside = off_axis(each.xyz_L3, beside, kiss)
+        assert angle < 10.0
+        assert 15.0 < aside < 25.0
+
+
+def test_a_structure_whose_rings_stay_open_gives_way_to_one_whose_rings_close() -> None:
+    sequence, pairs, _ = ring()
+    torn = [(i, j) for i, j in pairs if not 10 <= i < 17]  # without the stem of a loop that kisses
+    found = assemble(sequence, [(torn, 0.9), (pairs, 0.8)], library=None, rng=np.random.default_rng(0))
+    assert {each.pairing for each in found} == {0.8}
+
+
+def test_gaps_of_a_tight_junction_that_pair_end_to_end_part_it_in_two() -> None:
+    arms = ["CAAAG"] * 5
+    pairs = [(0, 30), (1, 5), (8, 12), (13, 17), (18, 22), (25, 29)]
+
+    def found(first: str, second: str, at: int = 4) -> set[tuple[int, int]]:
+        parts = [arms[0], first, *arms[1:at], second, *arms[at:]]
+        moved = pairs if at == 4 else [(0, 30), (1, 5), (8, 12), (13, 17), (20, 24), (25, 29)]
+        return set(pair_across_junctions("G" + "".join(parts) + "C", moved)) - set(moved)
+
+    assert found("GC", "GC") == {(6, 24), (7, 23)}
+    assert found("GA", "UC") == {(6, 24), (7, 23)}
+    assert found("GA", "GC") == set()
+    assert found("GC", "GC", at=3) == set()  # not opposite: a junction of three and one of five would be left

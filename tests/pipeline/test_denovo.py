@@ -13,7 +13,7 @@ from pipeline.paths import Paths
 from pipeline.schema import ALPHABET
 from pipeline.structure import predict
 from pipeline.structure.assembly import trace_from_pairs
-from pipeline.structure.denovo import WEIGHTS, assemble, choose_assemblies, features, fit_weights
+from pipeline.structure.denovo import PENALTY, WEIGHTS, Assembly, assemble, choose_assemblies, features, fit_weights
 from pipeline.structure.geometry import Frame, double_helix, find_stems, rotation_onto, similarity
 from pipeline.structure.motifs import MotifArranger, MotifLibrary, find_loops
 from submissions.tm_score import tm_score, tm_scores
@@ -142,7 +142,9 @@ def test_similarity_is_symmetric_one_for_copies_and_blind_to_motion(rng: np.rand
 def test_the_regression_finds_the_weights_that_made_the_scores(rng: np.random.Generator) -> None:
     table, weights = rng.standard_normal((400, len(WEIGHTS))), rng.standard_normal(len(WEIGHTS))
     table[:, 0] = 1.0
-    assert np.allclose(fit_weights(table, table @ weights, np.repeat(np.arange(40), 10)), weights, atol=0.02)
+    found = fit_weights(table, table @ weights, np.repeat(np.arange(40), 10))
+    shrunk = weights[1:] / (1 + PENALTY)  # independent features, all alike
+    assert np.allclose(found[1:], shrunk, atol=0.02)
 
 
 def test_chosen_assemblies_are_different_and_the_first_promises_most() -> None:
@@ -154,6 +156,26 @@ def test_chosen_assemblies_are_different_and_the_first_promises_most() -> None:
     assert expected[chosen[0]] == expected.max()
     assert (np.diff(expected[chosen]) <= 0).all()
     assert features(found, similarity([each.xyz_L3 for each in found])).shape == (len(found), len(WEIGHTS))
+
+
+def test_features_part_what_tells_targets_apart_from_what_tells_their_assemblies_apart() -> None:
+    sequence = folded(CLOVERLEAF, np.random.default_rng(1))
+    structures = [(pairs_of(CLOVERLEAF), 0.9), (pairs_of(CLOVERLEAF)[:11], 0.6)]
+    found = assemble(sequence, structures, library=None, rng=np.random.default_rng(2))
+    table = features(found, similarity([each.xyz_L3 for each in found]))
+    own = (len(WEIGHTS) - 3) // 2
+    means, deviations = table[:, :-own], table[:, -own:]
+    assert np.ptp(means, axis=0).max() == 0.0
+    assert np.abs(deviations.mean(axis=0)).max() < 1e-9
+    assert (np.ptp(deviations, axis=0) > 0).sum() >= own - 1, "all but the pairs between loops, of which there are none"
+
+
+def test_the_last_feature_is_1_on_a_line_and_a_third_in_a_ball(rng: np.random.Generator) -> None:
+    line = np.outer(np.arange(300.0), [1.0, 2.0, 2.0])
+    ball = rng.standard_normal((3000, 3)) * 10.0
+    for xyz_L3, elongation in ((line, 1.0), (ball, 1 / 3)):
+        found = [Assembly(xyz_L3, [], 0.5, 0.5, 1)]
+        assert features(found, np.ones((1, 1)))[0, (len(WEIGHTS) + 3) // 2 - 1] == pytest.approx(elongation, abs=0.04)
 
 
 # -- the stage
