@@ -3,8 +3,8 @@
 # Each target is one verb of the program `rna` (pipeline/cli.py), which decides by hash whether there is work to do:
 # running a target twice is safe. make itself exits with 2 whatever a verb's exit code; the verb prints its own.
 
-COMP  ?= ribonanza#        competition: ribonanza, openvaccine, rna3d, rna3d2 (part 2)
-RAW   ?=#                  folder with the competition's files; empty = where download puts them
+COMP  ?= ribonanza#        competition: ribonanza, openvaccine, rna3d, rna3d2 (part 2), or labelled-<name>: a set of your own
+RAW   ?=#                  folder with the competition's files, or a labelled training file; empty = where download puts them
 FILES ?=#                  names on Kaggle that download fetches; empty = what data reads, all = everything
 MODEL ?=#                  a config in pipeline/configs, or a path to a TOML file; empty = ribonanza_mamba, for rna3d small_structure
 SPLIT ?= sim80_k5#         <kind><identity %>_k<folds>: sim80_k5, length_k5, random_k5
@@ -55,7 +55,7 @@ endif
 
 RNA := $(PY) -m pipeline
 GPU := models/test_kernels models/test_causal_conv models/test_triton_scan models/test_ssd models/test_long_conv models/test_contract \
-  models/test_compile pipeline/test_plan pipeline/test_training_gpu
+  models/test_compile pipeline/test_plan pipeline/test_training_gpu pipeline/test_classes
 AT := --comp "$(COMP)" --artifacts "$(ARTIFACTS)"
 NAMED := $(if $(MODEL),--model "$(MODEL)") --split "$(SPLIT)" $(if $(TAG),--tag $(TAG))
 RUN := $(NAMED) $(foreach item,$(SET),--set '$(item)')
@@ -133,7 +133,7 @@ folds: $(ENVIRONMENT) ## clean tables -> fold of every sequence, verified by its
 audit: $(ENVIRONMENT) ## measure how much of a split leaks (SPLITS="sim80_k5 random_k5")
 	@exec $(RNA) audit $(AT) $(foreach split,$(or $(SPLITS),$(SPLIT)),--split $(split))
 plan: $(ENVIRONMENT) ## memory that training MODEL takes, and what would fit (LENGTH=<longest sequence>)
-	@exec $(RNA) plan --comp "$(COMP)" $(if $(MODEL),--model "$(MODEL)") $(foreach item,$(SET),--set '$(item)') $(if $(LENGTH),--length $(LENGTH)) --nproc $(strip $(NPROC))
+	@exec $(RNA) plan $(AT) $(if $(MODEL),--model "$(MODEL)") $(foreach item,$(SET),--set '$(item)') $(if $(LENGTH),--length $(LENGTH)) --nproc $(strip $(NPROC))
 train: $(ENVIRONMENT) ## train one fold of MODEL and predict; starting again resumes (RESTART=1: anew; ALLOW_CHANGES=1: e.g. with more epochs)
 	@exec $(RNA) train $(AT) $(RUN) --fold "$(FOLD)" $(TRAIN)
 train-all: $(ENVIRONMENT) $(if $(filter rna3d%,$(COMP)),denovo templates-predict) ## train every fold of SPLIT, one after the other; rna3d: after denovo and templates-predict
@@ -202,7 +202,7 @@ bench-models: $(ENVIRONMENT) ## training and prediction of whole networks beside
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c $< torch mambapy transformers
 	touch $@
-bench-tm: $(ENVIRONMENT) ## both TM-scores beside US-align, if it is on the PATH: make bench-tm TRACES=<folder>
+bench-tm: $(ENVIRONMENT) ## both TM-scores beside US-align, or TM-align built for this: make bench-tm TRACES=<folder>
 	@exec $(RNA) bench-tm --traces "$(TRACES)"
 bench-loader: $(ENVIRONMENT) ## batches a second, with and without workers; share of padding
 	@exec $(RNA) bench-loader $(AT)

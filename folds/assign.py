@@ -1,6 +1,7 @@
 """The folds stage: every training sequence gets a fold, relatives the same one.
 
-Letters: C clusters, F folds, S strata (data set and length), K entries of the sparse cluster × stratum table.
+Letters: C clusters, F folds, S strata (data set and length; of a labelled set its classes), K entries of the sparse
+cluster × stratum table.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from rich.table import Table
 from folds.lock import LOCKS, digest_pairs, lock_path, verify_lock, write_lock
 from folds.similarity import MIN_PERCENT, Method, find_clusters
 from folds.similarity import VERSION as CLUSTERS_VERSION
+from pipeline.classes import read_classes
 from pipeline.compiled import njit
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
@@ -25,8 +27,8 @@ from pipeline.runlog import warn
 from pipeline.stage import Report, run_stage
 from pipeline.tables import open_parquet
 
-#: Raised when the same clusters give other folds than before.
-VERSION = 1
+#: Raised when the same clusters give other folds, or other facts, than before.
+VERSION = 2
 
 #: Threshold of the clusters that the length split keeps together.
 LENGTH_PERCENT = 80
@@ -85,8 +87,8 @@ def run(
 ) -> Report:
     """Write ``folds/<split>.parquet`` (sequence_id, fold, cluster), checked against the lock for these data.
 
-    - ``sim80_k5``: relatives of at least 80 % identity (`folds.similarity`) share a fold; data sets and lengths are
-      spread evenly over five folds.
+    - ``sim80_k5``: relatives of at least 80 % identity (`folds.similarity`) share a fold; data sets and lengths, or the
+      classes of a labelled set, are spread evenly over five folds.
     - ``length_k5``: fold 0 holds the longest fifth, with their relatives; the rest as above.
     - ``random_k5``: every sequence by itself. Scores of it leak; it exists to measure how much.
 
@@ -113,6 +115,8 @@ def run(
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
         table = _read_train(inputs["train"])
+        if "labels" in table.columns:
+            table = table.with_columns(_class_names(table["labels"], read_classes(paths).names))
         cluster = pl.read_parquet(inputs["clusters"])["cluster"] if "clusters" in inputs else table["sequence_id"]
         table = assign_folds(table.with_columns(cluster.alias("cluster")), plan, seed=seed, where=split)
         facts = {"comp": paths.comp, "split": split, "seed": seed, "version": [CLUSTERS_VERSION, VERSION]}
@@ -166,11 +170,26 @@ def _run_clusters(paths: Paths, *, percent: int, method: Method) -> Report:
 
 
 def _read_train(path: Path) -> pl.DataFrame:
-    open_parquet(path, _COLUMNS).close()
-    table = pl.read_parquet(path, columns=list(_COLUMNS)).sort("sequence_id")
+    with open_parquet(path, _COLUMNS) as opened:
+        labels = [name for name in ("labels",) if name in opened.schema_arrow.names]
+    table = pl.read_parquet(path, columns=[*_COLUMNS, *labels]).sort("sequence_id")
     if not table.height:
         raise DataError(f"{path}: no rows; expected training sequences. Next: make data.")
     return table
+
+
+def _class_names(labels: pl.Series, names: Sequence[str]) -> pl.Series:
+    """Classes of each sequence, as a list of names: what is spread evenly."""
+    name_of = pl.element().cast(pl.Int64).replace_strict(list(range(len(names))), list(names), return_dtype=pl.String)
+    found = pl.DataFrame({"labels": labels}).select(
+        pl.when(pl.col("labels").is_null())
+        .then(pl.lit(["(not labelled)"]))
+        .when(pl.col("labels").list.len() == 0)
+        .then(pl.lit(["(none of them)"]))
+        .otherwise(pl.col("labels").list.eval(name_of))
+        .alias("classes")
+    )
+    return found["classes"]
 
 
 def read_folds(path: Path, ids: Sequence[str]) -> pl.DataFrame:
@@ -208,10 +227,10 @@ def length_label(length: int) -> str:
 
 
 def assign_folds(table: pl.DataFrame, plan: Split, *, seed: int, where: str) -> pl.DataFrame:
-    """Add the columns ``fold``, ``stratum`` and ``length``; whole clusters share a fold.
+    """Add the columns ``fold``, ``strata`` (a list) and ``length``; whole clusters share a fold.
 
     Args:
-        table: ``sequence_id, sequence, dataset_name, cluster``.
+        table: ``sequence_id, sequence, dataset_name, cluster``, and ``classes`` where these are to be spread evenly.
         plan: how many folds, and whether the first holds the longest.
         seed: decides between equals.
         where: the split's name, for messages.
@@ -222,7 +241,8 @@ def assign_folds(table: pl.DataFrame, plan: Split, *, seed: int, where: str) -> 
     labels = {length: length_label(length) for length in table["sequence"].str.len_bytes().unique().to_list()}
     table = table.with_columns(pl.col("sequence").str.len_bytes().alias("length"))
     bin_ = pl.col("length").replace_strict(labels, return_dtype=pl.String)
-    table = table.with_columns(pl.concat_str("dataset_name", bin_, separator=" ").alias("stratum"))
+    by_length = pl.concat_list(pl.concat_str("dataset_name", bin_, separator=" "))
+    table = table.with_columns((pl.col("classes") if "classes" in table.columns else by_length).alias("strata"))
     clusters = table.group_by("cluster").agg(pl.len().alias("size"), pl.col("length").max()).sort("cluster")
     if clusters.height < plan.folds:
         raise ConfigError(
@@ -260,8 +280,12 @@ def _hold_longest(clusters: pl.DataFrame, folds: int) -> np.ndarray:
 
 def _balance(table: pl.DataFrame, clusters: pl.DataFrame, held_C: np.ndarray, *, folds: int, first: int) -> np.ndarray:
     """Fold of every cluster, [C] uint8: held ones 0, the others from the biggest down into the emptiest fold."""
-    names = table["stratum"].unique().sort()
-    counts = table.group_by("cluster", "stratum").agg(pl.len().alias("rows")).sort("cluster", "stratum")
+    entries = table.select("cluster", "strata", (1 / pl.col("strata").list.len()).alias("rows"))
+    entries = entries.explode("strata").rename({"strata": "stratum"})
+    names = entries["stratum"].unique().sort()
+    # shares of several labels are no whole numbers: their sum must not depend on the order in which it is made
+    counts = entries.group_by("cluster", "stratum", maintain_order=True).agg(pl.col("rows").sum())
+    counts = counts.sort("cluster", "stratum")
     stratum_K = names.search_sorted(counts["stratum"]).to_numpy().astype(np.int64)
     entries_C = counts.group_by("cluster", maintain_order=True).len()["len"].to_numpy()
     starts_C = np.concatenate([[0], np.cumsum(entries_C)]).astype(np.int64)
@@ -307,10 +331,10 @@ def _count(table: pl.DataFrame, plan: Split) -> dict[str, Any]:
     """What the lock and the report say of a fold table."""
     folds_N = table["fold"].to_numpy()
     counts = np.bincount(folds_N, minlength=plan.folds).tolist()
-    strata = {}
-    for stratum in table["stratum"].unique().sort():
-        inside = folds_N[(table["stratum"] == stratum).to_numpy()]
-        strata[stratum] = np.bincount(inside, minlength=plan.folds).tolist()
+    strata: dict[str, list[int]] = {}
+    members = table.select("fold", stratum="strata").explode("stratum").group_by("stratum", "fold").len()
+    for stratum, fold, count in members.sort("stratum", "fold").iter_rows():
+        strata.setdefault(stratum, [0] * plan.folds)[fold] = count
     largest = int(table.group_by("cluster").len()["len"].max() or 0)  # type: ignore[arg-type]
     lengths = table.group_by("fold").agg(pl.col("length").min().alias("low"), pl.col("length").max().alias("high"))
     return {
@@ -319,6 +343,7 @@ def _count(table: pl.DataFrame, plan: Split) -> dict[str, Any]:
         "rows": table.height,
         "counts": counts,
         "strata": strata,
+        "by": "class" if "classes" in table.columns else "length",
         "lengths": [list(row) for row in lengths.sort("fold").select("low", "high").iter_rows()],
         "clusters": table["cluster"].n_unique(),
         "largest_cluster": largest,
@@ -334,9 +359,10 @@ def describe(facts: Mapping[str, Any]) -> Table:
     for fold in range(len(facts["counts"])):
         table.add_column(f"fold {fold}", justify="right")
     for stratum, counts in facts["strata"].items():
-        table.add_row(escape(f"{stratum} nt"), *(f"{count:,}" for count in counts))
+        unit = "" if facts["by"] == "class" else " nt"
+        table.add_row(escape(f"{stratum}{unit}"), *(f"{count:,}" for count in counts))
     table.add_row("all", *(f"[bold]{count:,}[/]" for count in facts["counts"]))
-    table.add_row("lengths, nt", *(f"{low}-{high}" for low, high in facts["lengths"]))
+    table.add_row("lengths", *(f"{low}-{high}" for low, high in facts["lengths"]))
     return table
 
 

@@ -1,7 +1,7 @@
 """How much a split leaks, measured: relatives across folds, and the score of copying the nearest one.
 
 Letters: N sequences sorted by length, Q those that are compared with all others (exhaustively: all N), S splits,
-L nucleotides of one sequence, C targets.
+L nucleotides of one sequence, C targets, K classes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,13 +30,16 @@ from pipeline.competitions.base import Competition
 from pipeline.compiled import njit
 from pipeline.errors import ConfigError
 from pipeline.paths import Paths
-from pipeline.runlog import Bar
+from pipeline.runlog import Bar, warn
 from pipeline.schema import ALPHABET, encode
 from pipeline.stage import Report, run_stage, write_json
 from pipeline.tables import flat_lists, open_parquet
 
 #: Raised when the same folds give other numbers than before.
 VERSION = 1
+
+#: Copied labels that are right this much more often on one split than on another, as a share, are told of.
+LEAK = 0.05
 
 #: Cross-fold pairs are counted from these identities on, %.
 PERCENTS = (80, 70, 60)
@@ -97,9 +100,9 @@ def measure(
     most: int,
 ) -> dict[str, Any]:
     """The facts of `run`."""
-    columns = ("sequence_id", "sequence", "dataset_name", "scored")
+    columns = ["sequence_id", "sequence", "dataset_name", "scored"] + ["labels"] * (competition.task == "classes")
     open_parquet(train, (*columns, *(competition.targets if competition.error_sums else ()))).close()
-    table = pl.read_parquet(train, columns=list(columns))
+    table = pl.read_parquet(train, columns=columns)
     designs, _ = find_designs(table["sequence"].to_list(), table["dataset_name"].to_list())
     table = table.with_columns(pl.Series("design", designs))
     folds = [read_folds(fold_tables[split], table["sequence_id"].to_list()) for split in splits]
@@ -124,6 +127,9 @@ def measure(
         if truth is not None:
             near_N = survey.nearest_SN[place]
             facts["splits"][split] |= _score_copies(table, folds_SN[place], near_N, truth, queries, competition)
+        if competition.task == "classes":
+            facts["splits"][split] |= _score_labels(table, folds_SN[place], survey.nearest_SN[place], queries)
+    _tell_leaks(facts["splits"])
     return facts
 
 
@@ -300,6 +306,39 @@ def _score_copies(
     }
 
 
+def _score_labels(
+    table: pl.DataFrame, folds_N: np.ndarray, nearest_N: np.ndarray, queries: np.ndarray | None
+) -> dict[str, Any]:
+    """Share of the scored sequences with the labels of the nearest training sequence, or the most frequent ones."""
+    known_N = (table["scored"] & table["labels"].is_not_null()).to_numpy()
+    held = np.flatnonzero(known_N) if queries is None else queries[known_N[queries]]
+    if not held.size:
+        return {"scored": 0}
+    said_N = table["labels"].list.sort().cast(pl.List(pl.String)).list.join(";").rank("dense").fill_null(0).to_numpy()
+    frequent_N = np.zeros(len(folds_N))
+    for fold in np.unique(folds_N):
+        counts = np.bincount(said_N[known_N & (folds_N != fold)].astype(np.int64), minlength=1)
+        frequent_N[folds_N == fold] = np.argmax(counts)
+    copied_N = np.where(nearest_N >= 0, said_N[nearest_N], frequent_N)
+    return {
+        "scored": len(held),
+        "copy_accuracy": float((copied_N == said_N)[held].mean()),
+        "frequent_accuracy": float((frequent_N == said_N)[held].mean()),
+    }
+
+
+def _tell_leaks(splits: Mapping[str, Mapping[str, Any]]) -> None:
+    """Warn where copied labels are right far more often than on another split."""
+    found = {split: told["copy_accuracy"] for split, told in splits.items() if "copy_accuracy" in told}
+    for split, share in found.items():
+        tightest = min(found, key=lambda each: found[each])
+        if share > found[tightest] + LEAK:
+            warn(
+                f"audit: the nearest training sequence has the same labels for {share:.1%} of the sequences on "
+                f"{split}, {found[tightest]:.1%} on {tightest}: scores on {split} are scores of memory"
+            )
+
+
 def _medians(table: pl.DataFrame, train_N: np.ndarray, truth: Mapping[str, np.ndarray]) -> np.ndarray:
     """Median of the training profiles per nucleotide, [4, C]; 0 where nothing was measured."""
     rows = table.filter(pl.Series(train_N)).select("sequence_id", "sequence").iter_rows()
@@ -350,13 +389,23 @@ def describe(facts: Mapping[str, Any]) -> Table:
     for name in ("highest", *(f">= {percent} %" for percent in PERCENTS)):
         table.add_column(name, justify="right")
     scores = {"copy_score": "copied", "median_score": "median"} if facts["metric"] else {}
+    scores = {key: f"{facts['metric']} {name}" for key, name in scores.items()}
+    of_labels = any("copy_accuracy" in found for found in facts["splits"].values())
+    if of_labels:
+        scores = {"copy_accuracy": "right: copied", "frequent_accuracy": "most frequent"}
     for name in scores.values():
-        table.add_column(f"{facts['metric']} {name}", justify="right")
+        table.add_column(name, justify="right")
     for split, found in facts["splits"].items():
         highest = "-" if found["highest_identity"] is None else f"{found['highest_identity']:.1%}"
         cells = [highest, *(f"{found['cross_pairs'][str(percent)]:,}" for percent in PERCENTS)]
         table.add_row(escape(split), *cells, *(f"{found[key]:.4f}" if key in found else "-" for key in scores))
-    if scores:
+    if of_labels:
+        table.caption = (
+            "copied: share of sequences with the same labels as the nearest training sequence; most frequent: as most "
+            "of them.\nWhere copying is right much more often on one split, its scores are scores of memory."
+        )
+        table.caption_justify = "left"
+    elif scores:
         table.caption = (
             "copied: the nearest training sequence's profile; median: the training median per nucleotide.\n"
             "Where copying beats the median by much, scores of the split are scores of memory."

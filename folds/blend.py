@@ -1,10 +1,10 @@
-"""A weighted mean of values over folds and runs, with weights learned on out-of-fold predictions.
+"""A weighted mean of values, or of probabilities, over folds and runs, its weights learned out of fold.
 
 The test prediction of a run is the mean of its folds; the ensemble is a weighted mean of its runs, one set of weights
 for each target. Its out-of-fold table is cross-fitted: a fold is joined with weights learned on the other folds, so
 its score is not flattered by the learning.
 
-Letters: T positions, C targets, M runs, F folds, K = M·F tables.
+Letters: T positions (of classes: every class of every sequence), C targets, M runs, F folds, K = M·F tables.
 """
 
 import json
@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from folds.job import Job, list_missing
-from folds.weights import learn_weights
+from folds.weights import Weights, learn_mixture, learn_weights
+from pipeline.classes import MIN_PROBABILITY
 from pipeline.competitions.base import Competition
 from pipeline.errors import DataError
 from pipeline.runlog import Bar
-from pipeline.tables import OofBatch, as_lists, finite_values, read_batches, truth_that_counts
+from pipeline.tables import OofBatch, as_lists, finite_values, read_batches
 
 #: Positions a target from which weights are learned; longer data are thinned evenly, whole sequences at a time.
 #: Memory of the learning: 400,000 x runs x 20 bytes, 80 MiB for ten runs.
@@ -67,6 +68,7 @@ def blend(job: Job, parts: dict[str, Path], *, learn: bool) -> dict[str, Any]:
     """Write the ensemble's tables and ``weights.json``; returns what the latter holds.
 
     Used is whichever scores best out of fold: learned weights (as cross-fitted), the plain mean, or the best run alone.
+    Without a test set, `parts` has no ``test``.
 
     Raises:
         DataError: see `pipeline.tables.out_of_fold`; test tables with different rows; nothing to score.
@@ -99,29 +101,29 @@ def blend(job: Job, parts: dict[str, Path], *, learn: bool) -> dict[str, Any]:
         "mean_score": totals["mean"].named(),
     }
     facts["oof_rows"] = _write_oof(job, options[chosen], parts["oof"])
-    facts["test_rows"] = _write_test(job, options[chosen][None], parts["test"])
+    facts["test_rows"] = _write_test(job, options[chosen][None], parts["test"]) if "test" in parts else 0
     parts["weights"].write_text(json.dumps(facts, indent=2, sort_keys=True, allow_nan=False) + "\n")
     return facts
 
 
 def blend_test(job: Job, weights: Mapping[str, Mapping[str, float]], parts: dict[str, Path]) -> dict[str, Any]:
     """Write the test table alone, with weights that were learned before: target -> run -> weight."""
-    weights_CM = np.array([[weights[target][each] for each in job.runs] for target in job.competition.targets])
+    weights_CM = np.array([[weights[target][each] for each in job.runs] for target in job.scoring.targets])
     return job.facts() | {"test_rows": _write_test(job, weights_CM, parts["test"])}
 
 
 def _survey(job: Job) -> tuple[_Sample, dict[str, _Totals], dict[str, Any]]:
     """One pass over the out-of-fold tables: scores of every run and of the mean, and the sample to learn from."""
-    stride = _stride(job.paths.clean("train"))
-    totals = {each: _Totals(job.competition) for each in (*job.runs, "mean")}
+    stride = _stride(job)
+    totals = {each: _Totals(job.scoring) for each in (*job.runs, "mean")}
     missing: dict[str, list[str]] = {each: [] for each in job.runs}
     drawn: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     seen = 0
-    for batch in job.batches("scored", *job.competition.targets, label="out of fold"):
+    for batch in job.batches(truth=True, label="out of fold"):
         for each in job.runs:
             missing[each] += batch.rows["sequence_id"].filter(pl.Series(batch.missing[each])).to_list()
         stacked_TMC = np.stack([batch.predictions[each] for each in job.runs], axis=1)
-        truth_TC = truth_that_counts(batch, job.competition.targets)
+        truth_TC = job.truth(batch)
         there_T = np.isfinite(stacked_TMC[:, :, 0]).all(axis=1) & np.isfinite(truth_TC[:, 0])
         fold_T = batch.spread(batch.rows["fold"].to_numpy())
         scored_N = batch.rows["scored"].to_numpy()
@@ -143,8 +145,9 @@ def _survey(job: Job) -> tuple[_Sample, dict[str, _Totals], dict[str, Any]]:
     return sample, totals, list_missing(missing)
 
 
-def _stride(train: Path) -> int:
-    scored = pl.scan_parquet(train).filter("scored").select(pl.col("sequence").str.len_bytes().sum()).collect().item()
+def _stride(job: Job) -> int:
+    values = pl.lit(len(job.classes.names)) * pl.len() if job.classes else pl.col("sequence").str.len_bytes().sum()
+    scored = pl.scan_parquet(job.paths.clean("train")).filter("scored").select(values).collect().item()
     return max(1, -(-int(scored) // SAMPLE_POSITIONS))
 
 
@@ -152,12 +155,12 @@ _FoldWeights = dict[int | None, np.ndarray]  #: fold -> [C, M] for out-of-fold p
 
 
 def _uniform(job: Job) -> _FoldWeights:
-    weights_CM = np.full((len(job.competition.targets), len(job.runs)), 1.0 / len(job.runs))
+    weights_CM = np.full((len(job.scoring.targets), len(job.runs)), 1.0 / len(job.runs))
     return dict.fromkeys([*job.folds, None], weights_CM)
 
 
 def _only(job: Job, each: str) -> _FoldWeights:
-    weights_CM = np.zeros((len(job.competition.targets), len(job.runs)))
+    weights_CM = np.zeros((len(job.scoring.targets), len(job.runs)))
     weights_CM[:, job.runs.index(each)] = 1.0
     return dict.fromkeys([*job.folds, None], weights_CM)
 
@@ -165,23 +168,19 @@ def _only(job: Job, each: str) -> _FoldWeights:
 def _named(job: Job, weights_CM: np.ndarray) -> dict[str, dict[str, float]]:
     return {
         target: {each: round(float(weight), 6) for each, weight in zip(job.runs, weights_M, strict=True)}
-        for target, weights_M in zip(job.competition.targets, weights_CM, strict=True)
+        for target, weights_M in zip(job.scoring.targets, weights_CM, strict=True)
     }
 
 
 def _learn(job: Job, sample: _Sample) -> tuple[np.ndarray, _FoldWeights, float]:
     """Weights from all folds, weights for each fold from the others, and the largest optimality gap of the former."""
-    low, high = job.competition.target_range or (-np.inf, np.inf)
-    truth_TC, power = np.clip(sample.truth_TC, low, high), job.competition.error_power
 
     def fit(here_T: np.ndarray) -> tuple[np.ndarray, float]:
-        fits = [
-            learn_weights(sample.predictions_TMC[here_T, :, place], truth_TC[here_T, place], power=power)
-            for place in range(truth_TC.shape[1])
-        ]
+        places = range(sample.truth_TC.shape[1])
+        fits = [_fit(job, sample.predictions_TMC[here_T, :, at], sample.truth_TC[here_T, at]) for at in places]
         return np.stack([each.values_M for each in fits]), max(each.gap for each in fits)
 
-    final_CM, gap = fit(np.ones(len(truth_TC), dtype=bool))
+    final_CM, gap = fit(np.ones(len(sample.truth_TC), dtype=bool))
     crossed: _FoldWeights = {}
     for fold in job.folds:
         others_T = sample.fold_T != fold
@@ -189,21 +188,31 @@ def _learn(job: Job, sample: _Sample) -> tuple[np.ndarray, _FoldWeights, float]:
     return final_CM, crossed, gap
 
 
+def _fit(job: Job, predictions_TM: np.ndarray, truth_T: np.ndarray) -> Weights:
+    """Weights with the least error of one target."""
+    if job.classes is None:
+        low, high = job.scoring.target_range or (-np.inf, np.inf)
+        return learn_weights(predictions_TM, np.clip(truth_T, low, high), power=job.scoring.error_power)
+    true_T = truth_T > 0.5
+    right_TM = np.where(true_T[:, None], predictions_TM, 1.0 - predictions_TM)
+    return learn_mixture(np.clip(right_TM[true_T] if job.classes.exclusive else right_TM, MIN_PROBABILITY, 1.0))
+
+
 def _combine(job: Job, batch: OofBatch, weights: _FoldWeights) -> np.ndarray:
     """[T, C] float32: weighted mean of the runs; NaN where one of them has no prediction."""
     weights_FCM = np.stack([weights[fold] for fold in job.folds])
     place_N = np.searchsorted(job.folds, batch.rows["fold"].to_numpy())
     place_T = batch.spread(place_N)
-    mean_TC = np.zeros((len(place_T), len(job.competition.targets)))
+    mean_TC = np.zeros((len(place_T), len(job.scoring.targets)))
     for place, each in enumerate(job.runs):
         mean_TC += weights_FCM[place_T, :, place] * batch.predictions[each]
     return mean_TC.astype(np.float32)
 
 
 def _score_weights(job: Job, candidates: Sequence[_FoldWeights]) -> list[_Totals]:
-    totals = [_Totals(job.competition) for _ in candidates]
-    for batch in job.batches("scored", *job.competition.targets, label="score weights"):
-        truth_TC = truth_that_counts(batch, job.competition.targets)
+    totals = [_Totals(job.scoring) for _ in candidates]
+    for batch in job.batches(truth=True, label="score weights"):
+        truth_TC = job.truth(batch)
         for total, weights in zip(totals, candidates, strict=True):
             mean_TC = _combine(job, batch, weights)
             there_T = np.isfinite(mean_TC[:, 0]) & np.isfinite(truth_TC[:, 0])
@@ -220,7 +229,7 @@ def _open_writer(path: Path, targets: Sequence[str], *, fold: bool) -> pq.Parque
 def _write_oof(job: Job, weights: _FoldWeights, path: Path) -> int:
     """Write the cross-fitted out-of-fold table; returns its rows."""
     written = 0
-    with _open_writer(path, job.competition.targets, fold=True) as writer:
+    with _open_writer(path, job.scoring.targets, fold=True) as writer:
         for batch in job.batches(label="write oof"):
             mean_TC = _combine(job, batch, weights)
             keep_N = ~np.any([batch.missing[each] for each in job.runs], axis=0)
@@ -236,7 +245,7 @@ def _write_oof(job: Job, weights: _FoldWeights, path: Path) -> int:
 
 def _write_test(job: Job, weights_CM: np.ndarray, path: Path) -> int:
     """Write the test table, in the order that all test tables share; returns its rows."""
-    targets, written = job.competition.targets, 0
+    targets, written = job.scoring.targets, 0
     tables = [job.paths.test(each, fold) for each in job.runs for fold in job.folds]
     weights_KC = np.repeat(weights_CM.T / len(job.folds), len(job.folds), axis=0)  # K tables, runs before folds
     total = pq.read_metadata(tables[0]).num_rows
@@ -245,11 +254,15 @@ def _write_test(job: Job, weights_CM: np.ndarray, path: Path) -> int:
         while (first := next(streams[0], None)) is not None:
             others = [_same_rows(stream, first, tables[0], table) for stream, table in _rest(streams, tables)]
             lengths_N = first[targets[0]].list.len().fill_null(0).to_numpy().astype(np.int64)
+            if job.classes:
+                lengths_N = np.full(first.height, len(job.classes.names))
             none_N = np.zeros(first.height, dtype=bool)
             mean_TC = np.zeros((int(lengths_N.sum()), len(targets)))
             for batch, table, weights_C in zip([first, *others], tables, weights_KC, strict=True):
                 where = str(table)
-                mean_TC += weights_C * finite_values(batch, lengths_N, targets=targets, missing_N=none_N, where=where)
+                values_TC = finite_values(batch, lengths_N, targets=targets, missing_N=none_N, where=where)
+                job.check(values_TC, batch["sequence_id"], where=where)
+                mean_TC += weights_C * values_TC
             lists = [as_lists(mean_TC[:, place], lengths_N) for place in range(len(targets))]
             keys = pa.array(first["sequence_id"].to_list(), pa.string())
             writer.write_table(pa.Table.from_arrays([keys, *lists], schema=writer.schema))

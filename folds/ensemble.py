@@ -1,6 +1,6 @@
-"""Folds and models become one set of predictions: a weighted mean of values, or a choice of structures.
+"""Folds and models become one set of predictions: a weighted mean of values or probabilities, a choice of structures.
 
-`folds.blend` joins values, `folds.candidates` chooses structures; both read what `Job` names.
+`folds.blend` joins values and probabilities, `folds.candidates` chooses structures; both read what `Job` names.
 """
 
 import re
@@ -15,6 +15,7 @@ from rich.table import Table
 from folds.blend import blend, blend_test
 from folds.candidates import Scorer, choose, choose_test
 from folds.job import Job
+from pipeline.classes import Classes, read_classes
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
@@ -22,7 +23,7 @@ from pipeline.runlog import warn
 from pipeline.stage import Report, read_result, run_stage
 from pipeline.tables import open_parquet
 
-VERSION = 2
+VERSION = 3
 
 
 #: Runs without a network: name -> target of make.
@@ -46,7 +47,7 @@ def run(
 
     Args:
         paths: where the artefacts of the competition live.
-        competition: decides between values and structures, and gives the metric.
+        competition: decides between values, classes and structures, and gives the metric.
         name: of the ensemble.
         runs: names below ``runs/``, each trained on `split`.
         split: whose fold table says what is out of fold.
@@ -59,27 +60,31 @@ def run(
         DataError: predictions of other data, not out of fold, twice for a sequence, or not finite.
     """
     _check_names(name, runs)
-    folds, skipped = _find_folds(paths, runs, split=split, allow_partial=allow_partial)
+    tested = "test" not in competition.optional or paths.clean("test").is_file()
+    folds, skipped = _find_folds(paths, runs, split=split, allow_partial=allow_partial, tested=tested)
     inputs = {"train": paths.clean("train"), "folds": paths.fold_table(split)}
     if competition.task == "structure" and score is not None:
         inputs["references"] = paths.clean("references")  # what the policy learns from
     for each in runs:
         for fold in folds:
-            inputs |= {
-                f"{each}/fold{fold}/oof": paths.oof(each, fold),
-                f"{each}/fold{fold}/test": paths.test(each, fold),
-            }
+            inputs[f"{each}/fold{fold}/oof"] = paths.oof(each, fold)
+            if tested:
+                inputs[f"{each}/fold{fold}/test"] = paths.test(each, fold)
+    classes = None
+    if competition.task == "classes":
+        inputs["classes"] = paths.clean("classes")
+        classes = read_classes(paths)
     home = paths.ensemble_dir(name)
-    job = Job(paths=paths, competition=competition, runs=tuple(runs), split=split, folds=folds, skipped=skipped)
-    build = (
-        partial(blend, job, learn=learn_weights) if competition.task == "values" else partial(choose, job, score=score)
-    )
+    what: dict[str, Any] = {"runs": tuple(runs), "split": split, "folds": folds, "skipped": skipped, "classes": classes}
+    job = Job(paths=paths, competition=competition, **what)
+    is_structure = competition.task == "structure"
+    build = partial(choose, job, score=score) if is_structure else partial(blend, job, learn=learn_weights)
     return run_stage(
         "ensemble",
         inputs=inputs,
         outputs={
             "oof": home / "oof.parquet",
-            "test": home / "test.parquet",
+            **({"test": home / "test.parquet"} if tested else {}),
             "weights": home / "weights.json",
         },
         params={
@@ -89,7 +94,7 @@ def run(
             "split": split,
             "folds": folds,
             "learn_weights": learn_weights,
-            **({"scored": score is not None} if competition.task == "structure" else {}),
+            **({"scored": score is not None} if is_structure else {}),
         },
         build=build,
     )
@@ -129,9 +134,11 @@ def apply(
         raise ConfigError(f"FOLD={chosen}: the folds of {weights} are {told['folds']}. Next: choose some of them.")
     left_out = [fold for fold in told["folds"] if fold not in chosen]
     runs = tuple(told["runs"])
-    job = Job(paths=paths, competition=competition, runs=runs, split=told["split"], folds=chosen, skipped=left_out)
-    is_values = competition.task == "values"
-    if partial_runs and is_values:
+    classes = Classes.of(told["classes"]) if competition.task == "classes" else None
+    what: dict[str, Any] = {"runs": runs, "split": told["split"], "folds": chosen, "skipped": left_out}
+    job = Job(paths=paths, competition=competition, classes=classes, **what)
+    is_structure = competition.task == "structure"
+    if partial_runs and not is_structure:
         raise ConfigError(f"ensemble: a mean of {competition.name} needs every run. Next: leave --partial out.")
     tables = {f"{each}/fold{k}/test": paths.test(each, k) for each in runs for k in chosen}
     if partial_runs:
@@ -143,7 +150,9 @@ def apply(
         inputs={"weights": weights} | tables,
         outputs={"test": paths.ensemble_dir(name) / "test.parquet"},
         params={"version": VERSION, "competition": competition.name, "test_only": True, "folds": chosen},
-        build=partial(blend_test, job, told["weights"]) if is_values else partial(choose_test, job, told.get("policy")),
+        build=partial(choose_test, job, told.get("policy"))
+        if is_structure
+        else partial(blend_test, job, told["weights"]),
     )
 
 
@@ -160,7 +169,9 @@ def _check_names(name: str, runs: Sequence[str]) -> None:
         raise ConfigError(f"ensemble: run {twice[0]!r} is given twice; expected each run once. Next: leave it out.")
 
 
-def _find_folds(paths: Paths, runs: Sequence[str], *, split: str, allow_partial: bool) -> tuple[list[int], list[int]]:
+def _find_folds(
+    paths: Paths, runs: Sequence[str], *, split: str, allow_partial: bool, tested: bool
+) -> tuple[list[int], list[int]]:
     """Folds to use and folds left out, from the fold table and the predictions that are there."""
     table = paths.fold_table(split)
     open_parquet(table, ["sequence_id", "fold"]).close()
@@ -169,7 +180,7 @@ def _find_folds(paths: Paths, runs: Sequence[str], *, split: str, allow_partial:
         (each, fold)
         for each in runs
         for fold in every
-        if not (paths.oof(each, fold).is_file() and paths.test(each, fold).is_file())
+        if not (paths.oof(each, fold).is_file() and (paths.test(each, fold).is_file() or not tested))
     }
     folds = [fold for fold in every if all((each, fold) not in lacking for each in runs)]
     if lacking and not (allow_partial and folds):
@@ -201,7 +212,7 @@ def describe(facts: Mapping[str, Any]) -> Table:
     """Scores of the runs, of their mean and of the learned weights, as a table for the terminal."""
     if facts["task"] == "structure":
         return _describe_structures(facts)
-    targets = facts["targets"]
+    targets = facts["targets"] if facts["task"] == "values" else []
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
     table.add_column(f"{len(facts['folds'])} folds of {facts['split']}, {facts['metric']} out of fold")
     for column in ("score", *targets):
@@ -216,7 +227,8 @@ def describe(facts: Mapping[str, Any]) -> Table:
         table.add_row("learned, in sample (optimistic)", f"{facts['learned']['score_in_sample']:.4f}")
     table.add_row(f"used: {facts['chosen']}", f"[bold]{facts['score']:.4f}[/]")
     for each in facts["runs"] if len(facts["runs"]) > 1 else ():
-        table.add_row(f"weight of {each}", "", *(f"{facts['weights'][target][each]:.3f}" for target in targets))
+        weights = [f"{facts['weights'][target][each]:.3f}" for target in facts["targets"]]
+        table.add_row(f"weight of {each}", *(["", *weights] if targets else weights))
     return table
 
 
@@ -229,6 +241,8 @@ def _describe_structures(facts: Mapping[str, Any]) -> Table:
     if policy := facts["policy"]:
         for each, score in policy["best_of_five_of_runs"].items():
             table.add_row(f"best of five out of fold, {each} alone", f"{score:.4f}")
+        for each in policy["spare"]:
+            table.add_row(f"in reserve, as the five are better without it: {each}", "")
         chosen = policy["best_of_five"][str(policy["novelty"])]
         table.add_row("best of five out of fold, chosen", f"[bold]{chosen:.4f}[/]")
     return table

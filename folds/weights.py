@@ -1,9 +1,9 @@
-"""Weights of a mean that make its absolute or square error least: non-negative, summing to one.
+"""Weights of a mean that make its absolute error, square error or log loss least: non-negative, summing to one.
 
 min over the simplex of mean |P w - y| is a convex problem. It is solved by majorisation: every step replaces |r| by
 the parabola that touches it at the present residuals, and minimises that exactly with an active set. The loss falls at
 every step; a duality gap says how far from the optimum the last step can be at most. The square error is a parabola
-from the start: one step.
+from the start: one step. The log loss, mean -log(P w), has the same shape: its steps are Newton's.
 
 Letters: T positions, M predictions (one a run).
 """
@@ -23,7 +23,7 @@ class Weights:
     """Learned weights with a certificate."""
 
     values_M: np.ndarray  #: [M] float64, non-negative, sum 1, multiples of 1e-6
-    loss: float  #: mean absolute or square error at `values_M`
+    loss: float  #: mean absolute error, square error or log loss at `values_M`
     gap: float  #: no weights have a (smoothed) loss lower by more than this
 
 
@@ -61,6 +61,45 @@ def _gap(residuals_TM: np.ndarray, weights_M: np.ndarray, power: int) -> float:
     slope_T = np.clip(residual_T / SMOOTHING, -1.0, 1.0) if power == 1 else 2.0 * residual_T
     gradient_M = slope_T @ residuals_TM / len(slope_T)
     return float(max(0.0, gradient_M @ weights_M - gradient_M.min()))
+
+
+def learn_mixture(right_TM: np.ndarray, *, steps: int = 100, gap: float = 1e-7) -> Weights:
+    """Weights of the mean of probabilities with the least log loss, mean -log(P w).
+
+    Near w the loss is, but for a constant, mean ((p / (p·w) - 2)·v)² / 2 for weights v: a square error on the simplex.
+
+    Args:
+        right_TM: [T, M] in (0, 1], what each prediction gave to what came true.
+        steps: at most so many.
+        gap: stop when no weights can be better by more than this.
+    """
+    right_TM = right_TM.astype(np.float64)
+    weights_M = np.full(right_TM.shape[1], 1.0 / right_TM.shape[1])
+    for _ in range(steps):
+        relative_TM = right_TM / (right_TM @ weights_M)[:, None]
+        if _mixture_gap(relative_TM) <= gap:
+            break
+        target_M = least_square_on_simplex((relative_TM - 2.0).T @ (relative_TM - 2.0) / len(right_TM))
+        weights_M = _downhill(right_TM, weights_M, target_M)
+    weights_M = _rounded(weights_M)
+    mean_T = right_TM @ weights_M
+    return Weights(values_M=weights_M, loss=float(-np.log(mean_T).mean()), gap=_mixture_gap(right_TM / mean_T[:, None]))
+
+
+def _mixture_gap(relative_TM: np.ndarray) -> float:
+    """As `_gap`: the gradient is -mean p / (p·w), and times w it is -1."""
+    return float(max(0.0, relative_TM.mean(axis=0).max() - 1.0))
+
+
+def _downhill(right_TM: np.ndarray, weights_M: np.ndarray, target_M: np.ndarray) -> np.ndarray:
+    """The longest of the steps 1, 1/2, 1/4 … towards `target_M` that lowers the log loss."""
+    before = np.log(right_TM @ weights_M).mean()
+    for halvings in range(40):
+        tried_M = weights_M + 0.5**halvings * (target_M - weights_M)
+        mean_T = right_TM @ tried_M
+        if mean_T.min() > 0.0 and np.log(mean_T).mean() > before:
+            return tried_M
+    return weights_M
 
 
 def _rounded(weights_M: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.dataset import RnaExample
+from pipeline.dataset import RnaExample, crop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,23 +48,6 @@ def flip(example: RnaExample) -> RnaExample:
         changed["target_LC"] = example.target_LC[::-1]
     if example.bpp_ij_K2 is not None:
         changed["bpp_ij_K2"] = (len(example.tokens_L) - 1 - example.bpp_ij_K2[:, ::-1]).astype(np.uint16)
-    return example._replace(**changed)
-
-
-def crop(example: RnaExample, *, start: int, length: int) -> RnaExample:
-    """The window ``[start, start + length)`` of an example; pairs that leave it are lost.
-
-    >>> crop(RnaExample("a", np.array([0, 1, 2], dtype=np.uint8)), start=1, length=2).tokens_L.tolist()
-    [1, 2]
-    """
-    window = slice(start, start + length)
-    changed: dict[str, Any] = {"tokens_L": example.tokens_L[window]}
-    if example.target_LC is not None:
-        changed["target_LC"] = example.target_LC[window]
-    if example.bpp_ij_K2 is not None and example.bpp_p_K is not None:
-        inside_K = ((example.bpp_ij_K2 >= start) & (example.bpp_ij_K2 < window.stop)).all(axis=1)
-        changed["bpp_ij_K2"] = (example.bpp_ij_K2[inside_K] - start).astype(np.uint16)
-        changed["bpp_p_K"] = example.bpp_p_K[inside_K]
     return example._replace(**changed)
 
 

@@ -1,6 +1,6 @@
 """A padded batch as the network takes it.
 
-Letters: B batch, L padded length (nt), C target, K base pairs of a batch.
+Letters: B batch, L padded length (nt), C target or class, K base pairs of a batch.
 """
 
 from collections.abc import Callable
@@ -28,6 +28,7 @@ class RnaBatch(NamedTuple):
     weight_BC: Tensor | None = None  # float32 >= 0, NaN = no such profile
     pairs_3K: Tensor | None = None  # int32: position in the batch, i, j, each pair once; until `to` made bpp_BLL of it
     p_K: Tensor | None = None  # float32
+    label_BC: Tensor | None = None  # bool
 
     def to(self, device: torch.device) -> "RnaBatch":
         """The same batch on a device, its pairs as matrices there; from pinned memory without waiting."""
@@ -41,10 +42,10 @@ class RnaBatch(NamedTuple):
             return tensor.pin_memory().to(device, non_blocking=True)
 
         inputs = RnaInputs(*(move(tensor) for tensor in self.inputs))  # type: ignore[arg-type]
-        target_BLC, weight_BC, pairs_3K, p_K = (move(tensor) for tensor in self[2:])
+        target_BLC, weight_BC, pairs_3K, p_K, label_BC = (move(tensor) for tensor in self[2:])
         if pairs_3K is not None and p_K is not None:
             inputs = inputs._replace(bpp_BLL=_dense(pairs_3K, p_K, inputs.tokens_BL.shape))
-        return RnaBatch(self.ids, inputs, target_BLC, weight_BC)
+        return RnaBatch(self.ids, inputs, target_BLC, weight_BC, label_BC=label_BC)
 
 
 def make_batch(
@@ -58,7 +59,7 @@ def unpack(packed: Packed) -> RnaBatch:
     """The tensors of a packed batch."""
     mask_BL = np.arange(packed.tokens_BL.shape[1]) < packed.lengths_B[:, None]
     inputs = RnaInputs(torch.from_numpy(packed.tokens_BL).long(), torch.from_numpy(mask_BL))
-    arrays = (packed.target_BLC, packed.weight_BC, packed.pairs_3K, packed.p_K)
+    arrays = (packed.target_BLC, packed.weight_BC, packed.pairs_3K, packed.p_K, packed.label_BC)
     return RnaBatch(packed.ids, inputs, *(None if array is None else torch.from_numpy(array) for array in arrays))
 
 

@@ -35,7 +35,10 @@ app = typer.Typer(
 )
 
 Comp = Annotated[
-    str, typer.Option("--comp", help="Competition: ribonanza, openvaccine, rna3d or rna3d2.", is_eager=True)
+    str,
+    typer.Option(
+        "--comp", help="ribonanza, openvaccine, rna3d, rna3d2, or labelled-<name> for a set of your own.", is_eager=True
+    ),
 ]
 Artifacts = Annotated[
     Path, typer.Option("--artifacts", help="Folder where the stages write.", envvar="RNA_ARTIFACTS", file_okay=False)
@@ -142,7 +145,8 @@ def download(
 @app.command()
 def data(
     raw: Annotated[
-        str, typer.Option("--raw", help="Folder with the competition's files; default: where download puts them.")
+        str,
+        typer.Option("--raw", help="Folder with the files (or the training file of a labelled set); default: raw/."),
     ] = "",
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
@@ -758,6 +762,7 @@ def report(comp: Comp = _COMP, artifacts: Artifacts = _ARTIFACTS, name: Name = _
 @app.command()
 def plan(
     comp: Comp = _COMP,
+    artifacts: Artifacts = _ARTIFACTS,
     model: Model = "",
     set_: Sets = None,
     length: Annotated[
@@ -767,13 +772,16 @@ def plan(
 ) -> None:
     """Say what memory a training step takes, counted without running it; refuse what cannot fit, and say what would."""
     from pipeline import plan as planning
+    from pipeline.classes import read_classes
     from pipeline.config import load_config
     from pipeline.train import build_model
 
     config, competition = load_config(model, set_ or ()), _competition(comp)
+    classes = read_classes(_paths(comp, artifacts)) if competition.task == "classes" else None
     if length is not None and length > config.data.max_length:
         say(f"LENGTH={length}: training crops to data.max_length = {config.data.max_length} nt, which is what counts")
-    found = planning.make_plan(config, lambda: build_model(config.model, competition), length=length, processes=nproc)
+    size = {"length": length, "processes": nproc}
+    found = planning.make_plan(config, lambda: build_model(config.model, competition, classes), **size)  # type: ignore[arg-type]
     output.print(found.table())
     found.require_fit()
     output.print(found.line(), markup=False)
@@ -807,7 +815,7 @@ def bench_models(rounds: Rounds = 2) -> None:
 def bench_tm(
     traces: Annotated[Path, typer.Option("--traces", help="Folder of C1' traces, as score-tm reads it.")],
 ) -> None:
-    """Time both TM-scores beside one US-align process a pair, if that is installed, and compare the scores."""
+    """Time both TM-scores beside one process a pair of US-align, or else of TM-align, and compare the scores."""
     from submissions import bench_tm as bench
 
     output.print(bench.run(traces))
@@ -866,10 +874,14 @@ def finished_runs(paths: Paths, split: str) -> list[str]:
     """
     begun = (path for path in (paths.home / "runs").glob(f"*.{split}") if _is_begun(path))
     runs = sorted(path.name for path in begun if "+sweep-" not in path.name)
+    tested = "test" not in _competition(paths.comp).optional or paths.clean("test").is_file()
     complete = [
         run
         for run in runs
-        if all(paths.oof(run, k).is_file() and paths.test(run, k).is_file() for k in range(_fold_count(split)))
+        if all(
+            paths.oof(run, k).is_file() and (paths.test(run, k).is_file() or not tested)
+            for k in range(_fold_count(split))
+        )
     ]
     if not complete:
         seen = ", ".join(runs) or "no run at all"

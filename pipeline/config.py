@@ -22,6 +22,7 @@ CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 #: Smallest and largest sensible value of a number; numbers that are not here may be any finite one.
 _LIMITS: dict[str, tuple[float, float]] = {
     "max_length": (1, math.inf),
+    "crop": (0, math.inf),
     "flip": (0, 1),
     "length_bucket": (0, math.inf),
     "seed": (0, 2**63 - 1),
@@ -44,6 +45,8 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "frame_weight": (0, math.inf),
     "tm_weight": (0, math.inf),
     "confidence_weight": (0, math.inf),
+    "focal_gamma": (0, math.inf),
+    "class_balance": (0, 1 - 1e-9),
 }
 
 
@@ -61,6 +64,7 @@ class DataConfig:
     """What the network sees of the tables."""
 
     max_length: int = 512  # nt; longer training sequences are cropped, predictions never
+    crop: int = 0  # nt, odd; of a labelled set the middle of every sequence alone, in predictions too; 0 = all of it
     min_signal_to_noise: float = 0.0  # profiles below are left out of the loss
     weighting: typing.Literal["log1p_sn", "uniform"] = "log1p_sn"  # of a profile in the loss
     flip: float = 0.0  # probability of reversing a training sequence 5'-3'
@@ -97,6 +101,10 @@ class TrainConfig:
     frame_weight: float = 1.0  # of coordinates as seen from local frames
     tm_weight: float = 1.0  # of coordinates after superposition
     confidence_weight: float = 0.1  # of the confidence in them
+    # of a labelled set: how much less a class counts the surer it is (Lin et al. 2017); 0 = cross-entropy
+    focal_gamma: float = 0.0
+    # and how much more a rare class counts: beta of the effective number of its sequences (Cui et al. 2019); 0 = off
+    class_balance: float = 0.0
     # a loss so many robust standard deviations above the last 128 is a spike and its batch is skipped; 0 = off, because
     # batches of another length or library may be that different; a try begins with 10 or more
     spike_threshold: float = 0.0

@@ -1,9 +1,9 @@
 """Clean tables as memory-mapped arrays: written once, opened in milliseconds, shared by every fold.
 
-Letters: N examples, L length (nt), T all nucleotides of a table in a row, C target, M sequences with base-pair
+Letters: N examples, L length (nt), T all nucleotides of a table in a row, C target or class, M sequences with base-pair
 probabilities, K stored pairs.
 
-``arrays/<table>-<key>/`` holds tokens, offsets, ids and, for the train table, targets, weights and scored;
+``arrays/<table>-<key>/`` holds tokens, offsets, ids and, for the train table, targets or labels, weights and scored;
 ``arrays/bpp-<key>/`` the base-pair probabilities of all tables, found by the sequence. A key is a hash of the input
 file, so that a changed table never meets arrays of the old one.
 """
@@ -21,10 +21,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from pipeline.classes import Classes, read_classes
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.paths import Paths
-from pipeline.schema import decode, encode
+from pipeline.schema import ALPHABET, decode, encode
 from pipeline.stage import Report, fsync, is_alive, sha256_file, write_json
 
 _VERSION = 1
@@ -41,6 +42,24 @@ class RnaExample(NamedTuple):
     weight_C: np.ndarray | None = None  # float32
     bpp_ij_K2: np.ndarray | None = None  # uint16
     bpp_p_K: np.ndarray | None = None  # float32 in (0, 1]
+    label_C: np.ndarray | None = None  # bool, whether the sequence is of each class
+
+
+def crop(example: RnaExample, *, start: int, length: int) -> RnaExample:
+    """The window ``[start, start + length)`` of an example; pairs that leave it are lost.
+
+    >>> crop(RnaExample("a", np.array([0, 1, 2], dtype=np.uint8)), start=1, length=2).tokens_L.tolist()
+    [1, 2]
+    """
+    window = slice(start, start + length)
+    changed: dict[str, Any] = {"tokens_L": example.tokens_L[window]}
+    if example.target_LC is not None:
+        changed["target_LC"] = example.target_LC[window]
+    if example.bpp_ij_K2 is not None and example.bpp_p_K is not None:
+        inside_K = ((example.bpp_ij_K2 >= start) & (example.bpp_ij_K2 < window.stop)).all(axis=1)
+        changed["bpp_ij_K2"] = (example.bpp_ij_K2[inside_K] - start).astype(np.uint16)
+        changed["bpp_p_K"] = example.bpp_p_K[inside_K]
+    return example._replace(**changed)
 
 
 class _File(NamedTuple):
@@ -86,9 +105,13 @@ class ExampleSet(_Mapped):
     offsets: np.ndarray  # int64 [N+1] into the nucleotides
     ids_N: np.ndarray  # bytes, unique; sorted in the train table
     targets_TC: np.ndarray | None = None  # float32, NaN = not measured
-    weights_NC: np.ndarray | None = None  # float32: signal_to_noise, or ones; NaN = no such profile, or none to learn
+    #: float32: signal_to_noise, or ones; NaN = no such profile, or none to learn; of classes [N, 1] may stand for all
+    weights_NC: np.ndarray | None = None
     scored_N: np.ndarray | None = None  # bool: counts in the organisers' metric
     bpp: BppArrays | None = None
+    labels_NC: np.ndarray | None = None  # bool
+    classes: Classes | None = None  # of a labelled set, for the test table too
+    crop: int = 0  # nt; only the middle of each example is seen, as its length too; 0 = all of it
 
     def __len__(self) -> int:
         return len(self.ids_N)
@@ -96,26 +119,36 @@ class ExampleSet(_Mapped):
     @cached_property
     def lengths(self) -> np.ndarray:
         """Nucleotides of each example: [N] int64."""
-        return np.diff(self.offsets)
+        whole_N = np.diff(self.offsets)
+        return np.minimum(whole_N, self.crop) if self.crop else whole_N
 
     def example(self, index: int) -> RnaExample:
         """One example; its arrays are views of the files and cannot be written to."""
         start, stop = self.offsets[index], self.offsets[index + 1]
-        pairs: tuple[np.ndarray, np.ndarray] | tuple[None, None] = (None, None)
-        if self.bpp is not None:
-            row = self.bpp.row_N[index]
-            first, last = self.bpp.offsets[row], self.bpp.offsets[row + 1]
-            pairs = self.bpp.ij_K2[first:last], self.bpp.p_K[first:last]
-        return RnaExample(
+        example = RnaExample(
             self.ids_N[index].decode(),
             self.tokens_T[start:stop],
             None if self.targets_TC is None else self.targets_TC[start:stop],
             None if self.weights_NC is None else self.weights_NC[index],
-            *pairs,
+            label_C=None if self.labels_NC is None else self.labels_NC[index],
         )
+        if self.bpp is not None:
+            row = self.bpp.row_N[index]
+            pairs = slice(self.bpp.offsets[row], self.bpp.offsets[row + 1])
+            example = example._replace(bpp_ij_K2=self.bpp.ij_K2[pairs], bpp_p_K=self.bpp.p_K[pairs])
+        surplus = stop - start - self.crop
+        return crop(example, start=surplus // 2, length=self.crop) if self.crop and surplus > 0 else example
 
 
-def open_examples(competition: Competition, *, paths: Paths, table: Table, bpp: bool = False) -> ExampleSet:
+def open_examples(
+    competition: Competition,
+    *,
+    paths: Paths,
+    table: Table,
+    bpp: bool = False,
+    classes: Classes | None = None,
+    crop: int = 0,
+) -> ExampleSet:
     """Memory-map the arrays of a clean table, and build them first if they are missing or of other data.
 
     Without the clean table (arrays that were carried to another machine) the one set that is there is used.
@@ -125,13 +158,23 @@ def open_examples(competition: Competition, *, paths: Paths, table: Table, bpp: 
         paths: where the tables and arrays are.
         table: ``train`` (with targets) or ``test``.
         bpp: also open the base-pair probabilities.
+        classes: of a labelled set, where they are not on this machine; None = as the data stage found them.
+        crop: show the middle of each sequence, so many nt, alone; 0 = all of it.
 
     Raises:
-        DataError: no clean table, or one that does not keep its schema.
-        ConfigError: base-pair probabilities are asked for and were not computed.
+        DataError: no clean table, or one that does not keep its schema; a sequence without a middle.
+        ConfigError: base-pair probabilities are asked for and were not computed, or make no sense.
     """
-    folder = build_arrays(competition, paths=paths, table=table).outputs["arrays"]
-    names = ("tokens", "offsets", "ids", *(("targets", "weights", "scored") if table == "train" else ()))
+    if competition.task == "classes":
+        classes = classes or read_classes(paths)
+        if bpp and not classes.is_nucleic:
+            raise ConfigError(
+                f"{paths.comp}: base-pair probabilities of proteins; expected RNA or DNA. "
+                "Next: SET='model.kwargs.use_bpp=false'."
+            )
+    folder = build_arrays(competition, paths=paths, table=table, classes=classes).outputs["arrays"]
+    truth = ("labels" if classes else "targets", "weights", "scored") if table == "train" else ()
+    names = ("tokens", "offsets", "ids", *truth)
     arrays = _open_arrays(folder, names)
     examples = ExampleSet(
         key=folder.name,
@@ -142,8 +185,24 @@ def open_examples(competition: Competition, *, paths: Paths, table: Table, bpp: 
         weights_NC=arrays.get("weights"),
         scored_N=arrays.get("scored"),
         bpp=_open_bpp(arrays["tokens"], arrays["offsets"], paths=paths) if bpp else None,
+        labels_NC=arrays.get("labels"),
+        classes=classes,
+        crop=crop,
     )
+    if crop:
+        _require_middle(examples, where=paths.clean(table))
     return examples
+
+
+def _require_middle(examples: ExampleSet, *, where: Path) -> None:
+    whole_N = np.diff(examples.offsets)
+    even = np.flatnonzero((whole_N > examples.crop) & (whole_N % 2 == 0))
+    if even.size:
+        name, length = examples.ids_N[even[0]].decode(), whole_N[even[0]]
+        raise DataError(
+            f"{where}: {name!r} has {length} letters, none of them in the middle; expected windows of odd length for "
+            "data.crop. Next: leave data.crop out."
+        )
 
 
 def dense_bpp(example: RnaExample) -> np.ndarray | None:
@@ -168,7 +227,7 @@ def read_folds(path: Path, *, examples: ExampleSet) -> np.ndarray:
     if not path.is_file():
         raise DataError(f"{path}: no fold table. Next: {hint}.")
     folds = _read_parquet(path, lambda: pq.read_table(path, columns=["sequence_id", "fold"]))
-    ids = np.array(folds["sequence_id"].to_pylist(), dtype=bytes)
+    ids = _as_bytes(folds["sequence_id"].to_pylist())
     order = np.argsort(ids)
     if not np.array_equal(ids[order], examples.ids_N):
         ours, theirs = set(examples.ids_N.tolist()), set(ids.tolist())
@@ -193,8 +252,8 @@ def fold_members(fold_N: np.ndarray, fold: int, *, where: str) -> np.ndarray:
     return fold_N == fold
 
 
-def build_arrays(competition: Competition, *, paths: Paths, table: Table) -> Report:
-    """Turn a clean table into ``arrays/<table>-<key>/``, unless it is there.
+def build_arrays(competition: Competition, *, paths: Paths, table: Table, classes: Classes | None = None) -> Report:
+    """Turn a clean table into ``arrays/<table>-<key>/``, unless it is there; `classes` are those of a labelled set.
 
     Raises:
         DataError: the table is missing, damaged, or breaks its schema (the row's id is named).
@@ -202,11 +261,23 @@ def build_arrays(competition: Competition, *, paths: Paths, table: Table) -> Rep
     clean = paths.clean(table)
     if not clean.is_file():
         return _carried(paths, table, missing=f"{clean}: no clean table. Next: make data COMP={paths.comp}.")
-    targets = competition.targets if table == "train" else ()
+    is_train = table == "train"
+    targets = competition.targets if is_train else ()
     params = {"version": _VERSION, "targets": targets, "signal_to_noise": competition.signal_to_noise or ()}
+    params |= {"classes": classes.facts()} if classes else {}
 
     def write(folder: Path) -> dict[str, Any]:
-        return _write_table(clean, folder, targets=targets, signal_to_noise=competition.signal_to_noise)
+        facts = _write_table(
+            clean,
+            folder,
+            targets=targets,
+            signal_to_noise=competition.signal_to_noise,
+            alphabet=classes.alphabet if classes else ALPHABET,
+            sorted_by_id=is_train,
+        )
+        if classes and is_train:
+            _write_labels(clean, folder, count=len(classes.names))
+        return facts
 
     return _build_set(paths.arrays_dir, table, source=clean, params=params, write=write)
 
@@ -283,10 +354,16 @@ def _build_set(
 
 
 def _write_table(
-    clean: Path, folder: Path, *, targets: tuple[str, ...], signal_to_noise: tuple[str, ...] | None
+    clean: Path,
+    folder: Path,
+    *,
+    targets: tuple[str, ...],
+    signal_to_noise: tuple[str, ...] | None,
+    alphabet: str,
+    sorted_by_id: bool,
 ) -> dict[str, Any]:
     """Stream a clean table into ``tokens, offsets, ids`` and, with targets, ``targets, weights, scored``."""
-    ids, lengths = _ids_and_lengths(clean, sorted_by_id=bool(targets))
+    ids, lengths = _ids_and_lengths(clean, sorted_by_id=sorted_by_id)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     np.save(folder / "ids.npy", ids)
     np.save(folder / "offsets.npy", offsets)
@@ -301,7 +378,7 @@ def _write_table(
     for batch in _batches(clean, columns):
         rows = slice(row, row + batch.num_rows)
         span = slice(offsets[row], offsets[row := rows.stop])
-        tokens_T[span] = encode("".join(batch["sequence"].to_pylist()))
+        tokens_T[span] = encode("".join(batch["sequence"].to_pylist()), alphabet)
         if targets:
             scored_N[rows] = batch["scored"].to_numpy(zero_copy_only=False)
             for c, name in enumerate(targets):
@@ -314,6 +391,20 @@ def _write_table(
         np.save(folder / "weights.npy", weights_NC)
         np.save(folder / "scored.npy", scored_N)
     return {"examples": len(ids), "nucleotides": int(offsets[-1])}
+
+
+def _write_labels(clean: Path, folder: Path, *, count: int) -> None:
+    """``labels`` [N, C], ``weights`` [N, 1] (1, NaN = not labelled) and ``scored``."""
+    places, known = [], []
+    for batch in _batches(clean, ["labels"]):
+        lists = batch["labels"]
+        places.append(lists.flatten().to_numpy())  # without those of null lists
+        known.append(np.where(lists.is_valid(), np.diff(lists.offsets.to_numpy()), -1))
+    known_N = np.concatenate(known)
+    labels_NC = create_mapped(folder / "labels.npy", np.bool_, (len(known_N), count))
+    labels_NC[np.repeat(np.arange(len(known_N)), known_N.clip(min=0)), np.concatenate(places)] = True
+    np.save(folder / "scored.npy", known_N >= 0)
+    np.save(folder / "weights.npy", np.where(known_N >= 0, 1, np.nan).astype(np.float32)[:, None])
 
 
 def _optional(path: Path, name: str) -> list[str]:
@@ -332,12 +423,16 @@ def _ids_and_lengths(clean: Path, *, sorted_by_id: bool) -> tuple[np.ndarray, np
         lengths.append(pc.binary_length(batch["sequence"]).to_numpy())
     if not ids:
         raise DataError(f"{clean}: no rows; expected at least one sequence. Next: make data.")
-    ids_N, lengths_N = np.array(ids, dtype=bytes), np.concatenate(lengths).astype(np.int64)
+    ids_N, lengths_N = _as_bytes(ids), np.concatenate(lengths).astype(np.int64)
     if sorted_by_id and not (ids_N[:-1] < ids_N[1:]).all():
         raise DataError(f"{clean}: not sorted by sequence_id, or an id twice. Next: make data.")
     if not sorted_by_id and len(set(ids)) != len(ids):
         raise DataError(f"{clean}: a sequence_id twice. Next: make data.")
     return ids_N, lengths_N
+
+
+def _as_bytes(ids: Sequence[str]) -> np.ndarray:
+    return np.array([name.encode() for name in ids])
 
 
 def _flat_values(batch: Any, name: str, lengths: np.ndarray, *, where: Path) -> np.ndarray:
@@ -366,7 +461,7 @@ def _open_bpp(tokens_T: np.ndarray, offsets: np.ndarray, *, paths: Paths) -> Bpp
     row_N = order[np.searchsorted(digests_M, wanted_N, sorter=order).clip(max=len(order) - 1)]
     missing = np.flatnonzero(digests_M[row_N] != wanted_N)
     if missing.size:
-        first = decode(tokens_T[offsets[missing[0]] : offsets[missing[0] + 1]])
+        first = decode(tokens_T[offsets[missing[0]] : offsets[missing[0] + 1]], f"{ALPHABET}N")
         raise DataError(
             f"{paths.bpp}: no base-pair probabilities for {missing.size} of {len(wanted_N)} sequences (such as "
             f"{first[:20]}…); expected all. Next: make bpp COMP={paths.comp}."
@@ -396,7 +491,7 @@ def _write_bpp(source: Path, folder: Path) -> dict[str, Any]:
     digests: list[int] = []
     counts = []
     for batch in _batches(source, ["sequence", "i"]):
-        digests += [_digest(encode(sequence).tobytes()) for sequence in batch["sequence"].to_pylist()]
+        digests += [_digest(encode(sequence, f"{ALPHABET}N").tobytes()) for sequence in batch["sequence"].to_pylist()]
         counts.append(pc.list_value_length(batch["i"]).to_numpy())
     if len(set(digests)) != len(digests) or not digests:
         raise DataError(f"{source}: no rows, or a sequence twice. Next: make bpp.")

@@ -1,4 +1,4 @@
-"""The whole chain on a small seeded data set in the competitions' own raw formats: no data, no GPU needed."""
+"""The whole chain on small seeded data sets, in the competitions' own raw formats and labelled: no data, no GPU."""
 
 import time
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _NAME = "demo"
 
 
 def run(folder: Path, *, seed: int = 0) -> None:
-    """Make raw data of every competition, run all stages on them, and print what came of it.
+    """Make raw data of every competition and a labelled set, run all stages on them, and print what came of it.
 
     Args:
         folder: everything goes below it: raw files, artefacts, submissions, the experiment log.
@@ -32,6 +32,7 @@ def run(folder: Path, *, seed: int = 0) -> None:
     synthetic.write_ribonanza(folder / "raw" / "ribonanza", seed=seed)
     synthetic.write_openvaccine(folder / "raw" / "openvaccine", seed=seed)
     synthetic.write_rna3d(folder / "raw" / "rna3d", seed=seed)
+    synthetic.write_labelled(folder / "raw" / "labelled", seed=seed)
     has_bpp, reason = bpp.available()
     if not has_bpp:
         output.print(f"base-pair probabilities are left out: {reason}")
@@ -40,6 +41,7 @@ def run(folder: Path, *, seed: int = 0) -> None:
         _chain(folder, "ribonanza", models=models, use_bpp=has_bpp),
         _chain(folder, "openvaccine", models=models[1:], use_bpp=has_bpp),
         _chain(folder, "rna3d", models=models[1:], use_bpp=has_bpp),
+        _chain(folder, "labelled", models=("tiny_drsn",), use_bpp=False),
     ]
     _summary(scores, seconds=time.monotonic() - started)
 

@@ -41,6 +41,7 @@ def run(competition: Competition, paths: Paths, *, files: Sequence[str] = ()) ->
         DataError: an archive that must not be unpacked (3).
         ConfigError: a name with a folder in it (2).
     """
+    competition.require_kaggle("download")
     started = time.monotonic()
     wanted = list(files or competition.files)
     for name in wanted:

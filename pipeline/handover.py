@@ -32,8 +32,10 @@ def run(paths: Paths, *, competition: Competition, name: str) -> Report:
     """Write the files for one ensemble.
 
     Raises:
+        ConfigError: the competition is not one of Kaggle's.
         DataError: there is no such ensemble, or a checkpoint or metrics file of it is absent.
     """
+    competition.require_kaggle("handover")
     started = time.monotonic()
     told = read_result(
         paths.ensemble_dir(name) / "weights.json", hint=f"make ensemble COMP={competition.name} NAME={name}"

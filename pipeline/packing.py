@@ -1,6 +1,6 @@
 """Which examples come together, and how they become one padded batch of numpy arrays; loader workers need no torch.
 
-Letters: B batch, L padded length (nt), C target, N examples of a set, K base pairs of a batch.
+Letters: B batch, L padded length (nt), C target or class, N examples of a set, K base pairs of a batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +22,7 @@ class Packed(NamedTuple):
     weight_BC: np.ndarray | None = None  # float32
     pairs_3K: np.ndarray | None = None  # int32: position in the batch, i, j, with i < j
     p_K: np.ndarray | None = None  # float32
+    label_BC: np.ndarray | None = None  # bool
 
 
 def plan_epoch(lengths_N: np.ndarray, *, batch_size: int, bucket: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -106,13 +107,15 @@ def pack(examples: Sequence[RnaExample]) -> Packed:
     tokens_BL = np.zeros(real_BL.shape, dtype=np.uint8)
     tokens_BL[real_BL] = np.concatenate([example.tokens_L for example in examples])
     pairs_3K, p_K = _pairs(examples) if examples[0].bpp_p_K is not None else (None, None)
-    first = examples[0].target_LC
-    if first is None:
-        return Packed(ids, tokens_BL, lengths_B, None, None, pairs_3K, p_K)
-    target_BLC = np.full((*real_BL.shape, first.shape[1]), np.nan, dtype=np.float32)
-    target_BLC[real_BL] = np.concatenate([example.target_LC for example in examples])
-    weight_BC = np.stack([example.weight_C for example in examples])  # type: ignore[misc]
-    return Packed(ids, tokens_BL, lengths_B, target_BLC, weight_BC, pairs_3K, p_K)
+    first, target_BLC = examples[0], None
+    if first.target_LC is not None:
+        target_BLC = np.full((*real_BL.shape, first.target_LC.shape[1]), np.nan, dtype=np.float32)
+        target_BLC[real_BL] = np.concatenate([example.target_LC for example in examples])
+    weight_BC, label_BC = (
+        None if getattr(first, name) is None else np.stack([getattr(example, name) for example in examples])
+        for name in ("weight_C", "label_C")
+    )
+    return Packed(ids, tokens_BL, lengths_B, target_BLC, weight_BC, pairs_3K, p_K, label_BC)
 
 
 def _pairs(examples: Sequence[RnaExample]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """Predictions of one fold: its held-out sequences (``oof``) and the test set, one row per sequence.
 
 In float32 whatever the training ran in, so that neither batch size nor padding moves a prediction by more than 1e-6.
-Letters: B batch, L length (nt), T nucleotides in a row, C target, K distance bin.
+Letters: B batch, L length (nt), T nucleotides in a row, C target or class, K distance bin.
 """
 
 import time
@@ -22,6 +22,7 @@ from models.heads import expected_lddt
 from models.interface import RnaInputs, RnaModel, RnaOutputs
 from pipeline.augment import flip
 from pipeline.batch import make_batch
+from pipeline.classes import Classes, read_classes
 from pipeline.competitions.base import Competition
 from pipeline.config import RunConfig, config_from_dict
 from pipeline.dataset import ExampleSet, create_mapped, dense_bpp, fold_members, open_examples, read_folds
@@ -33,11 +34,12 @@ from pipeline.schema import decode
 from pipeline.stage import Report, run_stage, sha256_file
 from pipeline.train import build_model
 from pipeline.training.checkpoint import CheckpointStore, DamagedError, load_weights, read_meta
-from pipeline.training.failures import is_out_of_memory
+from pipeline.training.failures import in_one_sentence, is_out_of_memory
+from pipeline.training.losses import class_probabilities
 from pipeline.training.precision import choose_device
 from pipeline.training.stop import StopRequest
 
-_VERSION = {"values": 1, "structure": 2}
+_VERSION = {"values": 1, "structure": 2, "classes": 1}
 _ROWS = 8192  # of a row group of value predictions
 _STRUCTURE_ROWS = 320  # of a row group of structures: 64 sequences
 _CANDIDATES = 5
@@ -89,11 +91,11 @@ def run(
         ``current`` if all tables are; facts: sequences and nucleotides of each, step of the checkpoint.
 
     Raises:
-        ConfigError: the run is of another competition.
+        ConfigError: the run is of another competition, or of other classes.
         DataError: this fold was never trained, or clean or fold table changed since.
         DivergedError: a prediction is not finite.
         StorageError: every checkpoint is damaged, or a single sequence does not fit into memory.
-        StoppedError: asked to stop; nothing is left half-written.
+        StoppedError: asked to stop, or the device is lost; nothing is left half-written.
     """
     store = CheckpointStore(paths.fold_dir(run, fold) / "checkpoints")
     _require_begun(store, paths)
@@ -134,6 +136,11 @@ def _run(
 ) -> Report:
     meta = _read(path)
     run, fold = meta["run"], meta["fold"]
+    if not _has_test(competition, paths):
+        which = [table for table in which if table == "oof"]
+        if not which:
+            raise DataError(f"{paths.clean('test')}: this set has no test set. Next: make predict without --test-only.")
+        say(f"{run} fold{fold}: no test set, so out-of-fold predictions alone")
     if meta["competition"] != competition.name:
         raise ConfigError(f"{path}: trained on {meta['competition']}; expected {competition.name}. Next: COMP=….")
     newest = store.newest_meta()
@@ -154,6 +161,25 @@ def _run(
     )
 
 
+def _has_test(competition: Competition, paths: Paths) -> bool:
+    """Labelled sets may come without one."""
+    return "test" not in competition.optional or paths.clean("test").is_file()
+
+
+def _classes_of(meta: dict[str, Any], paths: Paths, *, where: Path) -> Classes | None:
+    """The classes that a checkpoint was trained on, which must be those of the data, where these are here."""
+    if "classes" not in meta:
+        return None
+    classes = Classes.of(meta["classes"])
+    changed = classes.difference(read_classes(paths)) if paths.clean("classes").is_file() else ""
+    if changed:
+        raise ConfigError(
+            f"{where}: trained on other data than those of {paths.clean('classes')}: {changed}. Next: train again, or "
+            f"make data COMP={paths.comp} with the earlier files."
+        )
+    return classes
+
+
 def _run_table(
     table: Which,
     competition: Competition,
@@ -166,7 +192,9 @@ def _run_table(
     unfinished: bool,
 ) -> Report:
     config = config_from_dict(meta["config"], where=f"{checkpoint}/meta.json")
-    examples = _open(table, competition, paths, uses_bpp="bpp" in meta["data"])
+    classes = _classes_of(meta, paths, where=checkpoint)
+    sees: dict[str, Any] = {"uses_bpp": "bpp" in meta["data"], "classes": classes, "crop": config.data.crop}
+    examples = _open(table, competition, paths, **sees)
     run, split, fold = meta["run"], meta["split"], meta["fold"]
     inputs = {"checkpoint": checkpoint / "meta.json", "arrays": paths.arrays_dir / examples.key / "meta.json"}
     if examples.bpp is not None:
@@ -189,7 +217,8 @@ def _run_table(
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
         write = _write_structures if competition.task == "structure" else _write_values
-        write(job, parts[table], label=label)
+        with in_one_sentence(f"predictions of {label}"):
+            write(job, parts[table], label=label)
         return {"sequences": len(positions), "nucleotides": int(examples.lengths[positions].sum())}
 
     output = paths.oof(run, fold) if table == "oof" else paths.test(run, fold)
@@ -199,10 +228,13 @@ def _run_table(
     return run_stage(f"predict-{table}", inputs=inputs, outputs={table: output}, params=params, build=build)
 
 
-def _open(table: Which, competition: Competition, paths: Paths, *, uses_bpp: bool) -> ExampleSet:
+def _open(
+    table: Which, competition: Competition, paths: Paths, *, uses_bpp: bool, classes: Classes | None, crop: int
+) -> ExampleSet:
     """Examples of a table, with base-pair probabilities where network or structures are made from them."""
     bpp = uses_bpp or (competition.task == "structure" and paths.bpp.is_file())
-    return open_examples(competition, paths=paths, table="train" if table == "oof" else "test", bpp=bpp)
+    name: Any = "train" if table == "oof" else "test"
+    return open_examples(competition, paths=paths, table=name, bpp=bpp, classes=classes, crop=crop)
 
 
 def _members(table: Which, examples: ExampleSet, paths: Paths, *, split: str, fold: int) -> np.ndarray:
@@ -214,6 +246,7 @@ def _members(table: Which, examples: ExampleSet, paths: Paths, *, split: str, fo
     return positions[np.argsort(examples.ids_N[positions])]
 
 
+@in_one_sentence("a sample of the predictions")
 def estimate(
     config: RunConfig, *, competition: Competition, paths: Paths, split: str, fold: int, batch_tokens: int = 65_536
 ) -> float:
@@ -222,13 +255,18 @@ def estimate(
     A sample of the very batches, by length, goes through an untrained network: validation, whose time is known
     sooner, runs in another precision and without what is done for structures.
     """
-    model, device = build_model(config.model, competition).eval(), choose_device()
+    classes = read_classes(paths) if competition.task == "classes" else None
+    model, device = build_model(config.model, competition, classes).eval(), choose_device()
     model.to(device)
     seconds = 0.0
     with StopRequest() as stop:
-        for table, number in (("oof", fold), ("test", None)):
-            examples = _open(table, competition, paths, uses_bpp=model.uses_bpp)  # type: ignore[arg-type]
-            positions = _members(table, examples, paths, split=split, fold=fold)  # type: ignore[arg-type]
+        tables: dict[Which, int | None] = {"oof": fold, "test": None}
+        for table, number in tables.items():
+            if table == "test" and not _has_test(competition, paths):
+                continue
+            sees: dict[str, Any] = {"uses_bpp": model.uses_bpp, "classes": classes, "crop": config.data.crop}
+            examples = _open(table, competition, paths, **sees)
+            positions = _members(table, examples, paths, split=split, fold=fold)
             job = _Job(
                 competition=competition,
                 config=config,
@@ -290,7 +328,7 @@ def _damaged(path: Path, err: DamagedError) -> StorageError:
 def _load_network(job: _Job) -> tuple[RnaModel, torch.device]:
     """The network with the weights that predict, on the best device."""
     device = choose_device()
-    model = build_model(job.config.model, job.competition)
+    model = build_model(job.config.model, job.competition, job.examples.classes)
     try:
         model.load_state_dict(load_weights(job.checkpoint))
     except DamagedError as err:
@@ -298,14 +336,17 @@ def _load_network(job: _Job) -> tuple[RnaModel, torch.device]:
     return model.to(device).eval(), device
 
 
-# --- values per nucleotide ---
+# --- values per nucleotide, probabilities of classes ---
 
 
 def _write_values(job: _Job, path: Path, *, label: str) -> None:
-    lengths_N = job.examples.lengths[job.positions]
+    """Lists of values, one for each target and nucleotide; of a labelled set one list, with a value for each class."""
+    lengths_N, names = job.examples.lengths[job.positions], job.competition.targets
+    if job.examples.classes:
+        lengths_N, names = np.full(len(lengths_N), len(job.examples.classes.names)), ("probabilities",)
     offsets = np.concatenate([[0], np.cumsum(lengths_N)])
     scratch = path.with_name(f"{path.name}.npy")
-    predicted_TC = create_mapped(scratch, np.float32, (int(offsets[-1]), len(job.competition.targets)))
+    predicted_TC = create_mapped(scratch, np.float32, (int(offsets[-1]), len(names)))
     scratch.unlink()  # its pages live as long as the map, whatever ends this process
     model, device = _load_network(job)
     for part, values in _predict_batches(job, model, device, label=label):
@@ -313,7 +354,6 @@ def _write_values(job: _Job, path: Path, *, label: str) -> None:
             if not np.isfinite(values_LC).all():
                 raise _not_finite(job, job.positions[k])
             predicted_TC[offsets[k] : offsets[k + 1]] = values_LC
-    names = job.competition.targets
     schema = pa.schema([*_key_fields(job), *((name, pa.list_(pa.float32())) for name in names)])
     with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
         for start in range(0, len(offsets) - 1, _ROWS):
@@ -350,7 +390,16 @@ def _predict_batches(
 
 
 def _predict_values(job: _Job, model: RnaModel, device: torch.device, positions: np.ndarray) -> list[np.ndarray]:
-    """values_LC of each example; the mean with those of the reversed sequence if training reversed some."""
+    """values_LC of each example; the mean with those of the reversed sequence if training reversed some.
+
+    Of a labelled set the probabilities of its classes, [C, 1].
+    """
+    if job.examples.classes:
+        with torch.no_grad():
+            logits_BC = model(make_batch(job.examples, positions).to(device).inputs).class_logits_BC
+            assert logits_BC is not None
+            p_BC = class_probabilities(logits_BC, exclusive=job.examples.classes.exclusive)
+        return list(p_BC.float().unsqueeze(-1).cpu().numpy())
 
     def pick(outputs: RnaOutputs, b: int, length: int) -> np.ndarray:
         assert outputs.values_BLC is not None

@@ -53,13 +53,20 @@ def run(
         ) from err
     tables, params = competition.tables, {"version": VERSION, "competition": competition.name}
     if test_only:
-        files = {label: path for label, path in files.items() if label in competition.test_inputs}
+        files = {label: path for label, path in files.items() if label.partition("/")[0] in competition.test_inputs}
         tables, params = competition.test_tables, params | {"test_only": True, "rows": rows}
+    given = {label.partition("/")[0] for label in files}
+    tables = tuple(table for table in tables if table not in competition.optional or table in given)
+    if not tables:
+        raise DataError(f"RAW={raw}: no test set. Next: put test.csv or the like there, or leave --test-only away.")
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
         facts = competition.clean(files, parts)
         if test_only and rows is not None:
             _keep_first(parts, rows)
+        for table in () if test_only else competition.optional:
+            if table not in tables:  # of an earlier set that had one
+                paths.clean(table).unlink(missing_ok=True)
         return facts
 
     outputs = {table: paths.clean(table) for table in tables}

@@ -1,5 +1,6 @@
 """The words of the data: alphabet, probes, ids and table columns. Each has its one home here."""
 
+import functools
 import re
 
 import numpy as np
@@ -9,6 +10,9 @@ from pipeline.errors import DataError
 #: Token id = position in this string; padding has no letter of its own, the mask tells it apart.
 ALPHABET = "ACGU"
 
+#: Of proteins, in a labelled set.
+AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
+
 #: ``experiment_type`` in the order of the submission's columns, everywhere.
 PROBES = ("DMS_MaP", "2A3_MaP")
 
@@ -16,8 +20,6 @@ PROBES = ("DMS_MaP", "2A3_MaP")
 MAX_COORDINATE = 1e4
 
 _OTHER_LETTER = re.compile(f"[^{ALPHABET}]")
-_TOKEN_OF_BYTE = np.full(256, 255, dtype=np.uint8)
-_TOKEN_OF_BYTE[np.frombuffer(ALPHABET.encode(), dtype=np.uint8)] = np.arange(len(ALPHABET))
 
 
 def normalise_sequence(sequence: str, *, where: str) -> str:
@@ -38,31 +40,38 @@ def normalise_sequence(sequence: str, *, where: str) -> str:
     return clean
 
 
-def encode(sequence: str) -> np.ndarray:
+def encode(sequence: str, alphabet: str = ALPHABET) -> np.ndarray:
     """Token ids of a normalised sequence.
 
     Returns:
-        [L] uint8, index into ``ALPHABET``.
+        [L] uint8, index into the alphabet.
 
     Raises:
-        DataError: a letter outside ``ALPHABET`` (the sequence was not normalised).
+        DataError: a letter outside the alphabet (the sequence was not normalised).
 
     >>> encode("GAU").tolist()
     [2, 0, 3]
     """
-    tokens_L = _TOKEN_OF_BYTE[np.frombuffer(sequence.encode("ascii", "replace"), dtype=np.uint8)]
+    tokens_L = _token_of_byte(alphabet)[np.frombuffer(sequence.encode("ascii", "replace"), dtype=np.uint8)]
     if tokens_L.size and tokens_L.max() == 255:
-        raise DataError(f"encode: {sequence[:20]!r}… holds a letter outside {ALPHABET}. Next: normalise it first.")
+        raise DataError(f"encode: {sequence[:20]!r}… holds a letter outside {alphabet}. Next: normalise it first.")
     return tokens_L
 
 
-def decode(tokens_L: np.ndarray) -> str:
+@functools.cache
+def _token_of_byte(alphabet: str) -> np.ndarray:
+    table = np.full(256, 255, dtype=np.uint8)
+    table[np.frombuffer(alphabet.encode(), dtype=np.uint8)] = np.arange(len(alphabet))
+    return table
+
+
+def decode(tokens_L: np.ndarray, alphabet: str = ALPHABET) -> str:
     """Letters of token ids: the inverse of `encode`.
 
     >>> decode(encode("GAU"))
     'GAU'
     """
-    return "".join(ALPHABET[token] for token in tokens_L)
+    return "".join(alphabet[token] for token in tokens_L)
 
 
 def split_id(row_id: str) -> tuple[str, int]:

@@ -250,11 +250,15 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Short hash of the checkout this code runs from, with ``+dirty`` if files changed; "" outside git."""
+    """Short hash of the checkout this code runs from, with ``+dirty`` if files changed; "" outside git.
+
+    The log of scores does not count: `submissions.evaluate` itself adds a line to it.
+    """
     git = ["git", "-C", str(REPOSITORY)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        changed = [*git, "status", "--porcelain", "--", ":!submissions/LOG.md"]
+        dirty = subprocess.run(changed, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
     return head.stdout.strip() + ("+dirty" if dirty.stdout.strip() else "")

@@ -1,4 +1,4 @@
-"""Small seeded data sets in the competitions' own raw formats, for the demo and the tests.
+"""Small seeded data sets in the competitions' own raw formats, and a labelled one, for the demo and the tests.
 
 Sequences are designed from helices and loops, so their base pairs are known; chemical reactivity follows pairing,
 nucleotide, loop and noise; C1' traces come from the same pairs. Every file has the columns, the row order and the gaps
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from pipeline.schema import PROBES
+from pipeline.schema import ALPHABET, PROBES
 from pipeline.structure.assembly import trace_from_pairs
 
 Pairs = list[tuple[int, int]]  #: 0-based, i < j, nested
@@ -38,6 +38,9 @@ _PARTNERS = frozenset(_BASE_PAIRS)
 _OPEN = {"DMS_MaP": (1.05, 0.80, 0.14, 0.16), "2A3_MaP": (0.95, 0.45, 0.80, 0.70)}
 #: A nucleotide after which (5') or before which (3') another stands reacts stronger or weaker: log factors.
 _NEIGHBOUR_5, _NEIGHBOUR_3 = (0.25, -0.10, 0.10, -0.25), (0.20, -0.20, 0.15, -0.15)
+
+#: What the classes of the labelled set are made of: both motifs stand in every sequence, and their order decides.
+_MOTIFS = ("GGACU", "CUUCC")
 
 _MISSING = -1e18  # what the organisers write where a coordinate is not resolved
 
@@ -523,3 +526,35 @@ def _sample(molecules: Sequence[_Molecule]) -> pl.DataFrame:
     return pl.concat([_residues(molecule) for molecule in molecules]).with_columns(
         pl.lit(0.0).alias(name) for name in names
     )
+
+
+def write_labelled(folder: Path, *, sequences: int = 480, test: int = 60, seed: int = 0) -> dict[str, Path]:
+    """A labelled set, ``train.csv`` and ``test.csv``: of two motifs, which is nearer to the 5' end?
+
+    Every sequence, 40 to 60 nt, holds both, up to 20 nt apart: neither letters nor words tell the classes apart.
+
+    Args:
+        folder: where the files go.
+        sequences: of the training set.
+        test: sequences of the test set, which has no labels.
+        seed: of all choices.
+
+    Returns:
+        Name -> file.
+    """
+    rng = np.random.default_rng([seed, 4])
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [_ordered_motifs(rng, place) for place in range(sequences + test)]
+    files = {"train": folder / "train.csv", "test": folder / "test.csv"}
+    pl.DataFrame(rows[:sequences]).write_csv(files["train"])
+    pl.DataFrame(rows[sequences:]).drop("label").write_csv(files["test"])
+    return files
+
+
+def _ordered_motifs(rng: np.random.Generator, place: int) -> dict[str, str]:
+    length, order = int(rng.integers(40, 61)), _MOTIFS if place % 2 else _MOTIFS[::-1]
+    letters, first = rng.choice(list(ALPHABET), length), int(rng.integers(0, length - 20))
+    second = int(rng.integers(first + 8, min(length - 5, first + 20) + 1))
+    for start, motif in zip((first, second), order, strict=True):
+        letters[start : start + len(motif)] = list(motif)
+    return {"id": f"motifs{place:04d}", "sequence": "".join(letters), "label": f"{order[0]} first"}

@@ -125,8 +125,8 @@ def flat_lists(column: pl.Series, lengths_N: np.ndarray, *, ids: pl.Series, wher
     if wrong.size:
         row = wrong[0]
         raise DataError(
-            f"{where}: {ids[int(row)]}: {int(got_N[row])} values of {column.name}; expected {lengths_N[row]}, "
-            "the length of the sequence. Next: the table belongs to other data; run its stage again."
+            f"{where}: {ids[int(row)]}: {int(got_N[row])} values of {column.name}; expected {lengths_N[row]}, one a "
+            "nucleotide or one a class. Next: the table belongs to other data; run its stage again."
         )
     filled = column.filter(column.list.len() > 0)  # an empty list explodes to a null in polars 1, to nothing in 2
     values = filled.explode().cast(pl.Float32).to_numpy()
@@ -148,7 +148,7 @@ class OofBatch:
     """Some training sequences, in the order of their ids, and what was predicted for each by every source."""
 
     rows: pl.DataFrame  #: columns of the clean train table, and ``fold``
-    lengths_N: np.ndarray  #: [N] int64, nt
+    lengths_N: np.ndarray  #: [N] int64, predicted values of each: its length in nt, or the number of classes
     predictions: dict[str, np.ndarray]  #: source -> [T, C] float32; a sequence without prediction is NaN throughout
     missing: dict[str, np.ndarray]  #: source -> [N] bool: no prediction
 
@@ -174,6 +174,48 @@ def truth_that_counts(batch: OofBatch, targets: Sequence[str]) -> np.ndarray:
     return truth_TC
 
 
+def labels_that_count(rows: pl.DataFrame, *, width: int) -> np.ndarray:
+    """Labels of sequences as [N, K] float32, 1 for each class that a sequence has; a row of NaN where none is scored.
+
+    Args:
+        rows: ``sequence_id``, ``labels`` (places among the classes; null = not known) and ``scored``.
+        width: number of classes.
+
+    Raises:
+        DataError: a label of other classes.
+    """
+    count_N = rows["labels"].list.len().fill_null(0).to_numpy()
+    owner_L = np.repeat(np.arange(rows.height), count_N)
+    place_L = rows["labels"].filter(rows["labels"].list.len() > 0).explode().to_numpy()
+    if place_L.size and place_L.max() >= width:
+        raise DataError(
+            f"clean train table: {rows['sequence_id'][int(owner_L[place_L.argmax()])]} has label {place_L.max()}; "
+            f"expected 0 to {width - 1}, a place among the classes. Next: make data."
+        )
+    truth_NK = np.zeros((rows.height, width), dtype=np.float32)
+    truth_NK[owner_L, place_L] = 1.0
+    truth_NK[~(rows["scored"] & rows["labels"].is_not_null()).to_numpy()] = np.nan
+    return truth_NK
+
+
+def check_probabilities(probability_NK: np.ndarray, ids: pl.Series, *, exclusive: bool, where: str) -> None:
+    """See that predictions are probabilities; rows of NaN, sequences without prediction, are passed over.
+
+    Raises:
+        DataError: a value outside [0, 1], or exclusive classes whose probabilities do not sum to 1.
+    """
+    outside_N = ((probability_NK < -1e-6) | (probability_NK > 1 + 1e-6)).any(axis=1)
+    off_N = (np.abs(probability_NK.sum(axis=1, dtype=np.float64) - 1.0) > 1e-3) & exclusive
+    for wrong_N, expected in ((outside_N, "values from 0 to 1"), (off_N, "a sum of 1")):
+        if wrong_N.any():
+            at = int(wrong_N.argmax())
+            shown = ", ".join(f"{value:.4g}" for value in probability_NK[at, :5])
+            raise DataError(
+                f"{where}: {ids[at]}: probabilities {shown}{' …' if probability_NK.shape[1] > 5 else ''}; "
+                f"expected {expected}. Next: make predict again, and see that the table is this competition's."
+            )
+
+
 def out_of_fold(
     train: Path,
     *,
@@ -182,6 +224,7 @@ def out_of_fold(
     sources: Mapping[str, Sequence[Path]],
     targets: Sequence[str],
     columns: Sequence[str] = (),
+    width: int | None = None,
 ) -> Iterator[OofBatch]:
     """Training sequences of some folds beside their out-of-fold predictions, joined on ``sequence_id``.
 
@@ -192,6 +235,7 @@ def out_of_fold(
         sources: name -> prediction tables, each sorted by ``sequence_id``, that together make one set of predictions.
         targets: list columns of the prediction tables, the C of the arrays.
         columns: further columns of the train table.
+        width: values in each list of the predictions, such as the number of classes; None = one a nucleotide.
 
     Raises:
         DataError: a fold table or predictions of other data; a sequence predicted twice, or by a checkpoint that saw
@@ -208,7 +252,9 @@ def out_of_fold(
             raise DataError(f"{fold_table}: no fold for {lost}: the table is from other data. Next: make folds.")
         last = rows["sequence_id"][-1]
         rows = rows.filter(pl.col("fold").is_in(list(folds)))
-        yield _align(rows, {name: (parts, last) for name, parts in readers.items()}, targets)
+        lengths_N = rows["sequence"].str.len_bytes().to_numpy().astype(np.int64)
+        lengths_N = lengths_N if width is None else np.full(rows.height, width)
+        yield _align(rows, lengths_N, {name: (parts, last) for name, parts in readers.items()}, targets)
     for parts in readers.values():
         for part in parts:
             if part.rest() is not None:
@@ -227,8 +273,12 @@ def _read_folds(fold_table: Path, train: Path) -> pl.DataFrame:
     return held_out
 
 
-def _align(rows: pl.DataFrame, sources: Mapping[str, tuple[list[SortedRows], str]], targets: Sequence[str]) -> OofBatch:
-    lengths_N = rows["sequence"].str.len_bytes().to_numpy().astype(np.int64)
+def _align(
+    rows: pl.DataFrame,
+    lengths_N: np.ndarray,
+    sources: Mapping[str, tuple[list[SortedRows], str]],
+    targets: Sequence[str],
+) -> OofBatch:
     predictions, missing = {}, {}
     for name, (parts, last) in sources.items():
         found = [(part.path, table) for part in parts if (table := part.upto(last)) is not None]

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -16,21 +17,24 @@ from models.interface import RnaModel
 from models.layers import kernels
 from models.registry import create_model, model_arguments
 from pipeline import plan
+from pipeline.classes import Classes, read_classes
 from pipeline.competitions.base import Competition
-from pipeline.config import ModelConfig, RunConfig, TrainConfig
+from pipeline.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from pipeline.dataset import fold_members, open_examples, read_folds
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.runlog import say, warn
-from pipeline.stage import Report, sha256_file, versions, write_json
+from pipeline.stage import Report, commit, sha256_file, versions, write_json
 from pipeline.training.checkpoint import CheckpointStore, DamagedError, load_weights, read_meta
 from pipeline.training.distributed import ALONE, World, load_newest
+from pipeline.training.failures import in_one_sentence
 from pipeline.training.initial import load_fitting
 from pipeline.training.loop import Trainer, TrainingData
-from pipeline.training.losses import profile_weights
+from pipeline.training.losses import label_weights, profile_weights
 from pipeline.training.metrics import metric_name
 from pipeline.training.optim import learning_rate
 from pipeline.training.precision import choose_device, choose_precision, deterministic_algorithms
+from pipeline.training.recovery import REPORT
 from pipeline.training.resume import Change, environment, require_same, warn_of_other_environment
 from pipeline.training.state import Progress
 from pipeline.training.stop import StopRequest, run_lock
@@ -39,9 +43,19 @@ from pipeline.training.trackers import OpenTracker
 
 #: Bins of the C1'–C1' distance, for the structure task: 1.9 Å wide between 4 and 60 Å.
 NUM_DISTANCE_BINS = 32
-_HEADS = ("num_channels", "num_distance_bins")  # arguments of a network that follow from the competition
+_HEADS = ("num_channels", "num_distance_bins", "num_classes")  # a network's arguments that follow from the competition
+_ANSWERS = {"values": "values are", "structure": "structures are", "classes": "classes are"}
 _COORDINATES = "coordinates"  # a head that a structure competition's configuration may have, and others leave out
-_STAYS = (".lock", ".job", "run.log")  # in a fold's folder when its run is set aside: what belongs to the process
+#: Settings that say something of other tasks only, by their section.
+_IDLE: dict[str, dict[str, tuple[str, ...]]] = {
+    "values": {"data": ("crop",), "train": ("focal_gamma", "class_balance")},
+    "structure": {"data": ("crop",), "train": ("focal_gamma", "class_balance")},
+    "classes": {
+        "data": ("min_signal_to_noise", "weighting", "flip"),  # read backwards it is another sequence
+        "train": ("frame_weight", "tm_weight", "confidence_weight"),
+    },
+}
+_STAYS = (".lock", ".job", ".start", "run.log")  # in a fold's folder when its run is set aside: of the process
 
 
 def run(
@@ -92,11 +106,14 @@ def run(
         if restart and world.is_main:
             set_aside(folder)
         torch.manual_seed(config.train.seed)
-        model = build_model(config.model, competition)
+        refuse_idle(config, competition)
+        classes = read_classes(paths) if competition.task == "classes" else None
+        model = build_model(config.model, competition, classes)
         with world.main_first():  # arrays are built once
             data, digests = load_data(config, model, competition=competition, paths=paths, split=split, fold=fold)
         meta = {"run": run, "competition": competition.name, "split": split, "fold": fold}
         meta |= {"data": digests, "config": resolved_config(config, model)}
+        meta |= {"classes": classes.facts()} if classes else {}
         store = CheckpointStore(folder / "checkpoints")
         if world.is_main:
             store.sweep()
@@ -104,42 +121,66 @@ def run(
         if begun is None and allow_changes:
             raise ConfigError(f"{folder}: no run was begun here that could be changed. Next: without --allow-changes.")
         if begun is not None:
-            changes = require_same(meta, begun, where=folder, allow_changes=allow_changes)
+            unset = resolved_config(RunConfig(model=ModelConfig(name=config.model.name)), model)
+            how = {"allow_changes": allow_changes, "defaults": {"config": unset}}
+            changes = require_same(meta, begun, where=folder, **how)  # type: ignore[arg-type]
             if begun["progress"]["finished"] and Progress.from_dict(begun["progress"]).is_over(config.train):
                 if world.is_main:
                     settle_status(folder)
                 return _report(store, begun, status="current", seconds=0.0)
         with deterministic_algorithms(config.train.deterministic):
-            how: dict[str, Any] = {"max_steps": max_steps, "changes": changes, "trackers": trackers}
-            _train(model, config, competition, data, store, stop, meta, world, **how)
+            options: dict[str, Any] = {"max_steps": max_steps, "changes": changes, "trackers": trackers}
+            _train(model, config, competition, data, store, stop, meta, world, **options)
         done = world.from_main(store.newest_meta)
         assert done is not None
         return _report(store, done, status="built", seconds=time.monotonic() - started)
 
 
-def build_model(config: ModelConfig, competition: Competition) -> RnaModel:
+def refuse_idle(config: RunConfig, competition: Competition) -> None:
+    """ConfigError for a setting that is not at its default and means nothing to the competition's task."""
+    if config.data.crop and config.data.crop % 2 == 0:
+        raise ConfigError(f"[data] crop: got {config.data.crop}; expected an odd number. Next: {config.data.crop + 1}.")
+    defaults = {"data": DataConfig(), "train": TrainConfig()}
+    for section, names in _IDLE[competition.task].items():
+        for name in names:
+            got, usual = getattr(getattr(config, section), name), getattr(defaults[section], name)
+            if got != usual:
+                raise ConfigError(
+                    f"[{section}] {name} = {got!r} means nothing where {_ANSWERS[competition.task]} predicted "
+                    f"({competition.name}); expected {usual!r}. Next: leave it out."
+                )
+
+
+def build_model(config: ModelConfig, competition: Competition, classes: Classes | None = None) -> RnaModel:
     """The network of a configuration, with the heads that the competition's task asks for.
+
+    Args:
+        config: name and arguments.
+        competition: what is predicted.
+        classes: of a labelled set: they give the number of logits, and the token table a row for every letter at least.
 
     Raises:
         ConfigError: the model or one of its arguments is unknown or makes no sense.
     """
     is_structure = competition.task == "structure"
     channels, bins = (0, NUM_DISTANCE_BINS) if is_structure else (len(competition.targets), 0)
-    heads = dict(zip(_HEADS, (channels, bins), strict=True))
+    heads = {"num_channels": channels, "num_distance_bins": bins} | (
+        {"num_classes": len(classes.names)} if classes else {}
+    )
     kwargs = {key: value for key, value in config.kwargs.items() if is_structure or key != _COORDINATES}
+    if not kwargs.get("num_classes", 1):  # a checkpoint's settings name the default
+        del kwargs["num_classes"]
+    rows = kwargs.get("vocabulary", 0)
+    if classes and type(rows) is int and rows < len(classes.alphabet):
+        kwargs["vocabulary"] = len(classes.alphabet)
     for key, value in kwargs.items():
-        if key in heads:
+        if key in _HEADS:
             raise ConfigError(f"[model] kwargs: {key} follows from the competition. Next: leave it out.")
         least = 1 if key == "width" else 0  # 0 means "none" for several of the others
         if type(value) is int and value < least:
             raise ConfigError(
                 f"[model] kwargs: {key}: got {value}; expected a whole number of at least {least}. Next: correct it."
             )
-    if kwargs.get("num_classes"):
-        got = f"num_classes: got {kwargs['num_classes']}"
-        raise ConfigError(
-            f"[model] kwargs: {got}; no competition here has classes to train them on. Next: leave it out."
-        )
     try:
         return create_model(config.name, **heads, **kwargs)
     except (TypeError, ValueError) as err:
@@ -153,7 +194,8 @@ def resolved_config(config: RunConfig, model: RnaModel) -> dict[str, Any]:
     A default that changes in the code later neither changes a run that goes on nor how its checkpoints predict.
     """
     arguments = {name: parameter.default for name, parameter in model_arguments(type(model)).items()}
-    chosen = {name: value for name, value in arguments.items() if name not in _HEADS} | config.model.kwargs
+    left_out = ("num_channels", "num_distance_bins")
+    chosen = {name: value for name, value in arguments.items() if name not in left_out} | config.model.kwargs
     return asdict(replace(config, model=replace(config.model, kwargs=chosen)))
 
 
@@ -171,7 +213,7 @@ def load_data(
         ConfigError: no such fold; base-pair probabilities are needed and missing.
         DataError: tables are missing or do not belong together, or nothing is left to train or validate on.
     """
-    examples = open_examples(competition, paths=paths, table="train", bpp=model.uses_bpp)
+    examples = open_examples(competition, paths=paths, table="train", bpp=model.uses_bpp, crop=config.data.crop)
     table = paths.fold_table(split)
     held_out_N = fold_members(read_folds(table, examples=examples), fold, where=split)
     assert examples.weights_NC is not None
@@ -187,6 +229,10 @@ def load_data(
                 f"{table}: fold {fold} leaves no {name} sequence (training needs a profile with signal_to_noise of at "
                 f"least {config.data.min_signal_to_noise}, validation a scored one). Next: another fold or threshold."
             )
+    if examples.classes and config.train.class_balance:
+        assert examples.labels_NC is not None
+        how: dict[str, Any] = {"exclusive": examples.classes.exclusive, "beta": config.train.class_balance}
+        weights_NC = weights_NC * label_weights(examples.labels_NC, train, **how)
     digests = {"examples": examples.key, "folds": sha256_file(table)}
     if examples.bpp is not None:
         digests["bpp"] = examples.bpp.key
@@ -205,6 +251,7 @@ def set_aside(folder: Path) -> None:
         say(f"{folder}: the earlier run is now in {target.name}")
 
 
+@in_one_sentence("training, as it begins")
 def _train(
     model: RnaModel,
     config: RunConfig,
@@ -228,7 +275,7 @@ def _train(
     plan.set_gradient_checkpointing(model, config.train.gradient_checkpointing)
     _check_sharding(config.train, world)
     size = {"length": int(data.examples.lengths[data.train].max()), "sequences": len(data.train)}
-    build = partial(build_model, config.model, competition)
+    build = partial(build_model, config.model, competition, data.examples.classes)
     needs = plan.check(config, build, **size, device=device, processes=world.size)
     trainer = Trainer(
         model.to(device),
@@ -245,9 +292,11 @@ def _train(
     folder = store.folder.parent
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    if world.is_main:
-        drop_rows_after(folder / "metrics.jsonl", step=trainer.progress.step, epoch=trainer.progress.epoch)
-        write_json(folder / "config.json", meta)
+    with world.main_first():
+        if world.is_main:
+            (folder / REPORT).unlink(missing_ok=True)  # of an earlier attempt
+            drop_rows_after(folder / "metrics.jsonl", step=trainer.progress.step, epoch=trainer.progress.epoch)
+            write_json(folder / "config.json", meta)
     facts = _describe(trainer, meta)
     label = f"{meta['run']} fold{meta['fold']}"
     first = trainer.progress.step
@@ -304,6 +353,8 @@ def _describe(trainer: Trainer, meta: dict[str, Any]) -> dict[str, Any]:
         "train": len(trainer.data.train),
         "valid": len(trainer.data.valid),
         "versions": versions(),
+        "commit": commit(),
+        "command": sys.argv,
     }
 
 

@@ -11,7 +11,7 @@ import io
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
@@ -28,9 +28,11 @@ from pipeline.paths import Paths
 from pipeline.runlog import Bar, warn
 from pipeline.stage import Report
 from pipeline.tables import open_parquet
+from submissions.class_layout import ClassLayout, read_class_layout
 from submissions.layout import (
     IdRuns,
     Keys,
+    Kind,
     Layout,
     PositionKeys,
     ResidueKeys,
@@ -45,8 +47,8 @@ _STEPS = (3.5, 10.0)
 _CHAIN = (1.0, 100.0)  # Å: a candidate whose median is outside is no chain of nucleotides, or not in Å
 _BLOCK_BYTES = 1 << 24
 _BATCH_ROWS = 1 << 18
-_TEXT = {"ID", "resname", "id_seqpos"}
-_WHOLE = {"id", "resid"}
+_ARROW = {"text": pa.string(), "whole": pa.int64(), "number": pa.float64()}
+_WORDS = {"text": "text", "whole": "a whole number", "number": "a number"}
 
 FileFormat = Literal["csv", "csv.gz", "parquet"]
 
@@ -64,6 +66,12 @@ def run(paths: Paths, *, competition: Competition, file: Path, sample: Path | No
         DataError: the first thing wrong, with its row, what was got and what was expected.
     """
     started = time.monotonic()
+    if competition.task == "classes":
+        facts = check_file(file, read_class_layout(paths, sample))
+        seconds = time.monotonic() - started
+        return Report(
+            stage="check", status="built", outputs={"submission": file}, facts=facts, seconds=round(seconds, 3)
+        )
     test = paths.clean("test" if competition.task == "values" else "sample")
     if sample is None:
         layout = read_layout(paths, competition)
@@ -97,10 +105,12 @@ def check_file(file: Path, layout: Layout, *, values: bool = True) -> dict[str, 
     high = np.full(len(layout.values), -np.inf)
     rows = 0
     with Bar("check", total=layout.keys.rows, unit="rows") as bar:
-        for block in read_blocks(file, layout.columns, fmt=fmt):
+        for block in read_blocks(file, layout.kinds, fmt=fmt):
             _check_keys(block, rows, layout, file=file, fmt=fmt)
             if values:
                 _check_values(block, rows, layout, file=file, fmt=fmt)
+                if isinstance(layout, ClassLayout):
+                    _check_classes(block, rows, layout, file=file, fmt=fmt)
                 spans = [pc.min_max(block[name]).as_py() for name in layout.values]
                 low = np.minimum(low, [span["min"] for span in spans])
                 high = np.maximum(high, [span["max"] for span in spans])
@@ -146,8 +156,13 @@ def sniff(file: Path) -> FileFormat:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def read_blocks(file: Path, columns: list[str], *, fmt: FileFormat) -> Iterator[pa.Table]:
+def read_blocks(file: Path, columns: Mapping[str, Kind], *, fmt: FileFormat) -> Iterator[pa.Table]:
     """Blocks of a submission in its order: whole numbers as int64, names as text, values as float64 (null = empty).
+
+    Args:
+        file: the submission.
+        columns: its header, and what the cells of each column are.
+        fmt: as `sniff` says.
 
     Raises:
         DataError: other columns, a row that does not parse, or a damaged file.
@@ -162,9 +177,9 @@ def read_blocks(file: Path, columns: list[str], *, fmt: FileFormat) -> Iterator[
         raise DataError(f"{file}: the compressed data end early or are damaged ({err}). Next: copy it again.") from err
 
 
-def _csv_blocks(handle: BinaryIO, file: Path, columns: list[str]) -> Iterator[pa.Table]:
+def _csv_blocks(handle: BinaryIO, file: Path, columns: Mapping[str, Kind]) -> Iterator[pa.Table]:
     header = handle.readline(1 << 16).removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
-    _check_columns(_cells(header), columns, file=file)
+    _check_columns(_cells(header), list(columns), file=file)
     rows, rest = 0, b""
     while True:
         data = handle.read(_BLOCK_BYTES)
@@ -181,12 +196,12 @@ def _csv_blocks(handle: BinaryIO, file: Path, columns: list[str]) -> Iterator[pa
         rest = text[cut:]
 
 
-def _parse(text: bytes, columns: list[str], *, file: Path, rows: int) -> pa.Table:
-    types = {name: _arrow_type(name) for name in columns}
+def _parse(text: bytes, columns: Mapping[str, Kind], *, file: Path, rows: int) -> pa.Table:
+    types = {name: _ARROW[kind] for name, kind in columns.items()}
     try:
         return pacsv.read_csv(
             pa.BufferReader(text),
-            read_options=pacsv.ReadOptions(use_threads=False, column_names=columns, block_size=len(text) + 1),
+            read_options=pacsv.ReadOptions(use_threads=False, column_names=list(columns), block_size=len(text) + 1),
             parse_options=pacsv.ParseOptions(ignore_empty_lines=False),
             convert_options=pacsv.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=True),
         )
@@ -202,44 +217,39 @@ def _cells(line: str) -> list[str]:
         return [line]
 
 
-def _arrow_type(name: str) -> pa.DataType:
-    return pa.string() if name in _TEXT else pa.int64() if name in _WHOLE else pa.float64()
-
-
-def _unparsable(text: bytes, columns: list[str], *, file: Path, rows: int, err: Exception) -> DataError:
+def _unparsable(text: bytes, columns: Mapping[str, Kind], *, file: Path, rows: int, err: Exception) -> DataError:
     """Find the row that the fast parser refused, slowly."""
     for row, line in enumerate(io.StringIO(text.decode("utf-8", "replace"), newline="\n"), start=rows + 1):
         cells = _cells(line)
         if len(cells) != len(columns):
             got = f"{len(cells)} cells ({','.join(cells)[:60]!r}); expected {len(columns)}: the file may be cut"
             return _wrong(file, row, got)
-        for name, cell in zip(columns, cells, strict=True):
-            if cell and not _reads_as(cell, name):
-                kind = "a whole number" if name in _WHOLE else "a number"
-                return _wrong(file, row, f"{name} is {cell[:40]!r}; expected {kind}")
+        for (name, kind), cell in zip(columns.items(), cells, strict=True):
+            if cell and not _reads_as(cell, kind):
+                return _wrong(file, row, f"{name} is {cell[:40]!r}; expected {_WORDS[kind]}")
     return DataError(f"{file}: from data row {rows + 1:,}: {' '.join(str(err).split())}. Next: make submit again.")
 
 
-def _reads_as(cell: str, name: str) -> bool:
-    if name in _TEXT:
+def _reads_as(cell: str, kind: Kind) -> bool:
+    if kind == "text":
         return True
     try:
-        number = int(cell) if name in _WHOLE else float(cell)
+        number = int(cell) if kind == "whole" else float(cell)
     except ValueError:
         return False
-    return "_" not in cell and (name not in _WHOLE or -(2**63) <= number < 2**63)
+    return "_" not in cell and (kind != "whole" or -(2**63) <= number < 2**63)
 
 
-def _parquet_blocks(file: Path, columns: list[str]) -> Iterator[pa.Table]:
+def _parquet_blocks(file: Path, columns: Mapping[str, Kind]) -> Iterator[pa.Table]:
     opened = open_parquet(file)
-    _check_columns(opened.schema_arrow.names, columns, file=file)
-    for name in columns:
-        kind = opened.schema_arrow.field(name).type
-        ok = pa.types.is_integer(kind) if name in _WHOLE else name in _TEXT or pa.types.is_floating(kind)
+    _check_columns(opened.schema_arrow.names, list(columns), file=file)
+    for name, kind in columns.items():
+        got = opened.schema_arrow.field(name).type
+        ok = pa.types.is_integer(got) if kind == "whole" else kind == "text" or pa.types.is_floating(got)
         if not ok:
-            expected = "a whole number" if name in _WHOLE else "a floating-point number"
-            raise DataError(f"{file}: column {name} is {kind}; expected {expected}. Next: make submit again.")
-    schema = pa.schema([(name, _arrow_type(name)) for name in columns])
+            expected = "a whole number" if kind == "whole" else "a floating-point number"
+            raise DataError(f"{file}: column {name} is {got}; expected {expected}. Next: make submit again.")
+    schema = pa.schema([(name, _ARROW[kind]) for name, kind in columns.items()])
     try:
         for batch in opened.iter_batches(batch_size=_BATCH_ROWS):
             yield pa.Table.from_batches([batch]).cast(schema)
@@ -270,7 +280,7 @@ def _check_keys(block: pa.Table, before: int, layout: Layout, *, file: Path, fmt
     expected = layout.keys.block(before, stop) if inside > 0 else {}
     for name, column in expected.items():
         got = block[name].slice(0, inside)
-        same = pc.fill_null(pc.equal(got, pa.array(column, _arrow_type(name))), False).to_numpy()
+        same = pc.fill_null(pc.equal(got, pa.array(column, _ARROW[layout.kinds[name]])), False).to_numpy()
         if not same.all() and (first_wrong is None or int(np.argmin(same)) < first_wrong[0]):
             first_wrong = int(np.argmin(same)), name
     if first_wrong:
@@ -310,7 +320,7 @@ def _explain(name: str, got: Any, wanted: Any, row: int, layout: Layout, file: P
 def _find_key(file: Path, name: str, key: Any, *, after: int, layout: Layout, fmt: FileFormat) -> int | None:
     before = 0
     try:
-        for block in read_blocks(file, layout.columns, fmt=fmt):
+        for block in read_blocks(file, layout.kinds, fmt=fmt):
             found = pc.index(block[name], key).as_py()
             if found >= 0 and before + found > after:
                 return before + found
@@ -336,9 +346,30 @@ def _check_values(block: pa.Table, before: int, layout: Layout, *, file: Path, f
         raise _wrong(file, before + at + 1, f"{name} of {key} is {what}; expected {limits}", fmt=fmt)
 
 
+def _check_classes(block: pa.Table, before: int, layout: ClassLayout, *, file: Path, fmt: FileFormat) -> None:
+    """Refuse rows whose probabilities do not sum to 1 where they should, and labels that are no classes."""
+    table, (key,) = pl.DataFrame(block), layout.keys.names
+    if layout.sums_to_one:
+        sum_T = table.select(pl.sum_horizontal(layout.values)).to_series().to_numpy()
+        off_T = np.abs(sum_T - 1.0) > 1e-3
+        if off_T.any():
+            at = int(off_T.argmax())
+            got = f"probabilities of {key} {table[key][at]!r} sum to {sum_T[at]:.6g}; expected 1"
+            raise _wrong(file, before + at + 1, got, fmt=fmt)
+    if not layout.label:
+        return
+    said = table[layout.label].fill_null("")
+    wrong = said.is_in([cell for cell in said.unique() if not layout.is_label(cell)])
+    if wrong.any():
+        at = int(wrong.arg_max() or 0)
+        some = f"{'one' if layout.classes.exclusive else 'some'} of {', '.join(layout.classes.names)[:120]}"
+        got = f"{layout.label} of {key} {table[key][at]!r} is {said[at]!r}; expected {some}"
+        raise _wrong(file, before + at + 1, got, fmt=fmt)
+
+
 def _check_steps(file: Path, layout: Layout, *, fmt: FileFormat) -> None:
     """Refuse what is no chain of nucleotides, such as coordinates in nm; warn of what is torn or crushed."""
-    table = pl.concat([pl.DataFrame(block) for block in read_blocks(file, layout.columns, fmt=fmt)])
+    table = pl.concat([pl.DataFrame(block) for block in read_blocks(file, layout.kinds, fmt=fmt)])
     target = pl.col("ID").str.replace(r"_\d+$", "")
     table = table.with_columns(target.alias("_target")).sort("_target", "resid", maintain_order=True)
     follows = (table["_target"] == table["_target"].shift(1)).fill_null(False).to_numpy()[1:]

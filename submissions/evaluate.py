@@ -3,7 +3,8 @@
 ``scores.json`` holds the total and the same by target, fold, length, signal-to-noise, data set and position; every
 number is a sum over positions divided by their count, never a mean of means.
 
-`submissions.value_scores` and `submissions.structure_scores` compute them for the two tasks.
+`submissions.value_scores`, `submissions.class_evaluation` and `submissions.structure_scores` compute them, one for each
+task.
 """
 
 import hashlib
@@ -27,7 +28,8 @@ from pipeline.paths import Paths
 from pipeline.runlog import warn
 from pipeline.stage import Report, commit, read_result, run_stage
 from pipeline.tables import open_parquet
-from submissions import log
+from submissions import class_evaluation, log
+from submissions.class_evaluation import evaluate_classes
 from submissions.value_scores import evaluate_values
 
 if TYPE_CHECKING:
@@ -65,15 +67,21 @@ def run(
         raise ConfigError("evaluate: not both and not neither. Next: give the name of an ensemble or that of a run.")
     subject = _read_ensemble(paths, str(name), split) if run is None else _find_run(paths, run, split)
     inputs = {"train": paths.clean("train"), "folds": paths.fold_table(split)} | subject.inputs()
-    values = competition.task == "values"
-    extra = {"bpp": paths.bpp} if values else {"references": paths.clean("references"), "test": paths.clean("test")}
-    inputs |= {label: path for label, path in extra.items() if label == "references" or path.is_file()}
-    if values and engine != "built-in":
+    is_structure = competition.task == "structure"
+    extra = {
+        "values": {"bpp": paths.bpp},
+        "classes": {"classes": paths.clean("classes")},
+        "structure": {"references": paths.clean("references"), "test": paths.clean("test")},
+    }[competition.task]
+    needed = ("references", "classes")
+    inputs |= {label: path for label, path in extra.items() if label in needed or path.is_file()}
+    if not is_structure and engine != "built-in":
         raise ConfigError(f"evaluate: ENGINE={engine} is for structures. Next: leave out ENGINE.")
-    chosen = None if values else _choose_engine(engine)
+    chosen = _choose_engine(engine) if is_structure else None
     if chosen and chosen.program:
         inputs["program"] = chosen.program
-    build = partial(_score_values if values else partial(_score_structures, engine=chosen), paths, competition, subject)
+    score = partial(_score_structures, engine=chosen) if is_structure else _score_predictions
+    build = partial(score, paths, competition, subject)
     report = run_stage(
         "evaluate",
         inputs=inputs,
@@ -186,10 +194,9 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _score_values(paths: Paths, competition: Competition, subject: _Subject) -> dict[str, Any]:
-    scored = evaluate_values(
-        paths, competition=competition, split=subject.split, folds=subject.folds, sources=subject.sources
-    )
+def _score_predictions(paths: Paths, competition: Competition, subject: _Subject) -> dict[str, Any]:
+    evaluate = evaluate_classes if competition.task == "classes" else partial(evaluate_values, competition=competition)
+    scored = evaluate(paths, split=subject.split, folds=subject.folds, sources=subject.sources)
     others = scored.pop("others")
     return (
         subject.facts(competition)
@@ -322,13 +329,13 @@ def headline(facts: Mapping[str, Any]) -> Headline:
 
 def _floors(facts: Mapping[str, Any]) -> dict[str, float]:
     """Floors from the weakest to the one that is hardest to beat; a manifest does not keep an order."""
-    lower_is_better = facts["task"] == "values"
+    lower_is_better = facts["task"] != "structure"
     return dict(sorted(facts["floors"].items(), key=lambda item: item[1], reverse=lower_is_better))
 
 
 def describe(facts: Mapping[str, Any]) -> RenderableType:
-    """Scores of the subject, of its runs and of the floors, for the terminal; below them the targets of structures."""
-    targets = facts["columns"] if facts["task"] == "values" else []
+    """Scores of the subject, of its runs and of the floors, for the terminal; below them every class or structure."""
+    targets = facts["columns"] if facts["task"] != "structure" else []
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(f"{facts['metric']}, {len(facts['folds'])} folds of {facts['split']}, out of fold")
     for column in ("score", *targets, "folds: mean ± sd"):
@@ -343,6 +350,8 @@ def describe(facts: Mapping[str, Any]) -> RenderableType:
         table.add_row(line, style="dim")
     if facts["task"] == "values":
         return table
+    if facts["task"] == "classes":
+        return Group(table, Text(), class_evaluation.describe(facts))
     from submissions import structure_scores  # numba is slow to import
 
     parts: list[RenderableType] = [table, Text(structure_scores.describe(dict(facts)))]
@@ -355,7 +364,8 @@ def _cells(label: str, scores: Mapping[str, Any], targets: Sequence[str]) -> lis
     spread = _number(scores.get("fold_mean"))
     if scores.get("fold_sd") is not None:
         spread += f" ± {scores['fold_sd']:.4f}"
-    return [label, _number(scores["score"]), *(_number(scores["per_target"][target]) for target in targets), spread]
+    cell = class_evaluation.tell if "accuracy" in targets else _number
+    return [label, _number(scores["score"]), *(cell(scores["per_target"][target]) for target in targets), spread]
 
 
 def _number(value: float | None) -> str:

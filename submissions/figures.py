@@ -208,6 +208,83 @@ def grouped_bars(
     return made.drawing
 
 
+def rates(
+    lines: Sequence[tuple[np.ndarray, np.ndarray]], *, xlabel: str, ylabel: str, chance: Sequence[tuple[float, float]]
+) -> Markup:
+    """Lines in the unit square, one for each class: the first `len(SERIES)` in colour, those after them in grey.
+
+    Args:
+        lines: x and y of each.
+        xlabel: of a rate.
+        ylabel: of a rate.
+        chance: ends of a dashed line, what guessing reaches.
+    """
+    with canvas(4.2, 3.7) as made:
+        axes = made.axes
+        for place, (x, y) in reversed(list(enumerate(lines))):
+            named = place < len(SERIES)
+            colour, width = (SERIES[place], 1.7) if named else (MUTED, 0.7)
+            axes.plot(x, y, color=colour, linewidth=width, alpha=1.0 if named else 0.5)
+        axes.plot(*zip(*chance, strict=True), color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
+        axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel=xlabel, ylabel=ylabel, aspect="equal")
+    return made.drawing
+
+
+def reliability(rows: Sequence[Mapping[str, float]], *, bins: int, stated: str, right: str) -> Markup:
+    """What came true against the probability that was stated, and how many cases there are of each.
+
+    Args:
+        rows: ``low``, ``stated``, ``right`` (share) and ``count`` of every bin that is not empty.
+        bins: from 0 to 1.
+        stated: what was stated, in words.
+        right: what came true.
+    """
+    names = ("low", "stated", "right", "count")
+    low_B, stated_B, right_B, count_B = (np.array([row[name] for row in rows]) for name in names)
+    with canvas(9.4, 3.5, ncols=2) as made:
+        line, bars = made.figure.axes
+        line.plot([0, 1], [0, 1], color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
+        line.plot(stated_B, right_B, color=SERIES[0], linewidth=2, marker="o", markersize=4)
+        line.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel=stated, ylabel=right)
+        middle_B, width = low_B + 0.5 / bins, 0.9 / bins
+        bars.bar(middle_B, count_B * right_B, width, color=SERIES[0])
+        bars.bar(middle_B, count_B * (1 - right_B), width, bottom=count_B * right_B, color=SERIES[1])
+        bars.grid(visible=False, axis="x")
+        bars.set(xlim=(-0.02, 1.02), xlabel=stated, ylabel="cases")
+    return made.drawing
+
+
+def class_map(share_KK: np.ndarray, names: Sequence[str]) -> Markup:
+    """How often classes (rows) are taken for others (columns), as shares of the row.
+
+    Args:
+        share_KK: [K, K]; NaN is left blank.
+        names: of the classes.
+    """
+    side = 1.6 + 0.16 * len(names)
+    with canvas(side + 0.6, side) as made:
+        axes = made.axes
+        axes.imshow(share_KK, cmap=HEAT, vmin=0.0, vmax=1.0, interpolation="none")
+        axes.set_facecolor(BLANK)
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.tick_params(length=0)
+        axes.grid(visible=False)
+        axes.set(xlabel="decided", ylabel="true")
+    return made.drawing
+
+
+def heat_colour(share: float) -> tuple[str, str]:
+    """Colour of a value from 0 to 1 on the heat map's scale, and that of letters on it.
+
+    >>> heat_colour(0.0)[1], heat_colour(1.0)[1]
+    ('#111111', '#ffffff')
+    """
+    colour = HEAT(share)
+    light = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+    return mpl.colors.to_hex(colour), "#111111" if light > 0.55 else "#ffffff"
+
+
 def profile(x: Sequence[float], values: Sequence[Sequence[float]], *, xlabel: str, ylabel: str) -> Markup:
     """Lines over positions, one per series."""
     with canvas(9.4, 2.6) as made:

@@ -6,7 +6,7 @@ within a sequence, so that 269,796,671 of them are known without being held.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import polars as pl
@@ -22,10 +22,15 @@ from pipeline.tables import open_parquet, read_batches
 LOWEST_SUBMITTED, MAX_SUBMITTED = -999.999, 9999.999
 
 
+#: What the cells of a column are.
+Kind = Literal["text", "whole", "number"]
+
+
 class Keys(Protocol):
     """Key columns of a submission, row by row."""
 
     names: tuple[str, ...]
+    kinds: tuple[Kind, ...]
     rows: int
 
     def block(self, start: int, stop: int) -> dict[str, np.ndarray]:
@@ -39,6 +44,7 @@ class IdRuns:
     """Integer ids in runs of consecutive numbers: [K] first of each, [K] how many."""
 
     names: tuple[str, ...] = ("id",)
+    kinds: tuple[Kind, ...] = ("whole",)
 
     def __init__(self, first_K: np.ndarray, count_K: np.ndarray) -> None:
         starts = np.ones(len(first_K), dtype=bool)
@@ -70,6 +76,7 @@ class PositionKeys:
     """``<sequence_id>_<position from 0>``: [K] sequences one after the other, and how many positions each has."""
 
     names: tuple[str, ...] = ("id_seqpos",)
+    kinds: tuple[Kind, ...] = ("text",)
 
     def __init__(self, ids: pl.Series, count_K: np.ndarray) -> None:
         self._ids, self._count = ids.to_numpy(), count_K
@@ -97,6 +104,7 @@ class ResidueKeys:
     """``ID, resname, resid`` of a structure submission: a few thousand rows, held in memory."""
 
     names: tuple[str, ...] = ("ID", "resname", "resid")
+    kinds: tuple[Kind, ...] = ("text", "text", "whole")
 
     def __init__(self, table: pl.DataFrame) -> None:
         self._columns = {name: table[name].to_numpy() for name in self.names}
@@ -124,6 +132,12 @@ class Layout:
     def columns(self) -> list[str]:
         return [*self.keys.names, *self.values]
 
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """Column -> what its cells are, in the order of the columns."""
+        numbers: dict[str, Kind] = dict.fromkeys(self.values, "number")
+        return dict(zip(self.keys.names, self.keys.kinds, strict=True)) | numbers
+
 
 @dataclass(frozen=True, kw_only=True)
 class TestIndex:
@@ -145,11 +159,12 @@ class TestIndex:
         return IdRuns(self.first_K, self.length_K)
 
 
-def submission_columns(competition: Competition) -> list[str]:
-    """Header of a competition's submission."""
-    kinds: tuple[type[Keys], ...] = (IdRuns, PositionKeys, ResidueKeys)
-    (names,) = (kind.names for kind in kinds if kind.names[0] == competition.row_key)
-    return [*names, *value_columns(competition)]
+def submission_columns(competition: Competition) -> dict[str, Kind]:
+    """Header of a competition's submission, and what its cells are."""
+    known: tuple[type[Keys], ...] = (IdRuns, PositionKeys, ResidueKeys)
+    (keys,) = (kind for kind in known if kind.names[0] == competition.row_key)
+    numbers: dict[str, Kind] = dict.fromkeys(value_columns(competition), "number")
+    return dict(zip(keys.names, keys.kinds, strict=True)) | numbers
 
 
 def value_columns(competition: Competition) -> tuple[str, ...]:
@@ -161,7 +176,7 @@ def value_columns(competition: Competition) -> tuple[str, ...]:
 
 def other_competition(columns: list[str]) -> str:
     """A hint for a message: which competition's submission has these columns, if one has."""
-    fitting = [comp.name for comp in competitions().values() if submission_columns(comp) == columns]
+    fitting = [comp.name for comp in competitions().values() if list(submission_columns(comp)) == columns]
     return f" (the columns of COMP={fitting[0]})" if fitting else ""
 
 

@@ -13,6 +13,7 @@ from pipeline.errors import ConfigError
 from pipeline.paths import Paths
 from pipeline.stage import Report, read_result, run_stage
 from submissions import page
+from submissions.classes_report import classes_sections
 from submissions.page import Markup
 from submissions.structure_report import structure_sections
 from submissions.subject import Subject, read_scores, score_cells, short_name
@@ -52,9 +53,9 @@ def run(paths: Paths, *, competition: Competition, name: str | None = None, run:
 
 
 def _write(subject: Subject, path: Path) -> dict[str, Any]:
-    values = subject.competition.task == "values"
     training = read_training(subject)
-    middle = values_sections(subject) if values else structure_sections(subject)
+    draw = {"values": values_sections, "classes": classes_sections, "structure": structure_sections}
+    middle = draw[subject.competition.task](subject)
     sections = {
         "folds": ("Scores by fold", _folds_section(subject)),
         "training": ("Training", training_section(subject, training)),
@@ -73,7 +74,7 @@ def _write(subject: Subject, path: Path) -> dict[str, Any]:
             "epoch was chosen by the score on that same fold, which flatters the scores a little.",
         ),
     )
-    title = f"{subject.name} · {subject.competition.title}"
+    title = f"{subject.name} · {subject.title}"
     text = page.page(title, body)
     path.write_text(text, encoding="utf-8")
     return {"bytes": len(text.encode()), "missing": subject.missing}
@@ -83,7 +84,7 @@ def _write(subject: Subject, path: Path) -> dict[str, Any]:
 
 
 def _header(subject: Subject, training: Mapping[tuple[str, int], Training]) -> Markup:
-    scores, competition = subject.scores, subject.competition
+    scores = subject.scores
     rows = [(f"{subject.name} (this page)", scores["score"], True)]
     rows += [(run, told["score"], False) for run, told in sorted(scores["runs"].items())]
     rows += [(f"floor: {floor}", score, False) for floor, score in scores["floors"].items() if score is not None]
@@ -101,7 +102,7 @@ def _header(subject: Subject, training: Mapping[tuple[str, int], Training]) -> M
     )
     return page.element(
         "header",
-        page.element("div", f"{competition.title} · {scores['kind']} · split {subject.split}", class_="kicker"),
+        page.element("div", f"{subject.title} · {scores['kind']} · split {subject.split}", class_="kicker"),
         page.element("h1", subject.name),
         page.element("p", _verdict(subject), class_="lead"),
         hero,
@@ -141,24 +142,24 @@ def _count(items: Sequence[Any], word: str) -> str:
 
 
 def _folds_section(subject: Subject) -> Markup:
-    scores, targets = subject.scores, subject.competition.targets
-    values = subject.competition.task == "values"
-    if not values:
+    scores, targets = subject.scores, subject.scores["columns"]
+    if subject.competition.task == "structure":
         rows = [[row["fold"], page.number(row["score"]), f"{row['sequences']:,}"] for row in scores["per_fold"]]
         return page.table(["fold", scores["metric"], "targets"], rows)
     everyone = {subject.name: scores, **dict(sorted(scores["runs"].items()))}
     floors = sorted(scores["floor_details"].items(), key=lambda floor: floor[1]["score"] or 0.0)
     everyone |= {f"floor: {name}": told for name, told in floors}
     kinds = ["own"] + [""] * len(scores["runs"]) + ["floor"] * len(floors)
-    means = [[name, *score_cells(told, targets), _spread(told)] for name, told in everyone.items()]
-    by_fold = [[row["fold"], *score_cells(row, targets), f"{row['positions']:,}"] for row in scores["per_fold"]]
+    counted, lost = ("positions", None) if subject.competition.task == "values" else ("scored", "undefined")
+    means = [[name, *score_cells(told, targets, lost=lost), _spread(told)] for name, told in everyone.items()]
+    by_fold = [[row["fold"], *score_cells(row, targets, lost=lost), f"{row[counted]:,}"] for row in scores["per_fold"]]
     names = [short_name(target) for target in targets]
     notes = [page.element("p", note, class_="note") for note in scores["floor_notes"]]
     return page.join(
         page.table(["", scores["metric"], *names, "folds: mean ± sd"], means, classes=kinds),
         *notes,
         page.element("h3", f"{subject.name}, fold by fold"),
-        page.table(["fold", scores["metric"], *names, "positions"], by_fold),
+        page.table(["fold", scores["metric"], *names, counted], by_fold),
         _coverage(scores),
     )
 
@@ -173,9 +174,10 @@ def _coverage(scores: Mapping[str, Any]) -> Markup:
     count = scores["sequences"]
     text = (
         f"{count['predicted']:,} of {count['in_folds']:,} sequences of these folds have predictions; "
-        f"{count['scored']:,} count in the metric. Predictions clipped to the range of the truth would score "
-        f"{scores['score_clipped']:.4f}."
+        f"{count['scored']:,} count in the metric."
     )
+    if "score_clipped" in scores:
+        text += f" Predictions clipped to the range of the truth would score {scores['score_clipped']:.4f}."
     if count["scored_without_prediction"]:
         text += f" {count['scored_without_prediction']:,} that count have no prediction and are left out."
     return page.element("p", text, class_="note")
@@ -186,7 +188,7 @@ def _coverage(scores: Mapping[str, Any]) -> Markup:
 
 def _settings_section(subject: Subject) -> Markup:
     parts = []
-    if subject.scores["kind"] == "ensemble" and subject.competition.task == "values":
+    if subject.scores["kind"] == "ensemble" and subject.competition.task != "structure":
         parts.append(_weights(subject))
     files = subject.fold_files("config.json").items()
     configs = {key: read_result(path, hint="make train").get("config", {}) for key, path in files}
@@ -207,7 +209,7 @@ def _weights(subject: Subject) -> Markup:
     if not path.is_file():
         return subject.without("No weights of the ensemble (weights.json).")
     told = read_result(path, manifest=subject.home / "ensemble.manifest.json", hint="make ensemble")
-    targets = subject.competition.targets
+    targets = told["targets"]
     rows = [[run, *(page.number(told["weights"][target][run], 3) for target in targets)] for run in subject.runs]
     words = f"Weights of the runs; chosen by the out-of-fold score: {told['chosen']}."
     return page.join(

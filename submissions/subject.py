@@ -37,6 +37,12 @@ class Subject:
         return self.scores["name"]
 
     @property
+    def title(self) -> str:
+        """The competition's, and of labelled sets which it is."""
+        which = self.competition.name.partition("-")[2] if self.competition.task == "classes" else ""
+        return ", ".join(filter(None, (self.competition.title, which)))
+
+    @property
     def split(self) -> str:
         return self.scores["split"]
 
@@ -95,8 +101,9 @@ class Subject:
         inputs |= {f"predictions/{place}": path for place, path in enumerate(self.predictions)}
         if (self.home / "weights.json").is_file():
             inputs["weights"] = self.home / "weights.json"
-        if self.competition.task == "structure":
-            inputs["references"] = self.paths.clean("references")
+        truth = {"structure": "references", "classes": "classes"}
+        if self.competition.task in truth:
+            inputs[truth[self.competition.task]] = self.paths.clean(truth[self.competition.task])
         for name in ("metrics.jsonl", "config.json"):
             inputs |= {f"{run}/fold{k}/{name}": path for (run, k), path in self.fold_files(name).items()}
         return inputs | {f"manifest/{label}": path for label, path in self.manifests().items()}
@@ -116,6 +123,7 @@ def short_name(target: str) -> str:
     return target.removeprefix("reactivity_")
 
 
-def score_cells(told: Mapping[str, Any], targets: Sequence[str]) -> list[Markup]:
-    """Cells of a table: score, and mean error of every target."""
-    return [page.number(told["score"]), *(page.number(told["per_target"][target]) for target in targets)]
+def score_cells(told: Mapping[str, Any], targets: Sequence[str], *, lost: str | None = None) -> list[Markup]:
+    """Cells of a table: score, and mean error of every target, or `lost` (a dash) where there is none."""
+    values = [told["per_target"][target] for target in targets]
+    return [page.number(told["score"]), *(page.text(lost) if each is None else page.number(each) for each in values)]

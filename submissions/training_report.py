@@ -116,7 +116,7 @@ def _training_row(run: str, fold: int, told: Training) -> list[object]:
 def _curves(subject: Subject, run: str, folds: Mapping[int, Training]) -> Markup:
     metric = subject.scores["metric"]
     level = None
-    if subject.competition.task == "values":
+    if subject.competition.task != "structure":
         metric += " on the held-out fold"
         name, floor = subject.best_floor
         level = (f"floor: {name}", floor)

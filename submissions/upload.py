@@ -84,6 +84,7 @@ def run(
         ConfigError: nothing to submit, a notebook's output is not here, or no submission is left today (2).
         NetworkError: refused, not listed, or not scored in time (6).
     """
+    competition.require_kaggle("submit-kaggle")
     started = time.monotonic()
     file = file or (kernel.output(paths) if kernel else paths.submission(name))
     if not file.is_file():

@@ -32,6 +32,7 @@ from pipeline.schema import split_id
 from pipeline.stage import Report, run_stage
 from pipeline.tables import finite_values, read_batches
 from submissions.check import check_file
+from submissions.class_write import class_inputs, write_classes
 from submissions.layout import (
     LOWEST_SUBMITTED,
     MAX_SUBMITTED,
@@ -64,7 +65,7 @@ def run(paths: Paths, *, competition: Competition, name: str, fmt: str = "csv", 
 
     Args:
         paths: where the artefacts are and where submissions go.
-        competition: columns, range, and whether values or structures are submitted.
+        competition: columns, range, and whether values, classes or structures are submitted.
         name: of the ensemble.
         fmt: "csv" or "parquet".
         fill: of structures, complete what is not predicted with hairpin, helix and random walks; the ensemble may be
@@ -83,6 +84,8 @@ def run(paths: Paths, *, competition: Competition, name: str, fmt: str = "csv", 
         inputs["sample"] = paths.clean("sample")
     elif fill:
         raise ConfigError(f"submit: {competition.name} has no shapes to fill in. Next: leave --fill out.")
+    if competition.task == "classes":
+        inputs |= class_inputs(paths, name)
     build = partial(_build, paths, competition, inputs["predictions"], fmt=fmt, fill=fill)
     if fill and not inputs["predictions"].is_file():
         del inputs["predictions"]
@@ -101,8 +104,11 @@ def _build(
 ) -> dict[str, Any]:
     part = parts["submission"]
     started = time.monotonic()
+    layout: Layout
     if competition.task == "structure":
         layout, facts = _write_structures(paths, competition, predictions, part, fmt=fmt, fill=fill)
+    elif competition.task == "classes":
+        layout, facts = write_classes(paths, predictions, part, fmt=fmt)
     else:
         layout, facts = _write_values(paths, competition, predictions, part, fmt=fmt)
     rows, seconds = layout.keys.rows, time.monotonic() - started
@@ -414,6 +420,8 @@ def describe(facts: Mapping[str, Any]) -> Table:
         table.add_row(verb, f"{seconds:.1f} s, {rows / max(seconds, 1e-3):,.0f} rows/s")
     for name, (low, high) in facts["ranges"].items():
         table.add_row(name, f"{low:.4g} to {high:.4g}")
+    if "labels" in facts:
+        table.add_row("labels", facts["labels"])
     if "clipped_values" in facts:
         table.add_row("clipped", f"{facts['clipped_values']:,} values were outside the range")
     return table

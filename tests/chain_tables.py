@@ -1,4 +1,4 @@
-"""Small clean, fold and prediction tables of both tasks, as earlier stages leave them for ensemble and submissions."""
+"""Small clean, fold and prediction tables of every task, as earlier stages leave them for ensemble and submissions."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from pipeline.classes import Classes, write_classes
 from pipeline.paths import Paths
-from pipeline.schema import PROBES
+from pipeline.schema import ALPHABET, PROBES
 
 TARGETS = [f"reactivity_{probe}" for probe in PROBES]
 SPLIT = "sim80_k3"
@@ -178,3 +179,68 @@ def _candidates(rng: np.random.Generator, table: pl.DataFrame, confidences: Sequ
 def _coordinates(rng: np.random.Generator, sequences: pl.Series) -> pl.Series:
     lists = [rng.normal(0.0, 20.0, size=len(sequence)).tolist() for sequence in sequences]
     return pl.Series(lists, dtype=pl.List(pl.Float32))
+
+
+CLASSES = ("miRNA", "rRNA", "tRNA")
+
+
+def write_class_data(
+    paths: Paths, rng: np.random.Generator, *, exclusive: bool = True, sequences: int = 90, tests: int = 8
+) -> pl.DataFrame:
+    """Clean train, test, classes and fold tables: each class prefers a letter; every 15th sequence has no label.
+
+    Several labels: each class of a sequence is drawn for itself, so that some have none.
+    """
+    chosen = rng.random((sequences, len(CLASSES))) < 0.4
+    if exclusive:
+        chosen = rng.choice(len(CLASSES), size=sequences)[:, None] == np.arange(len(CLASSES))
+    texts = []
+    for flags in chosen:
+        weights = 1.0 + 3.0 * np.append(flags, False)
+        texts.append("".join(rng.choice(list(ALPHABET), size=int(rng.integers(20, 90)), p=weights / weights.sum())))
+    known = [number % 15 != 14 for number in range(sequences)]
+    labels = [np.flatnonzero(flags).tolist() if there else None for flags, there in zip(chosen, known, strict=True)]
+    train = pl.DataFrame(
+        {
+            "sequence_id": [f"s{number:04d}" for number in range(sequences)],
+            "sequence": texts,
+            "dataset_name": "train",
+            "group": pl.Series([None] * sequences, dtype=pl.String),
+            "scored": known,
+            "labels": pl.Series(labels, dtype=pl.List(pl.UInt16)),
+        }
+    )
+    write(train, paths.clean("train"))
+    counts = tuple(int(count) for count in chosen[known].sum(axis=0))
+    write_classes(paths.clean("classes"), Classes(CLASSES, counts, exclusive, ALPHABET))
+    fold = pl.Series("fold", [number % FOLDS for number in range(sequences)], dtype=pl.UInt8)
+    write(train.select("sequence_id", fold, cluster=pl.col("sequence_id")), paths.fold_table(SPLIT))
+    ids = [f"t{number:04d}" for number in rng.permutation(tests)]
+    test = pl.DataFrame({"sequence_id": ids, "sequence": [random_sequence(rng, 30) for _ in ids]})
+    write(test, paths.clean("test"))
+    return train
+
+
+def write_class_run(
+    paths: Paths, run: str, rng: np.random.Generator, *, noise: float, exclusive: bool = True, test: bool = True
+) -> None:
+    """All folds of a run: the truth behind noise of a given size out of fold, noise alone for the test."""
+    train, tested = pl.read_parquet(paths.clean("train")), pl.read_parquet(paths.clean("test"))
+    folds = pl.read_parquet(paths.fold_table(SPLIT))["fold"]
+    truth = np.zeros((train.height, len(CLASSES)))
+    for row, labels in enumerate(train["labels"].to_list()):
+        truth[row, labels or []] = 1.0
+    for fold in range(FOLDS):
+        here = (folds == fold).to_numpy()
+        ids = train["sequence_id"].filter(pl.Series(here)).to_list()
+        told = _probabilities(2.0 * truth[here] - 1.0 + noise * rng.normal(size=(len(ids), len(CLASSES))), exclusive)
+        table = prediction_table(ids, {"probabilities": told})
+        write(table.insert_column(1, pl.Series("fold", [fold] * len(ids), dtype=pl.UInt8)), paths.oof(run, fold))
+        if test:
+            told = _probabilities(rng.normal(size=(tested.height, len(CLASSES))), exclusive)
+            write(prediction_table(tested["sequence_id"].to_list(), {"probabilities": told}), paths.test(run, fold))
+
+
+def _probabilities(logits: np.ndarray, exclusive: bool) -> np.ndarray:
+    odds = np.exp(logits)
+    return odds / odds.sum(axis=1, keepdims=True) if exclusive else odds / (1.0 + odds)

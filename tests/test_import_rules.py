@@ -11,6 +11,7 @@ OURS = {"pipeline", "models", "folds", "submissions", "tests"}
 
 #: Modules without torch that folds and submissions may build on.
 CORE = {
+    "pipeline.classes",
     "pipeline.compiled",
     "pipeline.competitions",
     "pipeline.errors",

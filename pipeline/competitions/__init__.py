@@ -1,13 +1,15 @@
-"""Kaggle competitions, one file each."""
+"""Kaggle competitions, one file each, and labelled sets of any origin."""
 
 import difflib
+import re
+from dataclasses import replace
 
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError
 
 
 def competitions() -> dict[str, Competition]:
-    """Every known competition by name."""
+    """Every known competition of Kaggle's by name."""
     from pipeline.competitions.openvaccine import OPENVACCINE
     from pipeline.competitions.ribonanza import RIBONANZA
     from pipeline.competitions.rna3d import RNA3D, RNA3D2
@@ -16,14 +18,19 @@ def competitions() -> dict[str, Competition]:
 
 
 def get_competition(name: str) -> Competition:
-    """A competition by name.
+    """A competition by name; ``labelled`` and ``labelled-<name>`` are sets of sequences with classes.
 
     Raises:
         ConfigError: unknown name; the message lists the known ones.
     """
+    if re.fullmatch(r"labelled(-\w[\w.-]*)?", name):
+        from pipeline.competitions.labelled import LABELLED
+
+        return replace(LABELLED, name=name)
     known = competitions()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
+        near = difflib.get_close_matches(name, [*known, "labelled"], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"COMP={name!r} is not known; expected one of {', '.join(known)}.{hint} Next: correct COMP.")
+        expected = f"{', '.join(known)}, labelled or labelled-<name>"
+        raise ConfigError(f"COMP={name!r} is not known; expected one of {expected}.{hint} Next: correct COMP.")
     return known[name]

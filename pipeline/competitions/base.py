@@ -26,24 +26,29 @@ class Competition:
       the metric), the `targets` as lists of length L (null = not measured) and the `signal_to_noise` columns; where
       not everything may be learned from, ``teaches`` (bool).
     - test: ``sequence_id, sequence``, and what the submission needs (``id_min, id_max``).
+
+    Of classes, train holds ``labels`` instead of targets: places in the class names, null = not known.
     """
 
     name: str  #: COMP=… and the folder below artifacts/
     title: str  #: as Kaggle calls it
     slug: str  #: in Kaggle's addresses
     files: tuple[str, ...]  #: names on Kaggle of what the data stage reads
-    task: Literal["values", "structure"]  #: values per nucleotide, or C1' coordinates
-    #: the submission's first column: running numbers, ``<sequence_id>_<position from 0>``, or ``<target>_<resid>``
-    row_key: Literal["id", "id_seqpos", "ID"]
+    #: values per nucleotide, C1' coordinates, or classes of whole sequences (`pipeline.classes`)
+    task: Literal["values", "structure", "classes"]
+    #: the submission's first column: running numbers, ``<sequence_id>_<position from 0>``, ``<target>_<resid>``, or
+    #: the id of the sequence itself
+    row_key: Literal["id", "id_seqpos", "ID", "sequence_id"]
     targets: tuple[str, ...]  #: list columns of the clean train table, in the submission's column order
     target_range: tuple[float, float] | None  #: truth is clipped to it in loss and metric, predictions on the way out
     signal_to_noise: tuple[str, ...] | None  #: float column per target that weights its loss
     metric: str  #: name of the organisers' metric, lower is better for "values"
     #: the metric's errors are absolute differences to this power, and a target's error is that root of their mean
     error_power: Literal[1, 2] = 1
-    error_sums: ErrorSums | None  #: None for structures: their score is in submissions.tm_score
+    error_sums: ErrorSums | None  #: None for structures and classes, which are scored in other ways
     score: Score | None
     tables: tuple[str, ...]  #: clean tables that `clean` writes, as ``clean/<table>.parquet``
+    optional: tuple[str, ...] = ()  #: those of them that are written only where a raw file has that label
     #: raw folder -> label -> raw file: the inputs of the data stage; DataError if one that is needed is missing
     raw_files: Callable[[Path], dict[str, Path]]
     #: (label -> raw file, table -> temporary parquet path) -> JSON-able facts: the validation report
@@ -53,6 +58,14 @@ class Competition:
     test_tables: tuple[str, ...] = ()
     default_model: str = "ribonanza_mamba"  #: config that is trained unless another is named
     shown_range: tuple[float, float] = (0.0, 1.0)  #: of values in figures
+
+    def require_kaggle(self, stage: str) -> None:
+        """ConfigError, in the name of a stage, unless the competition is one of Kaggle's."""
+        if not self.slug:
+            raise ConfigError(
+                f"{stage}: {self.name} is a set of your own; expected a competition of Kaggle's. Next: the other "
+                "targets (make help) work without it."
+            )
 
     @property
     def error_name(self) -> str:

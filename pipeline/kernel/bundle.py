@@ -116,6 +116,7 @@ def build(order: Order) -> Report:
             credential (3).
         NetworkError: a wheel that the image lacks is not here and cannot be fetched (6).
     """
+    order.competition.require_kaggle("kernel")
     started = time.monotonic()
     _check(order)
     slug = slug_of(order)

@@ -1,6 +1,7 @@
 """Losses over masked, partly unmeasured targets, as sums and weights that micro-batches can be added up from.
 
-Letters: B batch, L length (nt), C target channel, K distance or lDDT bin, P pairs of nucleotides, 3 xyz.
+Letters: B batch, L length (nt), C target channel or class, N sequences, K distance or lDDT bin, P pairs of nucleotides,
+3 xyz.
 
 A loss has two halves. ``weight(batch)`` needs no network: it says how much the batch counts. ``total(outputs, batch)``
 is the weighted sum of errors. The loss of an optimiser step is the sum of totals over the sum of weights of all its
@@ -14,11 +15,12 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, logsigmoid
 
 from models.heads import distance_bins
 from models.interface import RnaOutputs
 from pipeline.batch import RnaBatch
+from pipeline.classes import Classes
 from pipeline.competitions.base import Competition
 from pipeline.config import TrainConfig
 from pipeline.training import traces
@@ -191,8 +193,100 @@ def _coordinate_terms(outputs: RnaOutputs, batch: RnaBatch) -> Iterator[tuple[Te
         yield traces.frame_error(xyz_L3, true_L3), 1 - traces.soft_tm_score(xyz_L3, true_L3), confidence
 
 
-def training_loss(competition: Competition, settings: TrainConfig) -> Loss:
-    """The loss that a competition's network is trained with."""
+@dataclass(frozen=True)
+class ClassLoss:
+    """Cross-entropy of the classes of whole sequences, each sequence (or each of its labels) with its weight.
+
+    Exclusive classes: softmax. Otherwise the binary cross-entropy of every class, averaged over the classes.
+
+    Args:
+        exclusive: one class a sequence.
+        focal_gamma: factor (1 - p)^gamma on every term, p being what the truth was given; 0 = none.
+
+    Source:
+        Lin et al. 2017 (focal loss), without its alpha: `class_weights` are that. log(1 - p) is computed from the
+        logits, so that its gradient is finite where p rounds to 1.
+    """
+
+    exclusive: bool
+    focal_gamma: float = 0.0
+
+    def weight(self, batch: RnaBatch) -> float:
+        assert batch.weight_BC is not None
+        return float(batch.weight_BC.mean(dim=1).sum(dtype=torch.float64))
+
+    def total(self, outputs: RnaOutputs, batch: RnaBatch) -> Tensor:
+        assert outputs.class_logits_BC is not None
+        assert batch.label_BC is not None
+        assert batch.weight_BC is not None
+        logits_BC, label_BC = outputs.class_logits_BC.float(), batch.label_BC
+        log_p, log_rest = (_softmax_logs if self.exclusive else _sigmoid_logs)(logits_BC, label_BC)
+        error = -log_p * (self.focal_gamma * log_rest).exp() if self.focal_gamma else -log_p
+        return (error * batch.weight_BC).mean(dim=1).sum()
+
+
+def _softmax_logs(logits_BC: Tensor, label_BC: Tensor) -> tuple[Tensor, Tensor]:
+    """Log of the true class's probability and of all others': [B, 1] each."""
+    true_B1 = label_BC.int().argmax(dim=1, keepdim=True)
+    whole_B1 = logits_BC.logsumexp(dim=1, keepdim=True)
+    others_BC = logits_BC.scatter(1, true_B1, torch.finfo(logits_BC.dtype).min)
+    return logits_BC.gather(1, true_B1) - whole_B1, others_BC.logsumexp(dim=1, keepdim=True) - whole_B1
+
+
+def _sigmoid_logs(logits_BC: Tensor, label_BC: Tensor) -> tuple[Tensor, Tensor]:
+    """Log of the probability of each label being as it is, and of the opposite: [B, C] each."""
+    towards_BC = torch.where(label_BC, logits_BC, -logits_BC)
+    return logsigmoid(towards_BC), logsigmoid(-towards_BC)
+
+
+def class_probabilities(logits_BC: Tensor, *, exclusive: bool) -> Tensor:
+    """Probabilities of classes, [B, C] float64; of exclusive ones they sum to 1."""
+    return logits_BC.double().softmax(dim=1) if exclusive else logits_BC.double().sigmoid()
+
+
+def class_weights(counts_C: np.ndarray, *, beta: float) -> np.ndarray:
+    """How much a sequence of each class counts, by the effective number of the class's sequences.
+
+    Args:
+        counts_C: [C] int, sequences that train.
+        beta: in [0, 1); 0 = all the same, towards 1 = inversely proportional to the counts.
+
+    Returns:
+        [C] float64 with mean 1 over the classes that have a sequence; 0 for the others.
+
+    Source:
+        Cui et al. 2019, equation 5.
+
+    >>> class_weights(np.array([1_000_000, 10_000, 1_000, 100, 10]), beta=0.9999).round(4).tolist()
+    [0.0045, 0.0071, 0.0472, 0.451, 4.4902]
+    """
+    counts_C = np.asarray(counts_C, dtype=np.float64)
+    weight_C = np.divide(1 - beta, 1 - beta**counts_C, out=np.zeros_like(counts_C), where=counts_C > 0)
+    return weight_C * (np.count_nonzero(counts_C) / max(weight_C.sum(), np.finfo(np.float64).tiny))
+
+
+def label_weights(label_NC: np.ndarray, train: np.ndarray, *, exclusive: bool, beta: float) -> np.ndarray:
+    """How much each sequence counts, or each of its labels, so that rare classes count more: [N, 1] or [N, C] float32.
+
+    Of classes that do not exclude each other, each weighs the sequences that have it against those that have it not.
+
+    Args:
+        label_NC: [N, C] bool.
+        train: positions of those that train, whose labels are counted.
+        exclusive: one class a sequence.
+        beta: see `class_weights`.
+    """
+    counts_C = label_NC[train].sum(axis=0)
+    if exclusive:
+        return class_weights(counts_C, beta=beta)[label_NC.argmax(axis=1)][:, None].astype(np.float32)
+    pairs_C2 = np.array([class_weights(np.array([len(train) - n, n]), beta=beta) for n in counts_C])
+    return np.where(label_NC, pairs_C2[:, 1], pairs_C2[:, 0]).astype(np.float32)
+
+
+def training_loss(competition: Competition, settings: TrainConfig, classes: Classes | None = None) -> Loss:
+    """The loss that a competition's network is trained with; `classes` are those of a labelled set."""
+    if classes is not None:
+        return ClassLoss(classes.exclusive, settings.focal_gamma)
     if competition.task == "structure":
         return StructureLoss(settings.frame_weight, settings.tm_weight, settings.confidence_weight)
     return MaskedError(competition.target_range, competition.error_power)

@@ -6,11 +6,12 @@ import numpy as np
 
 from models.interface import RnaOutputs
 from pipeline.batch import RnaBatch
+from pipeline.classes import Classes, log_losses
 from pipeline.competitions.base import Competition
 from pipeline.config import TrainConfig
 from pipeline.errors import DivergedError
 from pipeline.training.distributed import World
-from pipeline.training.losses import StructureLoss, StructureTerms
+from pipeline.training.losses import StructureLoss, StructureTerms, class_probabilities
 
 
 class Meter(Protocol):
@@ -87,6 +88,35 @@ class StructureMeter:
         return {"metric": metric, **dict(zip(StructureTerms._fields, parts, strict=True))}
 
 
+class ClassMeter:
+    """Log loss and accuracy over all sequences; of classes that do not exclude each other, over all their labels."""
+
+    def __init__(self, classes: Classes) -> None:
+        self._exclusive = classes.exclusive
+        self._loss = self._right = self._count = 0.0
+
+    def add(self, outputs: RnaOutputs, batch: RnaBatch) -> None:
+        assert outputs.class_logits_BC is not None
+        assert batch.label_BC is not None
+        p_BC = class_probabilities(outputs.class_logits_BC, exclusive=self._exclusive).cpu().numpy()
+        if not np.isfinite(p_BC).all():
+            raise _not_finite(batch)
+        label_BC = batch.label_BC.cpu().numpy()
+        self._loss += float(log_losses(p_BC, label_BC, exclusive=self._exclusive).sum())
+        if self._exclusive:
+            self._right += float((p_BC.argmax(axis=1) == label_BC.argmax(axis=1)).sum())
+        else:
+            self._right += float(((p_BC >= 0.5) == label_BC).mean(axis=1).sum())
+        self._count += len(p_BC)
+
+    def join(self, world: World) -> None:
+        self._loss, self._right, self._count = world.sum(self._loss, self._right, self._count)
+
+    def result(self) -> dict[str, float]:
+        count = self._count or np.nan
+        return {"metric": self._loss / count, "accuracy": self._right / count}
+
+
 def _not_finite(batch: RnaBatch) -> DivergedError:
     return DivergedError(
         f"validation: a prediction for {', '.join(batch.ids[:4])}{' …' if len(batch.ids) > 4 else ''} is not finite. "
@@ -99,6 +129,8 @@ def metric_name(competition: Competition) -> str:
     return "structure loss" if competition.task == "structure" else competition.metric
 
 
-def make_meter(competition: Competition, settings: TrainConfig) -> Meter:
-    """An empty meter for a competition's task."""
+def make_meter(competition: Competition, settings: TrainConfig, classes: Classes | None = None) -> Meter:
+    """An empty meter for a competition's task; `classes` are those of a labelled set."""
+    if classes is not None:
+        return ClassMeter(classes)
     return StructureMeter(settings) if competition.task == "structure" else ErrorMeter(competition)

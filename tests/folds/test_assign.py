@@ -10,6 +10,7 @@ from folds import assign
 from folds.assign import length_label, parse_split, read_folds
 from folds.edit_distance import pack, pair_distances
 from pipeline import runlog
+from pipeline.classes import Classes, write_classes
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.stage import sha256_file
@@ -213,3 +214,68 @@ def test_folds_are_described_in_a_table(rng, paths):
         runlog.console.print(assign.describe(report.facts))
     assert "short 49-64 nt" in printed.get()
     assert "lock unlocked" in printed.get()
+
+
+# --- labelled sets ---------------------------------------------------------------------------------------------------
+
+
+def labelled(rng, paths, *, letters="ACGU", several=False, count=200):
+    """Loners and families of four, with a frequent, a rare and a very rare class that families share."""
+    parents = ["".join(rng.choice(list(letters), 80)) for _ in range(count // 4)]
+    relatives = ["".join(rng.choice(list(letters), 1)) + parent[1:] for parent in parents for _ in range(4)]
+    place = np.repeat(np.arange(count // 4), 4)
+    labels = np.where(place % 10 == 0, 2, np.where(place % 3 == 0, 1, 0))
+    lists = [sorted({int(one), 0}) if several else [int(one)] for one in labels]
+    table = make_table(relatives).with_columns(pl.Series("labels", lists, dtype=pl.List(pl.UInt16)))
+    save(table, paths)
+    write_classes(paths.clean("classes"), Classes(("common", "rare", "rarest"), (1, 1, 1), not several, letters))
+    return table
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_classes_are_spread_as_evenly_as_families_allow(rng, paths, several):
+    table = labelled(rng, paths, several=several)
+    report, folds = assigned(paths, "sim80_k5")
+    both = folds.join(table.select("sequence_id", "labels"), on="sequence_id")
+    assert report.facts["by"] == "class"
+    for place, name in enumerate(("common", "rare", "rarest")):
+        inside = both.filter(pl.col("labels").list.contains(place))["fold"]
+        counts = [int((inside == fold).sum()) for fold in range(5)]
+        assert report.facts["strata"][name] == counts
+        assert max(counts) - min(counts) <= 8  # two families
+
+
+def test_sequences_without_labels_are_spread_too(rng, paths):
+    table = labelled(rng, paths)
+    unknown = pl.when(pl.int_range(pl.len()) < 40).then(None).otherwise("labels")
+    save(table.with_columns(unknown.alias("labels")), paths)
+    report, _ = assigned(paths, "sim80_k5")
+    assert report.facts["strata"]["(not labelled)"] == [8, 8, 8, 8, 8]
+
+
+def test_copies_of_a_protein_and_its_relatives_share_a_fold(rng, paths):
+    labelled(rng, paths, letters="ACDEFGHIKLMNPQRSTVWYX")
+    report, folds = assigned(paths, "sim80_k5")
+    assert report.facts["clusters"] == 50
+    assert report.facts["largest_cluster"] == 4
+    assert folds.group_by("cluster").agg(pl.col("fold").n_unique())["fold"].max() == 1
+    with runlog.console.capture() as shown:
+        runlog.console.print(assign.describe(report.facts))
+    assert "rarest " in shown.get()
+
+
+def test_a_residue_that_is_replaced_by_a_similar_one_leaves_proteins_related(rng, paths):
+    one = "".join(rng.choice(list("ILVM"), 60))
+    table = make_table(
+        [one, one.translate(str.maketrans("ILVM", "LVMI")), one.translate(str.maketrans("ILVM", "WKGE"))]
+    )
+    save(table, paths)
+    _, folds = assigned(paths, "sim80_k2")
+    assert folds["cluster"][0] == folds["cluster"][1] != folds["cluster"][2]
+
+
+def test_an_unknown_nucleotide_is_one_letter_that_may_differ(rng, paths):
+    one = random_sequence(rng, 60)
+    save(make_table([one, one[:30] + "N" + one[31:], random_sequence(rng, 60)]), paths)
+    _, folds = assigned(paths, "sim80_k2")
+    assert folds["cluster"][0] == folds["cluster"][1] != folds["cluster"][2]

@@ -136,6 +136,26 @@ def test_without_a_metric_only_identities_are_measured(rng, tmp_path):
     assert "sim80_k2" in printed.get()
 
 
+def test_copied_labels_are_right_where_relatives_are_across_folds_and_that_is_told(paths, rng, capsys):
+    """Families that share a class: on random folds the nearest neighbour is a relative, on clustered ones it is not."""
+    labelled = get_competition("labelled-toy")
+    family = rng.integers(0, 3, size=15)
+    table = pl.read_parquet(paths.clean("train"))
+    places = [None if number % 20 == 19 else [int(family[number // 4])] for number in range(table.height)]
+    table = table.with_columns(pl.Series("labels", places, dtype=pl.List(pl.UInt16)))
+    table.with_columns(pl.col("labels").is_not_null().alias("scored")).write_parquet(paths.clean("train"))
+    facts = audit.run(paths, splits=SPLITS, competition=labelled).facts
+    told = facts["splits"]
+    assert told["random_k3"]["copy_accuracy"] > 0.85
+    assert told["sim80_k3"]["copy_accuracy"] < 0.6
+    assert {each["scored"] for each in told.values()} == {57}
+    for each in told.values():
+        assert each["frequent_accuracy"] < 0.6
+    assert "on random_k3, " in " ".join(capsys.readouterr().err.split())
+    assert facts["metric"] is None
+    assert [column.header for column in audit.describe(facts).columns][-2:] == ["right: copied", "most frequent"]
+
+
 def test_the_audit_is_described_in_a_table(paths):
     report = audit.run(paths, splits=SPLITS, competition=RIBONANZA)
     assert audit.run(paths, splits=SPLITS, competition=RIBONANZA).status == "current"

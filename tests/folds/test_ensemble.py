@@ -7,7 +7,8 @@ import pytest
 
 from folds import ensemble
 from folds.candidates import choose_candidates
-from folds.weights import learn_weights, least_square_on_simplex
+from folds.weights import learn_mixture, learn_weights, least_square_on_simplex
+from pipeline.classes import log_losses, read_classes
 from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
@@ -19,6 +20,8 @@ from tests.chain_tables import (
     edit,
     make_paths,
     write,
+    write_class_data,
+    write_class_run,
     write_run,
     write_structure_data,
     write_structure_run,
@@ -26,6 +29,7 @@ from tests.chain_tables import (
 )
 
 RIBONANZA, RNA3D = get_competition("ribonanza"), get_competition("rna3d")
+LABELLED = get_competition("labelled-toy")
 GOOD = {"reactivity_DMS_MaP": 0.1, "reactivity_2A3_MaP": 0.3}
 OTHER = {"reactivity_DMS_MaP": 0.3, "reactivity_2A3_MaP": 0.1}
 
@@ -88,6 +92,133 @@ def test_least_square_on_simplex_satisfies_its_optimality_conditions(seed):
     assert weights.sum() == pytest.approx(1.0)
     assert weights.min() >= 0.0
     assert slope.min() == pytest.approx(weights @ slope, rel=1e-6)  # no corner is downhill
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_point_of_a_fine_grid_has_a_lower_log_loss_than_the_learned_mixture(seed):
+    rng = np.random.default_rng(seed)
+    right_TM = 1 / (1 + np.exp(-rng.normal(0.5, 1.0, size=(600, 1)) - rng.normal(0, rng.uniform(0.2, 3, 3), (600, 3))))
+    found = learn_mixture(right_TM)
+    steps = np.linspace(0.0, 1.0, 101)
+    grid = np.array([(a, b, 1 - a - b) for a in steps for b in steps if a + b <= 1.0 + 1e-12])
+    losses = -np.log(right_TM @ grid.T + 1e-300).mean(axis=0)
+    assert found.loss <= losses.min() + 1e-7
+    assert found.gap < 1e-5
+    assert found.values_M.min() >= 0.0
+    assert found.values_M.sum() == pytest.approx(1.0, abs=1e-12)
+
+
+def test_a_mixture_of_equals_is_even_and_what_never_helps_gets_nothing(rng):
+    right_T = rng.uniform(0.3, 0.9, size=200)
+    assert learn_mixture(np.stack([right_T] * 2, axis=1)).values_M.tolist() == [0.5, 0.5]
+    assert learn_mixture(np.stack([right_T, 0.5 * right_T], axis=1)).values_M.tolist() == [1.0, 0.0]
+    turns_T = np.arange(200) % 2
+    specialists_TM = np.stack([np.where(turns_T == 0, 0.9, 0.1), np.where(turns_T == 1, 0.9, 0.1)], axis=1)
+    assert learn_mixture(specialists_TM).values_M == pytest.approx([0.5, 0.5])
+
+
+def test_one_certain_mistake_does_not_break_a_mixture():
+    found = learn_mixture(np.array([[1e-7, 0.5], [1.0, 0.5], [1.0, 0.5], [1.0, 0.5]]))
+    assert 0.1 < found.values_M[0] < 0.9
+    assert found.gap < 1e-5
+
+
+# -- classes
+
+
+@pytest.fixture(params=[True, False], ids=["exclusive", "several"])
+def class_paths(request, tmp_path, rng) -> Paths:
+    paths = make_paths(tmp_path, LABELLED.name)
+    write_class_data(paths, rng, exclusive=request.param, sequences=240)
+    for run, noise in (("one.sim80_k3", 1.5), ("two.sim80_k3", 2.2)):
+        write_class_run(paths, run, rng, noise=noise, exclusive=request.param)
+    return paths
+
+
+def join_classes(paths: Paths, **options):
+    options = {"runs": ["one.sim80_k3", "two.sim80_k3"]} | options
+    return ensemble.run(paths, competition=LABELLED, name="all", split=SPLIT, **options)
+
+
+def class_loss(paths: Paths, table: pl.DataFrame) -> float:
+    """Mean log loss by a plain join."""
+    joined = pl.read_parquet(paths.clean("train")).filter("scored").join(table, on="sequence_id", validate="1:1")
+    truth = np.array([[place in labels for place in range(3)] for labels in joined["labels"].to_list()])
+    said = np.array(joined["probabilities"].to_list())
+    return float(log_losses(said, truth, exclusive=read_classes(paths).exclusive).mean())
+
+
+def test_two_noisy_classifiers_together_are_better_than_either(class_paths):
+    facts = join_classes(class_paths).facts
+    singles = [told["score"] for told in facts["run_scores"].values()]
+    assert facts["chosen"] == "learned"
+    assert facts["score"] < facts["mean_score"]["score"] < min(singles)
+    assert facts["learned"]["score_in_sample"] <= facts["mean_score"]["score"]
+    weights = facts["weights"]["probabilities"]
+    assert sum(weights.values()) == pytest.approx(1.0)
+    assert 0.2 < weights["two.sim80_k3"] < weights["one.sim80_k3"]
+
+
+def test_class_scores_are_those_of_the_written_table_and_of_each_run(class_paths):
+    report = join_classes(class_paths)
+    assert report.facts["score"] == pytest.approx(
+        class_loss(class_paths, pl.read_parquet(report.outputs["oof"])), abs=1e-6
+    )
+    for run, told in report.facts["run_scores"].items():
+        tables = pl.concat([pl.read_parquet(class_paths.oof(run, fold)) for fold in range(FOLDS)])
+        assert told["score"] == pytest.approx(class_loss(class_paths, tables), abs=1e-6)
+
+
+def test_probabilities_of_the_test_set_are_the_weighted_mean_and_still_probabilities(class_paths):
+    report = join_classes(class_paths)
+    weights = report.facts["weights"]["probabilities"]
+    got = np.array(pl.read_parquet(report.outputs["test"])["probabilities"].to_list())
+    expected = sum(
+        weight / FOLDS * np.array(pl.read_parquet(class_paths.test(run, fold))["probabilities"].to_list())
+        for run, weight in weights.items()
+        for fold in range(FOLDS)
+    )
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    if read_classes(class_paths).exclusive:
+        np.testing.assert_allclose(got.sum(axis=1), 1.0, atol=1e-5)
+
+
+def test_probabilities_out_of_fold_use_weights_learned_on_the_other_folds(class_paths):
+    """Other labels in fold 0 change the joined probabilities of the other folds and none of its own."""
+    before = join_classes(class_paths)
+    assert before.facts["chosen"] == "learned"
+    table = pl.read_parquet(before.outputs["oof"])
+    zero = pl.read_parquet(class_paths.fold_table(SPLIT))["fold"] == 0
+    few = zero & (pl.Series(range(240)) % 30 == 0)
+    shifted = pl.col("labels").list.eval((pl.element() + 1) % 3).list.sort().cast(pl.List(pl.UInt16))
+    edit(class_paths.clean("train"), pl.when(few).then(shifted).otherwise("labels").alias("labels"))
+    report = join_classes(class_paths)
+    assert report.facts["chosen"] == "learned"
+    after = pl.read_parquet(report.outputs["oof"])
+    for fold in range(FOLDS):
+        assert after.filter(fold=fold).equals(table.filter(fold=fold)) == (fold == 0)
+
+
+def test_an_earlier_ensemble_of_classes_needs_no_training_data(class_paths, tmp_path):
+    report = join_classes(class_paths)
+    other = make_paths(tmp_path / "notebook", LABELLED.name)
+    for run in ("one.sim80_k3", "two.sim80_k3"):
+        for fold in range(FOLDS):
+            write(pl.read_parquet(class_paths.test(run, fold)), other.test(run, fold))
+    again = ensemble.apply(other, competition=LABELLED, name="all", weights=report.outputs["weights"])
+    assert pl.read_parquet(again.outputs["test"]).equals(pl.read_parquet(report.outputs["test"]))
+
+
+def test_a_test_table_of_other_classes_is_refused(class_paths):
+    edit(class_paths.test("two.sim80_k3", 1), pl.col("probabilities").list.head(2))
+    with pytest.raises(DataError, match="2 values of probabilities; expected 3"):
+        join_classes(class_paths)
+
+
+def test_classes_are_described_without_a_column_for_each(class_paths):
+    table = ensemble.describe(join_classes(class_paths).facts)
+    assert len(table.columns) == 2
+    assert table.row_count == 8
 
 
 # -- values

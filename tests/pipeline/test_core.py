@@ -220,6 +220,24 @@ def test_manifest_holds_hashes_parameters_and_versions(copy: Copy):
     assert re.fullmatch(r"([0-9a-f]{7,40}(\+dirty)?)?", record["commit"])
 
 
+def test_a_line_in_the_log_of_scores_makes_no_checkout_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Said "e46bbd6+dirty" of every stage after the first `make evaluate`, which writes that line itself."""
+    who = ["-c", "user.name=x", "-c", "user.email=x@y.z", "-c", "commit.gpgsign=false"]
+    (tmp_path / "submissions").mkdir()
+    log, code = tmp_path / "submissions" / "LOG.md", tmp_path / "code.py"
+    for path in (log, code):
+        path.write_text("one\n")
+    for order in (["init", "--quiet"], ["add", "."], [*who, "commit", "--quiet", "-m", "one"]):
+        subprocess.run(["git", "-C", str(tmp_path), *order], check=True)
+    monkeypatch.setattr(stage, "REPOSITORY", tmp_path)
+    clean = stage.commit()
+    log.write_text("one\ntwo\n")
+    assert re.fullmatch(r"[0-9a-f]{7,40}", clean)
+    assert stage.commit() == clean
+    code.write_text("two\n")
+    assert stage.commit() == f"{clean}+dirty"
+
+
 def test_json_file_is_replaced_whole_or_not_at_all(tmp_path: Path):
     path = tmp_path / "deep" / "x.json"
     write_json(path, {"b": 1, "a": [1.5]})

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline import predict, train
 from pipeline.batch import make_batch
 from pipeline.dataset import open_examples
-from pipeline.errors import ConfigError, DataError, DivergedError, StorageError
+from pipeline.errors import ConfigError, DataError, DivergedError, LostDeviceError, StorageError
 from pipeline.paths import Paths
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.failures import is_out_of_memory
@@ -144,13 +144,22 @@ def memory_for(monkeypatch):
     return sequences
 
 
-def test_too_little_memory_halves_the_batches_and_keeps_the_predictions(paths, memory_for):
+#: Where three sequences fit, and all of a table are tried at once: halves, and halves of them.
+OUT_OF_MEMORY = [("oof", 32), ("oof", 16), ("oof", 8), ("oof", 4), ("test", 9), ("test", 5)]
+
+
+def test_too_little_memory_halves_the_batches_and_keeps_the_predictions(paths, memory_for, capsys):
     fit(paths)
     expected = {name: path.read_bytes() for name, path in predict_all(paths).outputs.items()}
     for path in (paths.oof(tiny.RUN, 0), paths.test(tiny.RUN, 0)):
         path.unlink()
     memory_for(3)
+    capsys.readouterr()
     report = predict_all(paths)
+    said = capsys.readouterr().err
+    halved = [f"fold0 {name}: out of memory with {count}" for name, count in OUT_OF_MEMORY]
+    assert [line for line in halved if line not in said] == []
+    assert said.count("out of memory") == len(halved)
     for name, path in report.outputs.items():
         ours = values_of(path)
         path.write_bytes(expected[name])
@@ -163,6 +172,34 @@ def test_no_memory_for_one_sequence_is_said_and_nothing_is_left(paths, memory_fo
     memory_for(0)
     with pytest.raises(StorageError, match="out of memory on a single sequence of 40 nt"):
         predict_all(paths)
+    assert not [path for path in paths.fold_dir(tiny.RUN, 0).iterdir() if "oof" in path.name or "part" in path.name]
+
+
+DEAD = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be …")
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "kind", "said"),
+    [
+        ("forward", DEAD, LostDeviceError, "predictions of .* fold0 oof: the device failed .CUDA error: an il"),
+        ("to", DEAD, LostDeviceError, "predictions of .* fold0 oof: the device failed"),
+        ("to", FULL, StorageError, r"predictions of .* fold0 oof: out of memory .CUDA out of memory\. Tried"),
+    ],
+)
+def test_a_device_that_fails_or_is_full_ends_predictions_in_one_sentence(paths, monkeypatch, place, error, kind, said):
+    """Another process's memory, or a GPU that fell off the bus: a traceback of torch's, and exit code 1."""
+    fit(paths)
+
+    def fails(*_args, **_options):
+        raise error
+
+    monkeypatch.setattr(tiny.TinyModel, place, fails)
+    with pytest.raises(kind, match=said) as caught:
+        predict_all(paths)
+    assert "\n" not in str(caught.value)
+    assert "Next: " in str(caught.value)
+    assert caught.value.exit_code == (75 if kind is LostDeviceError else 5)
     assert not [path for path in paths.fold_dir(tiny.RUN, 0).iterdir() if "oof" in path.name or "part" in path.name]
 
 

@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 
 from pipeline.schema import PROBES, split_id
-from pipeline.synthetic import BLANK_3, BLANK_5, designs, reactivity, write_ribonanza, write_rna3d
+from pipeline.synthetic import BLANK_3, BLANK_5, designs, reactivity, write_labelled, write_ribonanza, write_rna3d
 
 HEAD = ["sequence_id", "sequence", "experiment_type", "dataset_name", "reads", "signal_to_noise", "SN_filter"]
 
@@ -201,3 +201,15 @@ def test_rna3d_files_have_the_columns_of_the_real_ones(rna3d, shared_data):
     for name, path in rna3d.items():
         ours, theirs = (pl.read_csv(file, n_rows=1).columns for file in (path, real / name))
         assert ours[: len(theirs)] == theirs[: len(ours)]
+
+
+def test_the_order_of_two_motifs_is_the_class_and_every_sequence_has_both(tmp_path):
+    files = write_labelled(tmp_path, sequences=40, test=5, seed=1)
+    table = pl.read_csv(files["train"])
+    assert table["label"].value_counts()["count"].to_list() == [20, 20]
+    for sequence, label in table["sequence", "label"].iter_rows():
+        first = label.removesuffix(" first")
+        (second,) = {"GGACU", "CUUCC"} - {first}
+        assert sequence.index(first) < sequence.rindex(second)
+    assert pl.read_csv(files["test"]).columns == ["id", "sequence"]
+    assert not set(pl.read_csv(files["test"])["id"]) & set(table["id"])

@@ -4,7 +4,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.tables import SortedRows, as_lists, flat_lists, open_parquet, out_of_fold, read_batches
+from pipeline.tables import (
+    SortedRows,
+    as_lists,
+    check_probabilities,
+    flat_lists,
+    labels_that_count,
+    open_parquet,
+    out_of_fold,
+    read_batches,
+)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -87,3 +96,35 @@ def test_out_of_fold_passes_over_the_other_folds(tmp_path):
     )
     assert [key for batch in batches for key in batch.rows["sequence_id"]] == ["s0", "s1", "s3", "s4"]
     assert batches[0].predictions["run"][:, 0].tolist() == [0.0, 1.0, 2.0] * 4
+
+
+def test_labels_become_flags_and_what_is_not_scored_becomes_nan():
+    rows = pl.DataFrame(
+        {
+            "sequence_id": ["a", "b", "c", "d"],
+            "labels": pl.Series([[2], [0, 1], None, []], dtype=pl.List(pl.UInt16)),
+            "scored": [True, True, False, True],
+        }
+    )
+    flags = labels_that_count(rows, width=3)
+    assert flags[[0, 1, 3]].tolist() == [[0, 0, 1], [1, 1, 0], [0, 0, 0]]
+    assert np.isnan(flags[2]).all()
+    assert np.isnan(labels_that_count(rows.with_columns(scored=pl.lit(False)), width=3)).all()
+    with pytest.raises(DataError, match="a has label 2; expected 0 to 1"):
+        labels_that_count(rows, width=2)
+
+
+@pytest.mark.parametrize(
+    ("row", "exclusive", "message"),
+    [
+        ([0.7, 0.7], True, "b: probabilities 0.7, 0.7; expected a sum of 1"),
+        ([-0.2, 1.2], True, "b: probabilities -0.2, 1.2; expected values from 0 to 1"),
+        ([0.5, 1.1], False, "expected values from 0 to 1"),
+    ],
+)
+def test_what_are_no_probabilities_is_named(row, exclusive, message):
+    ids = pl.Series(["a", "b", "c"])
+    good = [0.4, 0.6]
+    with pytest.raises(DataError, match=message):
+        check_probabilities(np.array([good, row, good]), ids, exclusive=exclusive, where="oof")
+    check_probabilities(np.array([good, [np.nan, np.nan], good]), ids, exclusive=exclusive, where="oof")

@@ -1,0 +1,163 @@
+"""What a submission of classes must look like: one row a sequence, a column a class, or the label, or both.
+
+Without a sample submission: ``id`` and a column of probabilities for each class, in the order of the test set. With
+one: its columns and its order. A single column beside its ids is the label if it holds class names, and of two classes
+else the probability of the second.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from pipeline.classes import Classes, read_classes
+from pipeline.errors import DataError
+from pipeline.paths import Paths
+from pipeline.tables import open_parquet
+from submissions.layout import Kind, Layout
+
+#: Stands between the labels of one sequence.
+SEPARATOR = ";"
+
+
+class SequenceKeys:
+    """Ids of the sequences, in order, under the name that their column has."""
+
+    kinds: tuple[Kind, ...] = ("text",)
+
+    def __init__(self, ids: pl.Series, name: str) -> None:
+        self.names: tuple[str, ...] = (name,)
+        self.rows = len(ids)
+        self._ids = ids.to_numpy()
+        self._row = {key: row for row, key in enumerate(ids.to_list())}
+
+    def block(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        return {self.names[0]: self._ids[start:stop]}
+
+    def row_of(self, key: object) -> int | None:
+        return self._row.get(key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassLayout(Layout):
+    """Columns of probabilities (`values`, each of one class), of labels, or both."""
+
+    header: tuple[str, ...]  #: all columns, in order
+    classes: Classes
+    of_values: tuple[int, ...]  #: which class each of `values` is the probability of
+    label: str = ""  #: column of labels, if there is one
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.header)
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        text = (*self.keys.names, self.label)
+        return {name: "text" if name in text else "number" for name in self.header}
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether the probabilities of a row must."""
+        return self.classes.exclusive and len(self.values) == len(self.classes.names)
+
+    def is_label(self, cell: str) -> bool:
+        """Whether a cell of the label's column names a class, or, of several, any number of them."""
+        names = [cell] if self.classes.exclusive else [name for name in cell.split(SEPARATOR) if name]
+        return set(names) <= set(self.classes.names)
+
+
+def read_class_layout(paths: Paths, sample: Path | None = None) -> ClassLayout:
+    """Layout from the clean tables.
+
+    Args:
+        paths: where the clean test set, the classes and, where there is one, the sample submission are.
+        sample: another sample submission, CSV or parquet.
+
+    Raises:
+        DataError: there is no test set, or the sample submission is of other sequences or classes.
+    """
+    classes, test = read_classes(paths), paths.clean("test")
+    if not test.is_file():
+        raise DataError(
+            f"{paths.comp}: there is no test set, so there is nothing to submit; make evaluate scores what is there. "
+            f"Next: put test.csv beside the training file, then make data COMP={paths.comp}."
+        )
+    ids = pl.read_parquet(test, columns=["sequence_id"])["sequence_id"]
+    if sample is None and not paths.clean("sample").is_file():
+        names = classes.names
+        key = "id" if "id" not in names else "sequence_id"
+        return _layout((key, *names), ids, classes, values=names, of_values=tuple(range(len(names))))
+    where, table = _read_sample(paths.clean("sample") if sample is None else sample)
+    first = table[table.columns[0]]
+    _check_ids(first, ids, where=where)
+    return _from_sample(table, classes, where=where)
+
+
+def _layout(header: Sequence[str], ids: pl.Series, classes: Classes, **columns: Any) -> ClassLayout:
+    keys = SequenceKeys(ids, header[0])
+    return ClassLayout(keys=keys, low=0.0, high=1.0, header=tuple(header), classes=classes, **columns)
+
+
+def _read_sample(path: Path) -> tuple[str, pl.DataFrame]:
+    """Name for messages, and all columns as text."""
+    if path.suffix == ".parquet":
+        open_parquet(path).close()
+        table = pl.read_parquet(path)
+    else:
+        try:
+            table = pl.read_csv(path, infer_schema=False)
+        except (pl.exceptions.PolarsError, OSError) as err:
+            told = str(err).splitlines()[0]
+            raise DataError(f"{path}: no readable CSV ({told}). Next: give the set's own sample submission.") from err
+    if not table.height or table.width < 2:
+        raise DataError(
+            f"{path}: {table.height} rows of {', '.join(table.columns)[:80]}; expected ids and at least one column "
+            "beside them. Next: give the set's own sample submission."
+        )
+    return str(path), table.select(pl.all().cast(pl.String))
+
+
+def _check_ids(first: pl.Series, ids: pl.Series, *, where: str) -> None:
+    twice = first.filter(first.is_duplicated())
+    if twice.len():
+        raise DataError(f"{where}: {first.name} {twice[0]!r} twice; expected each once. Next: repair the file.")
+    unknown, lost = first.filter(~first.is_in(ids.to_list())), ids.filter(~ids.is_in(first.to_list()))
+    for these, what in ((unknown, "is not in the test set"), (lost, "of the test set is not in it")):
+        if these.len():
+            raise DataError(
+                f"{where}: {first.name} {these[0]!r} {what} ({these.len():,} such); expected the same sequences. "
+                "Next: give the sample submission of these data."
+            )
+
+
+def _from_sample(table: pl.DataFrame, classes: Classes, *, where: str) -> ClassLayout:
+    key, *rest = table.columns
+    values, others = [name for name in rest if name in classes.names], [n for n in rest if n not in classes.names]
+    lost = [name for name in classes.names if name not in values]
+    wanted = ", ".join(classes.names)[:120]
+    if len(others) > 1 or (values and lost):
+        raise DataError(
+            f"{where}: columns {', '.join(rest)[:120]}; expected one for each class ({wanted}), one label, or both. "
+            "Next: see that the sample submission and the labels are of one set."
+        )
+    ids, label = table[key], others[0] if others else ""
+    if values or _holds_labels(table[label], classes):
+        of_values = tuple(classes.names.index(name) for name in values)
+        return _layout(table.columns, ids, classes, values=tuple(values), of_values=of_values, label=label)
+    if len(classes.names) != 2 or not classes.exclusive:
+        raise DataError(
+            f"{where}: {label} holds {table[label][0]!r}, which is no class; expected some of {wanted}. "
+            "Next: see that the sample submission and the labels are of one set."
+        )
+    return _layout(table.columns, ids, classes, values=(label,), of_values=(1,))
+
+
+def _holds_labels(column: pl.Series, classes: Classes) -> bool:
+    """Whether every cell is empty or of class names alone."""
+    cells = column.drop_nulls().unique()
+    split = cells if classes.exclusive else cells.str.split(SEPARATOR).explode()
+    return bool(split.filter(split != "").is_in(list(classes.names)).all())

@@ -1,0 +1,356 @@
+"""Any labelled set: from the files that people have to clean tables, and what is said of those that cannot be read."""
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from pipeline import preprocess
+from pipeline.classes import Classes, read_classes
+from pipeline.competitions import get_competition
+from pipeline.errors import ConfigError, DataError
+from pipeline.paths import Paths
+
+ROWS = pl.DataFrame(
+    {
+        "id": ["a", "b", "c", "d"],
+        "sequence": ["GGGGAACC", "ACGTACGTA", "acgu", "UUUUUUUA"],
+        "label": ["yes", "no", "yes", "no"],
+    }
+)
+CLEAN = {"a": ("GGGGAACC", "yes"), "b": ("ACGUACGUA", "no"), "c": ("ACGU", "yes"), "d": ("UUUUUUUA", "no")}
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Paths:
+    return Paths(comp="labelled", root=tmp_path / "artifacts")
+
+
+@pytest.fixture
+def run(raw: Path, paths: Paths) -> Callable[..., dict[str, Any]]:
+    """The data stage on the raw folder; its facts."""
+    return lambda at=raw, **how: preprocess.run(get_competition("labelled"), at, paths, **how).facts
+
+
+def train(paths: Paths) -> pl.DataFrame:
+    """The clean train table, with the classes' names for their places."""
+    names = read_classes(paths).names
+    table = pl.read_parquet(paths.clean("train"))
+    told = [None if places is None else [names[place] for place in places] for places in table["labels"].to_list()]
+    return table.with_columns(pl.Series("names", told, dtype=pl.List(pl.String)))
+
+
+def fasta(separator: str) -> str:
+    return "".join(f">{name}{separator}{label}\n{text[:5]}\n{text[5:]}\n" for name, text, label in ROWS.iter_rows())
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "csv": lambda raw: ROWS.write_csv(raw / "train.csv"),
+    "csv-semicolon": lambda raw: ROWS.write_csv(raw / "train.csv", separator=";"),
+    "csv-without-last-line-end": lambda raw: (raw / "train.csv").write_text(ROWS.write_csv().rstrip()),
+    "csv-bom": lambda raw: (raw / "train.csv").write_text("\ufeff" + ROWS.write_csv()),
+    "csv-gz": lambda raw: (raw / "train.csv.gz").write_bytes(gzip.compress(ROWS.write_csv().encode())),
+    "tsv": lambda raw: ROWS.write_csv(raw / "train.tsv", separator="\t"),
+    "parquet": lambda raw: ROWS.write_parquet(raw / "train.parquet"),
+    "spaces-in-the-header": lambda raw: (raw / "train.csv").write_text(ROWS.write_csv().replace(",seq", ", seq")),
+    "commas-in-a-tsv": lambda raw: (raw / "train.tsv").write_text(ROWS.write_csv()),
+    "another-name": lambda raw: ROWS.write_csv(raw / "promoters.csv"),
+    "fasta-space": lambda raw: (raw / "train.fa").write_text(fasta(" ")),
+    "fasta-bar": lambda raw: (raw / "train.fasta").write_text(fasta("|")),
+    "fasta-gz": lambda raw: (raw / "train.fasta.gz").write_bytes(gzip.compress(fasta(" ").encode())),
+}
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_every_layout_gives_the_same_tables(layout, raw, paths, run):
+    WRITERS[layout](raw)
+    facts = run()
+    table = train(paths)
+    assert {
+        name: (text, labels[0]) for name, text, labels in table["sequence_id", "sequence", "names"].iter_rows()
+    } == CLEAN
+    assert table["scored"].all()
+    assert read_classes(paths) == Classes(("no", "yes"), (2, 2), True, "ACGU")
+    assert facts["classes"] == {"no": 2, "yes": 2}
+
+
+def test_a_file_stands_for_the_folder(raw, paths, run):
+    ROWS.write_csv(raw / "mine.csv")
+    (raw / "other.csv").write_text("not asked for\n")
+    assert run(raw / "mine.csv")["sequences"] == 4
+
+
+def test_a_folder_for_each_class_takes_the_classes_from_sorted_names(raw, paths, run):
+    """HyenaDNA's loader numbers the classes in the order in which the directory lists them."""
+    for table in ("train", "test"):
+        for name, text, label in ROWS.iter_rows():
+            (raw / table / label).mkdir(parents=True, exist_ok=True)
+            (raw / table / label / f"{name}.txt").write_text(text)
+    run()
+    assert read_classes(paths).names == ("no", "yes")
+    assert dict(train(paths)["sequence_id", "names"].iter_rows()) == {
+        "no/b": ["no"], "no/d": ["no"], "yes/a": ["yes"], "yes/c": ["yes"],
+    }  # fmt: skip
+    assert pl.read_parquet(paths.clean("test")).columns == ["sequence_id", "sequence"]
+
+
+def test_rows_without_ids_are_numbered_in_the_order_of_the_file(raw, paths, run):
+    pl.concat([ROWS] * 3).drop("id").write_csv(raw / "train.csv")
+    run()
+    table = train(paths)
+    assert table["sequence_id"].to_list() == [f"train-{number:02d}" for number in range(1, 13)]
+    assert table["sequence"][:4].to_list() == [text for text, _ in CLEAN.values()]
+
+
+def test_repeated_rows_go_repeated_ids_stay_and_contradictions_are_told(raw, paths, run):
+    again = [("a", "GGGGAACC", "yes"), ("a", "GGGGAACC", "no"), ("a", "CCCC", "no"), ("a-2", "GCGC", "no")]
+    pl.concat([ROWS, pl.DataFrame(again, schema=ROWS.schema, orient="row")]).write_csv(raw / "train.csv")
+    assert run()["duplicates"] == {
+        "rows left out": 1,
+        "ids made unique": 2,
+        "sequences that come again": 1,
+        "sequences with different labels": 1,
+    }
+    assert train(paths)["sequence_id"].to_list() == ["a", "a-2", "a-3", "a-4", "b", "c", "d"]
+
+
+def test_several_labels_in_a_cell_make_classes_that_do_not_exclude_each_other(raw, paths, run):
+    labels = ["red; blue", "", "blue;blue;", "green"]
+    ROWS.with_columns(pl.Series("label", labels)).write_csv(raw / "train.csv", quote_style="always")
+    assert run()["labels"] == "any number of classes each"
+    assert train(paths)["names"].to_list() == [["blue", "red"], [], ["blue"], ["green"]]
+    assert train(paths)["scored"].all()
+    assert read_classes(paths) == Classes(("blue", "green", "red"), (2, 1, 1), False, "ACGU")
+
+
+def test_lists_of_labels_in_a_parquet_file_are_taken_as_they_are(raw, paths, run):
+    ROWS.with_columns(pl.Series("label", [["b", "a"], None, [], ["b"]])).write_parquet(raw / "train.parquet")
+    run()
+    assert train(paths)["names"].to_list() == [["a", "b"], None, [], ["b"]]
+    assert train(paths)["scored"].to_list() == [True, False, True, True]
+
+
+def test_a_separator_of_nothing_keeps_a_cell_whole(raw, paths, run):
+    ROWS.with_columns(pl.Series("label", ["x;y", "z", "z", "x;y"])).write_csv(raw / "train.csv")
+    (raw / "columns.toml").write_text('separator = ""\n')
+    run()
+    assert read_classes(paths).names == ("x;y", "z")
+
+
+def test_a_row_without_a_label_is_kept_and_not_scored(raw, paths, run):
+    ROWS.with_columns(pl.Series("label", ["yes", "", "no", " "])).write_csv(raw / "train.csv")
+    assert run()["unlabelled"] == 2
+    assert train(paths)["scored"].to_list() == [True, False, True, False]
+    assert train(paths)["labels"].to_list() == [[1], None, [0], None]
+
+
+def test_numbers_are_classes_by_their_text(raw, paths, run):
+    ROWS.with_columns(pl.Series("label", [1, 0, 1, 0])).write_parquet(raw / "train.parquet")
+    run()
+    assert read_classes(paths).names == ("0", "1")
+
+
+def test_known_relatives_are_kept(raw, paths, run):
+    ROWS.with_columns(pl.Series("group", ["g", "", "g", "h"])).write_csv(raw / "train.csv")
+    run()
+    assert train(paths)["group"].to_list() == ["g", None, "g", "h"]
+
+
+# --- letters ---------------------------------------------------------------------------------------------------------
+
+
+def test_u_and_t_capital_and_small_are_the_same_and_odd_letters_are_counted(raw, paths, run):
+    texts = ["acgtACGUAC" * 4, "ACGU-ACGU.ACGU" * 3, "ACGURYACGU" + "ACGU" * 20, "GGGG" * 9]
+    ROWS.with_columns(pl.Series("sequence", texts)).write_csv(raw / "train.csv")
+    found = run()["letters"]
+    assert found == {"kind": "RNA or DNA", "odd, read as N": 2, "sequences with odd ones": 1, "gaps removed": 6}
+    assert train(paths)["sequence"][0] == "ACGUACGUAC" * 4
+    assert "NN" in train(paths)["sequence"][2]
+    assert read_classes(paths).alphabet == "ACGUN"
+
+
+def test_proteins_are_known_by_their_letters(raw, paths, run):
+    texts = ["MKWVTFISLLLLFSSAYS*", "mktayiakqrqisfvkshfsrq", "MALWMRLLPLUALLALWGPDPA", "MGSSHHHHHHSSGLVPRGSH"]
+    ROWS.with_columns(pl.Series("sequence", texts)).write_csv(raw / "train.csv")
+    assert run()["letters"]["kind"] == "protein"
+    assert train(paths)["sequence"].to_list()[:3] == [texts[0][:-1], texts[1].upper(), texts[2].replace("U", "X")]
+    assert read_classes(paths).alphabet == "ACDEFGHIKLMNPQRSTVWYX"
+    assert not read_classes(paths).is_nucleic
+
+
+def test_letters_may_be_told_where_they_cannot_be_seen(raw, paths, run):
+    ROWS.with_columns(pl.Series("sequence", ["ACGA", "GGGA", "CCGA", "TTGA"])).write_csv(raw / "train.csv")
+    (raw / "columns.toml").write_text('alphabet = "amino acids"\n')
+    run()
+    assert train(paths)["sequence"][3] == "TTGA"
+
+
+# --- test set --------------------------------------------------------------------------------------------------------
+
+
+def test_the_test_set_keeps_the_order_of_its_file(raw, paths, run):
+    ROWS.write_csv(raw / "train.csv")
+    ROWS[["id", "sequence"]].with_columns(id="t" + pl.col("id")).reverse().write_csv(raw / "test.tsv", separator="\t")
+    assert run()["test"]["copies_of_train"] == 4
+    assert pl.read_parquet(paths.clean("test"))["sequence_id"].to_list() == ["td", "tc", "tb", "ta"]
+
+
+def test_a_test_set_that_is_gone_leaves_no_table_behind(raw, paths, run):
+    ROWS.write_csv(raw / "train.csv")
+    ROWS.write_csv(raw / "test.csv")
+    run()
+    (raw / "test.csv").unlink()
+    assert "test" not in run()
+    assert not paths.clean("test").exists()
+
+
+def test_the_sample_submission_is_kept_as_text(raw, paths, run):
+    ROWS.write_csv(raw / "train.csv")
+    ROWS.write_csv(raw / "test.csv")
+    (raw / "sample_submission.csv").write_text("id,target\nd,0.5\na,0.5\nb,1e-3\nc,\n")
+    run()
+    sample = pl.read_parquet(paths.clean("sample"))
+    assert sample.rows() == [("d", "0.5"), ("a", "0.5"), ("b", "1e-3"), ("c", "")]
+
+
+def test_the_test_set_alone_is_read_where_nothing_is_trained(raw, paths, run):
+    ROWS.write_csv(raw / "test.csv")
+    ROWS.write_csv(raw / "train.csv")
+    run(test_only=True)
+    assert paths.clean("test").is_file()
+    assert not paths.clean("train").exists()
+
+
+def test_two_builds_are_byte_identical(raw, paths, tmp_path, run):
+    ROWS.write_csv(raw / "train.csv")
+    run()
+    other = Paths(comp="labelled", root=tmp_path / "other")
+    preprocess.run(get_competition("labelled"), raw, other)
+    for table in ("train", "classes"):
+        assert paths.clean(table).read_bytes() == other.clean(table).read_bytes()
+
+
+# --- what cannot be read ---------------------------------------------------------------------------------------------
+
+GOOD = "id,sequence,label\na,ACGU,x\nb,GGGA,y\n"
+BAD: dict[str, tuple[dict[str, str], str]] = {
+    "no-file": ({}, r"no train.*found nothing of the kind"),
+    "two-files": ({"train.csv": GOOD, "train.fa": ">a x\nACGU\n"}, r"train.csv, train.fa all hold train"),
+    "which-file": ({"one.csv": GOOD, "two.csv": GOOD}, r"no train.*found one.csv, two.csv"),
+    "empty": ({"train.csv": ""}, r"train.csv: the file is empty"),
+    "web-page": ({"train.csv": "<html>\n"}, r"train.csv: the first line is '<html>'"),
+    "header-alone": ({"train.csv": "id,sequence,label\n"}, r"train.csv: no sequence in it"),
+    "no-sequence-column": ({"train.csv": "id,text,label\na,ACGU,x\n"}, r"no column is called sequence.*found id, text"),
+    "no-label-column": (
+        {"train.csv": "id,sequence,kind\na,ACGU,x\n"},
+        r"no column is called label.*label = '<column>'",
+    ),
+    "two-label-columns": (
+        {"train.csv": "sequence,class,family\nACGU,x,y\n"},
+        r"class and family may each be the label",
+    ),
+    "column-not-there": (
+        {"train.csv": GOOD, "columns.toml": 'label = "kind"'},
+        r"no column 'kind', which columns.toml",
+    ),
+    "unknown-setting": (
+        {"train.csv": GOOD, "columns.toml": 'labels = "x"'},
+        r"columns.toml: labels = 'x'; expected id",
+    ),
+    "no-toml": ({"train.csv": GOOD, "columns.toml": "label: x"}, r"columns.toml: not valid TOML"),
+    "short-row": ({"train.csv": GOOD + "c,ACGU\n"}, r"train.csv: .*Expected 3 columns, got 2"),
+    "no-letters": ({"train.csv": GOOD + "c,AC9U,x\n"}, r"train.csv: row 3 \(id c\): '9' in the sequence"),
+    "empty-sequence": ({"train.csv": GOOD + "c,-,x\n"}, r"train.csv: row 3 \(id c\): empty sequence"),
+    "odd-letters": ({"train.csv": GOOD + "c,ACNNGU,x\n"}, r"14\.3% of the letters.*row 3 \(id c\), 2 of 6"),
+    "neither": ({"train.csv": GOOD + "c,MKWLF,x\n"}, r"62% of the letters are A, C, G, T, U or N"),
+    "no-id": ({"train.csv": GOOD + ",ACGU,x\n"}, r"train.csv: row 3: no id"),
+    "one-class": ({"train.csv": GOOD.replace(",y", ",x")}, r"train.csv: 1 class \(x\); expected at least 2"),
+    "no-label": ({"train.csv": "sequence,label\nACGU,\n"}, r"0 classes \(no label at all\)"),
+    "not-classes": ({"train.csv": "sequence,label\n" + "".join(f"ACGU,{n / 7}\n" for n in range(20))}, r"20 different"),
+    "fasta-without-header": ({"train.fa": "ACGU\n"}, r"train.fa: line 1 is 'ACGU'; expected '>id label'"),
+    "empty-folders": ({"train/yes/readme.md": "x"}, r"no <class>/\*.txt in it"),
+    "test-id-twice": (
+        {"train.csv": GOOD, "test.csv": "id,sequence\na,ACGU\na,ACGA\n"},
+        r"test.csv: row 2 \(id a\): an id twice",
+    ),
+    "sample-of-others": (
+        {"train.csv": GOOD, "test.csv": "id,sequence\na,ACGU\n", "sample_submission.csv": "id,x\nb,0\n"},
+        r"sample_submission.csv: .*differ in 2 rows, such as 'a'",
+    ),
+    "sample-alone": (
+        {"train.csv": GOOD, "sample_submission.csv": "id,x\nb,0\n"},
+        r"sample_submission.csv and no test set",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_set_is_refused_in_one_sentence_and_nothing_is_written(case, raw, paths, run):
+    files, expected = BAD[case]
+    for name, text in files.items():
+        (raw / name).parent.mkdir(parents=True, exist_ok=True)
+        (raw / name).write_text(text)
+    with pytest.raises(DataError, match=expected) as caught:
+        run()
+    assert "Next: " in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(paths.root.rglob("*.parquet"))
+
+
+def test_a_cut_archive_is_named(raw, run):
+    (raw / "train.fasta.gz").write_bytes(gzip.compress(fasta(" ").encode() * 50)[:-40])
+    with pytest.raises(DataError, match=r"train.fasta.gz: damaged, cut short"):
+        run()
+
+
+def test_a_damaged_parquet_file_is_named(raw, run):
+    ROWS.write_parquet(raw / "train.parquet", compression="uncompressed")
+    data = bytearray((raw / "train.parquet").read_bytes())
+    data[4:60] = b"\xff" * 56
+    (raw / "train.parquet").write_bytes(data)
+    with pytest.raises(DataError, match=r"train.parquet: .*Next: "):
+        run()
+
+
+def test_columns_that_hold_no_text_are_named(raw, run):
+    ROWS.with_columns(sequence=pl.concat_list(pl.lit(1), pl.lit(2))).write_parquet(raw / "train.parquet")
+    with pytest.raises(
+        DataError, match=r"columns id, sequence, label are String, List\(Int32\), String; expected text"
+    ):
+        run()
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path, run):
+    with pytest.raises(DataError, match=r"no such file or folder"):
+        run(tmp_path / "nowhere")
+
+
+# --- the name --------------------------------------------------------------------------------------------------------
+
+
+def test_each_set_has_a_name_of_its_own():
+    assert get_competition("labelled-promoters").name == "labelled-promoters"
+    assert get_competition("labelled-promoters").task == "classes"
+
+
+@pytest.mark.parametrize("name", ["labelled-", "labelled-a/b", "labelledx"])
+def test_a_name_that_is_no_folder_is_refused(name):
+    with pytest.raises(ConfigError, match="is not known"):
+        get_competition(name)
+
+
+def test_kaggle_is_not_asked_for_it(paths):
+    from pipeline import download
+
+    with pytest.raises(ConfigError, match=r"download: labelled is a set of your own.*Next: "):
+        download.run(get_competition("labelled"), paths)
