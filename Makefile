@@ -25,6 +25,7 @@ OUT   ?= scores.parquet#   what score-tm writes
 ENGINE ?=#                 of TM-scores: usalign for the program, auto: it where installed; empty = built-in
 OWNER ?=#                  your user name on Kaggle, for make kernel
 KERNEL ?=#                 make kernel: train (as when empty) or predict; make submit-kaggle: owner/slug of a notebook
+VERSION ?=#                of the notebook whose output make submit-kaggle KERNEL=owner/slug submits
 SLUG  ?=#                  which bundle of make kernel is meant, where there are several
 FORMAT ?= csv#             of the submission: csv or parquet
 ARTIFACTS ?= artifacts#    where the stages write
@@ -43,19 +44,27 @@ override SPLIT := $(strip $(SPLIT))
 override FOLD := $(strip $(FOLD))
 override NAME := $(strip $(NAME))
 override TAG := $(strip $(TAG))
-override ARTIFACTS := $(strip $(ARTIFACTS))
+override ARTIFACTS := $(or $(strip $(ARTIFACTS)),artifacts)
 override PYTHON := $(strip $(PYTHON))
 override PY := $(strip $(PY))
 override EXTRAS := $(strip $(EXTRAS))
 override RAW := $(strip $(RAW))
 
+# a variable in small letters is another one, and would be left out without a word
+SMALL := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+SMALL := $(foreach name,$(SMALL),$(if $(filter-out $(name),$(shell echo '$(name)' | tr a-z A-Z)),$(name)))
+ifneq ($(strip $(SMALL)),)
+$(error $(strip $(SMALL)): variables are in capitals. Next: $(foreach name,$(SMALL),$(shell echo '$(name)' | tr a-z A-Z)=$($(name))))
+endif
 ifneq ($(and $(strip $(SET)),$(if $(TAG)$(ALLOW_CHANGES)$(filter plan sweep,$(MAKECMDGOALS)),,untagged)),)
 $(error SET changes what a run is, so name the variant: add TAG=some-name)
 endif
 
 RNA := $(PY) -m pipeline
 GPU := models/test_kernels models/test_causal_conv models/test_triton_scan models/test_ssd models/test_long_conv models/test_contract \
-  models/test_compile pipeline/test_plan pipeline/test_training_gpu pipeline/test_classes
+  models/test_compile pipeline/test_plan pipeline/test_training_gpu
+named = \( -name bench $(patsubst %,-o -name '%',$(1)) \)
+OWN := demo kernel-check wheels
 AT := --comp "$(COMP)" --artifacts "$(ARTIFACTS)"
 NAMED := $(if $(MODEL),--model "$(MODEL)") --split "$(SPLIT)" $(if $(TAG),--tag $(TAG))
 RUN := $(NAMED) $(foreach item,$(SET),--set '$(item)')
@@ -164,7 +173,7 @@ submit: $(ENVIRONMENT) ## ensemble -> submission file, checked before it gets it
 	@$(RNA) submit $(AT) --name "$(NAME)" --format $(strip $(FORMAT))
 	@$(if $(KAGGLE),exec $(RNA) submit-kaggle $(AT) --name "$(NAME)" --file "submissions/csv/$(COMP)-$(NAME).$(strip $(FORMAT))",:)
 submit-kaggle: $(ENVIRONMENT) ## send the submission to Kaggle once, and wait for its score (KAGGLE=1 lets submit do it; KERNEL=owner/slug VERSION=1)
-	@exec $(RNA) submit-kaggle $(AT) --name "$(NAME)" $(if $(FILE),--file "$(FILE)") $(if $(KERNEL),--kernel $(KERNEL) --version $(VERSION))
+	@exec $(RNA) submit-kaggle $(AT) --name "$(NAME)" $(if $(FILE),--file "$(FILE)") $(if $(KERNEL),--kernel $(strip $(KERNEL)) $(if $(strip $(VERSION)),--version $(strip $(VERSION))))
 check: $(ENVIRONMENT) ## check any submission file: make check FILE=my.csv
 	@exec $(RNA) check $(AT) "$(FILE)"
 evaluate: $(ENVIRONMENT) ## score out-of-fold predictions beside the trivial floors (ENGINE=usalign or auto: TM-scores by the program)
@@ -209,6 +218,11 @@ bench-loader: $(ENVIRONMENT) ## batches a second, with and without workers; shar
 bench-folds: $(ENVIRONMENT) ## our clustering beside MMseqs2 and cd-hit
 	@exec $(RNA) bench-folds --artifacts "$(ARTIFACTS)"
 
+# What is not the stages' alone stays: another name, or a file beside their folders.
 clean: ## remove the artefacts, trained runs too (not the environment, not submissions/csv)
-	@test ! -e "$(ARTIFACTS)/Makefile" || { echo "ARTIFACTS=$(ARTIFACTS) holds more than artefacts; nothing removed."; exit 2; }
+	@here="$$(pwd -P)/"; there="$$(cd "$(ARTIFACTS)" 2>/dev/null && pwd -P || true)"; \
+	if [ "$${here#"$${there%/}/"}" != "$$here" ] && [ -n "$$there" ] || \
+	   [ -n "$$(find "$(ARTIFACTS)" -mindepth 1 -maxdepth 1 ! \( -type d $(call named,$(OWN) ribonanza openvaccine rna3d rna3d2 labelled-*) \) 2>/dev/null)" ] || \
+	   [ -n "$$(find "$(ARTIFACTS)" -mindepth 1 -maxdepth 2 $(call named,$(OWN)) -prune -o ! -type d -print 2>/dev/null)" ]; then \
+	  echo "ARTIFACTS=$(ARTIFACTS) holds more than artefacts; nothing removed. Next: remove by hand what is to go."; exit 2; fi
 	rm -rf "$(ARTIFACTS)"

@@ -107,11 +107,12 @@ def run(
     plan = parse_split(split)
     inputs = {"train": paths.clean("train")}
     made: dict[str, Any] = {"method": "none", "flanks": {}}
+    clustering = 0.0
     if plan.kind == "random":
         warn(f"{split}: relatives are in different folds, so its scores leak. Next: sim80_k{plan.folds} for real ones.")
     else:
         clusters = _run_clusters(paths, percent=plan.percent, method=method)
-        inputs["clusters"], made = clusters.outputs["clusters"], clusters.facts
+        inputs["clusters"], made, clustering = clusters.outputs["clusters"], clusters.facts, clusters.seconds
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
         table = _read_train(inputs["train"])
@@ -135,7 +136,8 @@ def run(
         build=build,
         manifest=fold_table.with_suffix(".manifest.json"),
     )
-    return replace(report, facts=report.facts | {"lock": _lock(report.facts, relock=relock, locks=locks)})
+    facts = report.facts | {"lock": _lock(report.facts, relock=relock, locks=locks)}
+    return replace(report, facts=facts, seconds=report.seconds + clustering)
 
 
 def _lock(facts: Mapping[str, Any], *, relock: bool, locks: Path) -> str:
@@ -145,7 +147,7 @@ def _lock(facts: Mapping[str, Any], *, relock: bool, locks: Path) -> str:
         return f"written: {name}"
     if verify_lock(facts, locks=locks):
         return f"verified: {name}"
-    return f"unlocked: no {name}; make folds RELOCK=1 writes it"
+    return f"absent: no {name}; make folds RELOCK=1 writes it"
 
 
 def _run_clusters(paths: Paths, *, percent: int, method: Method) -> Report:
@@ -358,12 +360,28 @@ def describe(facts: Mapping[str, Any]) -> Table:
     table.add_column(f"{facts['rows']:,} sequences by {facts['split']}")
     for fold in range(len(facts["counts"])):
         table.add_column(f"fold {fold}", justify="right")
-    for stratum, counts in facts["strata"].items():
-        unit = "" if facts["by"] == "class" else " nt"
-        table.add_row(escape(f"{stratum}{unit}"), *(f"{count:,}" for count in counts))
+    names = sorted(facts["strata"], key=_by_length) if facts["by"] == "length" else facts["strata"]
+    for name in names:
+        told = _data_set(name) if facts["by"] == "length" else name
+        table.add_row(escape(told), *(f"{count:,}" for count in facts["strata"][name]))
     table.add_row("all", *(f"[bold]{count:,}[/]" for count in facts["counts"]))
-    table.add_row("lengths", *(f"{low}-{high}" for low, high in facts["lengths"]))
+    table.add_row("lengths", *(f"{low}-{high}" if low < high else str(low) for low, high in facts["lengths"]))
     return table
+
+
+def _by_length(stratum: str) -> tuple[str, int]:
+    name, _, bin_ = stratum.rpartition(" ")
+    return name, int(bin_.partition("-")[0])
+
+
+def _data_set(stratum: str) -> str:
+    """A data set and its bin for people; OpenVaccine's data sets are lengths already.
+
+    >>> _data_set("train 33-48"), _data_set("107 nt 97-128")
+    ('train 33-48 nt', '107 nt')
+    """
+    name = stratum.rpartition(" ")[0]
+    return name if name.endswith(" nt") else f"{stratum} nt"
 
 
 def _caption(facts: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from folds.candidates import Scorer, choose, choose_test
 from folds.job import Job
 from pipeline.classes import Classes, read_classes
 from pipeline.competitions.base import Competition
+from pipeline.competitions.rna3d import STAGES
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.runlog import warn
@@ -24,10 +25,6 @@ from pipeline.stage import Report, read_result, run_stage
 from pipeline.tables import open_parquet
 
 VERSION = 3
-
-
-#: Runs without a network: name -> target of make.
-_STAGES = {"denovo": "denovo", "templates": "templates-predict"}
 
 
 def run(
@@ -203,8 +200,8 @@ def _how_to_train(run: str, fold: int, *, comp: str) -> str:
     """The command that trains a fold to its end, wherever it stands, and predicts."""
     variant, _, split = run.rpartition(".")
     model, _, tag = variant.partition("+")
-    if model in _STAGES:
-        return f"make {_STAGES[model]} COMP={comp} SPLIT={split}"
+    if model in STAGES:
+        return f"make {STAGES[model]} COMP={comp} SPLIT={split}"
     return f"make train FOLD={fold} COMP={comp} MODEL={model} SPLIT={split}{f' TAG={tag}' if tag else ''}"
 
 
@@ -245,4 +242,5 @@ def _describe_structures(facts: Mapping[str, Any]) -> Table:
             table.add_row(f"in reserve, as the five are better without it: {each}", "")
         chosen = policy["best_of_five"][str(policy["novelty"])]
         table.add_row("best of five out of fold, chosen", f"[bold]{chosen:.4f}[/]")
+        table.caption = "best of five: mean over the targets that teach; evaluate scores those that teach nothing, too"
     return table

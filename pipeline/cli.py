@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -98,6 +99,7 @@ Kernels = Annotated[
 ]
 
 _WIDEST = 400  # columns of a table in a file or a pipe, where no line has to be broken
+_MOST_OUTPUTS = 8  # named one by one: a stage that writes every fold has a dozen
 _INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended, and what typer makes of it
 _COMP, _ARTIFACTS, _SPLIT, _NAME = "ribonanza", Path("artifacts"), "sim80_k5", "all"
 
@@ -547,7 +549,7 @@ def submit(
     """Write the submission file and check it; an invalid file never gets its final name."""
     from submissions import write
 
-    paths = _paths(comp, artifacts) if to is None else Paths(comp=comp, root=artifacts, csv_dir=to)
+    paths = _paths(comp, artifacts) if to is None else replace(_paths(comp, artifacts), csv_dir=to)
     report = write.run(paths, competition=_competition(comp), name=name, fmt=fmt, fill=fill)
     show(report, write.describe(report.facts))
 
@@ -566,7 +568,9 @@ def submit_kaggle(
     from submissions import upload
 
     if bool(kernel) != bool(version):
-        raise ConfigError("submit-kaggle: --kernel and --version go together. Next: give both, or none.")
+        raise ConfigError(
+            "submit-kaggle: a notebook and its version go together. Next: KERNEL=owner/slug VERSION=1, or neither."
+        )
     report = upload.run(
         _paths(comp, artifacts),
         competition=_competition(comp),
@@ -614,7 +618,7 @@ def kernel(
         overrides=set_ or (),
         folds=tuple(range(_fold_count(split))) if all_folds else (_fold(fold, split),),
         ensemble=name,
-        limit_s=_seconds(limit, option="--limit") or 0.0,
+        limit_s=_seconds(limit, option="LIMIT") or 0.0,
         resume=resume,
         gpu=gpu,
     )
@@ -682,7 +686,7 @@ def kernel_check(
     else:
         home = paths.kernel_dir(_slug(paths, slug))
         what: dict[str, Any] = {"home": home, "competition": _competition(comp), "raw": raw}
-        report = rehearsal.run_bundle(folder, python=python, **what, limit_s=_seconds(limit, option="--limit"))
+        report = rehearsal.run_bundle(folder, python=python, **what, limit_s=_seconds(limit, option="LIMIT"))
     show(report, rehearsal.describe(report.facts))
 
 
@@ -766,7 +770,8 @@ def plan(
     model: Model = "",
     set_: Sets = None,
     length: Annotated[
-        int | None, typer.Option("--length", help="Of the longest sequence, nt; default: data.max_length.", min=1)
+        int | None,
+        typer.Option("--length", help="Of the longest sequence, nt; default: the clean table's, or max_length.", min=1),
     ] = None,
     nproc: Annotated[int, typer.Option("--nproc", help="Processes that train together.", min=1)] = 1,
 ) -> None:
@@ -778,8 +783,9 @@ def plan(
 
     config, competition = load_config(model, set_ or ()), _competition(comp)
     classes = read_classes(_paths(comp, artifacts)) if competition.task == "classes" else None
+    length = length or planning.longest_sequence(_paths(comp, artifacts).clean("train"))
     if length is not None and length > config.data.max_length:
-        say(f"LENGTH={length}: training crops to data.max_length = {config.data.max_length} nt, which is what counts")
+        say(f"{length:,} nt: training crops to data.max_length = {config.data.max_length:,} nt, which is what counts")
     size = {"length": length, "processes": nproc}
     found = planning.make_plan(config, lambda: build_model(config.model, competition, classes), **size)  # type: ignore[arg-type]
     output.print(found.table())
@@ -816,9 +822,10 @@ def bench_tm(
     traces: Annotated[Path, typer.Option("--traces", help="Folder of C1' traces, as score-tm reads it.")],
 ) -> None:
     """Time both TM-scores beside one process a pair of US-align, or else of TM-align, and compare the scores."""
+    from pipeline import measure
     from submissions import bench_tm as bench
 
-    output.print(bench.run(traces))
+    output.print(bench.run(traces, record=measure.RECORDS / f"tm-{measure.machine_class()}.json"))
 
 
 @app.command("bench-loader")
@@ -844,7 +851,7 @@ def _competition(name: str) -> Any:
 
 
 def _paths(comp: str, artifacts: Path) -> Paths:
-    return Paths(comp=comp, root=artifacts)
+    return Paths(comp=_competition(comp).name, root=artifacts)  # of a misspelt one a file would be "missing"
 
 
 def run_name(model: str, *, split: str, tag: str = "") -> str:
@@ -957,7 +964,7 @@ def _fold(fold: int, split: str) -> int:
     return fold
 
 
-def _seconds(text: str, *, option: str = "--time-budget") -> float | None:
+def _seconds(text: str, *, option: str = "BUDGET") -> float | None:
     """Seconds of ``90s``, ``45m``, ``8h``; None for an empty text."""
     if not text:
         return None
@@ -980,8 +987,13 @@ def show(report: Report, details: Any = ()) -> None:
     output.print(f"[bold]{report.stage}[/]: {said}")
     for detail in details if isinstance(details, list | tuple) else [details]:
         output.print(detail)
-    for path in report.outputs.values():
-        output.print(f"  -> {_near(path)}", markup=False)
+    files = list(report.outputs.values())
+    if len(files) > _MOST_OUTPUTS:
+        files, several = [Path(os.path.commonpath(files))], f" ({len(files)} files)"
+    else:
+        several = ""
+    for path in files:
+        output.print(f"  -> {_near(path)}{several}", markup=False)
 
 
 def _near(path: Path) -> Path:

@@ -223,9 +223,7 @@ def read_folds(path: Path, *, examples: ExampleSet) -> np.ndarray:
     """
     import pyarrow.parquet as pq
 
-    hint = f"make folds COMP={path.parents[1].name} SPLIT={path.stem}"
-    if not path.is_file():
-        raise DataError(f"{path}: no fold table. Next: {hint}.")
+    hint = require_fold_table(path)
     folds = _read_parquet(path, lambda: pq.read_table(path, columns=["sequence_id", "fold"]))
     ids = _as_bytes(folds["sequence_id"].to_pylist())
     order = np.argsort(ids)
@@ -238,6 +236,14 @@ def read_folds(path: Path, *, examples: ExampleSet) -> np.ndarray:
             f"expected the same sequence_id once each. Next: {hint}."
         )
     return folds["fold"].to_numpy().astype(np.uint8)[order]
+
+
+def require_fold_table(path: Path) -> str:
+    """DataError where there is no such fold table; otherwise the command that makes it."""
+    hint = f"make folds COMP={path.parents[1].name} SPLIT={path.stem}"
+    if not path.is_file():
+        raise DataError(f"{path}: no fold table. Next: {hint}.")
+    return hint
 
 
 def fold_members(fold_N: np.ndarray, fold: int, *, where: str) -> np.ndarray:

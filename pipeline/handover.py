@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.competitions.base import Competition
+from pipeline.competitions.rna3d import STAGES, is_stage
 from pipeline.errors import DataError
-from pipeline.kernel.bundle import STAGES, is_stage
 from pipeline.paths import REPOSITORY, Paths
 from pipeline.runlog import duration, read_metrics
 from pipeline.stage import Report, commit, read_result, versions, write_json
@@ -44,7 +44,7 @@ def run(paths: Paths, *, competition: Competition, name: str) -> Report:
     trained = {run: [_trained(paths, run, fold) for fold in told["folds"]] for run in networks}
     home = paths.home / "handover" / name
     home.mkdir(parents=True, exist_ok=True)
-    steps = _steps(competition, paths, told, name, configs=home / "configs")
+    steps = _steps(competition, paths, told, name)
     texts = {
         "README.md": _readme(competition, told, name, trained, steps),
         "requirements.txt": _requirements(),
@@ -88,18 +88,16 @@ def _seconds(rows: list[dict[str, Any]]) -> float | None:
     return sum(steps) if steps else None
 
 
-def _steps(
-    competition: Competition, paths: Paths, told: Mapping[str, Any], name: str, *, configs: Path
-) -> list[tuple[str, str]]:
+def _steps(competition: Competition, paths: Paths, told: Mapping[str, Any], name: str) -> list[tuple[str, str]]:
     """What happens -> the command, in order."""
     at = f"COMP={competition.name}"
     uses_bpp = paths.bpp.is_file()
     uses_library = library_path(paths).is_file() and any(map(is_stage, told["runs"]))
     split = f"SPLIT={told['split']}"
     makes = [
-        f"make {STAGES[run.partition('.')[0]].verb} {at} {split}{_alignments(paths, run)}"
+        f"make {STAGES[run.partition('.')[0]]} {at} {split}{_alignments(paths, run)}"
         if is_stage(run)
-        else f"make train-all {at} {split} MODEL={_near(configs / _config_name(run))}"
+        else f"make train-all {at} {split} MODEL=<this folder>/configs/{_config_name(run)}"
         for run in told["runs"]
     ]
     return [
@@ -116,7 +114,7 @@ def _steps(
 
 def _alignments(paths: Paths, run: str) -> str:
     """The option that gives a stage the alignments it was given, if it was."""
-    manifest = paths.run_dir(run) / f"{STAGES[run.partition('.')[0]].verb}.manifest.json"
+    manifest = paths.run_dir(run) / f"{STAGES[run.partition('.')[0]]}.manifest.json"
     inputs = json.loads(manifest.read_text())["inputs"] if manifest.is_file() else {}
     return " MSA=<folder of alignments>" if any(label.startswith("msa/") for label in inputs) else ""
 
@@ -170,7 +168,8 @@ def _readme(
                 f"| {run} | {fold} | {facts['parameters']:,} | {did} | {device} | {facts['precision']} | {spent} |"
             )
     stages = [run for run in told["runs"] if is_stage(run)]
-    lines += ["", *(f"{run}: without a network, from pairing and known structures." for run in stages)]
+    if stages:
+        lines += ["", *(f"{run}: without a network, from pairing and known structures." for run in stages)]
     lines += ["", "## Settings of the runs", ""]
     for run, folds in trained.items():
         lines += [f"{run}:", "", "```json", json.dumps(folds[0]["config"], indent=2, sort_keys=True), "```", ""]

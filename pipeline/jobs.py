@@ -316,11 +316,15 @@ def follow(log: Path) -> Iterator[str]:
 def survey(artifacts: Path) -> list[dict[str, Any]]:
     """One row for every fold of every run of every competition below a folder, sorted by where it is.
 
+    Those of rehearsals (`make kernel-check`) are left out.
+
     Returns:
         Rows with competition, run, fold, state, steps, percent, metric, best_metric, loss, tokens_per_s, eta_s,
         memory_mib, pid (of a living process, else null) and age_s (since it last gave a sign of life).
     """
-    return [_row(folder, artifacts) for folder in sorted(artifacts.glob("**/runs/*/fold*")) if _is_fold(folder)]
+    folders = sorted(artifacts.glob("**/runs/*/fold*"))
+    rehearsed = artifacts / "kernel-check"
+    return [_row(each, artifacts) for each in folders if rehearsed not in each.parents and _is_fold(each)]
 
 
 def _is_fold(folder: Path) -> bool:

@@ -32,6 +32,7 @@ from pipeline.training.precision import Precision, choose_device, choose_precisi
 
 _HEAP_SHARE, _HEAP_LEAST = 0.18, 20 * 2**20  # of what a forward pass allocates, and whatever that is
 _HEAP_LARGEST = 32 * 2**20  # larger blocks go back to the system: glibc's M_MMAP_THRESHOLD after it has grown
+_MARGIN = 0.1  # of what is free, left alone: 22.2 GiB of 22.4 GiB were let go, and took it all
 _MOMENTS = 2  # that AdamW keeps of every parameter
 _SMALL = 128  # nt; longer sequences are not run for real
 _MOST_OPERATIONS = 60_000  # on fake tensors, about two seconds; a scan in a Python loop needs more
@@ -93,14 +94,14 @@ class Plan:
 
     step: Step
     need: Need
-    available: int
+    available: int  # bytes, to each process
     precision: Precision
     device: torch.device
     fitting: tuple[Step, Need] | None = None  # None: the plan itself fits, or nothing does
 
     @property
     def fits(self) -> bool:
-        return self.need.total <= self.available
+        return self.need.total <= _room(self.available)
 
     def line(self) -> str:
         """One line: need, of what, for what."""
@@ -109,7 +110,7 @@ class Plan:
         part = f"1/{step.processes} of the network, " if step.sharded else ""
         return (
             f"needs about {_gib(self.need.total)} of {_gib(self.available)} free on {self.device.type}{each}: {part}"
-            f"{step.micro_batch} sequences of {step.length} nt, {self.precision.name}"
+            f"{step.micro_batch:,} sequences of {step.length:,} nt, {self.precision.name}"
             f"{f', gradient checkpointing every {checkpointing}' if checkpointing else ''}"
         )
 
@@ -121,15 +122,16 @@ class Plan:
         """
         if self.fits:
             return
+        line = f"plan: {self.line()}; {_MARGIN:.0%} of what is free is spared"
         if self.fitting is None:
-            raise StorageError(f"plan: {self.line()}; nothing smaller fits. Next: a smaller network, or more memory.")
+            raise StorageError(f"{line}, and nothing smaller fits. Next: a smaller network, or more memory.")
         step, need = self.fitting
         settings = {"data.max_length": step.length} if step.length < self.step.length else {}
         for name in ("micro_batch", "gradient_checkpointing"):
             if getattr(step, name) != getattr(self.step, name):
                 settings[f"train.{name}"] = getattr(step, name)
         told = " ".join(f"{name}={value}" for name, value in settings.items())
-        raise StorageError(f"plan: {self.line()}. Next: set {told}, which needs about {_gib(need.total)}.")
+        raise StorageError(f"{line}. Next: set {told}, which needs about {_gib(need.total)}.")
 
     def table(self) -> Table:
         """All parts, for a terminal."""
@@ -143,7 +145,8 @@ class Plan:
             if part != "parameters" and size:
                 table.add_row(names.get(part, part), _gib(size))
         table.add_row("[bold]needs about[/]", f"[bold]{_gib(self.need.total)}[/]")
-        table.add_row(f"free ({self.device.type})", _gib(self.available))
+        each = f", to each of {self.step.processes} processes" if self.step.processes > 1 else ""
+        table.add_row(f"free ({self.device.type}{each})", _gib(self.available))
         return table
 
 
@@ -166,7 +169,8 @@ def make_plan(
         sequences: that train, which no batch exceeds; None = more than a batch.
         processes: that train together; what is counted is one's need.
         device: where it trains; None = where `choose_device` would.
-        available: bytes that it may take; None = what is free.
+        available: bytes that one process may take, less a margin; None = what is free, a machine's memory shared by
+            them all.
 
     Raises:
         ConfigError: the network cannot take gradient checkpointing of that kind.
@@ -174,7 +178,8 @@ def make_plan(
     device = device or choose_device()
     precision = choose_precision(config.train.precision, device)
     averaged = config.train.ema_decay > 0
-    available = available_bytes(device) if available is None else available
+    if available is None:
+        available = available_bytes(device) // (processes if device.type == "cpu" else 1)
 
     def count(step: Step) -> Need:
         return estimate(build, step, precision=precision, device=device, averaged=averaged)
@@ -184,7 +189,7 @@ def make_plan(
     if plan.fits:
         return plan
     smaller = ((candidate, count(candidate)) for candidate in _smaller(step))
-    return replace(plan, fitting=next((found for found in smaller if found[1].total <= available), None))
+    return replace(plan, fitting=next((found for found in smaller if found[1].total <= _room(available)), None))
 
 
 def check(config: RunConfig, build: Build, *, length: int, sequences: int, processes: int, device: torch.device) -> str:
@@ -428,5 +433,19 @@ def _container_bytes(root: Path) -> Iterator[int]:
             yield int(most) - now + int(statistics.get(files, 0))
 
 
+def _room(available: int) -> int:
+    return int((1 - _MARGIN) * available)
+
+
+def longest_sequence(table: Path) -> int | None:
+    """Of a clean table, in nt; None where there is none yet."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    if not table.is_file():
+        return None
+    return pc.max(pc.utf8_length(pq.read_table(table, columns=["sequence"])["sequence"])).as_py()
+
+
 def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"

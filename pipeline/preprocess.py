@@ -17,6 +17,7 @@ from pipeline.stage import Report, run_stage
 VERSION = 2
 
 _MOST_VALUES = 24  # side by side in one line
+_MOST_ITEMS = 6  # of a list
 
 
 def run(
@@ -112,4 +113,7 @@ def _words(name: str) -> str:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, list):
+        more = [f"… ({len(value) - _MOST_ITEMS:,} more)"] if len(value) > _MOST_ITEMS else []
+        return ", ".join([*map(_value, value[:_MOST_ITEMS]), *more]) or "none"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

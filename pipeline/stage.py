@@ -90,7 +90,8 @@ def run_stage(
         "commit": commit(),
         "seconds": round(time.monotonic() - started, 3),
     }
-    write_json(manifest, record)
+    # not sorted: people read the facts, of a second run too, in the order in which the stage told them
+    write_text(manifest, json.dumps(record, indent=2, allow_nan=False) + "\n")
     return Report(stage=name, status="built", outputs=dict(outputs), facts=record["facts"], seconds=record["seconds"])
 
 

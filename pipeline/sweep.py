@@ -27,6 +27,7 @@ from pipeline.errors import BusyError, ConfigError, DivergedError
 from pipeline.paths import Paths
 from pipeline.runlog import say
 from pipeline.stage import Report, write_json
+from pipeline.training.metrics import metric_name
 from pipeline.training.stop import StopRequest, lock_holder, run_lock
 
 _CONFIDENCE = 0.95
@@ -146,7 +147,7 @@ def parse_axis(text: str) -> Axis:
     if _is_range(value):
         return Axis(key=key.strip(), **value)
     raise ConfigError(
-        f"--over {text!r}: expected section.key=[value, ...] or section.key={{low=..., high=..., log=true}}, as TOML, "
+        f"OVER={text!r}: expected section.key=[value, ...] or section.key={{low=..., high=..., log=true}}, as TOML, "
         "numbers with low below high, and with log above 0. Next: make sweep OVER='train.lr=[1e-3,2e-3]' (no spaces)."
     )
 
@@ -168,11 +169,11 @@ def grid(axes: Sequence[Axis]) -> list[Settings]:
     keys = [axis.key for axis in axes]
     if len(set(keys)) < len(keys):
         raise ConfigError(
-            f"--over: a setting is given twice: {', '.join(sorted(keys))}. Next: once, with all its values."
+            f"OVER: a setting is given twice: {', '.join(sorted(keys))}. Next: once, with all its values."
         )
     for axis in axes:
         if not axis.values:
-            raise ConfigError(f"--over {axis.key}: a range needs a study. Next: --trials <number>, or list values.")
+            raise ConfigError(f"OVER {axis.key}: a range needs a study. Next: TRIALS=<number>, or list values.")
     return [tuple(zip(keys, values, strict=True)) for values in itertools.product(*(axis.values for axis in axes))]
 
 
@@ -185,26 +186,28 @@ def run(sweep: Sweep, axes: Sequence[Axis], *, trials: int = 0) -> Report:
         trials: 0 goes through the grid; otherwise so many cells that Optuna proposes, all workers together.
 
     Returns:
-        ``built``; output: results.json; facts: ``cells`` as `summarise` gives them, ``busy``: jobs others are at.
+        ``built``; output: results.json; facts: ``cells`` as `summarise` gives them, ``busy``: jobs others are at,
+        ``metric``: its name.
 
     Raises:
-        ConfigError: axes or settings make no sense, or Optuna is needed and missing.
+        ConfigError: axes or settings make no sense, the name is another sweep's, or Optuna is needed and missing.
         StoppedError: asked to stop; what is done is kept.
     """
     started = time.monotonic()
     if any(axis.key == "train.seed" for axis in axes):
-        raise ConfigError("--over train.seed: every cell is trained with several seeds. Next: --seeds <number>.")
+        raise ConfigError("OVER train.seed: every cell is trained with several seeds. Next: SEEDS=<number>.")
     cells = grid([replace(axis, values=axis.values or [axis.low]) for axis in axes] if trials else axes)
     for cell in cells:  # a typo is answered before the first job
         load_config(sweep.model, [*sweep.overrides, *(f"{key}={_toml(value)}" for key, value in cell)])
+    _require_same_table(sweep, axes)
     results: dict[Job, float | None] = {}
     search = _study(sweep, axes, trials, results) if trials else _walk(sweep, cells, results)
     busy = 0
     with StopRequest():  # also between jobs, and while one is waited for
         for seen_busy in search:
             busy = seen_busy
-            path = _write(sweep, results)
-    facts = {"cells": summarise(results), "busy": busy}
+            path = _write(sweep, axes, results)
+    facts = {"cells": summarise(results), "busy": busy, "metric": metric_name(sweep.competition)}
     seconds = time.monotonic() - started
     return Report(stage="sweep", status="built", outputs={"results": path}, facts=facts, seconds=seconds)
 
@@ -244,7 +247,7 @@ def _study(sweep: Sweep, axes: Sequence[Axis], trials: int, results: dict[Job, f
         from optuna.storages.journal import JournalFileBackend
     except ImportError as err:
         raise ConfigError(
-            "--trials needs Optuna, which is not installed. Next: pip install optuna, or list values."
+            "TRIALS needs Optuna, which is not installed. Next: pip install optuna, or list values."
         ) from err
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sweep.folder.mkdir(parents=True, exist_ok=True)
@@ -286,21 +289,39 @@ def _signed(folder: Path, me: str) -> Iterator[None]:
 
 def _require_same(study: Any, sweep: Sweep, axes: Sequence[Axis]) -> None:
     """A study goes on with what it was begun with; seeds and the number of trials may change."""
-    asked = {
+    asked = _asked(sweep, axes)
+    _refuse_changes(sweep, study.user_attrs.get("asked", asked), asked)
+    study.set_user_attr("asked", asked)
+
+
+def _require_same_table(sweep: Sweep, axes: Sequence[Axis]) -> None:
+    """A sweep replaces its own table alone: of the same settings, with the same values at least."""
+    path = sweep.folder / "results.json"
+    asked = _asked(sweep, axes)
+    begun = asked | (json.loads(path.read_text()).get("asked", {}) if path.is_file() else {})
+    over, now = begun["over"], asked["over"]
+    if over.keys() == now.keys() and all(value in now[key] for key in over for value in over[key]):
+        begun["over"] = now
+    _refuse_changes(sweep, begun, asked)
+
+
+def _asked(sweep: Sweep, axes: Sequence[Axis]) -> dict[str, Any]:
+    return {
         "model": Path(sweep.model).stem,
         "set": sorted(sweep.overrides),
         "split": sweep.split,
         "folds": list(sweep.folds),
         "over": {axis.key: axis.values or [axis.low, axis.high, axis.log] for axis in axes},
     }
-    begun = study.user_attrs.get("asked", asked)
+
+
+def _refuse_changes(sweep: Sweep, begun: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     changed = [f"{key} {begun[key]} -> {asked[key]}" for key in asked if begun[key] != asked[key]]
     if changed:
         raise ConfigError(
-            f"{sweep.folder}: this study was begun with other settings: {', '.join(changed)}. "
-            "Next: the same settings again, or another --name."
+            f"{sweep.folder}: this sweep was begun with other settings: {', '.join(changed)}. "
+            "Next: the same settings again, or another NAME."
         )
-    study.set_user_attr("asked", asked)
 
 
 def _requeue(study: Any, states: Any, folder: Path) -> None:
@@ -390,17 +411,18 @@ def describe(facts: Mapping[str, Any]) -> list[Any]:
         p = "" if row["p"] is None else f"{row['p']:.3f}"
         rank = "-" if row["rank"] is None else str(row["rank"])
         table.add_row(rank, _label(row["cell"]), f"{row['n']}{lost}", *numbers, interval, p)
-    notes = ["cells whose intervals overlap share a rank; - = one result is no interval, or a run diverged"]
+    notes = [f"best {facts['metric']} of each run in validation, lower is better"]
+    notes += ["cells whose intervals overlap share a rank; - = one result is no interval, or a run diverged"]
     if facts["busy"]:
         notes.append(f"{facts['busy']} jobs are at work elsewhere; run the sweep again for the whole table")
     return [table, *notes]
 
 
-def _write(sweep: Sweep, results: Mapping[Job, float | None]) -> Path:
+def _write(sweep: Sweep, axes: Sequence[Axis], results: Mapping[Job, float | None]) -> Path:
     path = sweep.folder / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     jobs = [{"cell": job.cell, "seed": job.seed, "fold": job.fold, "metric": value} for job, value in results.items()]
-    write_json(path, {"model": sweep.model, "split": sweep.split, "cells": summarise(results), "jobs": jobs})
+    write_json(path, {"asked": _asked(sweep, axes), "cells": summarise(results), "jobs": jobs})
     return path
 
 

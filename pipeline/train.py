@@ -133,6 +133,9 @@ def run(
             _train(model, config, competition, data, store, stop, meta, world, **options)
         done = world.from_main(store.newest_meta)
         assert done is not None
+        best, step = done["progress"]["best_metric"], done["progress"]["best_step"]
+        if best is not None and world.is_main:
+            say(f"{run} fold{fold}: best {metric_name(competition)} {best:.4f} at step {step}")
         return _report(store, done, status="built", seconds=time.monotonic() - started)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline import bpp, jobs, predict, train
 from pipeline.competitions.base import Competition
 from pipeline.config import RunConfig
+from pipeline.dataset import require_fold_table
 from pipeline.errors import BusyError, ConfigError, LostDeviceError, StoppedError
 from pipeline.paths import Paths
 from pipeline.runlog import duration, read_status, say, write_status
@@ -87,6 +88,7 @@ def run(
                 train.run(config, **where, fold=fold, **how, world=world)
             return
         if config.model.kwargs.get("use_bpp"):
+            require_fold_table(paths.fold_table(split))  # probabilities take minutes
             show(bpp.run(paths))
         for fold in folds:
             with _status_told(paths.fold_dir(run, fold)):
@@ -135,7 +137,7 @@ class _Fold:
             what = f"{label}: {duration(budget.left())} of the time budget are left, and predictions alone may take "
             what += duration(kept)
             if kept >= budget.seconds:
-                raise ConfigError(f"{what}. Next: a larger --time-budget, or none.")
+                raise ConfigError(f"{what}. Next: a larger BUDGET (--time-budget), or none.")
             raise StoppedError(f"{what}; it is not begun. Next: the same command again begins with it.")
         until = duration(budget.seconds - kept)
         say(f"{label}: training until {until}, {duration(kept)} kept for predictions (expected: {prediction_s:.1f} s)")

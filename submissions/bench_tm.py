@@ -1,5 +1,6 @@
 """Both TM-scores beside US-align, or TM-align where that is not installed, one process a pair, in one run."""
 
+import json
 import statistics
 import subprocess
 import tempfile
@@ -15,14 +16,10 @@ from rich.table import Table
 
 from pipeline import runlog
 from pipeline.errors import ConfigError
-from pipeline.paths import REPOSITORY
 from pipeline.stage import versions, write_json
 from pipeline.tables import open_parquet
 from submissions import align, tm_score, tmalign, usalign
 from submissions.score_traces import Pair, read_pairs, tables_of
-
-#: What `run` writes beside the tests.
-RECORD = REPOSITORY / "tests" / "benchmarks" / "tm.json"
 
 _MODES = {"residue-matched": "tm_usalign_c1_byresi", "sequence-independent": "tm_usalign_c1_seqindep"}
 _THREADS = 2
@@ -37,13 +34,13 @@ class Peer(NamedTuple):
     options: dict[str, tuple[str, ...]]
 
 
-def run(traces: Path, *, repeats: int = 3, record: Path = RECORD) -> Table:
+def run(traces: Path, *, record: Path, repeats: int = 3) -> Table:
     """Time both scores, compare them with the scores stored beside the traces, and write it as JSON.
 
     Args:
         traces: folder as `submissions.score_traces` reads it; ``models`` may hold US-align's scores.
+        record: where the JSON goes, unless what lies there is of more pairs.
         repeats: rounds, ours and the peer's in turn; the median counts.
-        record: where the JSON goes.
 
     Returns:
         The same as a table.
@@ -62,7 +59,10 @@ def run(traces: Path, *, repeats: int = 3, record: Path = RECORD) -> Table:
         numba.set_num_threads(before)
     facts: dict[str, Any] = {"peer": peer and peer.name, "sample": len(_sample(pairs)) if peer else 0}
     facts |= {"pairs": len(pairs), "rows": rows, "threads": threads, "repeats": repeats, "versions": versions()}
-    write_json(record, facts)
+    if record.is_file() and (kept := json.loads(record.read_text())["pairs"]) > len(pairs):
+        runlog.say(f"bench-tm: {record} stays: it is of {kept:,} pairs")
+    else:
+        write_json(record, facts)
     return _as_table(facts)
 
 
@@ -171,7 +171,14 @@ def _as_table(facts: dict[str, Any]) -> Table:
         "highest",
         "peer's mean",
     )
-    table = Table(*names, title=f"{title}; beside {beside}")
+    table = Table(
+        *names,
+        title=f"{title}; beside {beside}",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+    )
     for row in facts["rows"]:
         differences = [f"{row[key]:.6f}" if key in row else "" for key in ("mean_absolute", "lowest", "highest")]
         peer, ratio = (

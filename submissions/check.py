@@ -388,10 +388,11 @@ def _check_steps(file: Path, layout: Layout, *, fmt: FileFormat) -> None:
             f"{name} candidate {number}" for name in table["_target"][1:].filter(pl.Series(wrong_T)).unique().sort()
         ]
     if odd:
+        them = "candidate has" if len(odd) == 1 else "candidates have"
         some = ", ".join(odd[:3]) + (" …" if len(odd) > 3 else "")
         warn(
-            f"{file}: {len(odd)} candidates have neighbouring C1' less than {_STEPS[0]:g} or more than {_STEPS[1]:g} Å "
-            f"apart: {some}"
+            f"{file}: {len(odd):,} {them} neighbouring C1' less than {_STEPS[0]:g} or "
+            f"more than {_STEPS[1]:g} Å apart: {some}"
         )
 
 

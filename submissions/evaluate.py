@@ -328,7 +328,7 @@ def headline(facts: Mapping[str, Any]) -> Headline:
 
 
 def _floors(facts: Mapping[str, Any]) -> dict[str, float]:
-    """Floors from the weakest to the one that is hardest to beat; a manifest does not keep an order."""
+    """Floors from the weakest to the one that is hardest to beat; `scores.json` keeps no order."""
     lower_is_better = facts["task"] != "structure"
     return dict(sorted(facts["floors"].items(), key=lambda item: item[1], reverse=lower_is_better))
 
@@ -346,15 +346,14 @@ def describe(facts: Mapping[str, Any]) -> RenderableType:
     for name, score in _floors(facts).items():
         details = facts.get("floor_details", {}).get(name, {"score": score})
         table.add_row(*_cells(f"floor: {name}", details, targets), style="dim")
-    for line in facts["floor_notes"]:
-        table.add_row(line, style="dim")
+    parts: list[RenderableType] = [table, *(Text(note, style="dim") for note in facts["floor_notes"])]
     if facts["task"] == "values":
-        return table
+        return Group(*parts)
     if facts["task"] == "classes":
-        return Group(table, Text(), class_evaluation.describe(facts))
+        return Group(*parts, Text(), class_evaluation.describe(facts))
     from submissions import structure_scores  # numba is slow to import
 
-    parts: list[RenderableType] = [table, Text(structure_scores.describe(dict(facts)))]
+    parts.append(Text(structure_scores.describe(dict(facts))))
     if facts["test"]:
         parts.append(Text(f"\ntest targets of known structure\n{structure_scores.describe(facts['test'])}"))
     return Group(*parts)

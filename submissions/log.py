@@ -10,9 +10,10 @@ from pipeline.stage import fsync
 #: What a new log starts with; lines of the table follow.
 TITLE = """# Log of evaluated runs
 
-One line per result, written by `make evaluate`: scores are out of fold by the organisers' metric, floors are fitted on
-the other folds of the same split. The epoch that predicts was chosen by its score on that same fold, which flatters a
-score a little. `data`, `config` and `commit` are the first digits of what the result came from.
+One line per result, written by `make evaluate`; those without floors are steps on the way, added by hand. Scores are
+out of fold by the organisers' metric, floors are fitted on the other folds of the same split. The epoch that predicts
+was chosen by its score on that same fold, which flatters a score a little. `data`, `config` and `commit` are the first
+digits of what the result came from.
 
 """
 

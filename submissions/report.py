@@ -20,7 +20,7 @@ from submissions.subject import Subject, read_scores, score_cells, short_name
 from submissions.training_report import Training, duration, memory, read_training, training_section
 from submissions.values_report import values_sections
 
-VERSION = 1
+VERSION = 2
 
 
 def run(paths: Paths, *, competition: Competition, name: str | None = None, run: str | None = None) -> Report:
@@ -115,7 +115,7 @@ def _verdict(subject: Subject) -> str:
     change = subject.scores["score"] / floor - 1
     better = (change > 0) == subject.higher_is_better
     where = "above" if change > 0 else "below"
-    judgement = "better" if better else "worse: the model has learned less than the floor knows"
+    judgement = "better" if better else "worse; the model has learned less than the floor knows"
     return f"{abs(change):.1%} {where} the best floor, {name} ({floor:.4f}): {judgement}."
 
 
@@ -192,7 +192,7 @@ def _settings_section(subject: Subject) -> Markup:
         parts.append(_weights(subject))
     files = subject.fold_files("config.json").items()
     configs = {key: read_result(path, hint="make train").get("config", {}) for key, path in files}
-    for run in subject.runs:
+    for run in subject.networks:
         of_run = {fold: config for (each, fold), config in configs.items() if each == run}
         if not of_run:
             parts.append(subject.without(f"No settings (config.json) of {run}."))
@@ -201,7 +201,7 @@ def _settings_section(subject: Subject) -> Markup:
         for text, fold in distinct.items():
             which = run if len(distinct) == 1 else f"{run}, fold {fold}"
             parts.append(page.details(which, _settings(json.loads(text))))
-    return page.join(*parts)
+    return page.join(*parts) if parts else page.element("p", "None: no run is a network.", class_="note")
 
 
 def _weights(subject: Subject) -> Markup:

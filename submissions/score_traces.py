@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from pipeline import runlog
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.stage import Report, run_stage
 from pipeline.tables import open_parquet
 from submissions import tm_score
@@ -76,10 +76,12 @@ def run(traces: Path, out: Path, *, engine: str = BUILT_IN) -> Report:
         Report with the output ``scores``; its facts tell the number of models, the engine and the mean scores.
 
     Raises:
-        ConfigError: the engine is unknown or not installed.
+        ConfigError: the engine is unknown or not installed, or `out` does not end in ``.parquet``.
         DataError: a table is missing, damaged or contradicts another.
     """
     chosen = choose_engine(engine, where="score-tm")
+    if out.suffix != ".parquet":
+        raise ConfigError(f"score-tm: OUT={out}; expected the name of a parquet file. Next: OUT=scores.parquet.")
     tables = tables_of(traces, stage="score-tm")
     out.parent.mkdir(parents=True, exist_ok=True)
     return run_stage(

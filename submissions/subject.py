@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.competitions.base import Competition
+from pipeline.competitions.rna3d import is_stage
 from pipeline.paths import Paths
 from pipeline.stage import read_result
 from submissions import page
@@ -54,6 +55,11 @@ class Subject:
     def runs(self) -> list[str]:
         """Runs behind the scores; a single run is its own."""
         return sorted(self.scores["runs"]) if self.scores["kind"] == "ensemble" else [self.name]
+
+    @property
+    def networks(self) -> list[str]:
+        """Those of the runs that were trained."""
+        return [run for run in self.runs if not is_stage(run)]
 
     @property
     def higher_is_better(self) -> bool:

@@ -68,8 +68,10 @@ def read_training(subject: Subject) -> dict[tuple[str, int], Training]:
 
 def training_section(subject: Subject, training: Mapping[tuple[str, int], Training]) -> Markup:
     """Curves of every run; steps, time and memory of every fold; what went wrong in them and what was done about it."""
-    lost = [f"{run} fold {k}" for run in subject.runs for k in subject.folds if (run, k) not in training]
+    lost = [f"{run} fold {k}" for run in subject.networks for k in subject.folds if (run, k) not in training]
     notes = [subject.without(f"No metrics log (metrics.jsonl) of {', '.join(lost)}.")] if lost else []
+    if without := [run for run in subject.runs if run not in subject.networks]:
+        notes.append(page.element("p", f"Without a network, so never trained: {', '.join(without)}.", class_="note"))
     if len(subject.folds) == 1:
         notes.append(subject.without(f"Only fold {subject.folds[0]} is trained: there is no spread over folds."))
     if not training:

@@ -411,13 +411,9 @@ def _wide_coordinates(
 
 
 def describe(facts: Mapping[str, Any]) -> Table:
-    """Rows, size, rates and ranges of a written submission, as a table for the terminal."""
+    """Rows, size and ranges of a written submission, as a table for the terminal."""
     table = Table(box=None, show_header=False, pad_edge=False)
-    rows = facts["rows"]
-    table.add_row("rows", f"{rows:,} for {facts['sequences']:,} sequences, {facts['bytes'] / 2**20:,.1f} MiB")
-    for verb in ("write", "check"):
-        seconds = facts[f"{verb}_seconds"]
-        table.add_row(verb, f"{seconds:.1f} s, {rows / max(seconds, 1e-3):,.0f} rows/s")
+    table.add_row("rows", f"{facts['rows']:,} for {facts['sequences']:,} sequences, {facts['bytes'] / 2**20:,.1f} MiB")
     for name, (low, high) in facts["ranges"].items():
         table.add_row(name, f"{low:.4g} to {high:.4g}")
     if "labels" in facts:

@@ -10,7 +10,8 @@ import polars as pl
 import pytest
 import typer
 
-from pipeline.cli import app, run_name, run_verb
+from pipeline.cli import app, run_name, run_verb, show
+from pipeline.stage import Report
 from pipeline.synthetic import write_ribonanza
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +43,9 @@ def test_every_verb_explains_itself_and_each_of_its_options(verb, capsys):
         (["data", "--raw", "nowhere", "--comp", "ribonanzo"], 2, "Did you mean 'ribonanza'"),
         (["data", "--raw", "nowhere"], 3, "nowhere"),
         (["folds"], 3, "train.parquet is missing. Next: make data COMP=ribonanza."),
+        (["folds", "--comp", "foo"], 2, "COMP='foo' is not known; expected one of ribonanza"),
+        (["logs", "--comp", "foo"], 2, "COMP='foo' is not known"),
+        (["submit", "--comp", "foo", "--to", "."], 2, "COMP='foo' is not known"),
         (["ensemble"], 3, "make train"),
         (["submit"], 3, "make"),
         (["evaluate"], 3, "make"),
@@ -79,6 +83,17 @@ def test_a_mistake_ends_in_one_sentence_and_its_exit_code(arguments, code, sente
     assert "Traceback" not in said
     assert said.startswith("error: ")
     assert list(tmp_path.rglob("*.part-*")) == []
+
+
+def test_many_outputs_are_told_by_their_folder(tmp_path, capsys):
+    """denovo and templates-predict named twelve files each."""
+    files = {str(number): tmp_path / "run" / f"fold{number}" / "oof.parquet" for number in range(12)}
+    show(Report(stage="denovo", status="built", outputs=files))
+    show(Report(stage="data", status="built", outputs=dict(list(files.items())[:2])))
+    told = "".join(capsys.readouterr().out.split())
+    assert told.count("->") == 3
+    assert f"->{tmp_path}/run(12files)".replace(" ", "") in told
+    assert "fold1/oof.parquet" in told
 
 
 def test_a_run_is_named_after_config_variant_and_split():
@@ -141,6 +156,13 @@ def test_make_submit_sends_the_file_that_it_wrote(fmt):
     assert f'--file "submissions/csv/openvaccine-best.{fmt}"' in done
 
 
+def test_make_submit_kaggle_asks_for_the_version_of_a_notebook(tmp_path):
+    """It was answered with "Option '--version' requires an argument."."""
+    command = ["make", "submit-kaggle", "KERNEL=me/x", f"ARTIFACTS={tmp_path}", f"PY={sys.executable}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "Next: KERNEL=owner/slug VERSION=1" in " ".join(done.stderr.split())
+
+
 def test_an_empty_variable_of_make_is_named(tmp_path):
     """COMP= was answered with "Got unexpected extra argument(s) (artifacts)"."""
     for empty, named in (("COMP", "COMP=''"), ("SPLIT", "SPLIT=''"), ("NAME", "NAME=''"), ("FOLD", "'--fold'")):
@@ -167,10 +189,73 @@ def test_make_clean_spares_a_folder_that_is_more_than_artefacts(tmp_path):
     assert (tmp_path / "Makefile").is_file()
 
 
+@pytest.mark.parametrize("there", [".profile", "thesis.tex"])
+def test_make_clean_spares_a_home(tmp_path, there):
+    """`make clean ARTIFACTS=$HOME` would have removed it: only a Makefile was looked for."""
+    (tmp_path / "documents").mkdir()
+    (tmp_path / there).touch()
+    command = ["make", "clean", f"ARTIFACTS={tmp_path}"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 2
+    assert (tmp_path / there).is_file()
+
+
+def test_make_clean_spares_what_holds_the_checkout(tmp_path):
+    """Above a checkout there may be folders only, as in artefacts."""
+    checkout = tmp_path / "work" / "checkout"
+    checkout.mkdir(parents=True)
+    command = ["make", "-f", str(ROOT / "Makefile"), "clean", f"ARTIFACTS={tmp_path}/"]
+    assert subprocess.run(command, cwd=checkout, capture_output=True, check=False).returncode == 2
+    assert checkout.is_dir()
+
+
+@pytest.mark.parametrize("there", ["local/bin/", "ribonanza/train_data.csv"])
+def test_make_clean_spares_folders_that_no_stage_made(tmp_path, there):
+    """`make clean ARTIFACTS=/usr`, which holds folders only, passed."""
+    (tmp_path / there).parent.mkdir()
+    (tmp_path / there).mkdir() if there.endswith("/") else (tmp_path / there).touch()
+    command = ["make", "clean", f"ARTIFACTS={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "nothing removed. Next: " in done.stdout
+    assert (tmp_path / there).exists()
+
+
+def test_make_refuses_variables_in_small_letters():
+    """`make train fold=3` trained fold 0."""
+    done = subprocess.run(["make", "-n", "train", "fold=3"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "fold: variables are in capitals. Next: FOLD=3." in done.stderr
+
+
+def test_make_clean_removes_artefacts(tmp_path):
+    (tmp_path / "my artefacts" / "ribonanza" / "clean").mkdir(parents=True)
+    (tmp_path / "my artefacts" / "wheels").mkdir()
+    (tmp_path / "my artefacts" / "wheels" / "some.whl").touch()
+    subprocess.run(
+        ["make", "clean", f"ARTIFACTS={tmp_path / 'my artefacts'}"], cwd=ROOT, capture_output=True, check=True
+    )
+    assert not (tmp_path / "my artefacts").exists()
+
+
+def test_artefacts_without_a_name_go_where_they_always_go():
+    """`make data ARTIFACTS=` wrote a folder `ribonanza` into the checkout, and `make status` read all of it."""
+    done = subprocess.run(["make", "-n", "status", "ARTIFACTS="], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert '--artifacts "artifacts"' in done.stdout
+
+
 def test_a_plan_says_that_longer_sequences_are_cropped(capsys):
     """`make plan LENGTH=10000` answered for 512 nt without a word."""
     assert call("plan", "--model", "tiny_hyena", "--length", "10000") == 0
-    assert "LENGTH=10000: training crops to data.max_length = 512 nt" in capsys.readouterr().err
+    assert "10,000 nt: training crops to data.max_length = 512 nt" in capsys.readouterr().err
+
+
+def test_a_plan_is_for_the_longest_sequence_of_the_clean_table(tmp_path, capsys):
+    """It answered for 512 nt also where the table was there, of 107 or 177 nt."""
+    table = tmp_path / "ribonanza" / "clean" / "train.parquet"
+    table.parent.mkdir(parents=True)
+    pl.DataFrame({"sequence": ["ACGU", "ACGUACGUA"]}).write_parquet(table)
+    assert call("plan", "--model", "tiny_hyena", "--artifacts", str(tmp_path)) == 0
+    assert "sequences of 9 nt" in capsys.readouterr().out
 
 
 def test_help_starts_without_torch():

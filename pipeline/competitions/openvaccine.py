@@ -123,11 +123,11 @@ def _records(path: Path, stem: str) -> list[tuple[str, dict[str, Any]]]:
     records = []
     for row, record in read_json_lines(path, stem):
         name = str(record.get("id", ""))
-        where = f"{path.name}: row {row} (id {name})"
+        where = f"{path.name}: row {row:,} (id {name})"
         if not name:
-            raise DataError(f"{path.name}: row {row} has no id; expected one. Next: download it again.")
+            raise DataError(f"{path.name}: row {row:,} has no id; expected one. Next: download it again.")
         if name in seen:
-            raise DataError(f"{where}: the id of row {seen[name]} again; expected each once. Next: repair the file.")
+            raise DataError(f"{where}: the id of row {seen[name]:,} again; expected each once. Next: repair the file.")
         seen[name] = row
         records.append((where, record))
     return records
@@ -209,7 +209,7 @@ def _check_sample(path: Path, test: list[dict[str, Any]]) -> int:
             rows += 1
             if got != (wanted := next(expected, "the end")):
                 raise DataError(
-                    f"{path.name}: row {rows}: id_seqpos {got!r}; expected {wanted!r}, as test.json has it. "
+                    f"{path.name}: row {rows:,}: id_seqpos {got!r}; expected {wanted!r}, as test.json has it. "
                     "Next: download both again."
                 )
     if left := next(expected, ""):

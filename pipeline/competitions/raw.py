@@ -273,10 +273,10 @@ def read_json_lines(path: Path, stem: str) -> Iterator[tuple[int, dict[str, Any]
                 if row == 1 and line.lstrip().startswith("<"):
                     raise _web_page(path) from err
                 what = ", the last one: the file was cut short" if is_last else ""
-                raise DataError(f"{path.name}: row {row} is no JSON ({err}){what}. Next: download it again.") from err
+                raise DataError(f"{path.name}: row {row:,} is no JSON ({err}){what}. Next: download it again.") from err
             if not isinstance(record, dict):
                 raise DataError(
-                    f"{path.name}: row {row} is a {type(record).__name__}; expected one JSON object a line. "
+                    f"{path.name}: row {row:,} is a {type(record).__name__}; expected one JSON object a line. "
                     "Next: download it again."
                 )
             yield row, record
@@ -330,14 +330,15 @@ def _explain(
             if len(cells) != len(names):
                 what = "the last one: the file was cut short" if is_last else "a broken line"
                 raise DataError(
-                    f"{path.name}: row {row} has {len(cells)} of {len(names)} columns, {what}. Next: download it again."
+                    f"{path.name}: row {row:,} has {len(cells)} of {len(names)} columns, {what}. Next: download it "
+                    "again."
                 ) from err
             record = dict(zip(names, cells, strict=True))
             for name in numbers:
                 if record[name] not in _NULLS and not _NUMBER.fullmatch(record[name].strip()):
                     raise DataError(
-                        f"{path.name}: row {row} ({names[0]} {cells[0]}): column {name!r} holds {record[name][:40]!r}; "
-                        "expected a number. Next: repair the row, or download the file again."
+                        f"{path.name}: row {row:,} ({names[0]} {cells[0]}): column {name!r} holds "
+                        f"{record[name][:40]!r}; expected a number. Next: repair the row, or download the file again."
                     ) from err
     raise DataError(f"{path.name}: after row {good_rows}: {str(err)[:200]}. Next: download it again.") from err
 

@@ -329,7 +329,7 @@ def _check_ids(table: pa.Table, *, where: str) -> None:
     if wrong.size:
         row = int(wrong[0])
         raise DataError(
-            f"{where}: row {row + 1} (id {keys[row].as_py()}): id_min {low_S[row]} to id_max {high_S[row]}; expected "
+            f"{where}: row {row + 1:,} (id {keys[row].as_py()}): id_min {low_S[row]} to id_max {high_S[row]}; expected "
             f"{lengths_S[row]} ids, one per letter. Next: download it again."
         )
     order = np.argsort(low_S, kind="stable")
@@ -337,7 +337,7 @@ def _check_ids(table: pa.Table, *, where: str) -> None:
     if gap.size:
         row = int(order[gap[0] + 1])
         raise DataError(
-            f"{where}: row {row + 1} (id {keys[row].as_py()}): id_min {low_S[row]} comes after "
+            f"{where}: row {row + 1:,} (id {keys[row].as_py()}): id_min {low_S[row]} comes after "
             f"id_max {high_S[order][gap[0]]}; expected no gap and no overlap. Next: download it again."
         )
 

@@ -29,6 +29,8 @@ from pipeline.templates.gate import allowed_mask, released_by
 
 #: Candidates per target that a submission holds.
 CANDIDATES = 5
+#: Runs without a network: how their names begin -> the target of make.
+STAGES = {"denovo": "denovo", "templates": "templates-predict"}
 #: Letter that the model reads where a test sequence has one outside A, C, G, U; the submission keeps the original.
 ODD_LETTER_AS = "A"
 #: Coordinates at or below this are the organisers' way of saying "not resolved", Å.
@@ -50,6 +52,15 @@ _ASSEMBLY = {"chain": pl.String, "copy": pl.Int32}  # of a residue, in the label
 _KEY = {"ID": pa.string(), "resname": pa.string(), "resid": pa.int64()}
 
 
+def is_stage(run: str) -> bool:
+    """Whether a run was made without a network.
+
+    >>> is_stage("denovo.sim80_k5"), is_stage("hyena+wide.sim80_k5")
+    (True, False)
+    """
+    return run.partition(".")[0] in STAGES
+
+
 def raw_files(folder: Path) -> dict[str, Path]:
     """Label -> raw file in a folder or its zip; those of validation, clusters and release dates may be absent.
 
@@ -66,6 +77,17 @@ def raw_files(folder: Path) -> dict[str, Path]:
             found["release_dates"] = path
     if "validation_labels" in found and "validation_sequences" not in found:
         raise DataError(f"{folder}: validation_labels came without validation_sequences.csv. Next: add that file.")
+    return found
+
+
+def _raw_files_2(folder: Path) -> dict[str, Path]:
+    """As `raw_files`, with a word where the files look like those of part 1, which would be accepted in silence."""
+    found = raw_files(folder)
+    if "stoichiometry" not in column_names(found["test_sequences"], "test_sequences"):
+        warn(
+            f"{found['test_sequences'].name}: no column stoichiometry, which part 2 ships; every target counts as one "
+            "chain. Next: COMP=rna3d if these are the files of part 1."
+        )
     return found
 
 
@@ -96,7 +118,7 @@ def clean(raw: dict[str, Path], out: dict[str, Path]) -> dict[str, Any]:
     train, later = _split_by_date(train, test, raw["train_sequences"])
     teaches_nothing = train.filter(~pl.col("teaches"))["sequence_id"].to_list()
     undated = train["temporal_cutoff"].null_count()
-    facts["train"] |= {"later": later.height, "undated": undated, "teaches_nothing": teaches_nothing}
+    facts["train"] |= {"later": later.height, "no_date_in_the_files": undated, "teaches_nothing": teaches_nothing}
     if "validation_labels" in raw:
         known = _validation(raw, train_ids=pl.concat([train, later])["sequence_id"])
         references = pl.concat([references, known]).sort("sequence_id", "conformer")
@@ -185,11 +207,16 @@ def _refuse(table: pl.DataFrame, wrong: pl.Expr, path: Path, sentence: str) -> N
     if bad.is_empty():
         return
     first = bad.row(0, named=True)
-    more = f" ({bad.height} rows like this)" if bad.height > 1 else ""
     name = f" ({first['sequence_id']})" if first.get("sequence_id") else ""
     raise DataError(
-        f"{path.name}: row {first['row']}{name}: {sentence}{more}. Next: repair or download the file again."
+        f"{path.name}: row {first['row']:,}{name}: {sentence}{_more(bad, 'rows')}. Next: repair or download the file "
+        "again."
     )
+
+
+def _more(bad: pl.DataFrame, what: str) -> str:
+    """How many there are like the first one, which is named."""
+    return f" ({bad.height:,} {what} like this)" if bad.height > 1 else ""
 
 
 def _train_sequences(path: Path) -> tuple[pl.DataFrame, dict[str, Any]]:
@@ -215,7 +242,7 @@ def _with_residue(table: pl.DataFrame, path: Path) -> pl.DataFrame:
     if not bad.is_empty():
         row, row_id = bad.select("row", "ID").row(0)
         raise DataError(
-            f"{path.name}: row {row}: ID {row_id!r}; expected <target_id>_<residue number>, such as R1107_1. "
+            f"{path.name}: row {row:,}: ID {row_id!r}; expected <target_id>_<residue number>, such as R1107_1. "
             "Next: download the file again."
         )
     differs = pl.col("number").ne_missing(pl.col("resid"))
@@ -238,8 +265,8 @@ def _match_sequences(table: pl.DataFrame, sequences: pl.DataFrame, path: Path, *
     if not wrong.is_empty():
         first = wrong.row(0, named=True)
         raise DataError(
-            f"{path.name}: row {first['row']} ({first['ID']}): resname {first['resname']!r}, but {other} has "
-            f"{first['expected']!r} there ({wrong.height} rows like this). Next: use files of the same release."
+            f"{path.name}: row {first['row']:,} ({first['ID']}): resname {first['resname']!r}, but {other} has "
+            f"{first['expected']!r} there{_more(wrong, 'rows')}. Next: use files of the same release."
         )
     counts = table.group_by("sequence_id").agg(pl.len().alias("count"), pl.col("sequence").first()).sort("sequence_id")
     short = counts.filter(pl.col("count") != pl.col("sequence").str.len_chars())
@@ -247,7 +274,7 @@ def _match_sequences(table: pl.DataFrame, sequences: pl.DataFrame, path: Path, *
         target, count, sequence = short.row(0)
         raise DataError(
             f"{path.name}: target {target} has {count} of {len(sequence)} residues; expected 1 to {len(sequence)} "
-            f"complete ({short.height} targets like this). Next: download the file again."
+            f"complete{_more(short, 'targets')}. Next: download the file again."
         )
     return table.drop("sequence")
 
@@ -273,7 +300,7 @@ def _coordinates(table: pl.DataFrame, columns: list[str], path: Path) -> pl.Data
     numbers = table.with_columns(pl.when(value.is_nan() | (value <= SENTINEL)).then(None).otherwise(value).name.keep())
     for name in columns:
         far = pl.col(name).abs() > MAX_COORDINATE
-        _refuse(numbers, far, path, f"{name} is beyond {MAX_COORDINATE:g} Å; expected a coordinate or -1e18")
+        _refuse(numbers, far, path, f"{name} is beyond {MAX_COORDINATE:,.0f} Å; expected a coordinate or -1e18")
     for x, y, z in zip(*[iter(columns)] * 3, strict=True):
         given = pl.sum_horizontal(pl.col(x, y, z).is_not_null())
         _refuse(numbers, given.is_between(1, 2), path, f"{x}, {y}, {z} are there only in part; expected all or none")
@@ -413,8 +440,8 @@ def _sample_table(path: Path, test: pl.DataFrame) -> pl.DataFrame:
     absent = test.filter(pl.col("sequence_id").is_in(checked["sequence_id"].unique().to_list()).not_())
     if not absent.is_empty():
         raise DataError(
-            f"{path.name}: no rows for target {absent['sequence_id'][0]} of test_sequences "
-            f"({absent.height} targets like this). Next: use files of the same release."
+            f"{path.name}: no rows for target {absent['sequence_id'][0]} of test_sequences"
+            f"{_more(absent, 'targets')}. Next: use files of the same release."
         )
     return table.select("ID", "resname", pl.col("resid").cast(pl.Int32))
 
@@ -480,4 +507,6 @@ RNA3D = Competition(
 )
 
 #: The second part, whose files have more columns and another address; everything else is the same.
-RNA3D2 = replace(RNA3D, name="rna3d2", title=f"{RNA3D.title}, part 2", slug="stanford-rna-3d-folding-2")
+RNA3D2 = replace(
+    RNA3D, name="rna3d2", title=f"{RNA3D.title}, part 2", slug="stanford-rna-3d-folding-2", raw_files=_raw_files_2
+)

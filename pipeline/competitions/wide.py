@@ -108,7 +108,7 @@ def normalise_sequences(
         ends = np.concatenate([[0], np.cumsum(lengths_N)]).astype(np.int32)
         return pa.StringArray.from_buffers(len(sequences), pa.py_buffer(ends), pa.py_buffer(letters))
     rows = enumerate(zip(ids.to_pylist(), sequences.to_pylist(), strict=True), start=first_row)
-    clean = [normalise_sequence(letters, where=f"{where}: row {row} (id {key})") for row, (key, letters) in rows]
+    clean = [normalise_sequence(letters, where=f"{where}: row {row:,} (id {key})") for row, (key, letters) in rows]
     return pa.array(clean, pa.string())
 
 
@@ -286,7 +286,8 @@ class ProfileStore:
         if bad_N.any():
             row = int(bad_N.argmax())
             key = batch.column("sequence_id")[row].as_py()
-            raise DataError(f"{self.where}: row {self.rows + row + 1} (id {key}): {what(row)}. {_REPAIR}.")
+            named = f" (id {key})" if key else ""
+            raise DataError(f"{self.where}: row {self.rows + row + 1:,}{named}: {what(row)}. {_REPAIR}.")
 
     def _codes_of(self, names: list[str]) -> np.ndarray:
         for name in names:

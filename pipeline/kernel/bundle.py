@@ -21,9 +21,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pipeline.competitions.base import Competition
+from pipeline.competitions.rna3d import STAGES, is_stage
 from pipeline.config import find_config, load_config
 from pipeline.errors import ConfigError, DataError, NetworkError
 from pipeline.kernel import script
@@ -57,21 +58,8 @@ MISSING = {
     "ViennaRNA": "base-pair probabilities; packed only where they are used (a licence of its own: never for a fee)",
 }
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
-
-
-class Stage(NamedTuple):
-    """What makes predictions without a network."""
-
-    verb: str
-    carried: tuple[str, ...]  # files of its run that predict elsewhere
-
-
-#: First word of a run's name -> the stage that makes it.
-STAGES = {
-    "denovo": Stage("denovo", denovo.CARRIED),
-    "templates": Stage("templates-predict", templates.CARRIED),
-}
-
+#: First word of the name of a run without a network -> its files that predict elsewhere.
+_CARRIED = {"denovo": denovo.CARRIED, "templates": templates.CARRIED}
 _SLUG_LENGTH = 42  # Kaggle allows 50: a part's number and the data set's "-data" come to it
 _SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pipeline", "models", "folds", "submissions")
 _SKIPPED = shutil.ignore_patterns("__pycache__", "csv", "*.pyc")
@@ -209,7 +197,10 @@ def _contents(folder: Path) -> Iterator[tuple[str, str, bytes]]:
 
 def _check(order: Order) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][\w-]{2,}", order.owner):
-        raise ConfigError(f"OWNER={order.owner!r}: expected your user name on Kaggle. Next: make kernel OWNER=<user>.")
+        raise ConfigError(
+            f"OWNER={order.owner!r}: expected your user name on Kaggle: 3 or more letters, digits, - and _, of which "
+            "the first is a letter or digit. Next: make kernel OWNER=<user>."
+        )
     if order.resume and not re.fullmatch(r"[\w-]+/[\w-]{5,}", order.resume):
         raise ConfigError(
             f"RESUME={order.resume!r}: expected owner/slug of a notebook. Next: make kernel RESUME=owner/slug."
@@ -262,7 +253,7 @@ def _predict_settings(order: Order, dataset: Path) -> dict[str, Any]:
         "words_of_runs": [_words_of(run) for run in networks],
         "stages": [
             {
-                "verb": STAGES[run.partition(".")[0]].verb,
+                "verb": STAGES[run.partition(".")[0]],
                 "words": ["--split", told["split"]],
                 "source": f"learned/{run}",
             }
@@ -272,22 +263,13 @@ def _predict_settings(order: Order, dataset: Path) -> dict[str, Any]:
     }
 
 
-def is_stage(run: str) -> bool:
-    """Whether a run was made without a network.
-
-    >>> is_stage("denovo.sim80_k5"), is_stage("hyena+wide.sim80_k5")
-    (True, False)
-    """
-    return run.partition(".")[0] in STAGES
-
-
 def _pack_stage(paths: Paths, run: str, dataset: Path, places: dict[str, list[str]]) -> None:
     """What a stage without a network learned; a file that several of them have is packed once."""
-    stage = STAGES[run.partition(".")[0]]
-    for name in stage.carried:
+    kind = run.partition(".")[0]
+    for name in _CARRIED[kind]:
         path = paths.run_dir(run) / name
         if not path.is_file():
-            raise DataError(f"{path}: absent, so {run} cannot be packed. Next: make {stage.verb}.")
+            raise DataError(f"{path}: absent, so {run} cannot be packed. Next: make {STAGES[kind]}.")
         flat = f"{sha256_file(path)[:12]}.{name}"
         shutil.copyfile(path, dataset / flat)
         places.setdefault(flat, []).append(f"learned/{run}/{name}")

@@ -22,7 +22,7 @@ from pipeline.competitions.base import Competition
 from pipeline.competitions.rna3d import read_teaching
 from pipeline.errors import DataError
 from pipeline.paths import Paths
-from pipeline.runlog import Bar, warn
+from pipeline.runlog import Bar, track, warn
 from pipeline.stage import Report, read_result, run_stage, take_until, tell_left_out
 from pipeline.structure.denovo import Assembly, choose_assemblies, features, fit_weights
 from pipeline.structure.fold3d import assemble_drawn
@@ -223,8 +223,11 @@ def _write_oof(
             pools.append(_assemblies(target, loops, held_out=held_out[target.target_id]))
             bar.advance()
     known = [n for n, target in enumerate(targets) if target.target_id in truth]
-    tm = {n: score([(each.xyz_L3, truth[targets[n].target_id]) for each in pools[n]]) for n in known}
-    table = {n: features(pools[n], similarity([each.xyz_L3 for each in pools[n]])) for n in known}
+    tm, table = {}, {}
+    for n in track(known, "score and compare the assemblies", unit="targets"):
+        traces = [each.xyz_L3 for each in pools[n]]
+        tm[n] = score([(xyz_L3, truth[targets[n].target_id]) for xyz_L3 in traces])
+        table[n] = features(pools[n], similarity(traces))
 
     def fit(without: int | None) -> np.ndarray:
         used = [n for n in known if targets[n].target_id in teaching and held_out[targets[n].target_id] != without]

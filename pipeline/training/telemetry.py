@@ -161,7 +161,7 @@ class Telemetry:
             raise
         except Exception as err:  # somebody else's program may raise anything, and training is worth more
             self._trackers.pop(name, None)
-            runlog.warn(f"--track {name}: {type(err).__name__}: {err}; it is left out, training goes on")
+            runlog.warn(f"TRACK={name}: {type(err).__name__}: {err}; it is left out, training goes on")
 
     def _note(self) -> str:
         state = self._state

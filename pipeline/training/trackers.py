@@ -33,15 +33,15 @@ def find_trackers(names: Sequence[str]) -> dict[str, OpenTracker]:
     for name in names:
         if name not in _KNOWN:
             raise ConfigError(
-                f"--track {name!r}: expected one of {', '.join(_KNOWN)}. Next: one of these, or leave --track out."
+                f"TRACK={name}: expected one of {', '.join(_KNOWN)}. Next: one of these, or leave TRACK out."
             )
         module, found[name] = _KNOWN[name]
         try:
             importlib.import_module(module)
         except Exception as err:  # a package that is there and broken raises all kinds
             raise ConfigError(
-                f"--track {name}: cannot be imported ({type(err).__name__}: {err}). Next: pip install {name}, or the "
-                "extra 'track', or leave --track out; metrics.jsonl holds the same numbers."
+                f"TRACK={name}: cannot be imported ({type(err).__name__}: {err}). Next: pip install {name}, or the "
+                "extra 'track', or leave TRACK out; metrics.jsonl holds the same numbers."
             ) from err
     return found
 

@@ -1,6 +1,7 @@
 """The folds stage: what a split promises, and what it refuses."""
 
 import itertools
+import json
 
 import numpy as np
 import polars as pl
@@ -213,7 +214,30 @@ def test_folds_are_described_in_a_table(rng, paths):
     with runlog.console.capture() as printed:
         runlog.console.print(assign.describe(report.facts))
     assert "short 49-64 nt" in printed.get()
-    assert "lock unlocked" in printed.get()
+    assert "lock absent: no ribonanza-sim80_k2-" in printed.get()
+
+
+def test_strata_are_described_in_the_order_of_their_lengths(rng, paths):
+    """Lengths were sorted as text (1-32, 129-192, 33-48), and OpenVaccine's named twice ("107 nt 97-128 nt")."""
+    lengths, datasets = [150, 40, 20, 107], ["train", "train", "train", "107 nt"]
+    sequences = [random_sequence(rng, length) for length in lengths for _ in range(4)]
+    save(make_table(sequences, datasets=np.repeat(datasets, 4).tolist()), paths)
+    table = assign.describe(assigned(paths, "sim80_k2")[0].facts)
+    bins = [f"train {bin_} nt" for bin_ in ("1-32", "33-48", "129-192")]
+    assert list(table.columns[0].cells) == ["107 nt", *bins, "all", "lengths"]
+
+
+def test_the_time_of_the_clustering_counts(rng, paths):
+    """Said "done in 1.9 s" after 51 s."""
+    save(library(rng), paths)
+    report, _ = assigned(paths, "sim80_k5")
+    spent = [
+        json.loads((paths.fold_table(name).with_suffix(".manifest.json")).read_text())["seconds"]
+        for name in ("sim80_k5", "clusters_sim80")
+    ]
+    assert min(spent) > 0
+    assert report.seconds == pytest.approx(sum(spent))
+    assert assigned(paths, "sim80_k5")[0].seconds == 0
 
 
 # --- labelled sets ---------------------------------------------------------------------------------------------------

@@ -70,6 +70,7 @@ def test_a_run_without_which_the_five_are_better_is_kept_in_reserve(paths: Paths
     assert report.facts["policy"]["spare"] == ["even.s"]
     assert report.facts["taken_from_oof"] == {"rare.s": 60}
     assert max(report.facts["policy"]["best_of_five"].values()) == 1.0
+    assert "mean over the targets that teach" in str(ensemble.describe(report.facts).caption)
     assert all(source.startswith("rare") for source in report.facts["taken_from"])
 
 

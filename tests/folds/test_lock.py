@@ -29,7 +29,7 @@ def chain(rng, tmp_path):
 
 def test_data_without_a_lock_are_said_to_be_unlocked(chain):
     report = chain()
-    assert report.facts["lock"].startswith("unlocked: no ribonanza-sim80_k3-")
+    assert report.facts["lock"].startswith("absent: no ribonanza-sim80_k3-")
     assert report.facts["lock"].endswith("make folds RELOCK=1 writes it")
     assert not chain.locks.exists()
 
@@ -80,7 +80,7 @@ def test_another_seed_than_the_locks_is_named(chain):
 def test_locks_of_other_data_do_not_count(chain):
     chain(relock=True)
     save(chain.table.head(50), chain.paths)
-    assert chain().facts["lock"].startswith("unlocked")
+    assert chain().facts["lock"].startswith("absent")
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]"])

@@ -261,16 +261,6 @@ def test_a_motif_is_learned_and_predicted_in_the_order_of_the_classes(paths):
     assert best["valid"]["accuracy"] == pytest.approx((p_NC.argmax(1) == label_NC.argmax(1)).mean())
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_motif_is_learned_on_a_gpu_in_every_precision(paths, precision):
-    settings = replace(CONFIG.train, epochs=15, precision=precision, focal_gamma=0.5, class_balance=0.9)
-    assert train_one(paths, replace(CONFIG, train=settings)).facts["metric"] < 0.5
-    predict_one(paths)
-    p_NC = np.array(pl.read_parquet(paths.test(RUN, 0))["probabilities"].to_list())
-    np.testing.assert_allclose(p_NC.sum(axis=1), 1, atol=1e-6)
-
-
 def test_the_test_set_is_predicted_without_its_labels(paths):
     train_one(paths)
     predict_one(paths)

@@ -62,6 +62,26 @@ def test_stage_builds_once(copy: Copy):
     assert copy.files() == {"join.txt", "size.txt", "copy.manifest.json"}
 
 
+def test_facts_keep_their_order_in_a_manifest_and_an_older_sorted_one_is_current(tmp_path: Path):
+    """A second run told a set's quantiles as "max, min, q01": manifests were sorted."""
+
+    def build(parts: dict[str, Path]) -> dict[str, object]:
+        parts["out"].write_text("one")
+        return {"min": 1, "max": {"q99": 3, "q01": 2}}
+
+    def run() -> Report:
+        params = {"version": 1, "split": "x"}
+        return run_stage("order", inputs={}, outputs={"out": tmp_path / "out"}, params=params, build=build)
+
+    manifest = tmp_path / "order.manifest.json"
+    first, second = run(), run()
+    assert second.status == "current"
+    assert json.dumps(first.facts) == json.dumps(second.facts) == '{"min": 1, "max": {"q99": 3, "q01": 2}}'
+    write_json(manifest, json.loads(manifest.read_text()))
+    assert manifest.read_text().index('"max"') < manifest.read_text().index('"min"')
+    assert run().status == "current"
+
+
 def test_stage_ignores_an_input_that_was_only_touched(copy: Copy):
     copy.run()
     os.utime(copy.a, (1, 1))

@@ -55,7 +55,7 @@ def test_every_command_is_a_target_and_every_run_is_trained(written: dict[str, P
     assert [command.split()[1] for command in commands] == [
         "data", "folds", "train-all", "train-all", "ensemble", "submit", "kernel",
     ]  # fmt: skip
-    config = Path(re.search(r"MODEL=(\S+)", commands[3])[1])
+    config = written["README.md"].parent / re.search(r"MODEL=<this folder>/(\S+)", commands[3])[1]
     assert f"{run_name(str(config), split='sim80_k5')}" == RUNS[1]
     assert load_config(str(config)) == CONFIG
 
@@ -107,6 +107,7 @@ def test_the_readme_tells_models_settings_and_what_they_took(written: dict[str, 
     assert text.count("| 123,456 | 7 | cpu | fp32 | 1 min 30 s |") == 4
     assert '"lr": 1e-05' in text
     assert "0.19600 out of fold" in text
+    assert "\n\n\n" not in text
 
 
 def test_requirements_pin_what_is_installed(written: dict[str, Path]):

@@ -344,6 +344,12 @@ def test_the_survey_tells_of_every_fold_what_its_lock_says(surveyed, capsys):
     assert (rows[1]["percent"], rows[1]["eta_s"], rows[2]["eta_s"]) == (25.0, 185.0, None)
 
 
+def test_rehearsals_are_no_runs(surveyed):
+    before = jobs.survey(surveyed)
+    shutil.copytree(surveyed / "ribonanza", surveyed / "kernel-check" / "raw-work" / "ribonanza")
+    assert jobs.survey(surveyed) == before
+
+
 def test_a_copy_of_a_fold_beside_it_is_no_fold(surveyed):
     """make status ended in "ValueError: invalid literal for int() with base 10: '0_old'"."""
     before = jobs.survey(surveyed)

@@ -473,6 +473,7 @@ def test_an_ensemble_or_checkpoint_that_is_absent_is_told(trained: Trained, tmp_
     ("changes", "sentence"),
     [
         ({"owner": ""}, "OWNER=''"),
+        ({"owner": "me"}, "OWNER='me': expected your user name on Kaggle: 3 or more letters"),
         ({"resume": "nobody"}, "RESUME='nobody': expected owner/slug"),
         ({"limit_s": 5.0}, "expected at least 1m"),
         ({"model": "hyeena"}, "Did you mean 'hyena'"),

@@ -143,6 +143,21 @@ def test_a_refusal_names_settings_that_fit(share: float):
         refused.require_fit()
 
 
+def test_a_tenth_of_what_is_free_is_spared():
+    """A run on 22.4 GiB was let go with "needs about 22.2 GiB", and took it all."""
+    planned = partial(make_plan, small_run(), build("tiny_hyena"), device=CPU)
+    total = planned(available=2**50).need.total
+    assert not planned(available=int(total / 0.91)).fits
+    assert planned(available=int(total / 0.89)).fits
+
+
+def test_processes_share_the_memory_of_a_machine(monkeypatch):
+    """Each of 8 was compared with all of it."""
+    monkeypatch.setattr(plan, "available_bytes", lambda _: 8 * 2**30)
+    found = [make_plan(small_run(), build("tiny_hyena"), device=CPU, processes=n).available for n in (1, 8)]
+    assert found == [8 * 2**30, 2**30]
+
+
 def test_what_no_setting_can_help_is_refused_with_that_sentence():
     refused = make_plan(small_run(), build("small_hyena"), device=CPU, available=2**20)
     with pytest.raises(StorageError, match=r"nothing smaller fits\. Next: a smaller network"):

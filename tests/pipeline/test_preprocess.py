@@ -1,6 +1,7 @@
 """The data stage as a whole: current or built, the same bytes twice, and a report for people."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -76,7 +77,8 @@ def test_two_builds_in_two_processes_are_byte_identical(raw_files: Path, tmp_pat
         command = [sys.executable, "-c", code, str(raw_files), str(root)]
         subprocess.run(command, check=True, cwd=REPOSITORY, env=os.environ | {"PYTHONHASHSEED": seed})
         tables = [Paths(comp="ribonanza", root=root).clean(table) for table in RIBONANZA.tables]
-        digests.append([hashlib.sha256(path.read_bytes()).hexdigest() for path in tables])
+        facts = json.loads(tables[0].with_name("data.manifest.json").read_text())["facts"] | {"peak_memory_mib": 0}
+        digests.append([json.dumps(facts), *(hashlib.sha256(path.read_bytes()).hexdigest() for path in tables)])
     assert digests[0] == digests[1]
 
 
@@ -90,6 +92,8 @@ def test_report_is_one_readable_line_per_fact(raw_files: Path, paths: Paths):
 
 
 def test_report_shortens_what_is_long():
+    assert preprocess.describe({"left": [], "ids": ["a", "b"]}) == ["left = none", "ids = a, b"]
+    assert preprocess.describe({"ids": list(range(1000, 1100))})[0].endswith("1,004, 1,005, … (94 more)")
     (line,) = preprocess.describe({"lengths": {str(length): 1 for length in range(100)}})
     assert line.startswith("lengths: 0 = 1, 1 = 1, ")
     assert line.endswith("(76 more)")

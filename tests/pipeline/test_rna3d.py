@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.competitions.rna3d import RNA3D, SENTINEL, read_teaching
+from pipeline.competitions.rna3d import RNA3D, RNA3D2, SENTINEL, read_teaching
 from pipeline.errors import DataError
 from pipeline.stage import sha256_file
 from pipeline.templates.gate import allowed
@@ -158,7 +158,7 @@ def test_what_has_no_date_teaches_nothing_unless_its_pdb_id_is_an_old_one(
     tables, facts = _clean(raw)
     assert dict(tables["train"].select("sequence_id", "teaches").iter_rows()) == {"1SCL_A": True, "R1117v2": False}
     assert read_teaching(raw.parent / "train.parquet") == {"1SCL_A"}
-    assert (facts["train"]["undated"], facts["train"]["teaches_nothing"]) == (2, ["R1117v2"])
+    assert (facts["train"]["no_date_in_the_files"], facts["train"]["teaches_nothing"]) == (2, ["R1117v2"])
     assert "1 of 2 labelled targets have no date that shows them to be of 2022-05-28 or before" in " ".join(
         capsys.readouterr().err.split()
     )
@@ -265,6 +265,17 @@ def test_chain_ends_are_found_where_stoichiometry_and_sequence_agree(
     assert test["stoichiometry"].to_list() == [stoichiometry or None]
 
 
+def test_files_of_part_1_are_told_from_those_of_part_2(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """COMP=rna3d2 took part 1's folder without a word."""
+    RNA3D.raw_files(raw)
+    assert capsys.readouterr().err == ""
+    RNA3D2.raw_files(raw)
+    assert "no column stoichiometry, which part 2 ships" in " ".join(capsys.readouterr().err.split())
+    _table(raw / "test_sequences.csv", [row | {"stoichiometry": "A:1"} for row in _sequences(TEST)])
+    RNA3D2.raw_files(raw)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_stoichiometry_that_is_none_is_refused(raw: Path) -> None:
     rows = _sequences(TEST)
     rows[1] |= {"stoichiometry": "A-2"}
@@ -299,8 +310,8 @@ BAD = {
     "missing residue": ("train_labels.csv", "1SCL_A_2,G,2,11.0,1.0,-1.25\n", "", "1SCL_A has 5 of 6 residues"),
     "wrong letter": ("train_labels.csv", "1SCL_A_2,G", "1SCL_A_2,U", "resname 'U', but .* has 'G' there"),
     "other target": ("train_labels.csv", "R1117v2_1,", "R1118_1,", "R1118.*not in the sequences file"),
-    "far coordinate": ("train_labels.csv", "1SCL_A_2,G,2,11.0", "1SCL_A_2,G,2,10001", "x_1 is beyond 10000 Å"),
-    "infinite coordinate": ("train_labels.csv", "1SCL_A_2,G,2,11.0", "1SCL_A_2,G,2,inf", "x_1 is beyond 10000 Å"),
+    "far coordinate": ("train_labels.csv", "1SCL_A_2,G,2,11.0", "1SCL_A_2,G,2,10001", "x_1 is beyond 10,000 Å"),
+    "infinite coordinate": ("train_labels.csv", "1SCL_A_2,G,2,11.0", "1SCL_A_2,G,2,inf", "x_1 is beyond 10,000 Å"),
     "text coordinate": (
         "train_labels.csv",
         "1SCL_A_2,G,2,11.0",

@@ -162,13 +162,24 @@ def test_a_study_is_not_mixed_with_another_of_its_name(small: Sweep):
     """It said "Cannot set different distribution kind to the same parameter name" and left with exit code 1."""
     pytest.importorskip("optuna")
     sweep.run(small, [parse_axis("train.lr=[1e-3]")], trials=1)
-    with pytest.raises(ConfigError, match=r"begun with other settings: over .* another --name"):
+    with pytest.raises(ConfigError, match=r"begun with other settings: over .* another NAME"):
         sweep.run(small, [parse_axis("train.lr=[1e-3, 2e-3]")], trials=1)
+
+
+def test_a_grid_grows_and_does_not_replace_the_table_of_another(small: Sweep):
+    """The same NAME with another OVER replaced results.json without a word."""
+    sweep.run(small, [parse_axis("train.lr=[1e-3]")])
+    assert len(sweep.run(small, [parse_axis("train.lr=[1e-3, 2e-3]")]).facts["cells"]) == 2
+    table = (small.folder / "results.json").read_bytes()
+    for other in ("train.lr=[1e-3]", "train.batch_size=[8]"):
+        with pytest.raises(ConfigError, match=r"begun with other settings: over .* another NAME"):
+            sweep.run(small, [parse_axis(other)])
+    assert (small.folder / "results.json").read_bytes() == table
 
 
 def test_a_seed_is_no_setting(small: Sweep):
     """Cells of different seeds had equal results: a job's own seed replaced them."""
-    with pytest.raises(ConfigError, match="--seeds"):
+    with pytest.raises(ConfigError, match="SEEDS"):
         sweep.run(small, [parse_axis("train.seed=[1, 2]")])
 
 
@@ -218,7 +229,9 @@ def test_the_table_shows_what_a_study_proposed_in_four_digits():
     shown = Console(width=120)
     cell = (("train.lr", 0.00014017187955925534), ("train.batch_size", 16), ("train.precision", "bf16"))
     with shown.capture() as printed:
-        shown.print(*sweep.describe({"cells": summarise({Job(cell=cell, seed=1, fold=0): 0.5}), "busy": 2}))
+        cells = summarise({Job(cell=cell, seed=1, fold=0): 0.5})
+        shown.print(*sweep.describe({"cells": cells, "busy": 2, "metric": "MAE"}))
+    assert "best MAE of each run in validation, lower is better" in printed.get()
     assert re.search(r"- +lr 0\.0001402, batch_size 16, precision bf16 +1 +0\.50000 +- +-", printed.get())
     assert "2 jobs are at work elsewhere" in " ".join(printed.get().split())
 

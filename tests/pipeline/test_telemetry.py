@@ -75,7 +75,7 @@ def test_a_tracker_that_breaks_is_warned_of_once_and_training_goes_on(where, pat
     broken, whole = Listener(fails=where), Listener()
     assert fit(paths, trackers={"broken": broken.open, "whole": whole.open}).facts["steps"] == 12
     said = capsys.readouterr().err
-    assert said.count(f"--track broken: RuntimeError: broken in {where}; it is left out, training goes on") == 1
+    assert said.count(f"TRACK=broken: RuntimeError: broken in {where}; it is left out, training goes on") == 1
     assert whole.closed
 
 
@@ -88,7 +88,7 @@ def test_an_unknown_tracker_is_refused():
 def test_a_tracker_that_is_not_there_is_one_sentence_before_anything_starts(name):
     if importlib.util.find_spec(name):
         pytest.skip(f"{name} is installed")
-    with pytest.raises(ConfigError, match=rf"--track {name}: cannot be imported .*Next: pip install {name}"):
+    with pytest.raises(ConfigError, match=rf"TRACK={name}: cannot be imported .*Next: pip install {name}"):
         find_trackers([name])
 
 

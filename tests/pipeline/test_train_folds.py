@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,22 @@ def test_every_fold_is_trained_and_predicted_in_turn(paths):
         (0, "done", 0, 100.0),
         (1, "done", 0, 100.0),
     ]
+
+
+def test_the_best_metric_is_told_at_the_end(paths, capsys):
+    """The bar with it vanished: "train: done in 22.5 s" and two paths were all that stayed."""
+    (report, _) = fit(paths)
+    best, step = report.facts["metric"], report.facts["best_step"]
+    assert f"{tiny.RUN} fold0: best MAE {best:.4f} at step {step}\n" in capsys.readouterr().err
+
+
+def test_a_missing_fold_table_is_told_before_pairs_are_computed(paths, monkeypatch):
+    """make train SPLIT=sim80_k7 computed base-pair probabilities for three minutes, then said that."""
+    monkeypatch.setattr(train_folds.bpp, "run", lambda *_: pytest.fail("began"))
+    config = tiny.config()
+    config = replace(config, model=replace(config.model, kwargs={**config.model.kwargs, "use_bpp": True}))
+    with pytest.raises(DataError, match=r"no fold table\. Next: make folds"):
+        fit(paths, config, split="sim80_k7")
 
 
 @pytest.mark.parametrize("budget", [None, Budget(seconds=600.0)])
@@ -244,7 +261,7 @@ def test_the_budget_is_for_all_folds(paths, clock):
 
 def test_a_budget_that_predictions_alone_would_use_up_is_refused(paths, monkeypatch):
     monkeypatch.setattr(predict, "estimate", lambda *_, **__: 5.0)
-    with pytest.raises(ConfigError, match=r"predictions alone may take .*a larger --time-budget"):
+    with pytest.raises(ConfigError, match=r"predictions alone may take .*a larger BUDGET"):
         fit(paths, budget=Budget(seconds=6.0))
 
 

@@ -294,7 +294,7 @@ def test_a_torn_candidate_is_accepted_with_a_warning(structure_paths, tmp_path, 
     structure_table(structure_paths).with_columns(x_4=torn).write_csv(tmp_path / "torn.csv")
     run(structure_paths, tmp_path / "torn.csv", RNA3D)
     said = capsys.readouterr().err
-    assert "1 candidates have neighbouring C1'" in said
+    assert "1 candidate has neighbouring C1'" in said
     assert "Q1 candidate 4" in said
 
 

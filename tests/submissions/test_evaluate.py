@@ -239,11 +239,13 @@ def test_weights_that_were_edited_are_refused(paths):
 
 
 def test_description_has_runs_and_floors_beside_the_score(paths):
+    facts = score(paths).facts
     console = Console(width=200)
     with console.capture() as captured:
-        console.print(evaluate.describe(score(paths).facts))
+        console.print(evaluate.describe(facts))
     for word in ("all", *RUNS, "floor: constant", "floor: 5-mer", "±"):
         assert word in captured.get()
+    assert captured.get().splitlines()[-1] == facts["floor_notes"][0], "notes made the first column wide"
 
 
 def test_structures_are_scored_beside_their_floors(tmp_path, rng):

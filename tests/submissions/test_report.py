@@ -289,6 +289,21 @@ def test_missing_pieces_are_named_on_the_page(tmp_path):
     assert "nan" not in text.lower().split()
 
 
+def test_runs_without_a_network_lack_no_log_and_no_settings(tmp_path, rng):
+    paths = make_paths(tmp_path, "rna3d")
+    write_structure_data(paths, rng)
+    for run in ("a.sim80_k3", "denovo.sim80_k3"):
+        write_structure_run(paths, run, rng, confidences=(0.5, 0.4, 0.3, 0.2, 0.1))
+    ensemble.run(paths, competition=RNA3D, name="all", runs=["a.sim80_k3", "denovo.sim80_k3"], split=SPLIT)
+    evaluate.run(paths, competition=RNA3D, name="all", split=SPLIT)
+    made = report.run(paths, competition=RNA3D, name="all")
+    told = " ".join(made.facts["missing"])
+    assert "metrics.jsonl) of a.sim80_k3 fold 0" in told
+    assert "(config.json) of a.sim80_k3" in told
+    assert "denovo" not in told
+    assert "never trained: denovo.sim80_k3" in visible(made.outputs["report"])
+
+
 def test_every_structure_has_its_score_and_some_their_traces(structures):
     paths, made = structures
     scores = json.loads((paths.ensemble_dir("all") / "scores.json").read_text())

@@ -60,6 +60,14 @@ def test_nulls_and_sentinels_are_missing_residues(traces: Path, tmp_path: Path, 
     assert table["tm_byresi"][0] == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["scores.csv", ""])
+def test_only_a_parquet_file_is_written(traces: Path, tmp_path: Path, name: str) -> None:
+    """It wrote parquet into OUT=o.csv."""
+    with pytest.raises(ConfigError, match=r"expected the name of a parquet file. Next: OUT=scores.parquet"):
+        score_traces.run(traces, tmp_path / name)
+    assert not (tmp_path / "scores.csv").exists()
+
+
 def _edit(table: str, change: pl.Expr):
     def apply(folder: Path) -> None:
         path = folder / f"{table}.parquet"
@@ -138,9 +146,12 @@ def test_the_benchmark_does_without_a_peer(
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     facts = _benchmark(traces, tmp_path)
     assert facts["peer"] is None
+    (tmp_path / "tm.json").write_text('{"pairs": 3}')
+    assert _benchmark(traces, tmp_path) == {"pairs": 3}, "what is of more pairs stays"
     assert all(row["ours_ms"] > 0 and "ratio" not in row for row in facts["rows"])
     said = [line for line in capfd.readouterr().err.splitlines() if "bench-tm" in line]
-    assert len(said) == 1
+    assert len(said) == 3
+    assert "tm.json stays: it is of 3 pairs" in said[2]
     assert "the source package tmtools==0.3.0 could not be had" in said[0]
 
 

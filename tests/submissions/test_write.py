@@ -163,11 +163,11 @@ def test_fixed_width_lines_equal_those_of_the_reference(rng):
         assert stage.FixedWidth(layout)(ids_T, values_TC) == stage.format_rows(ids_T, values_TC)
 
 
-def test_description_names_rows_rates_and_ranges(paths):
+def test_description_names_rows_and_ranges(paths):
     console = Console(width=150)
     with console.capture() as captured:
         console.print(stage.describe(run(paths).facts))
-    for word in ("rows/s", "reactivity_DMS_MaP", "0 to 1", "clipped"):
+    for word in ("rows", "reactivity_DMS_MaP", "0 to 1", "clipped"):
         assert word in captured.get()
 
 
