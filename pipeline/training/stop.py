@@ -65,7 +65,7 @@ class StopRequest:
             os.kill(os.getpid(), number)
         for request in self._open:
             request._received = signal.Signals(number)
-        if not (self._polled or _changes_handlers(frame)):
+        if not (self._polled or _in_a_door(frame)):
             raise StoppedError(
                 f"stopped ({signal.Signals(number).name}); nothing is half-written. Next: the same command again."
             )
@@ -89,11 +89,17 @@ class StopRequest:
         return None
 
 
-def _changes_handlers(frame: FrameType | None) -> bool:
-    """Whether a signal came while handlers were set or put back: an error there would leave them half-changed."""
-    while frame is not None and frame.f_code not in (StopRequest.__enter__.__code__, StopRequest.__exit__.__code__):
+def _in_a_door(frame: FrameType | None) -> bool:
+    """Whether a signal came while torch's modes or these handlers were set or put back.
+
+    An error there leaves them half-changed: gradients stayed off for the rest of the process.
+    """
+    while frame is not None:
+        module = frame.f_globals["__name__"]
+        if frame.f_code.co_name in ("__enter__", "__exit__") and (module == __name__ or module.startswith("torch.")):
+            return True
         frame = frame.f_back
-    return frame is not None
+    return False
 
 
 @contextlib.contextmanager

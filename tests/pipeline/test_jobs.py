@@ -218,8 +218,12 @@ def test_a_start_that_is_interrupted_leaves_no_job_behind(tmp_path, monkeypatch,
         os.kill(os.getpid(), number)  # Ctrl-C; or make stop, which finds this process
 
     monkeypatch.setattr(jobs, "_wait_for_begin", interrupted)
-    with pytest.raises(StoppedError, match="stopped while it was started in the background"):
-        jobs.start(["train"], folder=folder)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
+    try:
+        with pytest.raises(StoppedError, match="stopped while it was started in the background"):
+            jobs.start(["train"], folder=folder)
+    finally:
+        signal.signal(signal.SIGINT, before)
     with pytest.raises(ProcessLookupError):
         os.kill(int(told.read_text()), 0)
     assert jobs.worker(folder) is None

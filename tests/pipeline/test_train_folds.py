@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from models.interface import RnaInputs, RnaOutputs
 from pipeline import predict, train, train_folds
@@ -103,6 +104,23 @@ def test_a_full_disk_is_told_with_its_place_and_a_run_that_did_not_begin_leaves_
         fit(paths, run=f"other.{tiny.SPLIT}")
     assert str(caught.value.filename).endswith("config.json")
     assert not paths.run_dir(f"other.{tiny.SPLIT}").exists()
+
+
+def test_a_signal_while_gradients_are_switched_waits_until_somebody_polls(monkeypatch):
+    """It was raised in torch.no_grad().__exit__: gradients stayed off, and the next step said "element 0 of tensors does
+    not require grad".
+    """
+    switch = torch.set_grad_enabled
+
+    def signalled(mode: bool) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        switch(mode)
+
+    with StopRequest() as stop:
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(torch, "set_grad_enabled", signalled)
+        assert torch.is_grad_enabled()
+        assert stop.reason() == "SIGTERM"
 
 
 # the signal may come between open and its `with`, or while an object is removed; it is remembered then
