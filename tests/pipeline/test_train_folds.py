@@ -107,8 +107,8 @@ def test_a_full_disk_is_told_with_its_place_and_a_run_that_did_not_begin_leaves_
 
 
 def test_a_signal_while_gradients_are_switched_waits_until_somebody_polls(monkeypatch):
-    """It was raised in torch.no_grad().__exit__: gradients stayed off, and the next step said "element 0 of tensors does
-    not require grad".
+    """It was raised in torch.no_grad().__exit__: gradients stayed off, and the next step said "element 0 of tensors
+    does not require grad".
     """
     switch = torch.set_grad_enabled
 
