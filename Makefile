@@ -9,7 +9,7 @@ FILES ?=#                  names on Kaggle that download fetches; empty = what d
 MODEL ?=#                  a config in pipeline/configs, or a path to a TOML file; empty = ribonanza_mamba, for rna3d small_structure
 SPLIT ?= sim80_k5#         <kind><identity %>_k<folds>: sim80_k5, length_k5, random_k5
 FOLD  ?= 0#                fold to hold out, from 0
-NAME  ?= all#              name of an ensemble
+NAME   = all#              name of an ensemble; unlike the others it is not taken from the environment
 RUNS  ?=#                  runs to ensemble; empty = every finished run of SPLIT
 SET   ?=#                  overrides: SET="train.lr=1e-3 train.epochs=5" TAG=fast
 TAG   ?=#                  names a variant of MODEL
@@ -19,7 +19,7 @@ TRIALS ?=#                 cells that Optuna proposes; empty = every combination
 NPROC ?= 1#                processes that train together, one for each GPU
 BUDGET ?=#                 time for training and predictions, such as 8h; empty = as long as it takes
 TRACK ?=#                  who else listens: tensorboard, wandb (offline)
-FILE  ?=#                  submission that make check reads
+FILE  ?=#                  submission for make check and submit-kaggle, or sequences for make embed
 TRACES ?=#                 folder of C1' traces for score-tm and bench-tm: models, model_traces, native_traces.parquet
 OUT   ?= scores.parquet#   what score-tm writes
 ENGINE ?=#                 of TM-scores: usalign for the program, auto: it where installed; empty = built-in
@@ -28,7 +28,7 @@ KERNEL ?=#                 make kernel: train (as when empty) or predict; make s
 VERSION ?=#                of the notebook whose output make submit-kaggle KERNEL=owner/slug submits
 SLUG  ?=#                  which bundle of make kernel is meant, where there are several
 FORMAT ?= csv#             of the submission: csv or parquet
-ARTIFACTS ?= artifacts#    where the stages write
+ARTIFACTS ?= artifacts#    where the stages write; another folder gets the submissions too
 EXTRAS ?= dev#             extras of pyproject.toml to install
 PYTHON ?= python3#         the interpreter that builds .venv
 PY    ?= .venv/bin/python# PY=python3 uses an environment of your own and installs nothing
@@ -65,6 +65,7 @@ GPU := models/test_kernels models/test_causal_conv models/test_triton_scan model
   models/test_compile pipeline/test_plan pipeline/test_training_gpu
 named = \( -name bench $(patsubst %,-o -name '%',$(1)) \)
 OWN := demo kernel-check wheels
+COMPETITIONS := ribonanza openvaccine rna3d rna3d2 labelled labelled-*
 AT := --comp "$(COMP)" --artifacts "$(ARTIFACTS)"
 NAMED := $(if $(MODEL),--model "$(MODEL)") --split "$(SPLIT)" $(if $(TAG),--tag $(TAG))
 RUN := $(NAMED) $(foreach item,$(SET),--set '$(item)')
@@ -75,7 +76,7 @@ TRAIN := $(if $(RESTART),--restart) $(if $(ALLOW_CHANGES),--allow-changes) $(if 
 ENVIRONMENT := $(if $(filter .venv/bin/python,$(PY)),.venv/.ready)
 
 .PHONY: help setup doctor demo test test-faults test-gpu lint download data bpp templates folds audit train train-all train-bg status logs stop sweep \
-        replay predict templates-predict denovo structures ensemble submit submit-kaggle \
+        replay predict embed templates-predict denovo structures ensemble submit submit-kaggle \
         kernel kernel-push kernel-status kernel-pull kernel-check handover check evaluate score-tm report plan bench bench-data bench-folds bench-loader bench-kernels bench-models bench-tm clean
 
 # Targets and variables in two columns within 100 characters, longer texts on lines of their own below.
@@ -94,8 +95,8 @@ function show(head, text,    words, count, k, line) {
   if (shown++) printf "%s", gap
   gap = ""; show(sprintf("%-18s", name), text)
 }
-/^[A-Z]+ *\?=/ {
-  name = preset = text = $$0; sub(/ *\?=.*/, "", name); sub(/^[^=]*= */, "", preset); sub(/ *#.*/, "", preset)
+/^[A-Z]+ +\??=/ {
+  name = preset = text = $$0; sub(/ *\??=.*/, "", name); sub(/^[^=]*= */, "", preset); sub(/ *#.*/, "", preset)
   sub(/^[^#]*# */, "", text); variables[++known] = sprintf("%-10s %-17s", name, preset); told[known] = text
 }
 END {
@@ -163,17 +164,19 @@ replay: $(ENVIRONMENT) ## run a batch that training left out again: where it bre
 	@exec $(RNA) replay $(AT) $(NAMED) --fold "$(FOLD)" $(if $(STEP),--step $(strip $(STEP)))
 predict: $(ENVIRONMENT) ## out-of-fold and test predictions of one trained fold
 	@exec $(RNA) predict $(AT) $(RUN) --fold "$(FOLD)"
+embed: $(ENVIRONMENT) ## last hidden layer of a trained fold for the sequences in FILE, FASTA or table (NUCLEOTIDES=1: of each one too)
+	@exec $(RNA) embed $(AT) $(NAMED) --fold "$(FOLD)" $(if $(NUCLEOTIDES),--per-nucleotide) "$(FILE)"
 templates-predict: $(ENVIRONMENT) ## candidates from templates, date-gated, as a run of SPLIT (MSA=<folder> uses alignments)
 	@exec $(RNA) templates-predict $(AT) --split "$(SPLIT)" $(if $(strip $(MSA)),--msa "$(strip $(MSA))")
 denovo: $(ENVIRONMENT) ## candidates from pairing and loops of known structures, no network, as a run of SPLIT
 	@exec $(RNA) denovo $(AT) --split "$(SPLIT)"
-ensemble: $(ENVIRONMENT) ## folds and models -> one prediction table, weights learned out of fold
-	@exec $(RNA) ensemble $(AT) --split "$(SPLIT)" --name "$(NAME)" $(foreach run,$(RUNS),--run $(run))
+ensemble: $(ENVIRONMENT) ## folds and models -> one prediction table, weights learned out of fold (PARTIAL=1: of the folds there are)
+	@exec $(RNA) ensemble $(AT) --split "$(SPLIT)" --name "$(NAME)" $(if $(PARTIAL),--partial) $(foreach run,$(RUNS),--run $(run))
 submit: $(ENVIRONMENT) ## ensemble -> submission file, checked before it gets its name
 	@$(RNA) submit $(AT) --name "$(NAME)" --format $(strip $(FORMAT))
-	@$(if $(KAGGLE),exec $(RNA) submit-kaggle $(AT) --name "$(NAME)" --file "submissions/csv/$(COMP)-$(NAME).$(strip $(FORMAT))",:)
+	@$(if $(KAGGLE),exec $(RNA) submit-kaggle $(AT) --name "$(NAME)" --format $(strip $(FORMAT)),:)
 submit-kaggle: $(ENVIRONMENT) ## send the submission to Kaggle once, and wait for its score (KAGGLE=1 lets submit do it; KERNEL=owner/slug VERSION=1)
-	@exec $(RNA) submit-kaggle $(AT) --name "$(NAME)" $(if $(FILE),--file "$(FILE)") $(if $(KERNEL),--kernel $(strip $(KERNEL)) $(if $(strip $(VERSION)),--version $(strip $(VERSION))))
+	@exec $(RNA) submit-kaggle $(AT) --name "$(NAME)" --format $(strip $(FORMAT)) $(if $(FILE),--file "$(FILE)") $(if $(KERNEL),--kernel $(strip $(KERNEL)) $(if $(strip $(VERSION)),--version $(strip $(VERSION))))
 check: $(ENVIRONMENT) ## check any submission file: make check FILE=my.csv
 	@exec $(RNA) check $(AT) "$(FILE)"
 evaluate: $(ENVIRONMENT) ## score out-of-fold predictions beside the trivial floors (ENGINE=usalign or auto: TM-scores by the program)
@@ -199,7 +202,7 @@ kernel-check: $(ENVIRONMENT) ## rehearse notebooks: bare Python (IMAGE=<python>)
 handover: $(ENVIRONMENT) ## the files that Kaggle asks of winners, from the ensemble and its settings
 	@exec $(RNA) handover $(AT) --name "$(NAME)"
 
-bench: bench-data bench-folds bench-loader bench-kernels bench-models ## all benchmarks
+bench: bench-data bench-folds bench-loader bench-kernels bench-models ## all benchmarks but bench-tm, which needs TRACES
 bench-data: $(ENVIRONMENT) ## the data stage beside pandas, polars, pyarrow and duckdb
 	@exec $(RNA) bench-data --artifacts "$(ARTIFACTS)"
 bench-kernels: $(ENVIRONMENT) .venv-bench/.ready ## Mamba's scan and Hyena's convolution beside other implementations
@@ -219,10 +222,12 @@ bench-folds: $(ENVIRONMENT) ## our clustering beside MMseqs2 and cd-hit
 	@exec $(RNA) bench-folds --artifacts "$(ARTIFACTS)"
 
 # What is not the stages' alone stays: another name, or a file beside their folders.
-clean: ## remove the artefacts, trained runs too (not the environment, not submissions/csv)
+clean: ## remove the artefacts, trained runs too (not the environment, not submissions)
 	@here="$$(pwd -P)/"; there="$$(cd "$(ARTIFACTS)" 2>/dev/null && pwd -P || true)"; \
 	if [ "$${here#"$${there%/}/"}" != "$$here" ] && [ -n "$$there" ] || \
-	   [ -n "$$(find "$(ARTIFACTS)" -mindepth 1 -maxdepth 1 ! \( -type d $(call named,$(OWN) ribonanza openvaccine rna3d rna3d2 labelled-*) \) 2>/dev/null)" ] || \
-	   [ -n "$$(find "$(ARTIFACTS)" -mindepth 1 -maxdepth 2 $(call named,$(OWN)) -prune -o ! -type d -print 2>/dev/null)" ]; then \
+	   [ -n "$$(find "$(ARTIFACTS)/" -mindepth 1 -maxdepth 1 ! \( -type d $(call named,$(OWN) $(COMPETITIONS) submissions) \) 2>/dev/null)" ] || \
+	   [ -n "$$(find "$(ARTIFACTS)/" -mindepth 1 -maxdepth 2 $(call named,$(OWN) submissions) -prune -o ! -type d -print 2>/dev/null)" ]; then \
 	  echo "ARTIFACTS=$(ARTIFACTS) holds more than artefacts; nothing removed. Next: remove by hand what is to go."; exit 2; fi
-	rm -rf "$(ARTIFACTS)"
+	@[ -d "$(ARTIFACTS)" ] || { echo "$(ARTIFACTS): no such folder, nothing to remove"; exit 0; }; \
+	find "$(ARTIFACTS)/" -mindepth 1 -maxdepth 1 ! -name submissions -exec rm -rf {} +; \
+	rmdir "$(ARTIFACTS)" 2>/dev/null || true; echo "removed: what the stages made below $(ARTIFACTS)"

@@ -121,7 +121,8 @@ def measure(
         "metric": competition.metric if competition.error_sums else None,
         "splits": {},
     }
-    truth = _read_truth(train, table, survey, queries, competition) if competition.error_sums else None
+    is_measured = competition.error_sums is not None and table["scored"].any()
+    truth = _read_truth(train, table, survey, queries, competition) if is_measured else None
     for place, split in enumerate(splits):
         facts["splits"][split] = _describe_split(survey, place, table["sequence_id"])
         if truth is not None:

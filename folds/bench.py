@@ -26,8 +26,8 @@ from folds.assign import assign_folds, parse_split
 from folds.audit import PERCENTS, compare
 from folds.components import find_roots, unite_pairs
 from folds.edit_distance import Packed, pack
-from folds.similarity import find_designs, link, mmseqs_pairs
-from pipeline.errors import DataError
+from folds.similarity import find_designs, link
+from pipeline.errors import ConfigError, DataError
 from pipeline.paths import REPOSITORY, Paths
 from pipeline.runlog import peak_memory_mib, say
 from pipeline.schema import decode, encode
@@ -148,17 +148,34 @@ def _ours(method: Any, texts: Sequence[str], folder: Path) -> np.ndarray:
 
 
 def _mmseqs(command: str, options: Sequence[str], texts: Sequence[str], folder: Path) -> np.ndarray:
-    pairs_P2 = mmseqs_pairs(texts, percent=_PERCENT, folder=folder, command=command, options=options, threads=_THREADS)
+    """Clusters of MMseqs2, with 80 % coverage of both."""
+    fasta = _write_fasta(texts, folder)
+    search = ["--min-seq-id", str(_PERCENT / 100), "-c", "0.8", "--cov-mode", "0", "--dbtype", "2", *options]
+    files = [str(path) for path in (fasta, folder / "out", folder / "tmp")]
+    call = ["mmseqs", command, *files, *search, "--threads", str(_THREADS), "-v", "1"]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        raise ConfigError(
+            f"bench-folds: mmseqs {command} failed with code {done.returncode}: {' '.join(said)}. Next: take it off "
+            "the PATH."
+        )
+    pairs_P2 = np.array((folder / "out_cluster.tsv").read_text().split(), dtype=np.int64).reshape(-1, 2)
     parent_N = np.arange(len(texts))
     unite_pairs(parent_N, *pairs_P2.T.copy())
     return find_roots(parent_N)
 
 
+def _write_fasta(texts: Sequence[str], folder: Path) -> Path:
+    path = folder / "designs.fasta"
+    path.write_text("".join(f">{place}\n{text}\n" for place, text in enumerate(texts)))
+    return path
+
+
 def _cd_hit(texts: Sequence[str], folder: Path) -> np.ndarray:
     """cd-hit-est with 80 % coverage of the shorter, both given on the + strand."""
-    (folder / "designs.fasta").write_text("".join(f">{place}\n{text}\n" for place, text in enumerate(texts)))
     options = ["-c", str(_PERCENT / 100), "-n", "5", "-aS", "0.8", "-r", "0", "-T", str(_THREADS), "-M", "0"]
-    command = ["cd-hit-est", "-i", str(folder / "designs.fasta"), "-o", str(folder / "out"), *options]
+    command = ["cd-hit-est", "-i", str(_write_fasta(texts, folder)), "-o", str(folder / "out"), *options]
     subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_S)
     parent_N, first = np.arange(len(texts)), 0
     pairs = []

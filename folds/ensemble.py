@@ -184,7 +184,9 @@ def _find_folds(
         each, fold = min(lacking)
         if not each.endswith(f".{split}"):
             known = ", ".join(sorted(path.name for path in (paths.home / "runs").glob(f"*.{split}"))) or "none"
-            raise ConfigError(f"RUNS={each}: no run of {split}; there are: {known}. Next: RUNS= of these, or no RUNS.")
+            own = each.rpartition(".")[2] if paths.run_dir(each).is_dir() else ""
+            advice = f"SPLIT={own}" if own else "RUNS= of these, or no RUNS"
+            raise ConfigError(f"RUNS={each}: no run of {split}; there are: {known}. Next: {advice}.")
         more = f" ({len(lacking)} folds are missing over all runs)" if len(lacking) > 1 else ""
         raise ConfigError(
             f"run {each!r} has no predictions of fold {fold} of split {split}{more}. "
@@ -211,7 +213,7 @@ def describe(facts: Mapping[str, Any]) -> Table:
         return _describe_structures(facts)
     targets = facts["targets"] if facts["task"] == "values" else []
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    table.add_column(f"{len(facts['folds'])} folds of {facts['split']}, {facts['metric']} out of fold")
+    table.add_column(f"{_folds(facts)} of {facts['split']}, {facts['metric']} out of fold")
     for column in ("score", *targets):
         table.add_column(column, justify="right")
     for each, score in [
@@ -229,9 +231,13 @@ def describe(facts: Mapping[str, Any]) -> Table:
     return table
 
 
+def _folds(facts: Mapping[str, Any]) -> str:
+    return f"{len(facts['folds'])} fold{'s' if len(facts['folds']) > 1 else ''}"
+
+
 def _describe_structures(facts: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(f"{len(facts['folds'])} folds of {facts['split']}")
+    table.add_column(f"{_folds(facts)} of {facts['split']}")
     table.add_column("test candidates taken", justify="right")
     for source, count in sorted(facts["taken_from"].items()):
         table.add_row(source, f"{count:,}")

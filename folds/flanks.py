@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.schema import ALPHABET
+from pipeline.schema import ALPHABET, CANONICAL_PAIRS
 
 #: A place is constant if one letter holds in this share of the sequences.
 CONSTANT = 0.95
@@ -26,7 +26,7 @@ _SAMPLE = 20_000
 _STEMS = range(5, 13)  # base pairs of a barcode's stem
 _LOOP = 4
 _NONE = 255
-_PAIRS = tuple((ord(pair[0]), ord(pair[1])) for pair in ("AU", "UA", "CG", "GC", "GU", "UG"))
+_PAIRS = tuple((ord(pair[0]), ord(pair[1])) for pair in CANONICAL_PAIRS)
 
 
 class Flank(NamedTuple):

@@ -15,12 +15,8 @@ Clusters are the connected components (single linkage) of all pairs with at leas
 and of exact duplicates; nothing less keeps relatives out of other folds.
 """
 
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -42,7 +38,7 @@ RESIDUE_GROUPS = ("LVIMC", "AGSTPX", "FYW", "EDNQKRH")
 #: Raised when the same sequences give other clusters than before.
 VERSION = 1
 
-Method = Literal["auto", "exact", "seeded", "mmseqs"]
+Method = Literal["auto", "exact", "seeded"]
 
 #: Most designs for which "auto" compares all pairs. 13,975 take 9 s on two threads, so these take about 20 s.
 EXHAUSTIVE = 20_000
@@ -107,13 +103,10 @@ def find_clusters(table: pl.DataFrame, *, percent: int, method: Method = "auto")
             ``exact``: all pairs are compared; the definition holds to the letter.
             ``seeded``: pairs that share a seed are compared (`folds.seeds`); linear. Measured at 80 %, where it misses
             few (`folds.bench`); at lower thresholds fewer relatives share a seed.
-            ``mmseqs``: clusters of MMseqs2, whose greedy search misses many pairs (`folds.bench`).
-            ``auto``: exact up to `EXHAUSTIVE` designs, else seeded. MMseqs2 is never chosen: on 14,035 sequences it
-            takes longer than the exhaustive comparison and leaves relatives apart, and folds should not depend on what
-            a machine has installed.
+            ``auto``: exact up to `EXHAUSTIVE` designs, else seeded. MMseqs2 leaves relatives apart (`folds.bench`).
 
     Raises:
-        ConfigError: unknown method, threshold out of range, MMseqs2 asked for and not there.
+        ConfigError: unknown method, or threshold out of range.
     """
     _check_options(percent, method)
     designs, flanks = find_designs(table["sequence"].to_list(), table["dataset_name"].to_list())
@@ -125,10 +118,7 @@ def find_clusters(table: pl.DataFrame, *, percent: int, method: Method = "auto")
     if method == "auto":
         method = "exact" if len(texts) <= EXHAUSTIVE else "seeded"
     facts: dict[str, Any] = {"method": method, "percent": percent, "sequences": len(designs), "designs": len(texts)}
-    if method == "mmseqs":
-        facts["program"] = _link_by_mmseqs(texts, parent_U, percent)
-    else:
-        link(pack(texts), parent_U, percent=percent, method=method)
+    link(pack(texts), parent_U, percent=percent, method=method)
     cluster = _name_clusters(table["sequence_id"].to_list(), find_roots(parent_U)[places_N])
     facts["flanks"] = {dataset: flank._asdict() for dataset, flank in flanks.items()}
     return Clusters(cluster=cluster, facts=facts)
@@ -137,7 +127,7 @@ def find_clusters(table: pl.DataFrame, *, percent: int, method: Method = "auto")
 def _check_options(percent: int, method: str) -> None:
     if method not in get_args(Method):
         raise ConfigError(
-            f"METHOD={method!r} is not known; expected one of {', '.join(get_args(Method))}. Next: METHOD=auto."
+            f"folds: method {method!r} is not known; expected one of {', '.join(get_args(Method))}. Next: auto."
         )
     if not MIN_PERCENT <= percent <= 100:
         raise ConfigError(
@@ -178,67 +168,3 @@ def link(packed: Packed, parent_N: np.ndarray, *, percent: int, method: Literal[
             unite_rows(parent_N, first, distances_RN, packed.lengths_N, percent)
             labels_N[:] = find_roots(parent_N)
             bar.advance(len(distances_RN))
-
-
-def _link_by_mmseqs(texts: Sequence[str], parent_U: np.ndarray, percent: int) -> str:
-    if not shutil.which("mmseqs"):
-        raise ConfigError("METHOD=mmseqs: no program mmseqs on the PATH. Next: install MMseqs2, or leave METHOD away.")
-    with tempfile.TemporaryDirectory() as folder:
-        pairs_P2 = mmseqs_pairs(texts, percent=percent, folder=Path(folder))
-    unite_pairs(parent_U, *pairs_P2.T.copy())
-    said = subprocess.run(["mmseqs", "version"], capture_output=True, text=True, check=True)
-    return f"MMseqs2 {said.stdout.strip()}"
-
-
-def mmseqs_pairs(
-    texts: Sequence[str],
-    *,
-    percent: int,
-    folder: Path,
-    command: str = "easy-cluster",
-    options: Sequence[str] = ("--cluster-mode", "1"),
-    threads: int = 2,
-) -> np.ndarray:
-    """Pairs (representative, member) of MMseqs2's clusters of nucleotide sequences.
-
-    Args:
-        texts: sequences.
-        percent: least identity; coverage is at least 80 % of both.
-        folder: scratch.
-        command: ``easy-cluster`` or ``easy-linclust``.
-        options: of the clustering. Connected components, as here, join 97 % of the pairs of at least 80 % identity
-            among 13,975 designs; the default set cover joins 62 %, the options of soedinglab/MMseqs2#836 69 %.
-        threads: of MMseqs2.
-
-    Returns:
-        [P, 2] int64, places in `texts`.
-
-    Raises:
-        ConfigError: the program failed; the message ends with its last line.
-    """
-    fasta = folder / "designs.fasta"
-    fasta.write_text("".join(f">{place}\n{text}\n" for place, text in enumerate(texts)))
-    search = ["--min-seq-id", str(percent / 100), "-c", "0.8", "--cov-mode", "0", "--dbtype", "2"]
-    done = subprocess.run(
-        [
-            "mmseqs",
-            command,
-            fasta,
-            folder / "out",
-            folder / "tmp",
-            *search,
-            *options,
-            "--threads",
-            str(threads),
-            "-v",
-            "1",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise ConfigError(f"mmseqs {command} failed with code {done.returncode}: {' '.join(said)}. Next: METHOD=auto.")
-    rows = (folder / "out_cluster.tsv").read_text().split()
-    return np.array(rows, dtype=np.int64).reshape(-1, 2)

@@ -14,8 +14,9 @@ from models.layers.attention import Attention, PairBias
 from models.layers.blocks import EncoderBlock
 from models.layers.checkpointing import run_blocks
 from models.layers.embedding import NUM_NUCLEOTIDES, InputEmbedding
-from models.layers.masked import clean_inputs
+from models.layers.masked import clean_inputs, zero_pads
 from models.layers.pair import PairBlock, PairStart, PairUpdate
+from models.layers.precision import at_least_float32
 from models.registry import refuse_without_effect
 
 
@@ -98,6 +99,15 @@ class RnaEncoder(RnaModel):
         inputs = clean_inputs(inputs, needs_bpp=self.uses_bpp)
         x_BLD, pair_BLLP = self._encode(inputs)
         return self.heads(x_BLD, inputs, pair_BLLP)
+
+    def embed(self, inputs: RnaInputs) -> Tensor:
+        """The last hidden layer, which the heads read: [B, L, D] float32, zero where padded.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        inputs = clean_inputs(inputs, needs_bpp=self.uses_bpp)
+        return zero_pads(at_least_float32(self._encode(inputs)[0]), inputs.mask_BL)
 
     def _encode(self, inputs: RnaInputs) -> tuple[Tensor, Tensor | None]:
         """Last hidden layer, and pair features [B, L, L, P] for the heads if there are any."""

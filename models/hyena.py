@@ -117,9 +117,10 @@ class HyenaOperator(nn.Module):
         kernels = [kernel_DL.chunk(self.order - 1) for kernel_DL in self.filters(x_BLD.shape[1])]
         for i, gate_BLD in enumerate(reversed(gates[1:])):
             before_DL = kernels[1][i] if self.bidirectional else None
-            # the gates are zero under the padding, and with them what goes into each long convolution
-            v_BLD = fft_conv(v_BLD * gate_BLD, kernels[0][i], before_DL, self.skip_ND[i])
-        with torch.autocast(x_BLD.device.type, enabled=False):  # the product of gates leaves half precision's range
+            # the gates are zero under the padding, and with them what goes into each long convolution; their products
+            # leave half precision's range
+            v_BLD = fft_conv(at_least_float32(v_BLD) * gate_BLD, kernels[0][i], before_DL, self.skip_ND[i])
+        with torch.autocast(x_BLD.device.type, enabled=False):
             return self.out(v_BLD * at_least_float32(gates[0]))
 
 

@@ -40,6 +40,10 @@ class RnaModel(nn.Module):
     def forward(self, inputs: RnaInputs) -> RnaOutputs:
         raise NotImplementedError
 
+    def embed(self, inputs: RnaInputs) -> Tensor:
+        """The last hidden layer, which the heads read: [B, L, D] float32, zero where padded."""
+        raise NotImplementedError
+
     def set_gradient_checkpointing(self, every: int) -> None:
         """Recompute activations in groups of `every` blocks in the backward pass; 0 keeps them all."""
         raise NotImplementedError

@@ -106,7 +106,7 @@ def create_model(name: str, **kwargs: int | float | str | bool) -> RnaModel:
         if key not in known:
             hint = _near(key, known) or f" Known: {', '.join(known)}."
             raise ValueError(f"model {name!r} has no argument {key!r}.{hint}")
-        _check_type(value, known[key].annotation, where=f"model {name!r}: {key}")
+        _check_value(key, value, known[key].annotation, where=f"model {name!r}: {key}")
     return _MODELS[name](**kwargs)
 
 
@@ -119,7 +119,7 @@ def _is_checkable(annotation: object) -> bool:
     return annotation in _SCALARS or typing.get_origin(annotation) is typing.Literal
 
 
-def _check_type(value: object, annotation: typing.Any, *, where: str) -> None:
+def _check_value(key: str, value: object, annotation: typing.Any, *, where: str) -> None:
     if typing.get_origin(annotation) is typing.Literal:
         choices = typing.get_args(annotation)
         if value not in choices:
@@ -130,6 +130,6 @@ def _check_type(value: object, annotation: typing.Any, *, where: str) -> None:
         raise ValueError(f"{where}: got {value!r} ({type(value).__name__}); expected {annotation.__name__}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where}: got {value!r}; expected a finite number.")
-    least = _LEAST.get(where.rpartition(" ")[2], 0)
+    least = _LEAST.get(key, 0)
     if annotation is int and typing.cast(int, value) < least:
         raise ValueError(f"{where}: got {value!r}; expected {least} or more.")

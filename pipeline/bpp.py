@@ -35,7 +35,7 @@ from pipeline.classes import read_classes
 from pipeline.errors import ConfigError, DataError, PipelineError, StoppedError, StorageError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, say
-from pipeline.stage import Report, run_stage, sha256_file
+from pipeline.stage import Report, read_manifest, run_stage, sha256_file
 from pipeline.training.stop import StopRequest, run_lock
 
 #: Pairs less likely than this are not kept; a nucleotide's unpaired share is summed before.
@@ -240,11 +240,8 @@ def _foldable(paths: Paths, tables: Sequence[str]) -> Sequence[str]:
 
 def _recorded(paths: Paths) -> dict[str, Any] | None:
     """Manifest of an earlier, undamaged result."""
-    try:
-        done = json.loads((paths.bpp.parent / "bpp.manifest.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    intact = paths.bpp.is_file() and sha256_file(paths.bpp) == done["outputs"]["bpp"]
+    done = read_manifest(paths.bpp.parent / "bpp.manifest.json")
+    intact = done and paths.bpp.is_file() and done.get("outputs") == {"bpp": sha256_file(paths.bpp)}
     return done if intact else None
 
 
@@ -416,7 +413,7 @@ def _schema(tag: str | None = None) -> Any:
 def _compute(missing: list[str], *, folder: Path, params: dict[str, Any], workers: int | None) -> None:
     """Fold sequences and leave them in parts; in this process if there is little to do."""
     work = sum(_seconds(len(sequence)) for sequence in missing)
-    workers = min(workers or len(os.sched_getaffinity(0)), 1 + int(work / _WORTH_A_WORKER))
+    workers = min(workers or _cpus(), 1 + int(work / _WORTH_A_WORKER))
     limit = min(_PART_SECONDS, work / (4 * workers))
     jobs = [(part, folder, json.dumps(params)) for part in _divide(missing, limit=limit)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -430,6 +427,11 @@ def _compute(missing: list[str], *, folder: Path, params: dict[str, Any], worker
                 f"bpp: stopped by {stop.reason()}; {kept:,} of {len(missing):,} sequences are folded and kept. "
                 "Next: run it again to go on."
             )
+
+
+def _cpus() -> int:
+    """How many this process may use; all there are where the system does not say (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _divide(missing: list[str], *, limit: float) -> list[list[str]]:

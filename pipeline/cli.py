@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -98,7 +97,6 @@ Kernels = Annotated[
     ),
 ]
 
-_WIDEST = 400  # columns of a table in a file or a pipe, where no line has to be broken
 _MOST_OUTPUTS = 8  # named one by one: a stage that writes every fold has a dozen
 _INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended, and what typer makes of it
 _COMP, _ARTIFACTS, _SPLIT, _NAME = "ribonanza", Path("artifacts"), "sim80_k5", "all"
@@ -186,7 +184,8 @@ def bpp(
     from pipeline import bpp as stage
 
     tables = ("test",) if test_only else ("train", "test")
-    show(stage.run(_paths(comp, artifacts), workers=workers, tables=tables, longest=longest))
+    report = stage.run(_paths(comp, artifacts), workers=workers, tables=tables, longest=longest)
+    show(report, "{sequences:,} sequences, {pairs:,} pairs".format(**report.facts))
 
 
 @app.command()
@@ -369,8 +368,7 @@ def status(
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     elif rows:
-        wide = output if output.is_terminal else Console(width=_WIDEST, highlight=False)
-        wide.print(jobs.status_table(rows, width=wide.width))
+        output.print(jobs.status_table(rows, width=output.width))
         for row in rows:
             if row["state"] in ("failed", "diverged"):
                 say(f"{row['run']} fold{row['fold']}: {row['message']}")
@@ -424,8 +422,8 @@ def stop(
 @app.command()
 def sweep(
     over: Annotated[
-        list[str], typer.Option("--over", help="What varies, as TOML: train.lr=[1e-3, 2e-3]; for every combination.")
-    ],
+        list[str] | None, typer.Option("--over", help="What varies, as TOML: train.lr=[1e-3, 2e-3]; all combinations.")
+    ] = None,
     name: Annotated[str, typer.Option("--name", help="Of the sweep.")] = "sweep",
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
@@ -441,6 +439,8 @@ def sweep(
     """Train settings x seeds x folds and rank them; start it on several machines that share the folder, or again."""
     from pipeline import sweep as stage
 
+    if not over:
+        raise ConfigError("sweep: OVER is empty. Next: make sweep OVER='train.lr=[1e-3,2e-3]'.")
     run_name(model, split=split, tag=name)
     budget, competition, paths = _seconds(time_budget), _competition(comp), _paths(comp, artifacts)
     folds = range(_fold_count(split)) if all_folds else [_fold(k, split) for k in fold or [0]]
@@ -505,6 +505,32 @@ def predict(
 
 
 @app.command()
+def embed(
+    file: Annotated[Path, typer.Argument(help="Sequences: FASTA, CSV, TSV or parquet; text also as .gz.")],
+    comp: Comp = _COMP,
+    artifacts: Artifacts = _ARTIFACTS,
+    model: Model = "",
+    split: Split = _SPLIT,
+    fold: Fold = 0,
+    tag: Tag = "",
+    per_nucleotide: Annotated[
+        bool, typer.Option("--per-nucleotide", help="Also the embedding of every nucleotide.")
+    ] = False,
+    kernels: Kernels = "auto",
+) -> None:
+    """Write the last hidden layer of a trained checkpoint for any sequences: their mean, and each nucleotide's."""
+    from pipeline.training.stop import StopRequest
+
+    run = run_name(model, split=split, tag=tag)
+    with StopRequest():
+        from pipeline import embed as stage
+
+        where: dict[str, Any] = {"paths": _paths(comp, artifacts), "run": run, "fold": _fold(fold, split)}
+        report = stage.run(file, competition=_competition(comp), per_nucleotide=per_nucleotide, **where)
+    show(report, "{sequences:,} sequences, {nucleotides:,} nt, {width} numbers each".format(**report.facts))
+
+
+@app.command()
 def ensemble(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
@@ -518,7 +544,7 @@ def ensemble(
         list[int] | None, typer.Option("--fold", help="With --weights: use these folds; repeatable.", min=0)
     ] = None,
     partial: Annotated[
-        bool, typer.Option("--partial", help="With --weights, of structures: choose among the predictions there are.")
+        bool, typer.Option("--partial", help="Only folds that all runs have; with --weights: structures there are.")
     ] = False,
 ) -> None:
     """Join folds and models into one prediction table, with weights learned on out-of-fold predictions."""
@@ -531,9 +557,10 @@ def ensemble(
         report = stage.apply(paths, competition=_competition(comp), name=name, **which)
         show(report, f"{report.facts['test_rows']:,} test rows from folds {report.facts['folds']}")
         return
-    runs = run or finished_runs(paths, split)
+    runs = run or finished_runs(paths, split, partial=partial)
     warn_of_unfinished(paths, runs)
-    report = stage.run(paths, competition=_competition(comp), name=name, runs=runs, split=split, score=tm_scores)
+    which = {"name": name, "runs": runs, "split": split, "allow_partial": partial}
+    report = stage.run(paths, competition=_competition(comp), score=tm_scores, **which)
     show(report, stage.describe(report.facts))
 
 
@@ -543,13 +570,18 @@ def submit(
     artifacts: Artifacts = _ARTIFACTS,
     name: Name = _NAME,
     fmt: Annotated[str, typer.Option("--format", help="csv or parquet.")] = "csv",
-    to: Annotated[Path | None, typer.Option("--to", help="Folder of the file; default: submissions/csv.")] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to", help="Folder of the file; default: submissions/csv, or submissions in another artifacts folder."
+        ),
+    ] = None,
     fill: Annotated[bool, typer.Option("--fill", help="Structures: simple shapes where nothing is predicted.")] = False,
 ) -> None:
     """Write the submission file and check it; an invalid file never gets its final name."""
     from submissions import write
 
-    paths = _paths(comp, artifacts) if to is None else replace(_paths(comp, artifacts), csv_dir=to)
+    paths = replace(_paths(comp, artifacts), submissions=to)
     report = write.run(paths, competition=_competition(comp), name=name, fmt=fmt, fill=fill)
     show(report, write.describe(report.facts))
 
@@ -559,7 +591,8 @@ def submit_kaggle(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
     name: Name = _NAME,
-    file: Annotated[Path | None, typer.Option("--file", help="Another submission than the ensemble's CSV.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="Another submission than the ensemble's.")] = None,
+    fmt: Annotated[str, typer.Option("--format", help="Of the ensemble's submission: csv or parquet.")] = "csv",
     kernel: Annotated[str, typer.Option("--kernel", help="Code competitions: owner/slug whose output to submit.")] = "",
     version: Annotated[str, typer.Option("--version", help="Version of the kernel.")] = "",
     wait: Annotated[str, typer.Option("--wait", help="For the score at most: 30m, 2h.")] = "1h",
@@ -576,6 +609,7 @@ def submit_kaggle(
         competition=_competition(comp),
         name=name,
         file=file,
+        fmt=fmt,
         kernel=upload.Kernel(name=kernel, version=version) if kernel else None,
         wait=_seconds(wait, option="--wait") or 0.0,
     )
@@ -863,8 +897,8 @@ def run_name(model: str, *, split: str, tag: str = "") -> str:
     >>> run_name("hyena", split="sim80_k5", tag="wide")
     'hyena+wide.sim80_k5'
     """
-    if tag and not re.fullmatch(r"[\w.-]+", tag):
-        raise ConfigError(f"TAG={tag!r} is no name for a folder. Next: letters, digits and . _ - only.")
+    if tag and not re.fullmatch(r"[\w.-]{1,100}", tag):
+        raise ConfigError(f"TAG={tag!r} is no name for a folder. Next: at most 100 letters, digits and . _ - only.")
     return f"{Path(model).stem}{'+' + tag if tag else ''}.{split}"
 
 
@@ -873,28 +907,31 @@ def _is_begun(folder: Path) -> bool:
     return any(folder.glob("fold*/checkpoints")) or any(folder.glob("fold*/oof.parquet"))
 
 
-def finished_runs(paths: Paths, split: str) -> list[str]:
-    """Runs of a split whose folds all have out-of-fold and test predictions, sorted by name.
+def finished_runs(paths: Paths, split: str, *, partial: bool = False) -> list[str]:
+    """Runs of a split whose folds all (`partial`: at least one) have out-of-fold and test predictions, sorted by name.
 
     Raises:
         DataError: there is none.
     """
-    begun = (path for path in (paths.home / "runs").glob(f"*.{split}") if _is_begun(path))
-    runs = sorted(path.name for path in begun if "+sweep-" not in path.name)
+    begun = sorted(path.name for path in (paths.home / "runs").glob("*.*") if _is_begun(path))
+    runs = [run for run in begun if run.endswith(f".{split}") and "+sweep-" not in run]
     tested = "test" not in _competition(paths.comp).optional or paths.clean("test").is_file()
     complete = [
         run
         for run in runs
-        if all(
+        if (any if partial else all)(
             paths.oof(run, k).is_file() and (paths.test(run, k).is_file() or not tested)
             for k in range(_fold_count(split))
         )
     ]
     if not complete:
-        seen = ", ".join(runs) or "no run at all"
+        seen = ", ".join(runs or begun) or "no run at all"
+        others = sorted({run.rpartition(".")[2] for run in begun} - {split})
+        advice = f"SPLIT={' or '.join(others)}, or " if others and not runs else ""
+        advice += f"make train-all COMP={paths.comp}, or make train FOLD=<k> for the folds that are missing"
+        advice += ", or PARTIAL=1 to do without them" if runs else ""
         raise DataError(
-            f"{paths.home / 'runs'}: no run of {split} has predictions of all its folds (seen: {seen}). "
-            f"Next: make train-all COMP={paths.comp}, or make train FOLD=<k> for the folds that are missing."
+            f"{paths.home / 'runs'}: no run of {split} has predictions of all its folds (seen: {seen}). Next: {advice}."
         )
     for run in sorted(set(runs) - set(complete)):
         say(f"{run}: left out, its folds are not complete")
@@ -931,6 +968,8 @@ def _config(model: str, *, split: str, tag: str, overrides: Sequence[str], resum
 
     if overrides and not tag and not resumes:
         raise ConfigError("--set changes what a run is. Next: name the variant with --tag (make: TAG=…).")
+    if tag.startswith("sweep-"):
+        raise ConfigError(f"TAG={tag!r}: runs of these names are a sweep's, left out of ensembles. Next: another TAG.")
     return load_config(model, overrides), run_name(model, split=split, tag=tag)
 
 
@@ -986,7 +1025,7 @@ def show(report: Report, details: Any = ()) -> None:
     said = "up to date, nothing to do" if report.status == "current" else f"done in {report.seconds:.1f} s"
     output.print(f"[bold]{report.stage}[/]: {said}")
     for detail in details if isinstance(details, list | tuple) else [details]:
-        output.print(detail)
+        output.print(detail, markup=not isinstance(detail, str))  # the data's own names may hold brackets
     files = list(report.outputs.values())
     if len(files) > _MOST_OUTPUTS:
         files, several = [Path(os.path.commonpath(files))], f" ({len(files)} files)"

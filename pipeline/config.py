@@ -7,11 +7,12 @@ parsed as TOML, so ``false`` is a bool. The model's own arguments are checked ag
 
 import difflib
 import math
+import re
 import tomllib
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 from pipeline.errors import ConfigError
@@ -30,13 +31,16 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "batch_size": (1, math.inf),
     "micro_batch": (0, math.inf),
     "lr": (0, math.inf),
+    "lora_rank": (0, math.inf),
+    "lora_alpha": (0, math.inf),
+    "backbone_lr_share": (0, 1),
     "weight_decay": (0, math.inf),
     "warmup": (0, 1),
     "clip_norm": (0, math.inf),
     "ema_decay": (0, 0.999999),
     "gradient_checkpointing": (0, math.inf),
     "save_every": (0, math.inf),
-    "workers": (0, math.inf),
+    "workers": (0, 64),  # each is a process of its own: 500 by a slip took a machine down
     "process_timeout": (1, math.inf),
     "patience": (0, math.inf),
     "max_skips": (0, math.inf),
@@ -57,6 +61,9 @@ class ModelConfig:
     name: str
     kwargs: dict[str, int | float | str | bool] = field(default_factory=dict)
     init: str = ""  # a checkpoint folder whose weights to start from; "" = from scratch
+    # of what adapters of low rank add to these weights, which stay as they are but for the heads (LoRA); 0 = all train
+    lora_rank: int = 0
+    lora_alpha: float = 16.0  # the adapters' sum counts alpha / rank times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +84,15 @@ class TrainConfig:
 
     seed: int = 2026
     epochs: int = 30
+    # crops of the first epochs, as "<nt>x<epochs>,…": "64x1,128x1" is one epoch of at most 64 nt, one of 128, then
+    # max_length; steps and batch_size stay (HyenaDNA's warm-up by length); "" = max_length from the start
+    length_stages: str = ""
     batch_size: int = 64  # sequences an optimiser step, over all devices
     # sequences a forward pass: 0 = batch_size, less = gradient accumulation, "auto" = halved when memory runs out
     micro_batch: int | typing.Literal["auto"] = 0
     lr: float = 2e-3
+    # of what model.init began: its learning rate as a share of the new heads' lr; 0 keeps it as it was loaded
+    backbone_lr_share: float = 1.0
     weight_decay: float = 0.05
     schedule: typing.Literal["one_cycle", "cosine", "constant"] = "one_cycle"
     warmup: float = 0.1  # share of all steps in which the learning rate rises
@@ -109,6 +121,13 @@ class TrainConfig:
     # batches of another length or library may be that different; a try begins with 10 or more
     spike_threshold: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"([1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*)?", self.length_stages):
+            raise ConfigError(
+                f"[train] length_stages: got {self.length_stages!r}; expected <nt>x<epochs>, with commas between. "
+                "Next: '64x1,128x2', for example."
+            )
+
     @property
     def largest_micro_batch(self) -> int:
         """Sequences of a forward pass as a run begins; "auto" only ever makes them fewer."""
@@ -123,6 +142,19 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+
+    def longest(self, epoch: int) -> int:
+        """Nucleotides to which training sequences are cropped in an epoch, from 0; the epoch alone decides.
+
+        Source:
+            Nguyen et al. 2023, HyenaDNA, arXiv:2306.15794, section 3.2, where stages count steps.
+        """
+        for stage in filter(None, self.train.length_stages.split(",")):
+            length, epochs = map(int, stage.split("x"))
+            if epoch < epochs:
+                return min(length, self.data.max_length)
+            epoch -= epochs
+        return self.data.max_length
 
 
 def list_configs() -> list[str]:
@@ -162,7 +194,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     path = find_config(name)
     try:
         tree = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as err:
+    except ValueError as err:  # no TOML, or no UTF-8
         raise ConfigError(f"{path.name}: not valid TOML: {err}. Next: correct that line.") from err
     for item in overrides:
         _apply_override(tree, item)
@@ -209,10 +241,10 @@ def _build(cls: type, tree: dict, *, where: str) -> typing.Any:
         else:
             values[key] = _check(value, kind, where=spot)
             _check_limits(key, values[key], where=spot)
-    try:
-        return cls(**values)
-    except TypeError as err:
-        raise ConfigError(f"{where}: {err}. Next: add what is missing.") from err
+    for needed in fields(cls):
+        if needed.name not in values and needed.default is needed.default_factory is MISSING:
+            raise ConfigError(f"{where}: {needed.name!r} is missing. Next: add it; pipeline/configs has examples.")
+    return cls(**values)
 
 
 def _check(value: object, kind: typing.Any, *, where: str) -> object:

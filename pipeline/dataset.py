@@ -26,7 +26,7 @@ from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.paths import Paths
 from pipeline.schema import ALPHABET, decode, encode
-from pipeline.stage import Report, fsync, is_alive, sha256_file, write_json
+from pipeline.stage import DISK_FULL, Report, fsync, is_alive, sha256_file, write_json
 
 _VERSION = 1
 _ROWS = 4096  # of a table in memory at a time
@@ -350,7 +350,7 @@ def _build_set(
                 shutil.rmtree(old, ignore_errors=True)
         part.rename(folder)
     except OSError as err:
-        if err.errno in (28, 122):  # ENOSPC, EDQUOT
+        if err.errno in DISK_FULL:
             raise StorageError(f"{home}: the disk is full. Next: free space and run again.") from err
         if not (folder / "meta.json").is_file():  # else another process built the same set meanwhile
             raise

@@ -49,8 +49,8 @@ def run(folder: Path, *, seed: int = 0) -> None:
 def _chain(folder: Path, comp: str, *, models: Sequence[str], use_bpp: bool) -> dict[str, Any]:
     """data -> folds -> (bpp) -> train and predict -> ensemble -> submit and check -> evaluate -> report."""
     competition = get_competition(comp)
-    paths = Paths(comp=comp, root=folder, csv_dir=folder / "submissions", log=folder / "submissions" / "LOG.md")
-    output.print(Rule(competition.title))
+    paths = Paths(comp=comp, root=folder, log=folder / "submissions" / "LOG.md")
+    _rule(competition.title)
     cleaned = preprocess.run(competition, folder / "raw" / comp, paths)
     show(cleaned, preprocess.describe(cleaned.facts))
     assigned = assign.run(paths, split=_SPLIT)
@@ -69,6 +69,10 @@ def _chain(folder: Path, comp: str, *, models: Sequence[str], use_bpp: bool) -> 
     return {"competition": competition, "scored": scored, "written": written, "page": page}
 
 
+def _rule(title: str) -> None:
+    output.print(Rule(title), width=min(output.width, 120))
+
+
 def _train(model: str, competition: Any, paths: Paths, *, use_bpp: bool) -> str:
     config = load_config(model, [f"model.kwargs.use_bpp={str(use_bpp).lower()}"])
     run = run_name(model, split=_SPLIT)
@@ -79,7 +83,7 @@ def _train(model: str, competition: Any, paths: Paths, *, use_bpp: bool) -> str:
 
 
 def _summary(chains: Sequence[dict[str, Any]], *, seconds: float) -> None:
-    output.print(Rule(f"demo finished in {seconds:.0f} s"))
+    _rule(f"demo finished in {seconds:.0f} s")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("competition", "metric", "score", "floors"):
         table.add_column(column)

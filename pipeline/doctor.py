@@ -41,7 +41,7 @@ def examine(artifacts: Path) -> list[Finding]:
         *_fast_kernels(),
         _package("timm", "timm", "optional"),
         _viennarna(),
-        _program("mmseqs", "clustering can use MMseqs2", "the built-in clustering is used"),
+        _program("mmseqs", "make bench-folds compares with it", "make bench-folds does without it"),
         _program("USalign", "TM-scores can be checked with US-align", "the built-in TM-score is used"),
         *_resources(artifacts),
         *_kaggle(),
@@ -78,7 +78,7 @@ def _fast_kernels() -> Iterator[Finding]:
     from models.layers import kernels
 
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        for operator in ("selective_scan", "causal_conv1d"):
+        for operator in kernels.HOMES:
             path, reason = kernels.choose(operator, torch.device(device))
             state: State = "absent" if path == "reference" else "ok"
             yield Finding(operator, state, f"on {device}: {path} ({reason})")

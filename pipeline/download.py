@@ -31,7 +31,8 @@ def run(competition: Competition, paths: Paths, *, files: Sequence[str] = ()) ->
     Args:
         competition: whose files.
         paths: where ``raw`` is.
-        files: names on Kaggle; empty = those that the data stage reads, ``("all",)`` = the whole archive, unpacked.
+        files: names on Kaggle; empty = those that the data stage reads (of a labelled set all), ``("all",)`` = the
+            whole archive, unpacked.
 
     Returns:
         ``current`` if everything was there and unchanged; outputs: the raw folder; facts: ``files``, ``bytes``.
@@ -43,7 +44,7 @@ def run(competition: Competition, paths: Paths, *, files: Sequence[str] = ()) ->
     """
     competition.require_kaggle("download")
     started = time.monotonic()
-    wanted = list(files or competition.files)
+    wanted = list(files or competition.files or [ALL])
     for name in wanted:
         if Path(name).name != name:
             raise ConfigError(f"FILES={name!r}: expected names without folders, or all. Next: FILES={Path(name).name}.")

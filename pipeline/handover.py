@@ -18,10 +18,10 @@ from typing import Any
 
 from pipeline.competitions.base import Competition
 from pipeline.competitions.rna3d import STAGES, is_stage
-from pipeline.errors import DataError
-from pipeline.paths import REPOSITORY, Paths
+from pipeline.errors import ConfigError, DataError
+from pipeline.paths import IS_CHECKOUT, REPOSITORY, Paths
 from pipeline.runlog import duration, read_metrics
-from pipeline.stage import Report, commit, read_result, versions, write_json
+from pipeline.stage import Report, commit, read_manifest, read_result, versions, write_json
 from pipeline.templates.collection import library_path
 from pipeline.training.checkpoint import CheckpointStore
 
@@ -32,10 +32,15 @@ def run(paths: Paths, *, competition: Competition, name: str) -> Report:
     """Write the files for one ensemble.
 
     Raises:
-        ConfigError: the competition is not one of Kaggle's.
+        ConfigError: the competition is not one of Kaggle's, or this is no checkout.
         DataError: there is no such ensemble, or a checkpoint or metrics file of it is absent.
     """
     competition.require_kaggle("handover")
+    if not IS_CHECKOUT:
+        raise ConfigError(
+            f"handover: {REPOSITORY} holds the installed package; expected a checkout of the project, whose files are "
+            "handed over. Next: make handover in one."
+        )
     started = time.monotonic()
     told = read_result(
         paths.ensemble_dir(name) / "weights.json", hint=f"make ensemble COMP={competition.name} NAME={name}"
@@ -115,7 +120,7 @@ def _steps(competition: Competition, paths: Paths, told: Mapping[str, Any], name
 def _alignments(paths: Paths, run: str) -> str:
     """The option that gives a stage the alignments it was given, if it was."""
     manifest = paths.run_dir(run) / f"{STAGES[run.partition('.')[0]]}.manifest.json"
-    inputs = json.loads(manifest.read_text())["inputs"] if manifest.is_file() else {}
+    inputs = (read_manifest(manifest) or {}).get("inputs", {})
     return " MSA=<folder of alignments>" if any(label.startswith("msa/") for label in inputs) else ""
 
 

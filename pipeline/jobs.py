@@ -8,6 +8,7 @@ says that a process is alive: a number in a file may be another program's by now
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -142,14 +143,14 @@ def start(arguments: Sequence[str], *, folder: Path) -> int:
     say(f"  its log   {folder / _LOG}")
     which = " ALL=1" if "--all-folds" in arguments else ""
     hint = f"make logs{which} FOLLOW=1    all runs    make status    stop    make stop{which}"
-    say(f"  follow    {hint}    (same MODEL, {'' if which else 'FOLD, '}TAG)")
+    say(f"  follow    {hint}    (same MODEL, SPLIT, {'' if which else 'FOLD, '}TAG)")
     return 0
 
 
 def _start(arguments: Sequence[str], folder: Path) -> tuple[subprocess.Popen, int]:
     """The process, and where in the log its words begin."""
     with (folder / _LOG).open("a") as handle:
-        handle.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} rna {' '.join(arguments)}\n")
+        handle.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} rna {shlex.join(arguments)}\n")
         handle.flush()
         begin = handle.tell()
         with _signal_set(signal.SIGHUP, signal.SIG_IGN):  # the process ignores it for its whole life, as under nohup

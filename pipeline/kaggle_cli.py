@@ -23,21 +23,28 @@ _POLL_S = 0.2
 _SECRET = re.compile(
     r"(?i)(bearer\s+|authorization:\s*\w+\s+|\"?(?:key|token|password)\"?\s*[:=]\s*\"?|KGAT_)[\w.~+/=-]{8,}"
 )
-#: What the client or the service says -> what it means and what to do; the first that is found counts.
+#: What the client or the service says -> what it means and what to do; the first that is found counts. Status codes are
+#: words of their own: an address such as 0x7f4011c0d5d0 stands in every error of the connection.
 _MEANINGS: tuple[tuple[str, str], ...] = (
     (
-        r"Authentication required|Unauthenticated|401|could not find kaggle\.json|Missing username",
+        r"Authentication required|Unauthenticated|\b401\b|could not find kaggle\.json|Missing username",
         "Kaggle does not know who asks; expected a valid API token. "
         f"Next: make one at {PAGE}/settings/api and run `kaggle auth login`, or save it as ~/.kaggle/access_token.",
     ),
     (
-        r"accept this competition's rules|403|Forbidden",
+        r"accept this competition's rules|\b403\b|Forbidden",
         "Kaggle refuses access; expected that this account has joined the competition. "
         f"Next: accept the rules at {PAGE}/competitions/{{slug}}/rules, then run this again.",
     ),
-    (r"Not found|404", f"Kaggle knows no such thing. Next: compare the name with {PAGE}/competitions/{{slug}}/data."),
-    (r"Too many requests|429", "Kaggle asks for patience (too many requests). Next: run this again in some minutes."),
-    (r"5\d\d Server Error|Internal error|50[0234]", "Kaggle has a failure of its own. Next: run this again later."),
+    (
+        r"Not found|\b404\b",
+        f"Kaggle knows no such thing. Next: compare the name with {PAGE}/competitions/{{slug}}/data.",
+    ),
+    (
+        r"Too many requests|\b429\b",
+        "Kaggle asks for patience (too many requests). Next: run this again in some minutes.",
+    ),
+    (r"5\d\d Server Error|Internal error|\b50[0234]\b", "Kaggle has a failure of its own. Next: run this again later."),
     (
         r"ConnectionError|Max retries|NameResolution|timed out|IncompleteRead|ConnectionReset|Connection broken|"
         r"Connection refused|Remote end closed|ProxyError",

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Folder of this checkout; configs, locks and the submissions log are found from here.
+#: Folder of this checkout, or the one that the packages are installed in; locks are found from here.
 REPOSITORY = Path(__file__).resolve().parents[1]
+#: False of an installed package, whose submissions and their log belong where one works, not among packages.
+IS_CHECKOUT = (REPOSITORY / "pyproject.toml").is_file()
+_HOME = REPOSITORY if IS_CHECKOUT else Path()
 
 #: Folder of a competition's artefacts -> the make target that fills it.
 _TARGETS = {"clean": "data", "bpp": "bpp", "folds": "folds", "runs": "train", "ensembles": "ensemble"}
@@ -17,13 +20,15 @@ def how_to_make(path: Path) -> str:
     'make data COMP=rna3d'
     >>> how_to_make(Path("artifacts/rna3d/folds/sim80_k5.parquet"))
     'make folds COMP=rna3d SPLIT=sim80_k5'
+    >>> how_to_make(Path("artifacts/rna3d/ensembles/best/test.parquet"))
+    'make ensemble COMP=rna3d NAME=best'
     >>> how_to_make(Path("elsewhere.parquet"))
     'run the stage that writes it (make help)'
     """
     for folder in path.parents:
         if folder.name in _TARGETS and folder.parent.name:
-            split = f" SPLIT={path.stem}" if folder.name == "folds" else ""
-            return f"make {_TARGETS[folder.name]} COMP={folder.parent.name}{split}"
+            which = {"folds": f" SPLIT={path.stem}", "ensembles": f" NAME={path.parent.name}"}.get(folder.name, "")
+            return f"make {_TARGETS[folder.name]} COMP={folder.parent.name}{which}"
     return "run the stage that writes it (make help)"
 
 
@@ -31,13 +36,13 @@ def how_to_make(path: Path) -> str:
 class Paths:
     """Files of one competition below one artifacts folder.
 
-    ``artifacts/<comp>/raw|clean|bpp|arrays|folds|runs/<run>/fold<k>|ensembles/<name>``
+    ``artifacts/<comp>/raw|clean|bpp|arrays|folds|runs/<run>/fold<k>|embeddings/<file>|ensembles/<name>``
     """
 
     comp: str
     root: Path = Path("artifacts")
-    csv_dir: Path = REPOSITORY / "submissions" / "csv"
-    log: Path = REPOSITORY / "submissions" / "LOG.md"  # one line per evaluated run
+    submissions: Path | None = None  # folder of the submission files, where it is another than `csv_dir` says
+    log: Path = _HOME / "submissions" / "LOG.md"  # one line per evaluated run
 
     @property
     def home(self) -> Path:
@@ -73,11 +78,22 @@ class Paths:
     def test(self, run: str, fold: int) -> Path:
         return self.fold_dir(run, fold) / "test.parquet"
 
+    def embeddings_dir(self, name: str) -> Path:
+        return self.home / "embeddings" / name  # of one file of sequences
+
     def ensemble_dir(self, name: str) -> Path:
         return self.home / "ensembles" / name
 
     def kernel_dir(self, slug: str) -> Path:
         return self.home / "kernels" / slug  # a notebook's bundle and, once fetched, its output
+
+    @property
+    def csv_dir(self) -> Path:
+        """``submissions/csv``; another artifacts folder has its own, where no other one's file is overwritten."""
+        if self.submissions is not None:
+            return self.submissions
+        usual = self.root.resolve() == (_HOME / "artifacts").resolve()
+        return _HOME / "submissions" / "csv" if usual else self.root / "submissions"
 
     def submission(self, name: str, *, suffix: str = "csv") -> Path:
         return self.csv_dir / f"{self.comp}-{name}.{suffix}"

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from models.adapters import merge_adapters
 from models.heads import expected_lddt
 from models.interface import RnaInputs, RnaModel, RnaOutputs
 from pipeline.augment import flip
@@ -53,8 +54,8 @@ Computed = TypeVar("Computed")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
-    """What is to be predicted, and with what."""
+class Job:
+    """Which sequences a checkpoint is to see, and how."""
 
     competition: Competition
     config: RunConfig
@@ -97,17 +98,52 @@ def run(
         StorageError: every checkpoint is damaged, or a single sequence does not fit into memory.
         StoppedError: asked to stop, or the device is lost; nothing is left half-written.
     """
+    work = partial(_run, competition=competition, paths=paths, which=which, batch_tokens=batch_tokens)
+    return with_best_checkpoint(work, competition=competition, paths=paths, run=run, fold=fold)
+
+
+def with_best_checkpoint(
+    work: Callable[[Path, dict[str, Any], bool], Report], *, competition: Competition, paths: Paths, run: str, fold: int
+) -> Report:
+    """Do something with the best checkpoint of a fold; again where a training at work replaced it meanwhile.
+
+    Args:
+        work: takes the checkpoint's folder, its meta, and whether its training is unfinished.
+        competition: the one that the run has to be of.
+        paths: where runs are.
+        run: name of the run.
+        fold: trained fold.
+
+    Raises:
+        ConfigError: the run is of another competition.
+        DataError: this fold was never trained.
+        StorageError: every checkpoint is damaged.
+    """
     store = CheckpointStore(paths.fold_dir(run, fold) / "checkpoints")
     _require_begun(store, paths)
     for tries_left in reversed(range(_TRIES)):
         path = store.best_folder()
         try:
-            return _run(store, path, competition=competition, paths=paths, which=which, batch_tokens=batch_tokens)
+            meta = _read(path)
+            if meta["competition"] != competition.name:
+                got = f"{path}: trained on {meta['competition']}"
+                raise ConfigError(f"{got}; expected {competition.name}. Next: COMP=….")
+            return work(path, meta, _is_unfinished(store, meta))
         except (DataError, StorageError):
             if path.is_dir() or not tries_left:
                 raise
             say(f"{path}: replaced meanwhile by the training that goes on; predicting with its better one")
     raise AssertionError
+
+
+def _is_unfinished(store: CheckpointStore, meta: dict[str, Any]) -> bool:
+    """Whether the training of a checkpoint goes on, or was interrupted; this is said."""
+    newest = store.newest_meta()
+    unfinished = newest is not None and not newest["progress"]["finished"]
+    if unfinished:
+        run = f"{meta['run']} fold{meta['fold']}"
+        say(f"{run}: training is not finished; predicting with its checkpoint of step {meta['step']}")
+    return unfinished
 
 
 def _require_begun(store: CheckpointStore, paths: Paths) -> None:
@@ -126,27 +162,20 @@ def _require_begun(store: CheckpointStore, paths: Paths) -> None:
 
 
 def _run(
-    store: CheckpointStore,
     path: Path,
+    meta: dict[str, Any],
+    unfinished: bool,
     *,
     competition: Competition,
     paths: Paths,
     which: Sequence[Which],
     batch_tokens: int,
 ) -> Report:
-    meta = _read(path)
-    run, fold = meta["run"], meta["fold"]
     if not _has_test(competition, paths):
         which = [table for table in which if table == "oof"]
         if not which:
             raise DataError(f"{paths.clean('test')}: this set has no test set. Next: make predict without --test-only.")
-        say(f"{run} fold{fold}: no test set, so out-of-fold predictions alone")
-    if meta["competition"] != competition.name:
-        raise ConfigError(f"{path}: trained on {meta['competition']}; expected {competition.name}. Next: COMP=….")
-    newest = store.newest_meta()
-    unfinished = newest is not None and not newest["progress"]["finished"]
-    if unfinished:
-        say(f"{run} fold{fold}: training is not finished; predicting with its checkpoint of step {meta['step']}")
+        say(f"{meta['run']} fold{meta['fold']}: no test set, so out-of-fold predictions alone")
     reports = {}
     with StopRequest() as stop:
         for table in which:
@@ -166,7 +195,7 @@ def _has_test(competition: Competition, paths: Paths) -> bool:
     return "test" not in competition.optional or paths.clean("test").is_file()
 
 
-def _classes_of(meta: dict[str, Any], paths: Paths, *, where: Path) -> Classes | None:
+def classes_of(meta: dict[str, Any], paths: Paths, *, where: Path) -> Classes | None:
     """The classes that a checkpoint was trained on, which must be those of the data, where these are here."""
     if "classes" not in meta:
         return None
@@ -192,7 +221,7 @@ def _run_table(
     unfinished: bool,
 ) -> Report:
     config = config_from_dict(meta["config"], where=f"{checkpoint}/meta.json")
-    classes = _classes_of(meta, paths, where=checkpoint)
+    classes = classes_of(meta, paths, where=checkpoint)
     sees: dict[str, Any] = {"uses_bpp": "bpp" in meta["data"], "classes": classes, "crop": config.data.crop}
     examples = _open(table, competition, paths, **sees)
     run, split, fold = meta["run"], meta["split"], meta["fold"]
@@ -203,7 +232,7 @@ def _run_table(
         inputs["folds"] = paths.fold_table(split)
         _require_trained_on(meta, examples, inputs["folds"])
     positions = _members(table, examples, paths, split=split, fold=fold)
-    job = _Job(
+    job = Job(
         competition=competition,
         config=config,
         checkpoint=checkpoint,
@@ -267,7 +296,7 @@ def estimate(
             sees: dict[str, Any] = {"uses_bpp": model.uses_bpp, "classes": classes, "crop": config.data.crop}
             examples = _open(table, competition, paths, **sees)
             positions = _members(table, examples, paths, split=split, fold=fold)
-            job = _Job(
+            job = Job(
                 competition=competition,
                 config=config,
                 checkpoint=Path("(untrained)"),
@@ -281,7 +310,7 @@ def estimate(
     return seconds
 
 
-def _sampled_seconds(job: _Job, model: RnaModel, device: torch.device) -> float:
+def _sampled_seconds(job: Job, model: RnaModel, device: torch.device) -> float:
     lengths_N = job.examples.lengths[job.positions]
     is_structure = job.competition.task == "structure"
     parts = plan_by_tokens(lengths_N, max_tokens=1 if is_structure else job.batch_tokens)  # structures go one by one
@@ -325,7 +354,7 @@ def _damaged(path: Path, err: DamagedError) -> StorageError:
     return StorageError(f"{path}: damaged: {err}. Next: remove this folder; the newest other checkpoint is used then.")
 
 
-def _load_network(job: _Job) -> tuple[RnaModel, torch.device]:
+def load_network(job: Job) -> tuple[RnaModel, torch.device]:
     """The network with the weights that predict, on the best device."""
     device = choose_device()
     model = build_model(job.config.model, job.competition, job.examples.classes)
@@ -333,13 +362,14 @@ def _load_network(job: _Job) -> tuple[RnaModel, torch.device]:
         model.load_state_dict(load_weights(job.checkpoint))
     except DamagedError as err:
         raise _damaged(job.checkpoint, err) from err
+    merge_adapters(model)
     return model.to(device).eval(), device
 
 
 # --- values per nucleotide, probabilities of classes ---
 
 
-def _write_values(job: _Job, path: Path, *, label: str) -> None:
+def _write_values(job: Job, path: Path, *, label: str) -> None:
     """Lists of values, one for each target and nucleotide; of a labelled set one list, with a value for each class."""
     lengths_N, names = job.examples.lengths[job.positions], job.competition.targets
     if job.examples.classes:
@@ -348,11 +378,11 @@ def _write_values(job: _Job, path: Path, *, label: str) -> None:
     scratch = path.with_name(f"{path.name}.npy")
     predicted_TC = create_mapped(scratch, np.float32, (int(offsets[-1]), len(names)))
     scratch.unlink()  # its pages live as long as the map, whatever ends this process
-    model, device = _load_network(job)
-    for part, values in _predict_batches(job, model, device, label=label):
+    model, device = load_network(job)
+    for part, values in in_batches(job, partial(_predict_values, job, model, device), device=device, label=label):
         for k, values_LC in zip(part, values, strict=True):
             if not np.isfinite(values_LC).all():
-                raise _not_finite(job, job.positions[k])
+                raise not_finite(job, job.positions[k])
             predicted_TC[offsets[k] : offsets[k + 1]] = values_LC
     schema = pa.schema([*_key_fields(job), *((name, pa.list_(pa.float32())) for name in names)])
     with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
@@ -365,17 +395,24 @@ def _write_values(job: _Job, path: Path, *, label: str) -> None:
             writer.write_table(pa.Table.from_arrays([*keys, *lists], schema=schema), row_group_size=_ROWS)
 
 
-def _predict_batches(
-    job: _Job, model: RnaModel, device: torch.device, *, label: str
+def in_batches(
+    job: Job, compute: Callable[[np.ndarray], list[np.ndarray]], *, device: torch.device, label: str
 ) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-    """Batches as (positions in ``job.positions``, their values_LC); out of memory, all that is left is halved."""
+    """Batches as (positions in ``job.positions``, an array for each); out of memory, all that is left is halved.
+
+    Args:
+        job: which examples.
+        compute: positions of examples -> an array for each.
+        device: that computes, for messages.
+        label: of the bar.
+    """
     lengths_N = job.examples.lengths[job.positions]
     pending = deque(plan_by_tokens(lengths_N, max_tokens=job.batch_tokens))
     with Bar(label, total=len(job.positions), unit="sequences") as bar:
         while pending:
             _poll_stop(job)
             part = pending.popleft()
-            values = _unless_out_of_memory(partial(_predict_values, job, model, device, job.positions[part]))
+            values = _unless_out_of_memory(partial(compute, job.positions[part]))
             if values is not None:
                 yield part, values
                 bar.advance(len(part))
@@ -389,7 +426,7 @@ def _predict_batches(
             warn(f"{label}: out of memory with {len(part)} sequences; going on with half as many, same predictions")
 
 
-def _predict_values(job: _Job, model: RnaModel, device: torch.device, positions: np.ndarray) -> list[np.ndarray]:
+def _predict_values(job: Job, model: RnaModel, device: torch.device, positions: np.ndarray) -> list[np.ndarray]:
     """values_LC of each example; the mean with those of the reversed sequence if training reversed some.
 
     Of a labelled set the probabilities of its classes, [C, 1].
@@ -405,26 +442,35 @@ def _predict_values(job: _Job, model: RnaModel, device: torch.device, positions:
         assert outputs.values_BLC is not None
         return outputs.values_BLC[b, :length].float().cpu().numpy()
 
-    return _forward(job, model, device, positions, pick=pick, turn=lambda values_LC: values_LC[::-1])
+    return both_ways(job, model, device, positions, pick=pick, turn=lambda values_LC: values_LC[::-1])
 
 
-def _forward(
-    job: _Job,
-    model: RnaModel,
+def both_ways(
+    job: Job,
+    network: Callable[[RnaInputs], Computed],
     device: torch.device,
     positions: np.ndarray,
     *,
-    pick: Callable[[RnaOutputs, int, int], np.ndarray],
+    pick: Callable[[Computed, int, int], np.ndarray],
     turn: Callable[[np.ndarray], np.ndarray],
 ) -> list[np.ndarray]:
-    """One output array per example, averaged over both directions where training saw both."""
+    """One output array per example, averaged over both directions where training saw both.
+
+    Args:
+        job: which examples.
+        network: what a padded batch goes through.
+        device: where.
+        positions: of the examples.
+        pick: (what the network gives, place in the batch, length in nt) -> the example's array.
+        turn: an array of the reversed sequence as one of the sequence.
+    """
     lengths = job.examples.lengths[positions].tolist()
     with torch.no_grad():
-        outputs = model(make_batch(job.examples, positions).to(device).inputs)
+        outputs = network(make_batch(job.examples, positions).to(device).inputs)
         forward = [pick(outputs, b, length) for b, length in enumerate(lengths)]
         if job.config.data.flip == 0:
             return forward
-        outputs = model(make_batch(job.examples, positions, change=lambda one, _: flip(one)).to(device).inputs)
+        outputs = network(make_batch(job.examples, positions, change=lambda one, _: flip(one)).to(device).inputs)
         pairs = zip(forward, lengths, strict=True)
         return [(one + turn(pick(outputs, b, length))) / 2 for b, (one, length) in enumerate(pairs)]
 
@@ -442,10 +488,10 @@ def _unless_out_of_memory(compute: Callable[[], Computed]) -> Computed | None:
 # --- structures ---
 
 
-def _write_structures(job: _Job, path: Path, *, label: str) -> None:
+def _write_structures(job: Job, path: Path, *, label: str) -> None:
     numbers = [("candidate", pa.uint8()), ("confidence", pa.float32())]
     schema = pa.schema([*_key_fields(job), *numbers, *((axis, pa.list_(pa.float32())) for axis in "xyz")])
-    model, device = _load_network(job)
+    model, device = load_network(job)
     rows: list[dict[str, Any]] = []
     with (
         pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer,
@@ -462,7 +508,7 @@ def _write_structures(job: _Job, path: Path, *, label: str) -> None:
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
 
 
-def _structure_rows(job: _Job, model: RnaModel, device: torch.device, position: int) -> list[dict[str, Any]]:
+def _structure_rows(job: Job, model: RnaModel, device: torch.device, position: int) -> list[dict[str, Any]]:
     """Five candidates of one sequence: from pairing, from the distances that the network expects, and its coordinates.
 
     Where there is a network, its distances say of all of them how right they are.
@@ -476,7 +522,7 @@ def _structure_rows(job: _Job, model: RnaModel, device: torch.device, position: 
     if len(example.tokens_L) <= MAX_PAIR_LENGTH:
         logits_LLK = _predict_distances(job, model, device, position)
         if not np.isfinite(logits_LLK).all():
-            raise _not_finite(job, position)
+            raise not_finite(job, position)
     sequence, bpp_LL = decode(example.tokens_L), dense_bpp(example)
     xyz_ML3, confidence_M = candidates_from_distogram(
         logits_LLK, sequence=sequence, bpp_LL=bpp_LL, count=_CANDIDATES, seed=seed
@@ -489,7 +535,7 @@ def _structure_rows(job: _Job, model: RnaModel, device: torch.device, position: 
         confidence_N[len(xyz_ML3) :] /= 2
         xyz_ML3, confidence_M = choice.most_trusted(pool_NL3, confidence_N, count=_CANDIDATES)
     if not (np.isfinite(xyz_ML3).all() and np.isfinite(confidence_M).all()):
-        raise _not_finite(job, position)
+        raise not_finite(job, position)
     key = {"sequence_id": example.id} | ({} if job.fold is None else {"fold": job.fold})
     return [
         key | {"candidate": m, "confidence": float(confidence)} | _axes(xyz_L3)
@@ -501,14 +547,14 @@ def _axes(xyz_L3: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip("xyz", xyz_L3.T.astype(np.float32), strict=True))
 
 
-def _predict_distances(job: _Job, model: RnaModel, device: torch.device, position: int) -> np.ndarray:
+def _predict_distances(job: Job, model: RnaModel, device: torch.device, position: int) -> np.ndarray:
     def pick(outputs: RnaOutputs, b: int, length: int) -> np.ndarray:
         assert outputs.distance_logits_BLLK is not None
         return outputs.distance_logits_BLLK[b, :length, :length].float().cpu().numpy()
 
     one = np.array([position])
     logits = _unless_out_of_memory(
-        lambda: _forward(job, model, device, one, pick=pick, turn=lambda logits_LLK: logits_LLK[::-1, ::-1])
+        lambda: both_ways(job, model, device, one, pick=pick, turn=lambda logits_LLK: logits_LLK[::-1, ::-1])
     )
     if logits is None:
         raise _too_long(job, device, position)
@@ -516,7 +562,7 @@ def _predict_distances(job: _Job, model: RnaModel, device: torch.device, positio
 
 
 def _predict_traces(
-    job: _Job, model: RnaModel, device: torch.device, position: int, *, seed: int
+    job: Job, model: RnaModel, device: torch.device, position: int, *, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The network's own coordinates, all but the first with dropout, and the lDDT that it expects of them.
 
@@ -532,7 +578,7 @@ def _predict_traces(
     if found is None:
         raise _too_long(job, device, position)
     if not all(np.isfinite(xyz_L3).all() for xyz_L3, _ in found):
-        raise _not_finite(job, position)
+        raise not_finite(job, position)
     traces = [relax(xyz_L3, []) for xyz_L3, _ in found]
     return np.stack(traces), np.array([lddt for _, lddt in found])
 
@@ -553,7 +599,7 @@ def _draw_traces(model: RnaModel, inputs: RnaInputs, *, seed: int) -> list[tuple
     return found
 
 
-def _too_long(job: _Job, device: torch.device, position: int) -> StorageError:
+def _too_long(job: Job, device: torch.device, position: int) -> StorageError:
     length = job.examples.lengths[position]
     return StorageError(f"{device} is out of memory on a structure of {length} nt. Next: predict on a larger machine.")
 
@@ -561,22 +607,22 @@ def _too_long(job: _Job, device: torch.device, position: int) -> StorageError:
 # --- both ---
 
 
-def _key_fields(job: _Job) -> list[tuple[str, pa.DataType]]:
+def _key_fields(job: Job) -> list[tuple[str, pa.DataType]]:
     return [("sequence_id", pa.string())] + ([] if job.fold is None else [("fold", pa.uint8())])
 
 
-def _key_columns(job: _Job, positions: np.ndarray) -> list[pa.Array]:
+def _key_columns(job: Job, positions: np.ndarray) -> list[pa.Array]:
     ids = pa.array([name.decode() for name in job.examples.ids_N[positions].tolist()], pa.string())
     return [ids] if job.fold is None else [ids, pa.array(np.full(len(positions), job.fold, dtype=np.uint8))]
 
 
-def _poll_stop(job: _Job) -> None:
+def _poll_stop(job: Job) -> None:
     """End for a signal whose own StoppedError, raised where the work then was, got lost in somebody's callback."""
     if job.stop.signalled:
         raise StoppedError("predict: stopped; nothing is half-written. Next: the same command again.")
 
 
-def _not_finite(job: _Job, position: int) -> DivergedError:
+def not_finite(job: Job, position: int) -> DivergedError:
     return DivergedError(
         f"{job.checkpoint}: the prediction for {job.examples.ids_N[position].decode()!r} is not finite. "
         "Next: train again with a lower train.lr or train.precision = 'fp32'."

@@ -14,7 +14,7 @@ from pipeline.schema import split_id
 from pipeline.stage import Report, run_stage
 
 #: Raised when the same raw files give other tables than before.
-VERSION = 2
+VERSION = 3
 
 _MOST_VALUES = 24  # side by side in one line
 _MOST_ITEMS = 6  # of a list
@@ -64,7 +64,7 @@ def run(
     def build(parts: dict[str, Path]) -> dict[str, Any]:
         facts = competition.clean(files, parts)
         if test_only and rows is not None:
-            _keep_first(parts, rows)
+            _keep_first(competition, parts, rows)
         for table in () if test_only else competition.optional:
             if table not in tables:  # of an earlier set that had one
                 paths.clean(table).unlink(missing_ok=True)
@@ -74,13 +74,15 @@ def run(
     return run_stage("data", inputs=files, outputs=outputs, params=params, build=build, force=force)
 
 
-def _keep_first(parts: Mapping[str, Path], rows: int) -> None:
+def _keep_first(competition: Competition, parts: Mapping[str, Path], rows: int) -> None:
     """Cut the test set down to its first sequences, and the rows that are submitted to theirs."""
     test = pq.read_table(parts["test"]).slice(0, rows)
     pq.write_table(test, parts["test"])
     if "sample" in parts:
         sample, kept = pq.read_table(parts["sample"]), set(test["sequence_id"].to_pylist())
-        mask = [split_id(row_id)[0] in kept for row_id in sample["ID"].to_pylist()]
+        ids = sample[sample.column_names[0]].to_pylist()
+        of_residues = competition.row_key == "ID"
+        mask = [(split_id(row_id)[0] if of_residues else row_id) in kept for row_id in ids]
         pq.write_table(sample.filter(pa.array(mask)), parts["sample"])
 
 

@@ -27,8 +27,8 @@ from pipeline.stage import write_json
 #: Everything a person reads goes through this console; tests and workers may replace it.
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
-#: Results go to standard output; where that is no terminal, tables get a width that holds them.
-output = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+#: Results go to standard output; in a file or a pipe no line of a table has to be broken.
+output = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 400)
 
 _PLAIN_INTERVAL_S = 15.0
 _BAR_WIDTH = 8  # characters that a bar has at least

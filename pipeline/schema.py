@@ -13,6 +13,9 @@ ALPHABET = "ACGU"
 #: Of proteins, in a labelled set.
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 
+#: Watson–Crick and wobble pairs, in both directions.
+CANONICAL_PAIRS = ("AU", "UA", "CG", "GC", "GU", "UG")
+
 #: ``experiment_type`` in the order of the submission's columns, everywhere.
 PROBES = ("DMS_MaP", "2A3_MaP")
 

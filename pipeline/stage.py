@@ -5,6 +5,7 @@ names, and its outputs get their final names and a manifest only when all of the
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -19,10 +20,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pipeline.errors import DataError, StorageError
-from pipeline.paths import REPOSITORY, how_to_make
+from pipeline.paths import IS_CHECKOUT, REPOSITORY, how_to_make
 
 Item = TypeVar("Item")
 
+#: Numbers of the system's errors that say that a disk, or one's share of it, is full.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _VERSIONED = ("numpy", "polars", "pyarrow", "torch", "numba", "ViennaRNA")
 
 
@@ -78,7 +81,7 @@ def run_stage(
         "inputs": {label: digests[path] for label, path in sorted(inputs.items())},
     }
     if not force:
-        done = _read_manifest(manifest)
+        done = read_manifest(manifest)
         if done and all(done.get(key) == wanted[key] for key in wanted) and _intact(done, outputs):
             return Report(stage=name, status="current", outputs=dict(outputs), facts=done["facts"])
     started = time.monotonic()
@@ -111,7 +114,7 @@ def _build(outputs: Mapping[str, Path], build: Callable[[dict[str, Path]], dict[
             parts[label].replace(path)
         return facts
     except OSError as err:
-        if err.errno in (28, 122):  # ENOSPC, EDQUOT
+        if err.errno in DISK_FULL:
             raise StorageError(f"{err.filename or path}: the disk is full. Next: free space and run again.") from err
         raise
     finally:
@@ -145,7 +148,7 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def _read_manifest(path: Path) -> dict[str, Any] | None:
+def read_manifest(path: Path) -> dict[str, Any] | None:
     """A manifest, or None where there is none that this program could have written."""
     try:
         done = json.loads(path.read_text())
@@ -199,7 +202,7 @@ def read_result(path: Path, *, hint: str, manifest: Path | None = None) -> dict[
         told = json.loads(path.read_text())
     except (FileNotFoundError, ValueError) as err:  # not there, no JSON or no text
         raise DataError(f"{path}: missing or unreadable. Next: {hint}.") from err
-    done = _read_manifest(manifest) if manifest else None
+    done = read_manifest(manifest) if manifest else None
     if not isinstance(told, dict) or (done and sha256_file(path) not in done.get("outputs", {}).values()):
         raise DataError(f"{path}: not what its stage wrote: damaged or edited since. Next: {hint}.")
     return told
@@ -255,6 +258,8 @@ def commit() -> str:
 
     The log of scores does not count: `submissions.evaluate` itself adds a line to it.
     """
+    if not IS_CHECKOUT:  # around installed packages there may be somebody else's
+        return ""
     git = ["git", "-C", str(REPOSITORY)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)

@@ -23,7 +23,7 @@ from rich.table import Table
 from pipeline import train
 from pipeline.competitions.base import Competition
 from pipeline.config import load_config
-from pipeline.errors import BusyError, ConfigError, DivergedError
+from pipeline.errors import BusyError, ConfigError, DivergedError, StoppedError
 from pipeline.paths import Paths
 from pipeline.runlog import say
 from pipeline.stage import Report, write_json
@@ -32,8 +32,7 @@ from pipeline.training.stop import StopRequest, lock_holder, run_lock
 
 _CONFIDENCE = 0.95
 _POLL_S = 1.0  # between two looks at a job that another process does
-_UNSIGNED_S = 60.0  # after which a trial that no worker signed counts as left behind
-_WORKER = ".worker-"  # and a random name: a lock
+_WORKER, _TURN = ".worker-", ".turn"  # locks: a worker's, with a random name; and that of who counts trials
 TAG = "sweep-"  # a run of a sweep is <config>+sweep-<name>-<cell>-s<seed>.<split>; ensembles leave it out
 
 Settings = tuple[tuple[str, Any], ...]
@@ -254,24 +253,67 @@ def _study(sweep: Sweep, axes: Sequence[Axis], trials: int, results: dict[Job, f
     storage = JournalStorage(JournalFileBackend(str(sweep.folder / "study.log")))  # a file, fit for network folders
     study = optuna.create_study(study_name=sweep.name, storage=storage, load_if_exists=True)
     _require_same(study, sweep, axes)
-    complete = optuna.trial.TrialState.COMPLETE
-    _requeue(study, optuna.trial.TrialState, sweep.folder)
+    states = optuna.trial.TrialState
     me = f"{_WORKER}{uuid.uuid4().hex[:12]}"
     with _signed(sweep.folder, me):
-        while len(study.get_trials(deepcopy=False, states=(complete,))) < trials:
-            trial = study.ask()
-            trial.set_user_attr("worker", me)
-            cell = tuple((axis.key, _suggest(trial, axis)) for axis in axes)
-            trial.set_user_attr("cell", [list(item) for item in cell])
+        while (proposed := _next_trial(study, states, sweep, axes, trials, me)) is not None:
+            trial, cell = proposed
             metrics = {job: sweep.awaited_metric(job) for job in sweep.jobs(cell)}
             results |= metrics
             finite = [value for value in metrics.values() if value is not None]
             study.tell(trial, statistics.fmean(finite) if len(finite) == len(metrics) else math.inf)
             yield 0
-    for done in study.get_trials(deepcopy=False, states=(complete,)):  # also what other workers did
+    for done in study.get_trials(deepcopy=False, states=(states.COMPLETE,)):  # also what other workers did
         cell = tuple((key, value) for key, value in done.user_attrs["cell"])
         results |= {job: sweep.awaited_metric(job) for job in sweep.jobs(cell)}
     yield 0
+
+
+def _next_trial(
+    study: Any, states: Any, sweep: Sweep, axes: Sequence[Axis], trials: int, me: str
+) -> tuple[Any, Settings] | None:
+    """A trial for this worker, and its cell; None once `trials` are done by all workers together.
+
+    One worker at a time counts and asks, so that they never begin one too many. While the last ones are at work
+    elsewhere it waits: what a worker leaves behind that dies is taken over.
+
+    Raises:
+        StoppedError: the time is up.
+    """
+    waits = False
+    while True:
+        with _turn(sweep.folder):
+            _requeue(study, states, sweep.folder)
+            counted = study.get_trials(deepcopy=False, states=(states.COMPLETE, states.RUNNING))
+            if len(counted) < trials:
+                trial = study.ask()
+                trial.set_user_attr("worker", me)
+                cell = tuple((axis.key, _suggest(trial, axis)) for axis in axes)
+                trial.set_user_attr("cell", [list(item) for item in cell])
+                return trial, cell
+        done = sum(trial.state == states.COMPLETE for trial in counted)
+        if done >= trials:
+            return None
+        told = f"sweep {sweep.name}: {done} of {trials} trials are done, the others at work elsewhere"
+        if sweep.deadline is not None and time.monotonic() >= sweep.deadline:
+            raise StoppedError(f"{told}; the time budget is spent. Next: the same command again.")
+        if not waits:
+            say(f"{told}; their results are waited for")
+        waits = True
+        time.sleep(_POLL_S)
+
+
+@contextlib.contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """One worker at a time, each as soon as it can."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(run_lock(folder, name=_TURN))
+            except BusyError:
+                continue
+            yield
+            return
 
 
 @contextlib.contextmanager
@@ -325,17 +367,20 @@ def _refuse_changes(sweep: Sweep, begun: Mapping[str, Any], asked: Mapping[str, 
 
 
 def _requeue(study: Any, states: Any, folder: Path) -> None:
-    """Propose again what a killed worker left behind; its finished jobs are found finished."""
-    for trial in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
-        worker, began = trial.user_attrs.get("worker"), trial.datetime_start
-        fresh = began is not None and time.time() - began.timestamp() < _UNSIGNED_S
-        if (lock_holder(folder, name=worker) is not None) if worker else fresh:
-            continue  # somebody is at it
-        try:
+    """Propose again what a killed worker left behind; its finished jobs are found finished.
+
+    For who has the turn. The trials are read before and after the locks: a worker may tell its last one and leave.
+    """
+
+    def running() -> list[tuple[Any, str]]:
+        found = study.get_trials(deepcopy=False, states=(states.RUNNING,))
+        return [(trial, trial.user_attrs.get("worker", "nobody")) for trial in found]  # was killed before it signed
+
+    dead = {worker for _, worker in running() if lock_holder(folder, name=worker) is None}
+    for trial, worker in running():
+        if worker in dead:
             study.tell(trial.number, state=states.FAIL)
-        except (ValueError, RuntimeError):  # another worker was faster
-            continue
-        study.enqueue_trial(trial.params)
+            study.enqueue_trial(trial.params)
 
 
 def _suggest(trial: Any, axis: Axis) -> Any:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from pipeline.schema import ALPHABET, PROBES
+from pipeline.competitions.openvaccine import error_column
+from pipeline.schema import ALPHABET, CANONICAL_PAIRS, PROBES, encode
 from pipeline.structure.assembly import trace_from_pairs
 
 Pairs = list[tuple[int, int]]  #: 0-based, i < j, nested
@@ -32,7 +33,6 @@ _BASE_PAIRS = ("GC", "CG", "AU", "UA", "GU", "UG")
 _BASE_PAIR_SHARES = (0.36, 0.36, 0.11, 0.11, 0.03, 0.03)
 _TETRALOOPS = ("GAAA", "UUCG", "GCAA", "GAGA", "UUCG", "GUGA")
 _SHORTEST_HELIX = 12  # nt: four pairs and a tetraloop
-_PARTNERS = frozenset(_BASE_PAIRS)
 
 #: Mean reactivity of a fully open nucleotide, in the order of the alphabet, dimensionless.
 _OPEN = {"DMS_MaP": (1.05, 0.80, 0.14, 0.16), "2A3_MaP": (0.95, 0.45, 0.80, 0.70)}
@@ -109,7 +109,7 @@ def _hairpin_loop(rng: np.random.Generator, size: int) -> str:
 
 
 def _linker(rng: np.random.Generator, size: int) -> str:
-    return "".join(rng.choice(list("ACGU"), size=size, p=(0.70, 0.10, 0.06, 0.14)))
+    return "".join(rng.choice(list(ALPHABET), size=size, p=(0.70, 0.10, 0.06, 0.14)))
 
 
 def _join(parts: Sequence[tuple[str, Pairs]]) -> tuple[str, Pairs]:
@@ -227,8 +227,8 @@ def _mutate(letters: str, pairs: Pairs, rng: np.random.Generator) -> tuple[str, 
     """One to three substitutions; a pair that no longer fits opens."""
     changed = list(letters)
     for site in rng.choice(len(changed), size=int(rng.integers(1, 4)), replace=False):
-        changed[site] = str(rng.choice([letter for letter in "ACGU" if letter != changed[site]]))
-    return "".join(changed), [(i, j) for i, j in pairs if changed[i] + changed[j] in _PARTNERS]
+        changed[site] = str(rng.choice([letter for letter in ALPHABET if letter != changed[site]]))
+    return "".join(changed), [(i, j) for i, j in pairs if changed[i] + changed[j] in CANONICAL_PAIRS]
 
 
 def _profiles(library: Sequence[_Construct], rng: np.random.Generator) -> pl.DataFrame:
@@ -275,7 +275,7 @@ def reactivity(sequence: str, pairs: Pairs, *, probe: str, rng: np.random.Genera
     Returns:
         [L] float64, dimensionless, above 0.
     """
-    token_L = np.array(["ACGU".index(letter) for letter in sequence])
+    token_L = encode(sequence)
     before_L, after_L = np.roll(token_L, 1), np.roll(token_L, -1)
     effect_L = np.take(_NEIGHBOUR_5, before_L) + np.take(_NEIGHBOUR_3, after_L)
     open_L = np.take(_OPEN[probe], token_L) * _openness(sequence, pairs)
@@ -378,7 +378,7 @@ def _facts(construct: _Construct, place: int) -> dict[str, Any]:
 def _degradation(construct: _Construct, rng: np.random.Generator) -> dict[str, Any]:
     """Measured values of all targets; the molecule's signal_to_noise is that of its reactivity."""
     scored = _SCORED[len(construct.sequence)]
-    token_L = np.array(["ACGU".index(letter) for letter in construct.sequence])
+    token_L = encode(construct.sequence)
     open_L = _openness(construct.sequence, construct.pairs)
     signal_to_noise = float(rng.lognormal(np.log(5.0), 0.7))
     row: dict[str, Any] = {"signal_to_noise": round(signal_to_noise, 3), "SN_filter": int(signal_to_noise > 1.5)}
@@ -386,8 +386,7 @@ def _degradation(construct: _Construct, rng: np.random.Generator) -> dict[str, A
         truth_L = 0.03 + np.take(rates, token_L) * open_L * np.exp(0.2 * rng.standard_normal(len(token_L)))
         error_L = np.sqrt(0.1 + truth_L) * truth_L.mean() / signal_to_noise
         value_L = truth_L + error_L * rng.standard_normal(len(token_L))
-        error_name = "reactivity_error" if target == "reactivity" else target.replace("deg_", "deg_error_", 1)
-        row |= {target: value_L[:scored].round(4).tolist(), error_name: error_L[:scored].round(4).tolist()}
+        row |= {target: value_L[:scored].round(4).tolist(), error_column(target): error_L[:scored].round(4).tolist()}
     return row
 
 

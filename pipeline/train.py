@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from models.adapters import add_adapters
 from models.interface import RnaModel
 from models.layers import kernels
 from models.registry import create_model, model_arguments
@@ -28,7 +29,7 @@ from pipeline.stage import Report, commit, sha256_file, versions, write_json
 from pipeline.training.checkpoint import CheckpointStore, DamagedError, load_weights, read_meta
 from pipeline.training.distributed import ALONE, World, load_newest
 from pipeline.training.failures import in_one_sentence
-from pipeline.training.initial import load_fitting
+from pipeline.training.initial import is_head, load_fitting
 from pipeline.training.loop import Trainer, TrainingData
 from pipeline.training.losses import label_weights, profile_weights
 from pipeline.training.metrics import metric_name
@@ -143,6 +144,22 @@ def refuse_idle(config: RunConfig, competition: Competition) -> None:
     """ConfigError for a setting that is not at its default and means nothing to the competition's task."""
     if config.data.crop and config.data.crop % 2 == 0:
         raise ConfigError(f"[data] crop: got {config.data.crop}; expected an odd number. Next: {config.data.crop + 1}.")
+    if config.data.crop and config.train.length_stages:
+        raise ConfigError(
+            f"[train] length_stages = {config.train.length_stages!r} crops anywhere, and [data] crop = "
+            f"{config.data.crop} keeps the middle alone; expected one of them. Next: leave one out."
+        )
+    share = config.train.backbone_lr_share
+    if share != 1 and not config.model.init:
+        raise ConfigError(
+            f"[train] backbone_lr_share = {share:g} without model.init would hold back what has learned nothing yet; "
+            "expected 1. Next: model.init = a checkpoint's folder, or leave it out."
+        )
+    if config.model.lora_rank and (not config.model.init or config.train.sharding != "none"):
+        raise ConfigError(
+            f"[model] lora_rank = {config.model.lora_rank}: adapters need the weights of another run (model.init), and "
+            "all of them in each process (train.sharding = 'none'). Next: give model.init, or leave it out."
+        )
     defaults = {"data": DataConfig(), "train": TrainConfig()}
     for section, names in _IDLE[competition.task].items():
         for name in names:
@@ -185,7 +202,10 @@ def build_model(config: ModelConfig, competition: Competition, classes: Classes 
                 f"[model] kwargs: {key}: got {value}; expected a whole number of at least {least}. Next: correct it."
             )
     try:
-        return create_model(config.name, **heads, **kwargs)
+        model = create_model(config.name, **heads, **kwargs)
+        if config.lora_rank:
+            add_adapters(model, rank=config.lora_rank, alpha=config.lora_alpha)
+        return model
     except (TypeError, ValueError) as err:
         hint = "" if "Next:" in str(err) else " Next: correct it there."
         raise ConfigError(f"[model] {err}{hint}") from err
@@ -310,6 +330,16 @@ def _train(
     if facts["kernels"]:
         say(f"{label}: {facts['kernels']}")
     say(f"{label}: goes on at step {first} of {trainer.steps}" if checkpoint else f"{label}: {trainer.steps} steps")
+    if config.model.lora_rank:
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        say(f"{label}: {trained:,} of the parameters train ({trained / facts['parameters']:.1%}), adapters and heads")
+    if config.train.backbone_lr_share != 1:
+        learning = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+        held = sum(parameter.numel() for name, parameter in learning if not is_head(name))
+        say(f"{label}: {held:,} parameters of the backbone at {config.train.backbone_lr_share:g} of the learning rate")
+    if config.train.length_stages:
+        epoch = trainer.progress.epoch
+        say(f"{label}: epoch {epoch + 1} in crops of {config.longest(epoch)} nt ({config.train.length_stages})")
     warn_of_other_environment(meta["environment"], here, label=label)
     _tell_changes(trainer, changes, label=label)
     metric = facts["metric_name"]
@@ -372,6 +402,8 @@ def _load_initial(model: RnaModel, config: ModelConfig, meta: dict[str, Any]) ->
     try:
         source = read_meta(Path(config.init))
         found = load_fitting(model, load_weights(Path(config.init)))
+        if config.lora_rank and found.share < 1:  # what is fresh would stay as it is
+            raise ValueError(f"only {found.share:.0%} of the backbone fit, and lora_rank freezes all of it")
     except (DamagedError, OSError, ValueError) as err:
         raise ConfigError(
             f"model.init = {config.init!r}: {' '.join(str(err).split())[:300]}; expected a checkpoint folder "

@@ -23,14 +23,16 @@ import numpy as np
 from pipeline.compiled import njit
 from submissions.seed_search import (
     FAR,
-    FAST,
     LANES,
     MOTION,
     NEAR,
+    NOWHERE,
     SUMS,
     apart,
     best_motions,
     cell,
+    fused,
+    lined_up,
     pair_terms,
     search,
     take_motion,
@@ -45,6 +47,8 @@ _COARSE = 40  # pairs between the starts of seeds while alignments are compared;
 _PAIRED = (12.5, 15.0)  # Å between residues of a pair: US-align's limits for C3', which it takes for C1' as well
 _BREAK = 4.25  # Å: longer steps end a fragment, at first; US-align: dcu0
 _REMEMBERED = 512  # alignments whose search is remembered, a power of two
+_FOUND = 6  # row of a block, behind its pairs, where their sums begin; the score follows
+_ANYWHERE = 1e29  # Å^2: any pair is nearer, but for those that fill up a block
 _GAP = -0.6  # of the first of two rounds of dynamic programming; the second has none
 _GAP_STRUCTURE = -1.0  # where secondary structure counts
 _BONUS = 0.5  # for equal secondary structure, beside a similarity in (0, 1]
@@ -55,8 +59,8 @@ _MOST_CHOICES = 2**25  # bytes of choices, beyond which there is one lane only
 #: Of all traces of one side, one behind the other: [T, 3] Å, [T] residues that are there, [T] codes of their names, and
 #: [N + 1] where each trace begins and the last ends.
 _Side = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-#: Sums, room and motions of `LANES` superpositions, as `best_motions` takes them.
-_Tables = tuple[np.ndarray, np.ndarray, np.ndarray]
+#: Sums, room and motions of `LANES` superpositions, as `best_motions` takes them; a block of pairs with what is found.
+_Tables = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 _CODES = np.zeros(256, dtype=np.uint8)  # of letters; 0 pairs with nothing
 _CODES[np.frombuffer(b"ACGUTacgut", dtype=np.uint8)] = 1, 2, 3, 4, 4, 1, 2, 3, 4, 4
@@ -214,7 +218,7 @@ def _guess(
         terms = pair_terms(mobile, fixed)
         for k in range(SUMS):
             tables[0][cell(k, 0)] = terms[:, k].sum()
-        best_motions(*tables)
+        best_motions(tables[0], tables[1], tables[2])
         take_motion(tables[2], 0, motion)
         inverse = 1.0 / (d0 + 1.5) ** 2
         _dynamic(_moved(x, motion), y_back, inverse, _BONUS, _GAP_STRUCTURE, x_marks, y_marks_back, space, guess)
@@ -297,7 +301,12 @@ def _thread(
 
 @njit(cache=True, error_model="numpy")
 def _tables() -> _Tables:
-    return np.zeros(SUMS * LANES), np.zeros(4 * LANES), np.zeros(MOTION * LANES, dtype=np.float32)
+    return (
+        np.zeros(SUMS * LANES),
+        np.zeros(4 * LANES),
+        lined_up(MOTION * LANES),
+        lined_up((_FOUND + SUMS + 1) * LANES),
+    )
 
 
 @njit(cache=True, error_model="numpy")
@@ -323,23 +332,23 @@ def _quick_scores(
 
     Source: US-align, get_score_fast.
     """
-    sums, room, motions = tables
+    sums, room, motions, block = tables
     inverse, inner, used = 1.0 / (d0 * d0), near * near, len(stretches)
     motions[:] = 0.0
     for lane in range(used):
-        _collect(x, y, stretches[lane], motions, lane, inverse, np.inf, sums)
+        _collect(x, y, stretches[lane], motions, lane, inverse, np.inf, block, sums)
     best_motions(sums, room, motions)
     for lane in range(used):
-        scores[lane] = _collect(x, y, stretches[lane], motions, lane, inverse, inner, sums)
+        scores[lane] = _collect(x, y, stretches[lane], motions, lane, inverse, inner, block, sums)
     for limit in (inner, inner + 1.0):
         for lane in range(used):
             if sums[lane] < min(3, stretches[lane, 2]):
                 reach = _reach(x, y, stretches[lane], motions, lane, limit)
-                _collect(x, y, stretches[lane], motions, lane, inverse, reach, sums)
+                _collect(x, y, stretches[lane], motions, lane, inverse, reach, block, sums)
         best_motions(sums, room, motions)
         for lane in range(used):
             if sums[lane] < stretches[lane, 2]:  # else all are within, and that motion has been tried
-                score = _collect(x, y, stretches[lane], motions, lane, inverse, inner + 1.0, sums)
+                score = _collect(x, y, stretches[lane], motions, lane, inverse, inner + 1.0, block, sums)
                 scores[lane] = max(scores[lane], score)
 
 
@@ -360,7 +369,7 @@ def _reach(x: np.ndarray, y: np.ndarray, stretch: np.ndarray, motions: np.ndarra
     return max(limit, 1.00001 * third + 1e-6)  # a little more: `_collect` leaves out the limit
 
 
-@njit(cache=True, fastmath=FAST, error_model="numpy")
+@njit(cache=True, error_model="numpy")
 def _collect(
     x: np.ndarray,
     y: np.ndarray,
@@ -369,6 +378,7 @@ def _collect(
     lane: int,
     inverse: float,
     near: float,
+    block: np.ndarray,
     sums: np.ndarray,
 ) -> float:
     """One pass over a stretch, without branches: the score of a lane's motion; its sums of the near pairs to `sums`.
@@ -381,40 +391,60 @@ def _collect(
         lane: which.
         inverse: 1 / d0^2.
         near: squared distance, Å^2, below which a pair is near.
+        block: of `_tables`, overwritten.
         sums: [16 * LANES] float64.
     """
-    x_start, y_start, count = stretch
-    scale, inner, one, zero = np.float32(inverse), np.float32(near), np.float32(1.0), np.float32(0.0)
-    score, n, sp, sq, sr, su, sv, sw = zero, zero, zero, zero, zero, zero, zero, zero
-    pu, pv, pw, qu, qv, qw, ru, rv, rw = zero, zero, zero, zero, zero, zero, zero, zero, zero
-    ps, qs, rs = x[0][x_start : x_start + count], x[1][x_start : x_start + count], x[2][x_start : x_start + count]
-    us, vs, ws = y[0][y_start : y_start + count], y[1][y_start : y_start + count], y[2][y_start : y_start + count]
-    for i in range(count):
-        p, q, r, u, v, w = ps[i], qs[i], rs[i], us[i], vs[i], ws[i]
-        distance = apart(motions, lane, p, q, r, u, v, w)
-        score += one / (one + distance * scale)
-        inside = one if distance < inner else zero
-        n += inside
-        su += inside * u
-        sv += inside * v
-        sw += inside * w
-        p, q, r = inside * p, inside * q, inside * r
-        sp += p
-        sq += q
-        sr += r
-        pu += p * u
-        pv += p * v
-        pw += p * w
-        qu += q * u
-        qv += q * v
-        qw += q * w
-        ru += r * u
-        rv += r * v
-        rw += r * w
-    found = (n, sp, sq, sr, su, sv, sw, pu, pv, pw, qu, qv, qw, ru, rv, rw)
+    scale, inner = np.float32(inverse), np.float32(min(near, _ANYWHERE))
+    one, zero = np.float32(1.0), np.float32(0.0)
+    block[_FOUND * LANES :] = zero
+    for start in range(0, stretch[2], LANES):
+        _take_block(x, y, stretch, start, block)
+        for k in range(LANES):
+            p, q, r = block[cell(0, k)], block[cell(1, k)], block[cell(2, k)]
+            u, v, w = block[cell(3, k)], block[cell(4, k)], block[cell(5, k)]
+            distance = apart(motions, lane, p, q, r, u, v, w)
+            block[cell(_FOUND + SUMS, k)] += one / fused(distance, scale, one)
+            inside = one if distance < inner else zero
+            block[cell(_FOUND, k)] += inside
+            for a in range(3):
+                point = inside * block[cell(a, k)]
+                block[cell(_FOUND + 1 + a, k)] += point
+                block[cell(_FOUND + 4 + a, k)] += inside * block[cell(3 + a, k)]
+                for b in range(3):
+                    block[cell(_FOUND + 7 + 3 * a + b, k)] = fused(
+                        point, block[cell(3 + b, k)], block[cell(_FOUND + 7 + 3 * a + b, k)]
+                    )
+    _add_lanes(block)
     for k in range(SUMS):
-        sums[cell(k, lane)] = found[k]
-    return np.float64(score)
+        sums[cell(k, lane)] = block[cell(_FOUND + k, 0)]
+    return np.float64(block[cell(_FOUND + SUMS, 0)])
+
+
+@njit(cache=True, error_model="numpy")
+def _take_block(x: np.ndarray, y: np.ndarray, stretch: np.ndarray, start: int, block: np.ndarray) -> None:
+    """Copy the next `LANES` pairs of a stretch to the first six rows of `block`; pairs beyond its end are nowhere."""
+    used = min(LANES, stretch[2] - start)
+    x_start, y_start = stretch[0] + start, stretch[1] + start
+    for axis in range(3):
+        xs, ys = x[axis][x_start : x_start + used], y[axis][y_start : y_start + used]
+        for k in range(used):
+            block[cell(axis, k)] = xs[k]
+            block[cell(3 + axis, k)] = ys[k]
+        for k in range(used, LANES):
+            block[cell(axis, k)] = 0.0
+            block[cell(3 + axis, k)] = NOWHERE
+
+
+@njit(cache=True, error_model="numpy")
+def _add_lanes(block: np.ndarray) -> None:
+    """Add up the `LANES` lanes of every sum and of the score, always in the same order, in the first of them."""
+    for row in range(_FOUND, _FOUND + SUMS + 1):
+        for k in range(8):
+            block[cell(row, k)] += block[cell(row, 8 + k)]
+        for k in range(4):
+            block[cell(row, k)] += block[cell(row, 4 + k)]
+        block[cell(row, 0)] += block[cell(row, 2)]
+        block[cell(row, 0)] += block[cell(row, 1)] + block[cell(row, 3)]
 
 
 @njit(cache=True, error_model="numpy")
@@ -425,7 +455,7 @@ def _superpose_fragments(
     count_x, count_y = x.shape[1], y.shape[1]
     lanes = LANES if (count_x + count_y) * count_x * LANES < _MOST_CHOICES else 1
     space, tables, scores = _workspace(count_x, count_y, lanes), _tables(), np.empty(LANES)
-    y_lanes, moved = _in_lanes(y_back, lanes), np.zeros((3, count_x * lanes), dtype=np.float32)
+    y_lanes, moved = _in_lanes(y_back, lanes), lined_up(3 * count_x * lanes).reshape(3, -1)
     mobile, fixed = np.empty((3, lanes * count_y), dtype=np.float32), np.empty((3, lanes * count_y), dtype=np.float32)
     found, faced = np.empty((lanes, count_y), dtype=np.int64), np.zeros((lanes, 3), dtype=np.int64)
     places = _fragment_places(count_x, count_y)
@@ -434,8 +464,8 @@ def _superpose_fragments(
         batch = places[first : first + lanes]
         tables[2][:] = 0.0
         for lane in range(len(batch)):
-            _collect(x, y, batch[lane], tables[2], lane, 1.0, np.inf, tables[0])
-        best_motions(*tables)
+            _collect(x, y, batch[lane], tables[2], lane, 1.0, np.inf, tables[3], tables[0])
+        best_motions(tables[0], tables[1], tables[2])
         _move_in_lanes(x, tables[2], lanes, moved)
         _fill(moved, y_lanes, lanes, 1.0 / (d0 + 1.5) ** 2, 0.0, 0.0, _NO_MARKS, _NO_MARKS, space)
         for lane in range(len(batch)):
@@ -466,7 +496,7 @@ def _fragment_places(count_x: int, count_y: int) -> np.ndarray:
 @njit(cache=True, error_model="numpy")
 def _in_lanes(xyz: np.ndarray, lanes: int) -> np.ndarray:
     """[3, L * lanes]: every point `lanes` times."""
-    wide = np.empty((3, xyz.shape[1] * lanes), dtype=np.float32)
+    wide = lined_up(3 * xyz.shape[1] * lanes).reshape(3, -1)
     for axis in range(3):
         for place in range(xyz.shape[1]):
             wide[axis, place * lanes : (place + 1) * lanes] = xyz[axis, place]
@@ -607,9 +637,9 @@ def _workspace(count_x: int, count_y: int, lanes: int) -> tuple[np.ndarray, np.n
     """Room for `_fill`: three diagonals of values, two of values after a gap, one of similarities, all choices."""
     width = (count_x + 1) * lanes
     return (
-        np.zeros(3 * width, dtype=np.float32),
-        np.zeros(2 * width, dtype=np.float32),
-        np.zeros(width, dtype=np.float32),
+        lined_up(3 * width),
+        lined_up(2 * width),
+        lined_up(width),
         np.zeros((count_x + count_y + 1) * width, dtype=np.uint8),
     )
 

@@ -41,8 +41,11 @@ def permuted(predicted_L3: np.ndarray, reference_L3: np.ndarray, chains: Sequenc
         ValueError: the chains do not make up the L residues.
 
     Source:
-        part 2 of the competition: ``USalign -TMscore 0 -mm 1 -ter 0`` maps the chains, then ``-TMscore 1``. The best
-        order is no worse than the one that US-align maps, unless that exchanges chains of different sequences.
+        part 2's metric, as public copies of its notebook have it: with copy > 1, ``USalign -TMscore 0 -mm 1 -ter 0``
+        pairs chains whatever their sequences (MMalign.h: chain scores of the default alignment, centroids, a joint
+        alignment), the predicted ones are numbered anew in the native's order, then ``-TMscore 1``. Its number is no
+        higher than ours unless chains of different sequences change places, and lower where that pairing is not the
+        best by residue number, or where a native chain has no residue, as later chains then move up.
     """
     if sum(map(len, chains)) != len(reference_L3) or predicted_L3.shape != reference_L3.shape:
         raise ValueError(

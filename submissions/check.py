@@ -59,31 +59,33 @@ def run(paths: Paths, *, competition: Competition, file: Path, sample: Path | No
     Args:
         paths: where the clean test tables are, from which the expected keys come.
         competition: gives columns and range.
-        file: CSV, CSV.GZ or parquet; told apart by content.
+        file: CSV, CSV.GZ or parquet, under a name that says which: readers go by it.
         sample: a sample submission. With clean tables it must agree with them; without, it gives the expected keys.
 
     Raises:
         DataError: the first thing wrong, with its row, what was got and what was expected.
     """
     started = time.monotonic()
-    if competition.task == "classes":
-        facts = check_file(file, read_class_layout(paths, sample))
-        seconds = time.monotonic() - started
-        return Report(
-            stage="check", status="built", outputs={"submission": file}, facts=facts, seconds=round(seconds, 3)
-        )
-    test = paths.clean("test" if competition.task == "values" else "sample")
-    if sample is None:
-        layout = read_layout(paths, competition)
-    elif test.is_file():
-        layout = read_layout(paths, competition)
-        advice = f"give the sample submission of the data in {test}"
-        check_file(sample, dataclasses.replace(layout, advice=advice), values=False)
-    else:
-        layout = _layout_from_sample(sample, competition)
-    facts = check_file(file, layout)
+    facts = check_file(file, _expected(paths, competition, sample))
+    if not file.name.lower().endswith(f".{facts['format']}"):
+        fmt = facts["format"]
+        raise DataError(f"{file}: holds {fmt.upper()}; expected what the name says. Next: name it *.{fmt}.")
     seconds = time.monotonic() - started
     return Report(stage="check", status="built", outputs={"submission": file}, facts=facts, seconds=round(seconds, 3))
+
+
+def _expected(paths: Paths, competition: Competition, sample: Path | None) -> Layout:
+    if competition.task == "classes":
+        return read_class_layout(paths, sample)
+    test = paths.clean("test" if competition.task == "values" else "sample")
+    if sample is None:
+        return read_layout(paths, competition)
+    if not test.is_file():
+        return _layout_from_sample(sample, competition)
+    layout = read_layout(paths, competition)
+    advice = f"give the sample submission of the data in {test}"
+    check_file(sample, dataclasses.replace(layout, advice=advice), values=False)
+    return layout
 
 
 def check_file(file: Path, layout: Layout, *, values: bool = True) -> dict[str, Any]:
@@ -148,6 +150,8 @@ def sniff(file: Path) -> FileFormat:
         return "csv.gz"
     if start.startswith(b"PK\x03\x04"):
         raise DataError(f"{file}: a zip archive; expected CSV, CSV.GZ or parquet. Next: unpack it.")
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{file}: text in UTF-16; expected UTF-8. Next: save it as CSV in UTF-8.")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise DataError(f"{file}: a web page, not a submission (a login page?). Next: download the file again.")
     return "csv"
@@ -222,8 +226,8 @@ def _unparsable(text: bytes, columns: Mapping[str, Kind], *, file: Path, rows: i
     for row, line in enumerate(io.StringIO(text.decode("utf-8", "replace"), newline="\n"), start=rows + 1):
         cells = _cells(line)
         if len(cells) != len(columns):
-            got = f"{len(cells)} cells ({','.join(cells)[:60]!r}); expected {len(columns)}: the file may be cut"
-            return _wrong(file, row, got)
+            cut = ": the file may be cut" if len(cells) < len(columns) else ""
+            return _wrong(file, row, f"{len(cells)} cells ({','.join(cells)[:60]!r}); expected {len(columns)}{cut}")
         for (name, kind), cell in zip(columns.items(), cells, strict=True):
             if cell and not _reads_as(cell, kind):
                 return _wrong(file, row, f"{name} is {cell[:40]!r}; expected {_WORDS[kind]}")
@@ -258,15 +262,16 @@ def _parquet_blocks(file: Path, columns: Mapping[str, Kind]) -> Iterator[pa.Tabl
 
 
 def _check_columns(got: list[str], expected: list[str], *, file: Path) -> None:
-    got = [name.strip() for name in got]
     if got == expected:
         return
-    absent = [name for name in expected if name not in got]
-    extra = [name for name in got if name not in expected]
-    wrong = "in another order" if not absent and not extra and len(got) == len(expected) else "other columns"
+    wrong, fitting = "other columns", other_competition(got)
+    if [name.strip() for name in got] == expected:
+        wrong = "blanks around the names"  # which pandas, and so Kaggle, takes for a part of them
+    elif sorted(got) == sorted(expected):
+        wrong = "columns in another order"
+    advice = "see that COMP fits the file" if fitting else "write the expected columns, between commas"
     raise DataError(
-        f"{file}: {wrong}: got {','.join(got)[:200]!r}{other_competition(got)}; expected {','.join(expected)!r}. "
-        "Next: see that COMP fits the file."
+        f"{file}: {wrong}: got {','.join(got)[:200]!r}{fitting}; expected {','.join(expected)!r}. Next: {advice}."
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.classes import Classes, log_losses, read_classes
@@ -24,6 +25,8 @@ from submissions.class_floors import predict_floors
 
 #: Most classes of which all confusions are kept and drawn.
 MOST_CONFUSED = 60
+#: Scores of each class of which there is a mean over the classes, beside precision, recall and F1.
+_ALSO_AVERAGED = ("mcc", "auroc", "average_precision", "f1_at_threshold")
 #: Most classes that the terminal lists.
 _SHOWN = 30
 
@@ -135,8 +138,10 @@ def evaluate_classes(
             "the others, and scores.json lists them"
         )
     floors = {floor: _summary(own, values_NK) for floor, values_NK in _floors_of(paths, split, own).items()}
+    summary = others.pop(name)
     return {
-        **others.pop(name),
+        **summary,
+        "columns": list(summary["per_target"]),
         **_in_full(own),
         "others": others,
         "floors": {floor: told["score"] for floor, told in floors.items()},
@@ -165,14 +170,12 @@ def _decide(probability_NK: np.ndarray, own: Predicted) -> np.ndarray:
 
 
 def _summary(own: Predicted, probability_NK: np.ndarray) -> dict[str, Any]:
-    """Log loss and `class_scores.COLUMNS` of all sequences and of every fold; mean and deviation over the folds."""
+    """Log loss and `class_scores.in_short` of all sequences and of every fold; mean and deviation over the folds."""
     decided_NK = _decide(probability_NK, own)
 
     def scores(here_N: np.ndarray) -> dict[str, Any]:
-        truth_nK, said_nK = own.truth_NK[here_N], probability_NK[here_N]
-        told = class_scores.in_short(said_nK, truth_nK, decided_NK[here_N], exclusive=own.classes.exclusive)
-        loss = log_losses(said_nK, truth_nK, exclusive=own.classes.exclusive).mean()
-        return {"score": float(loss), "per_target": told, "scored": int(here_N.sum())}
+        parts = (probability_NK[here_N], own.truth_NK[here_N], decided_NK[here_N])
+        return _scores(*parts, exclusive=own.classes.exclusive)
 
     by_fold = [{"fold": int(fold)} | scores(own.fold_N == fold) for fold in np.unique(own.fold_N)]
     losses = np.array([row["score"] for row in by_fold])
@@ -181,22 +184,31 @@ def _summary(own: Predicted, probability_NK: np.ndarray) -> dict[str, Any]:
     return whole | {"per_fold": by_fold, "fold_mean": float(losses.mean()), "fold_sd": spread}
 
 
+def _scores(
+    probability_NK: np.ndarray, truth_NK: np.ndarray, decided_NK: np.ndarray, *, exclusive: bool
+) -> dict[str, Any]:
+    told = class_scores.in_short(probability_NK, truth_NK, decided_NK, exclusive=exclusive)
+    loss = log_losses(probability_NK, truth_NK, exclusive=exclusive).mean()
+    return {"score": float(loss), "per_target": told, "scored": len(truth_NK)}
+
+
 def _in_full(own: Predicted) -> dict[str, Any]:
     """What is told of the first source beside its summary."""
     names, exclusive = own.classes.names, own.classes.exclusive
     decided_NK, thresholds_NK = own.decided(), own.thresholds()
     found = class_scores.per_class(own.probability_NK, own.truth_NK, decided_NK, thresholds_NK)
     found["threshold"] = class_scores.learn_thresholds(own.probability_NK, own.truth_NK)
+    averages = class_scores.averages(class_scores.count(decided_NK, own.truth_NK))
+    averages["macro"] |= {kind: class_scores.mean_defined(found[kind]) for kind in _ALSO_AVERAGED}
     bins = class_scores.stated_and_right(own.probability_NK, own.truth_NK, exclusive=exclusive)
     keep = exclusive and len(names) <= MOST_CONFUSED
     return {
-        "columns": list(class_scores.COLUMNS),
         "classes": {"names": list(names), "exclusive": exclusive},
         "per_class": [
             {"class": name} | {kind: values_K[place].item() for kind, values_K in found.items()}
             for place, name in enumerate(names)
         ],
-        "averages": class_scores.averages(class_scores.count(decided_NK, own.truth_NK)),
+        "averages": averages,
         "undefined": {
             kind: lost
             for kind, values_K in found.items()
@@ -222,6 +234,38 @@ def _by_length(own: Predicted, decided_NK: np.ndarray) -> list[dict[str, Any]]:
     return rows
 
 
+def has_test_labels(paths: Paths) -> bool:
+    """Whether the classes of test sequences are known."""
+    return paths.clean("test").is_file() and "labels" in pl.read_parquet_schema(paths.clean("test"))
+
+
+def evaluate_test(paths: Paths, *, predictions: Path, thresholds: Sequence[float]) -> dict[str, Any]:
+    """Score the test sequences whose classes are known; nothing else reads these.
+
+    Args:
+        paths: where the clean tables are.
+        predictions: of the test set.
+        thresholds: of several labels, what the probability of each must reach.
+
+    Returns:
+        As of a fold: ``score``, ``per_target``, ``scored``.
+
+    Raises:
+        DataError: a test sequence has no prediction, or none of probabilities.
+    """
+    classes = read_classes(paths)
+    known = pl.read_parquet(paths.clean("test")).filter(pl.col("labels").is_not_null())
+    said = pl.read_parquet(predictions, columns=["sequence_id", "probabilities"])
+    table = known.join(said, on="sequence_id", how="left", maintain_order="left", validate="1:1")
+    if table["probabilities"].null_count():
+        raise DataError(f"{predictions}: not of this test set. Next: make predict, then make ensemble.")
+    probability_NK = np.array(table["probabilities"].to_list(), dtype=np.float32)
+    check_probabilities(probability_NK, table["sequence_id"], exclusive=classes.exclusive, where=str(predictions))
+    truth_NK = labels_that_count(table.with_columns(scored=True), width=len(classes.names)) > 0.5
+    decided_NK = class_scores.decide(probability_NK, exclusive=classes.exclusive, thresholds=np.array(thresholds))
+    return _scores(probability_NK, truth_NK, decided_NK, exclusive=classes.exclusive)
+
+
 def describe(facts: Mapping[str, Any]) -> Table:
     """Every class's scores as a table for the terminal; of many classes, the most frequent."""
     rows = sorted(facts["per_class"], key=lambda row: (-row["support"], row["class"]))
@@ -232,10 +276,10 @@ def describe(facts: Mapping[str, Any]) -> Table:
     for name in ("sequences", *head.values()):
         table.add_column(name, justify="right")
     for row in rows[:_SHOWN]:
-        table.add_row(row["class"], f"{row['support']:,}", *(tell(row[kind], 3) for kind in head))
+        table.add_row(escape(row["class"]), f"{row['support']:,}", *(tell(row[kind], 3) for kind in head))
     for name, told in facts["averages"].items():
         table.add_row(
-            f"{name} average", "", *(tell(told[kind], 3) for kind in ("precision", "recall", "f1")), style="dim"
+            f"{name} average", "", *(tell(told[kind], 3) if kind in told else "" for kind in head), style="dim"
         )
     if len(rows) > _SHOWN:
         table.caption = f"The {_SHOWN} most frequent of {len(rows)} classes; scores.json and the report have them all."

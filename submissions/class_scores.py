@@ -245,24 +245,24 @@ def stated_and_right(probabilities_NK: np.ndarray, truth_NK: np.ndarray, *, excl
 
 # ------------------------------------------------------------------------------------------------------------- in short
 
-#: Columns of every table of scores, beside the log loss.
-COLUMNS = ("accuracy", "macro F1", "MCC", "AUROC", "average precision")
-
 
 def in_short(
     probabilities_NK: np.ndarray, truth_NK: np.ndarray, decided_NK: np.ndarray, *, exclusive: bool
 ) -> dict[str, float]:
-    """`COLUMNS` -> score. Accuracy: share of sequences with every class right; MCC of several labels, AUROC and average
-    precision are macro averages."""
+    """Name -> score, the columns of every table of scores beside the log loss.
+
+    Accuracy: share of sequences with every class right. Macro: the mean over the classes; MCC of exclusive ones is of
+    all at once.
+    """
     counts = count(decided_NK, truth_NK)
     together = matthews_of_classes(confusion(decided_NK, truth_NK)) if exclusive else mean_defined(matthews(counts))
     right_N = (decided_NK == truth_NK).all(axis=1)
     return {
         "accuracy": float(right_N.mean()) if len(right_N) else math.nan,
         "macro F1": mean_defined(f1(counts)),
-        "MCC": together,
-        "AUROC": mean_defined(each_class(auroc, probabilities_NK, truth_NK)),
-        "average precision": mean_defined(each_class(average_precision, probabilities_NK, truth_NK)),
+        "MCC" if exclusive else "macro MCC": together,
+        "macro AUROC": mean_defined(each_class(auroc, probabilities_NK, truth_NK)),
+        "macro average precision": mean_defined(each_class(average_precision, probabilities_NK, truth_NK)),
     }
 
 

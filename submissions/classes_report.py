@@ -3,6 +3,7 @@
 Letters: N sequences, K classes.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -51,8 +52,7 @@ def _classes_section(subject: Subject) -> Markup:
         for row in ranked
     ]
     for name, told in scores["averages"].items():
-        means = [_score(told[kind]) for kind in ("precision", "recall", "f1")]
-        rows.append([f"{name} average", "", "", *means, *[""] * (len(head) - len(means))])
+        rows.append([f"{name} average", "", "", *(_score(told[kind]) if kind in told else "" for kind in head)])
     kinds = [""] * len(ranked) + ["floor"] * len(scores["averages"])
     how = (
         "Decided is the most probable class."
@@ -71,6 +71,21 @@ def _classes_section(subject: Subject) -> Markup:
         page.element("p", words, class_="note"),
         page.table(["class", "sequences", "decided", *head.values()], rows, classes=kinds),
         *(page.element("p", note, class_="note") for note in notes),
+        _test_table(scores),
+    )
+
+
+def _test_table(scores: Mapping[str, Any]) -> Markup:
+    """Scores of the test set, where its classes are known."""
+    if "test" not in scores:
+        return page.join()
+    told, columns = scores["test"], scores["columns"]
+    cells = [f"{told['scored']:,}", page.number(told["score"]), *(_score(told["per_target"][name]) for name in columns)]
+    words = "Its classes are known; nothing was chosen by them, neither epochs nor weights nor thresholds."
+    return page.join(
+        page.element("h3", "The test set"),
+        page.element("p", words, class_="note"),
+        page.table(["sequences", scores["metric"], *columns], [cells], words=0),
     )
 
 
@@ -78,8 +93,12 @@ def _confusion_section(subject: Subject, own: Predicted, decided_NK: np.ndarray)
     names = own.classes.names
     if len(names) > MOST_CONFUSED:
         return subject.without(f"{len(names)} classes are too many to draw against each other.")
-    counts_KK = own.truth_NK.T.astype(np.int64) @ decided_NK.astype(np.int64)
-    support_K = own.truth_NK.sum(axis=0)[:, None]
+    truth_NK = own.truth_NK
+    if not own.classes.exclusive:
+        names = (*names, "(none)")
+        truth_NK, decided_NK = (np.column_stack([each_NK, ~each_NK.any(axis=1)]) for each_NK in (truth_NK, decided_NK))
+    counts_KK = truth_NK.T.astype(np.int64) @ decided_NK.astype(np.int64)
+    support_K = truth_NK.sum(axis=0)[:, None]
     share_KK = np.where(support_K > 0, counts_KK / np.maximum(support_K, 1), np.nan)
     words = "Rows: the true class; columns: the decided one; colour: share of the row."
     if not own.classes.exclusive:

@@ -29,7 +29,7 @@ from pipeline.runlog import warn
 from pipeline.stage import Report, commit, read_result, run_stage
 from pipeline.tables import open_parquet
 from submissions import class_evaluation, log
-from submissions.class_evaluation import evaluate_classes
+from submissions.class_evaluation import evaluate_classes, evaluate_test, has_test_labels
 from submissions.value_scores import evaluate_values
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def run(
     is_structure = competition.task == "structure"
     extra = {
         "values": {"bpp": paths.bpp},
-        "classes": {"classes": paths.clean("classes")},
+        "classes": {"classes": paths.clean("classes"), "test": paths.clean("test")},
         "structure": {"references": paths.clean("references"), "test": paths.clean("test")},
     }[competition.task]
     needed = ("references", "classes")
@@ -115,7 +115,7 @@ class _Subject:
     home: Path
     sources: dict[str, list[Path]]  #: the subject first, under its name
     runs: list[str]
-    test: Path | None = None  #: predictions of the test targets, some of which may be known
+    test: Path | None = None  #: predictions of the test set, where the truth of some of it may be known
 
     @property
     def members(self) -> dict[str, str]:
@@ -151,6 +151,7 @@ def _read_ensemble(paths: Paths, name: str, split: str) -> _Subject:
             f"ensemble {name!r} was made with split {facts['split']}; got SPLIT={split}. Next: SPLIT={facts['split']}."
         )
     runs = {f"run {each}": [paths.oof(each, fold) for fold in facts["folds"]] for each in facts["runs"]}
+    may_be_known = facts["task"] == "structure" or (facts["task"] == "classes" and has_test_labels(paths))
     sources = {name: [home / "oof.parquet"]} | runs
     return _Subject(
         name=name,
@@ -160,7 +161,7 @@ def _read_ensemble(paths: Paths, name: str, split: str) -> _Subject:
         home=home,
         sources=sources,
         runs=facts["runs"],
-        test=home / "test.parquet" if facts["task"] == "structure" else None,
+        test=home / "test.parquet" if may_be_known else None,
     )
 
 
@@ -198,6 +199,9 @@ def _score_predictions(paths: Paths, competition: Competition, subject: _Subject
     evaluate = evaluate_classes if competition.task == "classes" else partial(evaluate_values, competition=competition)
     scored = evaluate(paths, split=subject.split, folds=subject.folds, sources=subject.sources)
     others = scored.pop("others")
+    if subject.test:
+        thresholds = [row["threshold"] for row in scored["per_class"]]
+        scored["test"] = evaluate_test(paths, predictions=subject.test, thresholds=thresholds)
     return (
         subject.facts(competition)
         | scored
@@ -337,7 +341,8 @@ def describe(facts: Mapping[str, Any]) -> RenderableType:
     """Scores of the subject, of its runs and of the floors, for the terminal; below them every class or structure."""
     targets = facts["columns"] if facts["task"] != "structure" else []
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(f"{facts['metric']}, {len(facts['folds'])} folds of {facts['split']}, out of fold")
+    folds = f"{len(facts['folds'])} fold{'s' if len(facts['folds']) > 1 else ''}"
+    table.add_column(f"{facts['metric']}, {folds} of {facts['split']}, out of fold")
     for column in ("score", *targets, "folds: mean ± sd"):
         table.add_column(column, justify="right")
     table.add_row(*_cells(facts["name"], facts, targets), style="bold")
@@ -346,6 +351,8 @@ def describe(facts: Mapping[str, Any]) -> RenderableType:
     for name, score in _floors(facts).items():
         details = facts.get("floor_details", {}).get(name, {"score": score})
         table.add_row(*_cells(f"floor: {name}", details, targets), style="dim")
+    if facts["task"] == "classes" and "test" in facts:
+        table.add_row(*_cells(f"test set, {facts['test']['scored']:,} sequences", facts["test"], targets))
     parts: list[RenderableType] = [table, *(Text(note, style="dim") for note in facts["floor_notes"])]
     if facts["task"] == "values":
         return Group(*parts)

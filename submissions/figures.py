@@ -133,9 +133,11 @@ def curves(
             axes.plot(x, y, color=SERIES[place % len(SERIES)], linewidth=1.6, marker="o" if len(x) == 1 else None)
         if level:
             axes.axhline(level[1], color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
+            ends = [y[-1] > level[1] for _, y in lines.values() if len(y)]
+            over = sum(ends) * 2 < len(ends)  # on the side where the lines do not end
             axes.annotate(
-                level[0], (0.0, level[1]), (4, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
-                ha="left", color=MUTED, fontsize=9,
+                level[0], (1.0, level[1]), (-4, 3 if over else -3), xycoords=("axes fraction", "data"),
+                textcoords="offset points", ha="right", va="bottom" if over else "top", color=MUTED, fontsize=9,
             )  # fmt: skip
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)

@@ -20,7 +20,7 @@ from submissions.subject import Subject, read_scores, score_cells, short_name
 from submissions.training_report import Training, duration, memory, read_training, training_section
 from submissions.values_report import values_sections
 
-VERSION = 2
+VERSION = 3
 
 
 def run(paths: Paths, *, competition: Competition, name: str | None = None, run: str | None = None) -> Report:

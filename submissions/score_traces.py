@@ -8,7 +8,7 @@ residues with the same numbers.
 Letters: L residues, 3 xyz.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,15 @@ _TABLES = {
     "native_traces": ["benchmark", "target", "resid", "resname", "x", "y", "z"],
 }
 _TYPES = {"resid": pl.Int64(), "x": pl.Float64(), "y": pl.Float64(), "z": pl.Float64()}  # the rest is text
-_BATCH = 64  # models between two steps of the progress bar
+_BATCH = 64  # models between two steps of the progress bar, or fewer if
+_WORK = 4e6  # their squared lengths (nt) reach this: a model of 2,000 nt takes seconds
+_DEOXY = ("DA", "DC", "DG", "DT", "DU")
 _LAST = 100_000  # the highest residue number that is believed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A model and its native, residue by residue: row r is residue number r."""
+    """A model and its native, residue by residue: a row of both for each number that one of them has."""
 
     model_id: str
     model_L3: np.ndarray
@@ -107,8 +109,7 @@ def describe(facts: dict[str, Any]) -> str:
 def _write(pairs: Sequence[Pair], path: Path, engine: Engine) -> dict[str, Any]:
     found = []
     with runlog.Bar("score-tm", total=len(pairs), unit="models") as bar:
-        for start in range(0, len(pairs), _BATCH):
-            part = [pair.case for pair in pairs[start : start + _BATCH]]
+        for part in _batches([pair.case for pair in pairs]):
             found.append((engine.matched(part), engine.aligned(part)))
             bar.advance(len(part))
     by_residue, independent = np.concatenate(found, axis=1) if found else np.zeros((2, 0))
@@ -121,6 +122,17 @@ def _write(pairs: Sequence[Pair], path: Path, engine: Engine) -> dict[str, Any]:
         "mean_byresi": means[0],
         "mean_seqindep": means[1],
     }
+
+
+def _batches(cases: Sequence[Case]) -> Iterator[list[Case]]:
+    part: list[Case] = []
+    for case in cases:
+        part.append(case)
+        if len(part) == _BATCH or sum(len(names) ** 2 for _, _, names in part) >= _WORK:
+            yield part
+            part = []
+    if part:
+        yield part
 
 
 def read_pairs(traces: Path) -> list[Pair]:
@@ -154,10 +166,13 @@ def _read(path: Path, columns: list[str]) -> pl.DataFrame:
     open_parquet(path, columns).close()
     try:
         table = pl.read_parquet(path, columns=columns)
+        whole = "resid" not in columns or bool((table["resid"].cast(pl.Float64) % 1.0 == 0.0).all())
         table = table.cast({name: _TYPES.get(name, pl.String()) for name in columns})
     except (pl.exceptions.PolarsError, OSError) as err:
         reason = str(err).splitlines()[0]
         raise DataError(f"{path}: cannot be read ({reason}). Next: write {', '.join(columns)} again.") from err
+    if not whole:
+        raise DataError(f"{path}: a residue number is no whole number. Next: number the residues 1, 2, 3 and so on.")
     for name in columns:
         if name not in ("x", "y", "z") and table[name].null_count():
             raise DataError(f"{path}: a row without {name}. Next: fill it in, or leave out the row.")
@@ -167,7 +182,7 @@ def _read(path: Path, columns: list[str]) -> pl.DataFrame:
 def _by_key(path: Path, table: pl.DataFrame, key: list[str]) -> dict[tuple[Any, ...], pl.DataFrame]:
     """Key -> its residues that have a place, after all have been checked."""
     xyz = pl.col("x", "y", "z")
-    there = table.filter(pl.all_horizontal(xyz.is_not_null() & ~(xyz <= tm_score.SENTINEL)))
+    there = table.filter(pl.all_horizontal(xyz.is_not_null() & ~(xyz.is_finite() & (xyz <= tm_score.SENTINEL))))
     checks = {
         "a coordinate that is not finite": ~pl.all_horizontal(xyz.is_finite()),
         f"a coordinate of {-tm_score.SENTINEL:,.0f} Å or more": pl.any_horizontal(xyz >= -tm_score.SENTINEL),
@@ -185,11 +200,13 @@ def _by_key(path: Path, table: pl.DataFrame, key: list[str]) -> dict[tuple[Any, 
 
 
 def _pair(model_id: str, model: pl.DataFrame, native: pl.DataFrame) -> Pair:
-    places = [part["resid"].to_numpy() for part in (model, native)]
-    xyz = np.full((2, int(max(part.max() for part in places)) + 1, 3), np.nan)
+    numbers = [part["resid"].to_numpy() for part in (model, native)]
+    rows = np.union1d(*numbers)
+    places = [np.searchsorted(rows, each) for each in numbers]
+    xyz = np.full((2, len(rows), 3), np.nan)
     for slot, part in enumerate((model, native)):
         xyz[slot, places[slot]] = part.select("x", "y", "z").to_numpy()
-    names = ["N"] * xyz.shape[1]
-    for place, name in zip(places[1], native["resname"], strict=True):
-        names[place] = name[:1] or "N"
+    names = ["N"] * len(rows)
+    for place, name in zip(places[1].tolist(), native["resname"].str.strip_chars(), strict=True):
+        names[place] = (name[1:] if name in _DEOXY else name)[:1] or "N"
     return Pair(model_id=model_id, model_L3=xyz[0], native_L3=xyz[1], names="".join(names))

@@ -13,8 +13,10 @@ Source:
 """
 
 import math
+from typing import Any
 
 import numpy as np
+from numba.extending import intrinsic
 
 from pipeline.compiled import njit
 
@@ -30,19 +32,35 @@ NEAR, FAR = 4.5, 8.0
 _SHORTEST_SEED = 4  # pairs; US-align: L_ini_min
 _SEED_LENGTHS = 6  # US-align: n_init_max
 _STEPS = 20  # after which a seed is left; US-align: n_it
-_NOWHERE = 1e15  # Å: a partner there is never near, adds nothing to a score, and its square is finite in float32
+NOWHERE = 1e15  # Å: a partner there is never near, adds nothing to a score, and its square is finite in float32
 _CUTOFF, _FOUND = MOTION, MOTION + 1  # rows of the table of a pass, behind the motions: cut-off; sums and score
 _CHUNK = 512  # pairs whose sums stay in float32
 _NAMES = 2048  # places for the names of sets, at first
 
-#: Freedoms of the compiler that a pass over pairs needs for SIMD.
-FAST = {"reassoc", "nsz", "contract", "arcp"}
+
+def _fused(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """Type and code of `fused`."""
+    return a(a, b, c), lambda context, builder, signature, values: builder.fma(*values)
+
+
+#: a * b + c, rounded once, of three numbers of one type. With it passes over pairs are fast without ``fastmath``, whose
+#: freedoms the compiler takes anew wherever a function is inlined: the last digits, and at times the alignment that was
+#: chosen, differed between a process that compiles and one that loads compiled code.
+fused: Any = intrinsic(_fused)
 
 
 @njit(cache=True, forceinline=True)
 def cell(row: int, lane: int) -> np.uint64:
     """Where a lane's number lies in a table; unsigned, as a signed index keeps a loop from becoming SIMD."""
     return np.uint64(row * LANES) + np.uint64(lane)
+
+
+@njit(cache=True)
+def lined_up(count: int) -> np.ndarray:
+    """[count] float32 zeros that begin where a SIMD register's worth of memory does."""
+    room = np.zeros(count + LANES, dtype=np.float32)
+    start = (-room.ctypes.data // 4) % LANES
+    return room[start : start + count]
 
 
 @njit(cache=True, error_model="numpy")
@@ -67,7 +85,7 @@ def search(
     narrow, enough = _padded(pairs), min(3, len(pairs))
     sets, waiting = _seeds(pairs, step, near - 1.0)
     seen, filled = np.zeros(_NAMES, dtype=np.uint64), 0
-    lanes, found = np.zeros((_FOUND + SUMS + 1) * LANES, dtype=np.float32), np.zeros((SUMS + 1) * LANES)
+    lanes, found = lined_up((_FOUND + SUMS + 1) * LANES), np.zeros((SUMS + 1) * LANES)
     names = np.empty(LANES, dtype=np.uint64)
     best = -1.0
     while waiting > 0:
@@ -131,7 +149,7 @@ def _padded(pairs: np.ndarray) -> np.ndarray:
     """The same in float32, and one more pair that comes never near if their number is odd."""
     count = len(pairs)
     narrow = np.zeros((count + count % 2, SUMS), dtype=np.float32)
-    narrow[-1, 4:7] = _NOWHERE
+    narrow[-1, 4:7] = NOWHERE
     for i in range(count):
         for k in range(SUMS):
             narrow[i, k] = pairs[i, k]
@@ -200,7 +218,7 @@ def _remember(seen: np.ndarray, name: np.uint64) -> bool:
     return True
 
 
-@njit(cache=True, fastmath=FAST, error_model="numpy")
+@njit(cache=True, error_model="numpy")
 def _collect(pairs: np.ndarray, inverse: float, limit: float, lanes: np.ndarray, sums: np.ndarray) -> None:
     """One pass over all pairs: each lane's score, and the sums of the pairs that come near, written to `sums`.
 
@@ -224,15 +242,16 @@ def _collect(pairs: np.ndarray, inverse: float, limit: float, lanes: np.ndarray,
                 near = one if first < lanes[cell(_CUTOFF, lane)] else zero
                 near_ = one if second < lanes[cell(_CUTOFF, lane)] else zero
                 for k in range(SUMS):
-                    lanes[cell(_FOUND + k, lane)] += near * pairs[i, np.uint64(k)] + near_ * pairs[j, np.uint64(k)]
-                a, b = one + first * scale, one + second * scale  # one division for both: 1 / a + 1 / b
+                    more = fused(near_, pairs[j, np.uint64(k)], lanes[cell(_FOUND + k, lane)])
+                    lanes[cell(_FOUND + k, lane)] = fused(near, pairs[i, np.uint64(k)], more)
+                a, b = fused(first, scale, one), fused(second, scale, one)  # one division for both: 1 / a + 1 / b
                 both = (b if first <= outer else zero) + (a if second <= outer else zero)
                 lanes[cell(_FOUND + SUMS, lane)] += both / (a * b)
         for place in range((SUMS + 1) * LANES):
             sums[place] += lanes[_FOUND * LANES + place]
 
 
-@njit(cache=True, fastmath=FAST, forceinline=True)
+@njit(cache=True, forceinline=True)
 def apart(
     motions: np.ndarray,
     lane: int,
@@ -245,10 +264,10 @@ def apart(
 ) -> np.float32:
     """Squared distance of a pair after a lane's motion, Å^2."""
     m = motions
-    a = m[cell(0, lane)] * x + m[cell(1, lane)] * y + m[cell(2, lane)] * z + m[cell(9, lane)] - u
-    b = m[cell(3, lane)] * x + m[cell(4, lane)] * y + m[cell(5, lane)] * z + m[cell(10, lane)] - v
-    c = m[cell(6, lane)] * x + m[cell(7, lane)] * y + m[cell(8, lane)] * z + m[cell(11, lane)] - w
-    return a * a + b * b + c * c
+    a = fused(m[cell(0, lane)], x, fused(m[cell(1, lane)], y, fused(m[cell(2, lane)], z, m[cell(9, lane)] - u)))
+    b = fused(m[cell(3, lane)], x, fused(m[cell(4, lane)], y, fused(m[cell(5, lane)], z, m[cell(10, lane)] - v)))
+    c = fused(m[cell(6, lane)], x, fused(m[cell(7, lane)], y, fused(m[cell(8, lane)], z, m[cell(11, lane)] - w)))
+    return fused(a, a, fused(b, b, c * c))
 
 
 @njit(cache=True, error_model="numpy")

@@ -145,8 +145,8 @@ def _sequences(paths: Paths) -> dict[str, str]:
     for path in (paths.clean("test"), paths.clean("train")):
         if path.is_file():
             open_parquet(path, ["sequence_id", "sequence"]).close()
-            table = pl.read_parquet(path, columns=["sequence_id", "sequence"])
-            found |= dict(table.iter_rows())
+            table = _columns(path, {"sequence_id": pl.String(), "sequence": pl.String()})
+            found |= dict(table.drop_nulls().iter_rows())
     return found
 
 
@@ -158,11 +158,12 @@ def _chains(paths: Paths) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for path in (paths.clean("test"), paths.clean("train")):
         if path.is_file() and "chain_lengths" in pl.read_parquet_schema(path):
-            table = pl.read_parquet(path, columns=["sequence_id", "chain_lengths"])
+            table = _columns(path, {"sequence_id": pl.String(), "chain_lengths": pl.List(pl.Int64)})
             found |= dict(table.filter(pl.col("chain_lengths").list.len() > 1).iter_rows())
     path = paths.clean("references")
     if {"chain", "copy"} <= set(pl.read_parquet_schema(path)):
-        table = pl.read_parquet(path, columns=["sequence_id", "chain", "copy"]).drop_nulls()
+        types = {"sequence_id": pl.String(), "chain": pl.List(pl.String), "copy": pl.List(pl.Int64)}
+        table = _columns(path, types).drop_nulls()
         for name, chain, copy in table.unique("sequence_id", keep="first").iter_rows():
             if max((number for number in copy if number is not None), default=1) > 1:
                 found[name] = [len(list(run)) for _, run in itertools.groupby(zip(chain, copy, strict=True))]
@@ -184,7 +185,7 @@ def _templates(predictions: Path) -> dict[str, int]:
     """sequence_id -> candidates from templates; nothing if the table does not tell whose they are."""
     if "source" not in pl.read_parquet_schema(predictions):
         return {}
-    table = pl.read_parquet(predictions, columns=["sequence_id", "source"])
+    table = _columns(predictions, {"sequence_id": pl.String(), "source": pl.String()})
     copied = pl.col("source").str.starts_with(TEMPLATES).sum().cast(pl.Int64)
     return dict(table.group_by("sequence_id").agg(copied).iter_rows())
 
@@ -194,12 +195,13 @@ def _traces(path: Path, *, member: str, finite: bool) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise DataError(f"{path}: missing. Next: run the stage that writes it (make help).")
     try:
-        table = pl.read_parquet(path)
+        names = list(pl.read_parquet_schema(path))
     except (pl.exceptions.PolarsError, OSError) as err:
         raise DataError(f"{path}: not a readable parquet file. Next: remove it and run its stage again.") from err
-    missing = [name for name in ("sequence_id", member, *_AXES) if name not in table.columns]
+    missing = [name for name in ("sequence_id", member, *_AXES) if name not in names]
     if missing:
-        raise DataError(f"{path}: no column {missing[0]!r}; got {', '.join(table.columns)}. Next: run its stage again.")
+        raise DataError(f"{path}: no column {missing[0]!r}; got {', '.join(names)}. Next: run its stage again.")
+    table = _columns(path, {"sequence_id": pl.String(), member: pl.Int64()} | dict.fromkeys(_AXES, pl.List(pl.Float64)))
     traces = {}
     for (target,), rows in table.sort("sequence_id", member).group_by(["sequence_id"], maintain_order=True):
         if rows[member].is_duplicated().any():
@@ -214,6 +216,15 @@ def _traces(path: Path, *, member: str, finite: bool) -> dict[str, np.ndarray]:
             )
         traces[str(target)] = xyz_ML3
     return traces
+
+
+def _columns(path: Path, types: dict[str, pl.DataType]) -> pl.DataFrame:
+    """Some columns of a table, in these types."""
+    try:
+        return pl.read_parquet(path, columns=list(types)).cast(pl.Schema(types))
+    except (pl.exceptions.PolarsError, OSError) as err:
+        reason = str(err).splitlines()[0]
+        raise DataError(f"{path}: {', '.join(types)} cannot be read ({reason}). Next: run its stage again.") from err
 
 
 def _check_lengths(

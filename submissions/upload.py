@@ -61,6 +61,7 @@ def run(
     competition: Competition,
     name: str,
     file: Path | None = None,
+    fmt: str = "csv",
     kernel: Kernel | None = None,
     wait: float = 3600.0,
     every: float = 20.0,
@@ -71,8 +72,9 @@ def run(
         paths: where the submission and the log are.
         competition: to submit to.
         name: of the ensemble; part of the description.
-        file: another submission than the ensemble's CSV.
-        kernel: submit this notebook version, whose fetched output is checked instead of the ensemble's CSV.
+        file: another submission than the ensemble's.
+        fmt: of the ensemble's submission, csv or parquet.
+        kernel: submit this notebook version, whose fetched output is checked instead of the ensemble's submission.
         wait: seconds to wait for the score; the same command later goes on waiting.
         every: seconds between looks at the list.
 
@@ -86,7 +88,7 @@ def run(
     """
     competition.require_kaggle("submit-kaggle")
     started = time.monotonic()
-    file = file or (kernel.output(paths) if kernel else paths.submission(name))
+    file = file or (kernel.output(paths) if kernel else paths.submission(name, suffix=fmt))
     if not file.is_file():
         raise ConfigError(f"{file}: no such submission. Next: make submit COMP={competition.name} NAME={name}.")
     check.run(paths, competition=competition, file=file)

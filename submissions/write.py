@@ -21,6 +21,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.competitions.base import Competition
@@ -61,7 +62,7 @@ _CHUNK_ROWS = 1 << 16
 
 
 def run(paths: Paths, *, competition: Competition, name: str, fmt: str = "csv", fill: bool = False) -> Report:
-    """Write ``submissions/csv/<comp>-<name>.<fmt>`` from ``ensembles/<name>/test.parquet``.
+    """Write the submission that `Paths.submission` names, from ``ensembles/<name>/test.parquet``.
 
     Args:
         paths: where the artefacts are and where submissions go.
@@ -415,9 +416,9 @@ def describe(facts: Mapping[str, Any]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("rows", f"{facts['rows']:,} for {facts['sequences']:,} sequences, {facts['bytes'] / 2**20:,.1f} MiB")
     for name, (low, high) in facts["ranges"].items():
-        table.add_row(name, f"{low:.4g} to {high:.4g}")
+        table.add_row(escape(name), f"{low:.4g} to {high:.4g}")
     if "labels" in facts:
-        table.add_row("labels", facts["labels"])
+        table.add_row("labels", escape(facts["labels"]))
     if "clipped_values" in facts:
         table.add_row("clipped", f"{facts['clipped_values']:,} values were outside the range")
     return table

@@ -1,6 +1,7 @@
 """The program as a user meets it: help of every verb, one sentence and an exit code for every mistake."""
 
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -10,9 +11,13 @@ import polars as pl
 import pytest
 import typer
 
-from pipeline.cli import app, run_name, run_verb, show
+from pipeline.cli import app, finished_runs, run_name, run_verb, show
+from pipeline.competitions import competitions
+from pipeline.errors import DataError
+from pipeline.paths import Paths
 from pipeline.stage import Report
 from pipeline.synthetic import write_ribonanza
+from submissions import write
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = sorted(typer.main.get_command(app).commands)
@@ -54,8 +59,16 @@ def test_every_verb_explains_itself_and_each_of_its_options(verb, capsys):
         (["train", "--model", "tiny_hyena", "--fold", "7"], 2, "FOLD=7: the folds of sim80_k5 are 0 to 4"),
         (["train", "--model", "tiny_hyena", "--split", "sim80k5"], 2, "SPLIT='sim80k5'"),
         (["train", "--model", "tiny_hyena", "--tag", "a/b"], 2, "TAG='a/b'"),
+        (["train", "--model", "tiny_hyena", "--tag", "x" * 101], 2, "at most 100 letters"),  # "File name too long"
+        (["train", "--model", "tiny_hyena", "--tag", "sweep-x"], 2, "left out of ensembles. Next: another TAG"),
+        (
+            ["train", "--model", "tiny_hyena", "--tag", "x", "--set", "train.workers=500"],
+            2,
+            "at least 0 and at most 64",
+        ),
         (["predict", "--model", "tiny_hyena", "--fold", "5"], 2, "FOLD=5"),
         (["train", "--max-steps", "0"], 2, "--max-steps"),
+        (["sweep"], 2, "OVER is empty. Next: make sweep OVER='train.lr=[1e-3,2e-3]'."),
         (["train", "--model", "hyena", "--track", "mlflow"], 2, "expected one of tensorboard, wandb"),
         (["logs"], 3, "nothing was started here in the background"),
         (["predict", "--kernels", "fast"], 2, "--kernels 'fast' (or RNA_KERNELS): expected auto or reference. Next:"),
@@ -96,6 +109,13 @@ def test_many_outputs_are_told_by_their_folder(tmp_path, capsys):
     assert "fold1/oof.parquet" in told
 
 
+def test_brackets_in_names_of_the_data_are_told(capsys):
+    """The class tRNA[Ala] was printed as tRNA, in the report of the data and in the table of the submission."""
+    facts = {"rows": 1, "sequences": 1, "bytes": 1, "ranges": {"tRNA[Ala]": (0.0, 1.0)}}
+    show(Report(stage="data", status="built", outputs={}), ["classes: tRNA[Ala] = 3", write.describe(facts)])
+    assert capsys.readouterr().out.count("tRNA[Ala]") == 2
+
+
 def test_a_run_is_named_after_config_variant_and_split():
     assert run_name("configs/mine.toml", split="sim80_k5") == "mine.sim80_k5"
 
@@ -113,8 +133,8 @@ def test_make_help_lists_every_target_and_variable_once_in_columns_that_a_termin
     makefile = (ROOT / "Makefile").read_text()
     told = {name: text for name, text in re.findall(r"^([a-z-]+):.*## (.*)", makefile, re.MULTILINE)}
     assert told.keys() == set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)), "a target without a text"
-    variables = re.findall(r"^([A-Z]+) *\?= *([^#]*)# *(.*)", makefile, re.MULTILINE)
-    assert len(variables) == len(re.findall(r"^[A-Z]+ *\?=", makefile, re.MULTILINE)), "a variable without a text"
+    variables = re.findall(r"^([A-Z]+) +\??= *([^#]*)# *(.*)", makefile, re.MULTILINE)
+    assert len(variables) == len(re.findall(r"^[A-Z]+ +\??=", makefile, re.MULTILINE)), "a variable without a text"
     heads = [(f"{target:18} ", text) for target, text in told.items()]
     heads += [(f"{name:10} {preset.strip():17} ", text) for name, preset, text in variables]
     lines = listed.splitlines()
@@ -153,7 +173,9 @@ def test_make_submit_sends_the_file_that_it_wrote(fmt):
     """FORMAT=parquet KAGGLE=1 wrote a parquet file and sent the CSV that an earlier ensemble had left."""
     command = ["make", "-n", "submit", "KAGGLE=1", f"FORMAT={fmt}", "COMP=openvaccine", "NAME=best", "PY=python3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert f'--file "submissions/csv/openvaccine-best.{fmt}"' in done
+    written, sent = (line for line in done.splitlines() if "-m pipeline submit" in line)
+    for line in (written, sent):
+        assert f'--name "best" --format {fmt}' in line
 
 
 def test_make_submit_kaggle_asks_for_the_version_of_a_notebook(tmp_path):
@@ -179,6 +201,26 @@ def test_make_takes_folders_with_blanks(tmp_path):
     where = [f"PY={sys.executable}", f"RAW={tmp_path / 'raw data'}", f"ARTIFACTS={tmp_path / 'to come'}"]
     subprocess.run(["make", "data", *where], cwd=ROOT, check=True, capture_output=True)
     assert (tmp_path / "to come" / "ribonanza" / "clean" / "train.parquet").is_file()
+
+
+def test_runs_of_another_split_are_named_with_it(tmp_path):
+    """`make ensemble` after `make train-all SPLIT=sim80_k3` said "seen: no run at all"."""
+    paths = Paths(comp="ribonanza", root=tmp_path)
+    (paths.fold_dir("tiny_drsn.sim80_k3", 0) / "checkpoints").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"\(seen: tiny_drsn.sim80_k3\). Next: SPLIT=sim80_k3, or make train-all"):
+        finished_runs(paths, "sim80_k5")
+
+
+def test_an_ensemble_of_the_folds_there_are_is_asked_for(tmp_path):
+    """After `make train FOLD=0` nothing could be submitted."""
+    paths = Paths(comp="labelled", root=tmp_path)
+    (paths.fold_dir("tiny_drsn.sim80_k3", 1) / "checkpoints").mkdir(parents=True)
+    paths.oof("tiny_drsn.sim80_k3", 1).touch()
+    with pytest.raises(DataError, match="or PARTIAL=1 to do without them"):
+        finished_runs(paths, "sim80_k3")
+    assert finished_runs(paths, "sim80_k3", partial=True) == ["tiny_drsn.sim80_k3"]
+    command = ["make", "-n", "ensemble", "PARTIAL=1", "PY=python3"]
+    assert "--partial" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def test_make_clean_spares_a_folder_that_is_more_than_artefacts(tmp_path):
@@ -220,6 +262,15 @@ def test_make_clean_spares_folders_that_no_stage_made(tmp_path, there):
     assert (tmp_path / there).exists()
 
 
+def test_make_takes_what_the_environment_says_but_no_name():
+    """Windows' Linux sets NAME to the machine's, after which every ensemble and submission would be called."""
+    environment = os.environ | {"NAME": "DESKTOP-1", "COMP": "openvaccine"}
+    command = ["make", "-n", "submit", "PY=python3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment).stdout
+    assert '--comp "openvaccine"' in done
+    assert '--name "all"' in done
+
+
 def test_make_refuses_variables_in_small_letters():
     """`make train fold=3` trained fold 0."""
     done = subprocess.run(["make", "-n", "train", "fold=3"], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -228,13 +279,26 @@ def test_make_refuses_variables_in_small_letters():
 
 
 def test_make_clean_removes_artefacts(tmp_path):
-    (tmp_path / "my artefacts" / "ribonanza" / "clean").mkdir(parents=True)
+    for comp in (*competitions(), "labelled", "labelled-mine"):
+        (tmp_path / "my artefacts" / comp / "clean").mkdir(parents=True)
     (tmp_path / "my artefacts" / "wheels").mkdir()
     (tmp_path / "my artefacts" / "wheels" / "some.whl").touch()
     subprocess.run(
         ["make", "clean", f"ARTIFACTS={tmp_path / 'my artefacts'}"], cwd=ROOT, capture_output=True, check=True
     )
     assert not (tmp_path / "my artefacts").exists()
+
+
+def test_make_clean_spares_submissions(tmp_path):
+    """What may have been uploaded stays, wherever the artefacts are."""
+    (tmp_path / "ribonanza" / "runs").mkdir(parents=True)
+    (tmp_path / "submissions").mkdir()
+    (tmp_path / "submissions" / "ribonanza-all.csv").touch()
+    subprocess.run(["make", "clean", f"ARTIFACTS={tmp_path}"], cwd=ROOT, capture_output=True, check=True)
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
+        "submissions",
+        "submissions/ribonanza-all.csv",
+    ]
 
 
 def test_artefacts_without_a_name_go_where_they_always_go():

@@ -1,6 +1,7 @@
 """Every failure that a user can act on says what to do next."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,6 +71,32 @@ def test_every_failure_says_what_to_do_next():
         f"{path.relative_to(ROOT)}:{function}": line for path in MODULES for function, line in silent(path.read_text())
     }
     assert found.keys() == ELSEWHERE.keys(), {place: line for place, line in found.items() if place not in ELSEWHERE}
+
+
+def sentences(source: str) -> Iterator[str]:
+    """All texts of a module, with {} for what is put into them."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def unknown(source: str) -> set[str]:
+    """Targets and variables of make that a module tells to use next, and that the Makefile does not have."""
+    makefile = (ROOT / "Makefile").read_text()
+    targets = {*re.findall(r"^([a-z-]+):", makefile, re.MULTILINE), "one"}  # "make one at {page}"
+    told = " ".join(text.partition("Next: ")[2] for text in sentences(source))
+    named = set(re.findall(r"\bmake ([a-z][a-z-]*)", told)) - targets
+    variables = set(re.findall(r"\b([A-Z][A-Z_]+)=", told)) - set(re.findall(r"\b[A-Z][A-Z_]+\b", makefile))
+    return named | {name for name in variables if not name.startswith(("RNA_", "CUDA_"))}  # of the environment
+
+
+def test_what_to_do_next_can_be_done():
+    """METHOD=auto was told, which neither make nor a verb takes."""
+    found = {str(path.relative_to(ROOT)): unknown(path.read_text()) for path in MODULES}
+    assert {path: names for path, names in found.items() if names} == {}
+    assert unknown("f'{x}: no. Next: make nothing METHOD={y} COMP=rna3d.'") == {"nothing", "METHOD"}
 
 
 def test_what_is_said_elsewhere_says_it_too(monkeypatch):

@@ -1,7 +1,10 @@
 """What the README says is there: files of its tour, targets of its commands, one line for every module."""
 
+import itertools
 import re
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -30,10 +33,14 @@ def test_the_file_tour_names_every_module():
     assert not absent
 
 
-def test_every_make_target_in_the_readme_exists():
+@pytest.mark.parametrize(
+    "name", ["README.md", *(f"{folder}/README.md" for folder in ("pipeline", "models", "tests/benchmarks"))]
+)
+def test_every_make_target_in_a_readme_exists(name):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    used = set()
-    for command in re.findall(r"^\s*make ((?:[a-z][a-z-]*\s*)+)", README, re.MULTILINE):
-        used |= set(command.split())
+    text = (ROOT / name).read_text()
+    blocks = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL) + re.findall(r"`(make [^`]*)`", text)
+    commands = [line.split()[1:] for block in blocks for line in block.splitlines() if line.startswith("make ")]
+    used = {word for words in commands for word in itertools.takewhile(re.compile("[a-z][a-z-]*$").match, words)}
     assert used
     assert used <= targets

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 MODES = ("auto", "reference")
-_HOMES = {
+#: operator -> the module that holds its ``OPERATOR``
+HOMES = {
     "selective_scan": "models.layers.selective_scan",
     "causal_conv1d": "models.layers.causal_conv",
     "long_conv": "models.layers.long_conv",
@@ -84,7 +85,7 @@ def choose(operator: str, device: torch.device) -> Choice:
     """The path of an operator on a device; found out once, and logged then.
 
     Args:
-        operator: "selective_scan", "causal_conv1d" or "long_conv".
+        operator: one of `HOMES`.
         device: where its tensors are.
     """
     return _choose(operator, _one_name(torch.device(device)), mode(), torch.are_deterministic_algorithms_enabled())
@@ -101,9 +102,9 @@ def describe(model: nn.Module, device: torch.device) -> str:
 
     A module says what it uses in its attribute ``operators``.
     """
-    used = {name for module in model.modules() for name in getattr(module, "operators", ())}
-    return "; ".join(f"{name}: {choice.path} ({choice.reason})" for name in sorted(used)
-                     for choice in [choose(name, device)])  # fmt: skip
+    used = sorted({name for module in model.modules() for name in getattr(module, "operators", ())})
+    choices = {name: choose(name, device) for name in used}
+    return "; ".join(f"{name}: {choice.path} ({choice.reason})" for name, choice in choices.items())
 
 
 def _one_name(device: torch.device) -> torch.device:
@@ -126,7 +127,7 @@ def _choose(operator: str, device: torch.device, asked: str, deterministic: bool
 
 
 def _home(operator: str) -> Operator:
-    return importlib.import_module(_HOMES[operator]).OPERATOR
+    return importlib.import_module(HOMES[operator]).OPERATOR
 
 
 def _first_usable(operator: Operator, device: torch.device, *, deterministic: bool) -> Choice:

@@ -22,6 +22,7 @@ from models.layers.precision import at_least_float32
 
 _LOG2_E = 1 / math.log(2)
 _CHUNK = 16  # positions whose states are kept at a time in the backward pass
+_MOST_STATES = 256  # of the compiled kernel's and mamba-ssm's channels; more take plain PyTorch
 
 
 def selective_scan(
@@ -54,7 +55,8 @@ def selective_scan(
     args = (u_BLE, delta_BLE, A_EN, B_BLN, C_BLN, D_E)
     with torch.autocast(u_BLE.device.type, enabled=False):
         exact = any(x.dtype == torch.float64 for x in args)  # which plain PyTorch alone keeps
-        path = "reference" if exact else kernels.path("selective_scan", u_BLE.device)
+        plain = exact or A_EN.shape[1] > _MOST_STATES
+        path = "reference" if plain else kernels.path("selective_scan", u_BLE.device)
         if path == "reference":
             return _in_plain_pytorch(*args, reverse=reverse)
         return OPERATOR.kernels[path].run(*args, reverse=reverse)

@@ -20,13 +20,16 @@ def competitions() -> dict[str, Competition]:
 def get_competition(name: str) -> Competition:
     """A competition by name; ``labelled`` and ``labelled-<name>`` are sets of sequences with classes.
 
+    Such a set may be a competition of Kaggle's: then <name> is its name in Kaggle's addresses.
+
     Raises:
         ConfigError: unknown name; the message lists the known ones.
     """
     if re.fullmatch(r"labelled(-\w[\w.-]*)?", name):
         from pipeline.competitions.labelled import LABELLED
 
-        return replace(LABELLED, name=name)
+        slug = re.fullmatch(r"labelled-([a-z\d][a-z\d-]*)", name)
+        return replace(LABELLED, name=name, slug=slug[1] if slug else "")
     known = competitions()
     if name not in known:
         near = difflib.get_close_matches(name, [*known, "labelled"], n=1)

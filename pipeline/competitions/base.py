@@ -63,8 +63,8 @@ class Competition:
         """ConfigError, in the name of a stage, unless the competition is one of Kaggle's."""
         if not self.slug:
             raise ConfigError(
-                f"{stage}: {self.name} is a set of your own; expected a competition of Kaggle's. Next: the other "
-                "targets (make help) work without it."
+                f"{stage}: {self.name} is a set of your own; expected a competition of Kaggle's. Next: "
+                "COMP=labelled-<its name in Kaggle's addresses>, if it is one; the other targets (make help) need none."
             )
 
     @property
@@ -82,6 +82,16 @@ class Competition:
         with np.errstate(invalid="ignore", divide="ignore"):
             means_C = np.asarray(sums_C, dtype=np.float64) / np.asarray(counts_C)
         return np.where(np.asarray(counts_C) > 0, means_C, np.nan) ** (1 / self.error_power)
+
+
+def length_counts(lengths_N: np.ndarray) -> dict[str, int]:
+    """How many sequences there are of each length, for the validation report.
+
+    >>> length_counts(np.array([107, 130, 107]))
+    {'107': 2, '130': 1}
+    """
+    lengths, counts = np.unique(lengths_N, return_counts=True)
+    return {str(length): count for length, count in zip(lengths.tolist(), counts.tolist(), strict=True)}
 
 
 def positions_that_count(prediction_LC: np.ndarray, truth_LC: np.ndarray, *, targets: tuple[str, ...]) -> np.ndarray:

@@ -14,7 +14,7 @@ import re
 import tomllib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -44,6 +44,7 @@ _UNKNOWN = {ALPHABET: "N", AMINO_ACIDS: "X"}  # what odd letters are read as
 _NUCLEOTIDE = "[ACGTUNacgtun]"
 _NUCLEIC_FROM, _PROTEIN_BELOW = 0.9, 0.6  # share of nucleotides' letters; proteins have about a quarter
 _MOST_CLASSES = 1 << 16
+_HAS, _HAS_NOT = ("1", "1.0", "true"), ("0", "0.0", "false")  # what a column of a class holds
 _PARQUET: dict[str, Any] = {"compression": "zstd", "row_group_size": 1 << 14}
 
 
@@ -54,6 +55,8 @@ class Settings:
     id: str = ""  #: column of the ids; without one, rows are numbered
     sequence: str = ""
     label: str = ""
+    #: instead of a label's column: columns of 0 and 1, each a class that a sequence has or has not
+    classes: list[str] = field(default_factory=list)
     group: str = ""  #: column of known relatives, which share a fold
     separator: str = ";"  #: between the labels of one sequence; "" = a cell is one label, whatever it holds
     alphabet: Literal["", "nucleotides", "amino acids"] = ""
@@ -128,7 +131,7 @@ def clean(files: dict[str, Path], parts: dict[str, Path]) -> dict[str, Any]:
 
     - train: as every competition's, with ``labels`` (places in the class names; null = not known, not scored);
     - classes: see `pipeline.classes`;
-    - test: ``sequence_id, sequence`` in the order of the file;
+    - test: ``sequence_id, sequence`` in the order of the file, and ``labels`` where they are known, for the last score;
     - sample: the sample submission as it is, all text.
 
     Raises:
@@ -148,15 +151,47 @@ def clean(files: dict[str, Path], parts: dict[str, Path]) -> dict[str, Any]:
         train.write_parquet(parts["train"], **_PARQUET)
         write_classes(parts["classes"], classes)
     if "test" in tables:
-        test = _with_ids(tables["test"], "test", may_repeat=False).select("sequence_id", "sequence")
+        test = _with_ids(tables["test"], "test", may_repeat=False)
+        test, known = _label_test(test, classes, settings) if "train" in tables else (test, {})
+        test = test.select("sequence_id", "sequence", *(["labels"] if "labels" in test.columns else []))
         test.write_parquet(parts["test"], **_PARQUET)
-        facts["test"] = {"sequences": test.height, "letters": _tell_letters(letters, odd["test"])}
+        facts["test"] = {"sequences": test.height, **known, "letters": _tell_letters(letters, odd["test"])}
         facts["test"] |= {"lengths": _lengths(test["sequence"])}
         if "train" in tables:
             facts["test"]["copies_of_train"] = int(test["sequence"].is_in(train["sequence"].to_list()).sum())
         if "sample" in parts:
             _write_sample(files["sample"], test["sequence_id"], parts["sample"])
-    return facts
+    told = {name: value for name, value in asdict(settings).items() if value != getattr(Settings(), name)}
+    return facts | ({"columns": told} if told else {})
+
+
+def read_sequences(path: Path, *, alphabet: str) -> tuple[pl.DataFrame, int]:
+    """Sequences of any file that RAW may be, without labels, in the letters of a network.
+
+    Args:
+        path: CSV, TSV, parquet or FASTA; ``columns.toml`` beside it holds here too.
+        alphabet: the network's; odd letters are read as N, or X in proteins, where it has that one.
+
+    Returns:
+        ``sequence_id`` (each once; numbered rows where there are none) and ``sequence`` in the order of the file, and
+        how many letters were odd.
+
+    Raises:
+        DataError: the file is not what it should be, or has an odd letter that the network does not know.
+    """
+    if _ending(path) not in _ENDINGS:
+        raise DataError(f"{path}: expected {', '.join(_ENDINGS)}. Next: write the sequences in one of these.")
+    columns = path.with_name("columns.toml")
+    settings = _read_settings(columns if columns.is_file() else None)
+    letters = ALPHABET if alphabet.startswith(ALPHABET) else AMINO_ACIDS
+    frame, found = _normalise(_read({"embed": path}, "embed", settings), letters, settings)
+    if found["odd"] and _UNKNOWN[letters] not in alphabet:
+        row = frame.filter(pl.col("sequence").str.contains(_UNKNOWN[letters], literal=True)).row(0, named=True)
+        raise DataError(
+            f"{_spot(row)}: {row['sequence'].count(_UNKNOWN[letters])} letters that are none of {letters}, and the "
+            "network was trained on those alone. Next: remove or repair the row."
+        )
+    return _with_ids(frame, "row", may_repeat=False).select("sequence_id", "sequence"), found["odd"]
 
 
 # --- raw files ---
@@ -169,13 +204,16 @@ def _read_settings(path: Path | None) -> Settings:
         told = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise DataError(f"{path}: not valid TOML: {err}. Next: correct that line.") from err
-    known = {item.name: type(item.default) for item in fields(Settings)}
+    known = {name: type(value) for name, value in asdict(Settings()).items()}
     for key, value in told.items():
-        if key not in known or not isinstance(value, known[key]):
+        listed = value if isinstance(value, list) else []
+        if key not in known or not isinstance(value, known[key]) or not all(isinstance(each, str) for each in listed):
             expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in known.items())
             raise DataError(f"{path}: {key} = {value!r}; expected {expected}. Next: correct that line.")
     if told.get("alphabet", "") not in ("", "nucleotides", "amino acids"):
         raise DataError(f"{path}: alphabet = {told['alphabet']!r}. Next: 'nucleotides' or 'amino acids'.")
+    if told.get("label") and told.get("classes"):
+        raise DataError(f"{path}: label and classes; expected one of them. Next: remove the other.")
     return Settings(**told)
 
 
@@ -196,8 +234,11 @@ def _read(files: Mapping[str, Path], table: str, settings: Settings) -> pl.DataF
 
 def _read_columns(path: Path, settings: Settings, *, labelled: bool) -> pl.DataFrame:
     chosen = _choose_columns(_column_names(path), settings, labelled=labelled, where=path.name)
-    frame = _read_table(path, list(chosen.values()))
-    frame = frame.select(pl.col(column).alias(role) for role, column in chosen.items())
+    flags = sorted(set(settings.classes)) if labelled or set(settings.classes) <= set(_column_names(path)) else []
+    table = _read_table(path, [*chosen.values(), *(name for name in flags if name not in chosen.values())])
+    frame = table.select(pl.col(column).alias(role) for role, column in chosen.items())
+    if flags:
+        frame = frame.with_columns(_join_flags(table, flags, where=path.name))
     is_list = isinstance(frame.schema.get("label"), pl.List)
     kinds = {role: pl.List(pl.String) if is_list and role == "label" else pl.String for role in frame.columns}
     try:
@@ -208,6 +249,20 @@ def _read_columns(path: Path, settings: Settings, *, labelled: bool) -> pl.DataF
             f"{path.name}: columns {', '.join(chosen.values())} are {kinds_found}; expected text. "
             "Next: say which columns are meant in columns.toml beside the file."
         ) from err
+
+
+def _join_flags(table: pl.DataFrame, names: Sequence[str], *, where: str) -> pl.Series:
+    """``label``: of each row the names of the columns that hold 1."""
+    texts = table.select(pl.col(names).cast(pl.String).str.strip_chars().str.to_lowercase())
+    for name in names:
+        odd = texts[name].filter(~texts[name].is_in([*_HAS, *_HAS_NOT]).fill_null(False))
+        if odd.len():
+            raise DataError(
+                f"{where}: column {name} holds {odd[0]!r}; expected 0 or 1, being one of columns.toml's classes. "
+                "Next: repair that cell, or correct columns.toml."
+            )
+    flags = [pl.when(pl.col(name).is_in(_HAS)).then(pl.lit(name)) for name in names]
+    return texts.select(pl.concat_list(flags).list.drop_nulls().alias("label"))["label"]
 
 
 def _column_names(path: Path) -> list[str]:
@@ -276,11 +331,16 @@ def _open_text(path: Path) -> Iterator[IO[str]]:
 def _choose_columns(names: Sequence[str], settings: Settings, *, labelled: bool, where: str) -> dict[str, str]:
     """Role -> column."""
     chosen: dict[str, str] = {}
+    if lost := sorted(set(settings.classes) - set(names) if labelled else ()):
+        raise DataError(f"{where}: no column {lost[0]!r}, one of columns.toml's classes. Next: correct it.")
     for role in _USUAL:
-        if role == "label" and not labelled:
+        if role == "label" and settings.classes:
             continue
         told = getattr(settings, role)
         found = [told] if told else _usual_columns(names, role)
+        if role == "label" and not labelled:  # of a test set they may be there
+            chosen |= {role: found[0]} if len(found) == 1 and found[0] in names else {}
+            continue
         listed = ", ".join(names[:12]) + (" …" if len(names) > 12 else "")
         if told and told not in names:
             raise DataError(f"{where}: no column {told!r}, which columns.toml names; found {listed}. Next: correct it.")
@@ -290,9 +350,10 @@ def _choose_columns(names: Sequence[str], settings: Settings, *, labelled: bool,
                 f"Next: say which in columns.toml beside the file: {role} = '{found[0]}'."
             )
         if not found and role in ("sequence", "label"):
+            several = ", or classes = ['<column of 0 and 1>', …]" if role == "label" else ""
             raise DataError(
                 f"{where}: no column is called {', '.join(_USUAL[role][:4])} …; found {listed}. "
-                f"Next: say which is the {role} in columns.toml beside the file: {role} = '<column>'."
+                f"Next: say which is the {role} in columns.toml beside the file: {role} = '<column>'{several}."
             )
         chosen |= {role: found[0]} if found else {}
     return chosen
@@ -324,7 +385,7 @@ def _read_fasta(path: Path, *, labelled: bool) -> pl.DataFrame:
             elif line:
                 texts[-1].append(line)
     frame = {"id": ids, "sequence": ["".join(parts) for parts in texts]}
-    return pl.DataFrame(frame | ({"label": labels} if labelled else {}), schema_overrides={"sequence": pl.String})
+    return pl.DataFrame(frame | {"label": labels}, schema_overrides={"sequence": pl.String})
 
 
 def _split_header(header: str, *, labelled: bool) -> tuple[str, str]:
@@ -445,7 +506,7 @@ def _label(frame: pl.DataFrame, alphabet: str, settings: Settings) -> tuple[pl.D
     """The clean train table, its classes, and what there is to say of both."""
     rows, where = frame.height, frame["where"][0]
     frame, exclusive = _split_labels(frame, settings)
-    names = frame["names"].explode().drop_nulls().unique().sort().to_list()
+    names = sorted(set(settings.classes)) or frame["names"].explode().drop_nulls().unique().sort().to_list()
     _check_classes(names, int(frame["names"].is_not_null().sum()), exclusive=exclusive, where=where)
     if "id" in frame.columns:
         frame = frame.unique(["id", "sequence", "names"], keep="first", maintain_order=True)
@@ -473,6 +534,25 @@ def _label(frame: pl.DataFrame, alphabet: str, settings: Settings) -> tuple[pl.D
     return train, classes, facts
 
 
+def _label_test(frame: pl.DataFrame, classes: Classes, settings: Settings) -> tuple[pl.DataFrame, dict[str, str | int]]:
+    """Add ``labels`` to a test set whose labels are known, which nothing but its score ever reads; and what was found.
+
+    Columns that only look like labels, or hold the same everywhere, are passed over.
+    """
+    if "label" not in frame.columns:
+        return frame, {}
+    frame, _ = _split_labels(frame, settings, exclusive=classes.exclusive)
+    found = set(frame["names"].explode().drop_nulls())
+    strange = sorted(found - set(classes.names))
+    if strange or frame["names"].n_unique() < 2:
+        return frame, {"labels": f"not used: {strange[0]!r} is no class" if strange else "not used: all the same"}
+    places = [
+        None if names is None else [classes.names.index(name) for name in names] for names in frame["names"].to_list()
+    ]
+    frame = frame.with_columns(pl.Series("labels", places, dtype=pl.List(pl.UInt16)))
+    return frame, {"labelled": frame.height - frame["labels"].null_count()}
+
+
 def _duplicates(train: pl.DataFrame, frame: pl.DataFrame, *, rows: int) -> dict[str, int]:
     twice = train.filter(pl.col("sequence").is_duplicated())
     kinds = twice.filter("scored").group_by("sequence").agg(pl.col("labels").n_unique())
@@ -484,15 +564,21 @@ def _duplicates(train: pl.DataFrame, frame: pl.DataFrame, *, rows: int) -> dict[
     }
 
 
-def _split_labels(frame: pl.DataFrame, settings: Settings) -> tuple[pl.DataFrame, bool]:
-    """Add ``names``, the classes of each row (null = not known), and say whether each row has exactly one."""
+def _split_labels(
+    frame: pl.DataFrame, settings: Settings, *, exclusive: bool | None = None
+) -> tuple[pl.DataFrame, bool]:
+    """Add ``names``, the classes of each row (null = not known), and say whether each row has exactly one.
+
+    `exclusive`: whether it has, where that is known.
+    """
     if isinstance(frame.schema["label"], pl.List):
         names, exclusive = pl.col("label"), False
     else:
         text = pl.col("label").str.strip_chars()
-        joined = frame["label"].str.contains(settings.separator, literal=True).any() if settings.separator else False
-        exclusive = not joined
-        names = text.str.split(settings.separator) if joined else pl.concat_list(pl.when(text != "").then(text))
+        if exclusive is None:
+            exclusive = not (settings.separator and frame["label"].str.contains(settings.separator, literal=True).any())
+        whole = exclusive or not settings.separator
+        names = pl.concat_list(pl.when(text != "").then(text)) if whole else text.str.split(settings.separator)
         names = pl.when(text == "").then(None).otherwise(names) if exclusive else names
     stripped = names.list.eval(pl.element().str.strip_chars())
     tidy = stripped.list.eval(pl.element().filter(pl.element() != "")).list.unique().list.sort()
@@ -544,6 +630,6 @@ LABELLED = Competition(
     optional=("test", "sample"),
     raw_files=raw_files,
     clean=clean,
-    test_inputs=("test", "columns"),
-    test_tables=("test",),
+    test_inputs=("test", "sample", "columns"),
+    test_tables=("test", "sample"),
 )

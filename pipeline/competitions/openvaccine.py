@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.competitions.base import Competition, positions_that_count
+from pipeline.competitions.base import Competition, length_counts, positions_that_count
 from pipeline.competitions.raw import column_names, find_table, need_table, read_batches, read_json_lines
 from pipeline.errors import DataError
 from pipeline.schema import normalise_sequence
@@ -29,10 +29,10 @@ _PARQUET: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 _SAMPLE = "sample_submission"
 
 
-def _error_column(target: str) -> str:
+def error_column(target: str) -> str:
     """Name of a target's errors in the raw file: ``deg_error_pH10`` for ``deg_pH10``.
 
-    >>> [_error_column(target) for target in ("reactivity", "deg_Mg_50C")]
+    >>> [error_column(target) for target in ("reactivity", "deg_Mg_50C")]
     ['reactivity_error', 'deg_error_Mg_50C']
     """
     return "reactivity_error" if target == "reactivity" else target.replace("deg_", "deg_error_", 1)
@@ -156,7 +156,7 @@ def _read_train(record: dict[str, Any], where: str) -> dict[str, Any]:
         raise DataError(f"{where}: SN_filter {passes!r}; expected 0 or 1. Next: repair the row.")
     row |= {"dataset_name": f"{length} nt", "group": None, "scored": bool(passes)}
     for target in TARGETS:
-        for column in (target, _error_column(target)):
+        for column in (target, error_column(target)):
             values = _floats(record.get(column), scored, where=f"{where}: {column}")
             row[column] = values + [None] * (length - scored)
         row |= {f"signal_to_noise_{target}": float(signal), f"SN_filter_{target}": bool(passes)}
@@ -184,7 +184,7 @@ def _train_schema() -> pa.Schema:
     fields = [("sequence_id", pa.string()), ("sequence", pa.string()), ("dataset_name", pa.string())]
     fields += [("group", pa.string()), ("scored", pa.bool_())]
     for target in TARGETS:
-        fields += [(name, pa.list_(pa.float32())) for name in (target, _error_column(target))]
+        fields += [(name, pa.list_(pa.float32())) for name in (target, error_column(target))]
         fields += [(f"signal_to_noise_{target}", pa.float32()), (f"SN_filter_{target}", pa.bool_())]
     return pa.schema(fields)
 
@@ -218,8 +218,7 @@ def _check_sample(path: Path, test: list[dict[str, Any]]) -> int:
 
 
 def _lengths(rows: list[dict[str, Any]]) -> dict[str, int]:
-    lengths, counts = np.unique([len(row["sequence"]) for row in rows], return_counts=True)
-    return {str(length): count for length, count in zip(lengths.tolist(), counts.tolist(), strict=True)}
+    return length_counts(np.array([len(row["sequence"]) for row in rows]))
 
 
 def _range(rows: list[dict[str, Any]], target: str) -> dict[str, float]:

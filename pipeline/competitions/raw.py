@@ -70,8 +70,10 @@ def need_table(folder: Path, stem: str, *, suffix: str = ".csv") -> Path:
     path = find_table(folder, stem, suffix=suffix)
     if path is None:
         *first, last = _endings(suffix)
+        there = sorted(path.name for path in folder.iterdir())
+        found = ", ".join(there[:4]) + (" …" if len(there) > 4 else "") if there else "nothing"
         raise DataError(
-            f"{folder}: no {stem}{', '.join(first)} or {last}, and no zip that holds {stem}{suffix}. "
+            f"{folder}: no {stem}{', '.join(first)} or {last}, and no zip that holds {stem}{suffix}; found {found}. "
             "Next: download the competition's files into that folder."
         )
     return path

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.competitions.base import Competition, positions_that_count
+from pipeline.competitions.base import Competition, length_counts, positions_that_count
 from pipeline.competitions.raw import (
     column_names,
     find_table,
@@ -166,7 +166,7 @@ def _write_train(store: ProfileStore, choice: Choice, groups: pa.StringArray, pa
         "duplicates_resolved": choice.duplicates,
         "scored": int(scored.sum()),
         "probes": {probe: stat.facts() for probe, stat in zip(PROBES, stats, strict=True)},
-        "lengths": _counts(lengths_S),
+        "lengths": length_counts(lengths_S),
         "datasets": dict(sorted((row["values"], row["counts"]) for row in datasets.value_counts().to_pylist())),
         "dataset_names_that_differ_between_probes": disagreements,
     }
@@ -313,7 +313,7 @@ def _clean_test(path: Path) -> tuple[pa.Table, dict[str, Any]]:
         "future": int(pc.sum(table["future"]).as_py()),
         "positions": int(lengths_S.sum()),
         "first_id": first,
-        "lengths": _counts(lengths_S),
+        "lengths": length_counts(lengths_S),
     }
 
 
@@ -431,11 +431,6 @@ def _need_room(train: Path, folder: Path) -> None:
             f"{folder}: {free / 1e9:.1f} GB are free; about {needed / 1e9:.1f} GB are needed for {train.name}. "
             "Next: free space, or choose another artifacts folder."
         )
-
-
-def _counts(lengths_S: np.ndarray) -> dict[str, int]:
-    lengths, counts = np.unique(lengths_S, return_counts=True)
-    return {str(length): count for length, count in zip(lengths.tolist(), counts.tolist(), strict=True)}
 
 
 RIBONANZA = Competition(

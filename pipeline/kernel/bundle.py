@@ -1,7 +1,8 @@
 """Everything that a notebook without internet needs, in two folders that Kaggle's client sends.
 
     artifacts/<comp>/kernels/<slug>/code/      kernel.py and kernel-metadata.json: the notebook
-                                    dataset/   MANIFEST.json, our wheel, wheels that the image lacks, settings, weights
+                                    dataset/   MANIFEST.json, our wheel, wheels that the image lacks, settings, weights,
+                                               of labelled sets the clean tables
 
 The data set is flat: Kaggle's client leaves folders out, and what packs them is unpacked there or not. The manifest
 says where each file belongs, and its sha256.
@@ -23,12 +24,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.classes import read_classes
 from pipeline.competitions.base import Competition
+from pipeline.competitions.labelled import LABELLED
 from pipeline.competitions.rna3d import STAGES, is_stage
 from pipeline.config import find_config, load_config
 from pipeline.errors import ConfigError, DataError, NetworkError
 from pipeline.kernel import script
-from pipeline.paths import REPOSITORY, Paths
+from pipeline.paths import IS_CHECKOUT, REPOSITORY, Paths
 from pipeline.runlog import say
 from pipeline.stage import Report, commit, read_result, sha256_file, versions, write_json
 from pipeline.structure import predict as denovo
@@ -99,12 +102,12 @@ def build(order: Order) -> Report:
     """Write ``kernels/<slug>/{code,dataset}``, complete or not at all.
 
     Raises:
-        ConfigError: no owner, a model that is not known, or no setuptools to build the wheel with (exit code 2).
-        DataError: a checkpoint or ensemble that is to be packed is absent or damaged, or a file looks like a
-            credential (3).
+        ConfigError: no owner, a model that is not known, no setuptools to build the wheel with, or predictions for a
+            set that is no competition of Kaggle's (exit code 2).
+        DataError: a checkpoint, an ensemble or tables that are to be packed are absent or damaged, or a file looks
+            like a credential (3).
         NetworkError: a wheel that the image lacks is not here and cannot be fetched (6).
     """
-    order.competition.require_kaggle("kernel")
     started = time.monotonic()
     _check(order)
     slug = slug_of(order)
@@ -122,12 +125,13 @@ def build(order: Order) -> Report:
         ]
         names = sorted(path.name for path in dataset.iterdir())
         files = {name: _entry(dataset / name) | places.get(name, {}) for name in names}
-        told = {"bundle": slug, "mode": order.mode, "competition": order.competition.name, **settings}
+        told: dict[str, Any] = {"bundle": slug, "mode": order.mode, "competition": order.competition.name}
         told |= {"slug": order.competition.slug, "task": order.competition.task, "raw_files": order.competition.files}
+        told |= settings
         told |= {"files": files, "limit_s": order.limit_s, "margin_s": _MARGIN_S, "python": PYTHON, "image": IMAGE}
         write_json(dataset / "MANIFEST.json", told | {"commit": commit(), "versions": versions()})
         write_json(dataset / "dataset-metadata.json", _dataset_metadata(order.owner, slug))
-        _write_code(order, slug, code)
+        _write_code(order, slug, code, sources=[order.competition.slug] if told["raw_files"] else [])
         refuse_secrets(part)
         _replace(part, home)
     finally:
@@ -196,6 +200,8 @@ def _contents(folder: Path) -> Iterator[tuple[str, str, bytes]]:
 
 
 def _check(order: Order) -> None:
+    if order.mode == "predict":
+        order.competition.require_kaggle("kernel")
     if not re.fullmatch(r"[A-Za-z0-9][\w-]{2,}", order.owner):
         raise ConfigError(
             f"OWNER={order.owner!r}: expected your user name on Kaggle: 3 or more letters, digits, - and _, of which "
@@ -220,7 +226,8 @@ def _train_settings(order: Order, dataset: Path) -> dict[str, Any]:
     words += ["--tag", order.tag] if order.tag else []
     words += [word for change in order.overrides for word in ("--set", change)]
     words += ["--fold", str(order.folds[0])] if len(order.folds) == 1 else ["--all-folds"]
-    return {
+    is_labelled = order.competition.task == "classes"
+    return (_pack_labelled(order.paths, dataset) if is_labelled else {}) | {
         "config": toml.name,
         "run": order.run,
         "split": order.split,
@@ -246,7 +253,8 @@ def _predict_settings(order: Order, dataset: Path) -> dict[str, Any]:
     ]
     shutil.copyfile(source, dataset / "weights.json")
     places["weights.json"] = ["bundled/weights.json"]
-    return {
+    more = _pack_reading(order, told["split"], dataset, places) if order.competition.task == "classes" else {}
+    return more | {
         "places": {name: {"places": where} for name, where in places.items()},
         "weights": "bundled/weights.json",
         "folds": told["folds"],
@@ -261,6 +269,48 @@ def _predict_settings(order: Order, dataset: Path) -> dict[str, Any]:
         ],
         "bpp": any(uses_bpp) or order.competition.task == "structure",
     }
+
+
+def _pack_labelled(paths: Paths, dataset: Path) -> dict[str, Any]:
+    """Pack the clean tables of a labelled set: only here is it known how its raw files are to be read."""
+    read_classes(paths)
+    files = [path for name in LABELLED.tables if (path := paths.clean(name)).is_file()]
+    files.append(_data_manifest(paths))
+    for path in files:
+        shutil.copyfile(path, dataset / f"clean.{path.name}")
+    return {"places": {f"clean.{path.name}": {"places": [f"clean/{path.name}"]} for path in files}, "raw_files": []}
+
+
+def _data_manifest(paths: Paths) -> Path:
+    return paths.clean("classes").with_name("data.manifest.json")
+
+
+def _pack_reading(order: Order, split: str, dataset: Path, places: dict[str, list[str]]) -> dict[str, Any]:
+    """Pack the classes, and how a hidden test set is to be read and decided; which raw files are looked for."""
+    paths = order.paths
+    manifest, classes = _data_manifest(paths), read_classes(paths)
+    made = read_result(manifest, hint=f"make data COMP={paths.comp}")
+    if "test" not in made["inputs"]:
+        raise DataError(
+            f"{manifest}: the data have no table of test sequences; expected one like that which a notebook is to "
+            "predict. Next: put test.csv or the like beside the training file, then make data."
+        )
+    alphabet = "nucleotides" if classes.is_nucleic else "amino acids"
+    settings = made["facts"].get("columns", {}) | {"alphabet": alphabet}
+    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in settings.items()]
+    (dataset / "columns.toml").write_text("".join(lines))
+    places["columns.toml"] = ["raw/columns.toml"]
+    files = [(paths.clean("classes"), "clean/classes.parquet")]
+    sample = ["sample_submission"] if "sample" in made["inputs"] else []
+    if sample and not classes.exclusive:  # the thresholds of labels are learned from these
+        home = paths.ensemble_dir(order.ensemble)
+        files += [(paths.clean("train"), "clean/train.parquet"), (paths.fold_table(split), f"folds/{split}.parquet")]
+        files += [(home / name, f"ensembles/kernel/{name}") for name in ("oof.parquet", "weights.json")]
+    for source, place in files:
+        flat = place.replace("/", ".")
+        shutil.copyfile(source, dataset / flat)
+        places[flat] = [place]
+    return {"raw_files": ["test", *sample]}
 
 
 def _pack_stage(paths: Paths, run: str, dataset: Path, places: dict[str, list[str]]) -> None:
@@ -323,7 +373,7 @@ def build_wheel(target: Path) -> str:
         ConfigError: pip or setuptools is missing, or this is no checkout.
     """
     lacking = [name for name in ("pip", "setuptools") if importlib.util.find_spec(name) is None]
-    if lacking or not (REPOSITORY / "pyproject.toml").is_file():
+    if lacking or not IS_CHECKOUT:
         why = f"{', '.join(lacking)} is not installed" if lacking else f"{REPOSITORY} is no checkout of the project"
         raise ConfigError(
             f"kernel: {why}, so our wheel cannot be built. Next: pip install pip setuptools, in a checkout."
@@ -390,7 +440,7 @@ def _last_line(done: subprocess.CompletedProcess[str]) -> str:
 # --- what Kaggle's client reads ---
 
 
-def _write_code(order: Order, slug: str, code: Path) -> None:
+def _write_code(order: Order, slug: str, code: Path, *, sources: Sequence[str]) -> None:
     code.mkdir()
     text = Path(script.__file__).read_text()
     (code / "kernel.py").write_text(text.replace('"@bundle@"', json.dumps(slug)))
@@ -408,7 +458,7 @@ def _write_code(order: Order, slug: str, code: Path) -> None:
             "enable_internet": False,  # the client's own default is true
             **({"machine_shape": "NvidiaTeslaT4"} if order.gpu else {}),  # two T4; the P100 runs no current torch
             "dataset_sources": [f"{order.owner}/{slug}-data"],
-            "competition_sources": [order.competition.slug],
+            "competition_sources": list(sources),
             "kernel_sources": [order.resume] if order.resume else [],
             "model_sources": [],
             "keywords": [],

@@ -1,9 +1,9 @@
 """A rehearsal of both kinds of notebook: bare Python, no network, inputs that nothing may be written to.
 
-On synthetic data of values and of structures: a training notebook trains every fold of a tiny network, a prediction
-notebook predicts a test set of another size with all that the ensemble has, and again a few rows as in an interactive
-session, and the submission is checked here. Or a bundle that is to be sent, on raw files of one's own. Two processes
-work at once, as they do on two GPUs.
+On synthetic data of values, structures and classes: a training notebook trains every fold of a tiny network, a
+prediction notebook predicts a test set of another size with all that the ensemble has, and again a few rows as in an
+interactive session, and the submission is checked here. Or a bundle that is to be sent, on raw files of one's own. Two
+processes work at once, as they do on two GPUs.
 
 Bare means: an interpreter whose packages are those that Kaggle's image has (`bundle.IMAGE`) and what these need, linked
 from an environment that has them, so that nothing of torch's size is installed again; our own code and everything that
@@ -12,6 +12,7 @@ the image lacks is there only if the notebook installs it from its bundle.
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from pipeline import synthetic
 from pipeline.competitions import get_competition
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
+from pipeline.kernel import script
 from pipeline.kernel.bundle import IMAGE, Order, build, read_bundle
 from pipeline.paths import REPOSITORY, Paths
 from pipeline.runlog import say
@@ -35,6 +37,7 @@ _OWNER, _SPLIT, _MODEL, _NAME = "rehearsal", "sim80_k2", "tiny_transformer_sepco
 _SYNTHETIC: dict[str, Callable[..., object]] = {
     "ribonanza": partial(synthetic.write_ribonanza, sequences=60),
     "rna3d": partial(synthetic.write_rna3d, targets=16),
+    "labelled-motifs": partial(synthetic.write_labelled, sequences=120),
 }
 _RERUN = {"KAGGLE_IS_COMPETITION_RERUN": "1", "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
 _TWO = {"RNA_PROCESSES": "2"}  # as on Kaggle's two T4
@@ -72,7 +75,7 @@ print(json.dumps({"python": sys.version.split()[0], "found": found}))
 
 
 def run(folder: Path, *, python: Path) -> Report:
-    """Rehearse both kinds of notebook, for values and for structures, in a folder that is emptied first.
+    """Rehearse both kinds of notebook, for values, structures and classes, in a folder that is emptied first.
 
     Args:
         folder: for environment, inputs and outputs.
@@ -123,7 +126,7 @@ def run_bundle(
     work, span = folder / "work", limit_s or told["limit_s"]
     played = {"notebook": room.play(outputs, raw, work=work, more=_RERUN | limit, timeout=span + _GRACE_S)}
     if told["mode"] == "predict":
-        played["rows"] = _judge(competition, raw, work / "submission.csv", folder / "judge")
+        played["rows"] = _judge(home, competition, raw, work / "submission.csv", folder / "judge")
     facts = {"versions": room.versions, "network": room.refusal, "competitions": {competition.name: played}}
     outputs = {"work": work}
     return Report(
@@ -141,6 +144,8 @@ def _rehearse(room: "Room", competition: Competition, write: Callable[..., objec
     changes: dict[str, Any] = {"model": _MODEL, "tag": "rehearsal", "overrides": ("train.epochs=2",)}
     changes["run"] = f"{_MODEL}+rehearsal.{_SPLIT}"
     here = Paths(comp=competition.name, root=folder / "here")
+    if competition.task == "classes":  # its tables travel along
+        _here("data", "--comp", competition.name, "--artifacts", str(here.root), "--raw", str(folder / "raw"))
     trained = build(Order(mode="train", paths=here, folds=(0, 1), **changes, **order)).outputs
     seconds = {"train": room.play(trained, folder / "raw", work=folder / "raw-work", more=_TWO)}
     after = Paths(comp=competition.name, root=folder / "raw-work" / "artifacts")
@@ -151,16 +156,19 @@ def _rehearse(room: "Room", competition: Competition, write: Callable[..., objec
     packed = build(Order(mode="predict", paths=after, ensemble=_NAME, **order)).outputs
     work = folder / "hidden-work"
     seconds["predict"] = room.play(packed, folder / "hidden", work=work, more=_RERUN | _TWO)
-    rows = _judge(competition, folder / "hidden", work / "submission.csv", folder / "judge")
+    home = packed["dataset"].parent
+    rows = _judge(home, competition, folder / "hidden", work / "submission.csv", folder / "judge")
     trial = {"KAGGLE_KERNEL_RUN_TYPE": "Interactive"}
     seconds["interactive"] = room.play(packed, folder / "raw", work=folder / "trial-work", more=trial)
     return seconds | {"rows": rows}
 
 
-def _judge(competition: Competition, raw: Path, submission: Path, folder: Path) -> int:
-    """Check a submission here, against the raw files that it is for; returns its rows."""
+def _judge(home: Path, competition: Competition, raw: Path, submission: Path, folder: Path) -> int:
+    """Check a submission of a bundle here, against the raw files that it is for; returns its rows."""
     at = ["--comp", competition.name, "--artifacts", str(folder)]
-    _here("data", *at, "--raw", str(raw), "--test-only")
+    own = folder / competition.name
+    script.place(home / "dataset", read_bundle(home), own)
+    _here("data", *at, "--raw", str(script.beside(raw, own / "raw")), "--test-only")
     _here("check", *at, str(submission))
     with submission.open() as lines:
         return sum(1 for _ in lines) - 1
@@ -174,7 +182,8 @@ def describe(facts: Mapping[str, Any]) -> list[str]:
         spent = ", ".join(f"{what} {told[what]:.0f} s" for what in told if what != "rows")
         lines.append(f"{name}: {spent}")
         if "rows" in told:
-            lines.append(f"  submission.csv of a test set of another size: {told['rows']:,} rows, accepted")
+            test = "the test set in RAW" if "notebook" in told else "a test set of another size"
+            lines.append(f"  submission.csv of {test}: {told['rows']:,} rows, accepted")
     return lines
 
 
@@ -211,7 +220,8 @@ class Room:
         inputs = work.with_name(f"{work.name}-input")
         owner, _, slug = told["dataset_sources"][0].partition("/")
         shutil.copytree(outputs["dataset"], inputs / "datasets" / owner / slug)
-        shutil.copytree(raw, inputs / "competitions" / told["competition_sources"][0])
+        for name in told["competition_sources"]:
+            shutil.copytree(raw, inputs / "competitions" / name)
         (inputs / "datasets" / owner / slug / "dataset-metadata.json").unlink()  # is not part of what is mounted
         for path in [inputs, *inputs.rglob("*")]:
             path.chmod(0o555 if path.is_dir() else 0o444)
@@ -288,7 +298,7 @@ def _listing(folder: Path) -> list[tuple[str, int, int]]:
 
 def _here(*words: str) -> None:
     """A verb of the program in this environment."""
-    say(f"rna {' '.join(words)}")
+    say(f"rna {shlex.join(words)}")
     done = subprocess.run([sys.executable, "-m", "pipeline", *words], cwd=REPOSITORY, check=False)
     if done.returncode:
         raise DataError(f"rna {words[0]} ended with {done.returncode}. Next: its last line above says why.")

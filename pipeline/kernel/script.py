@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -44,9 +45,8 @@ def main() -> None:
     bundle, told = find_bundle(inputs)
     say(f"{told['mode']} of {told['competition']}, bundle {bundle}, code {told['commit'] or 'of no commit'}")
     install(bundle, told)
-    raw = find_raw(inputs, told)
     work = Path.cwd()
-    facts = train(inputs, bundle, raw, work, told) if told["mode"] == "train" else predict(bundle, raw, work, told)
+    facts = (train if told["mode"] == "train" else predict)(inputs, bundle, work, told)
     files = {name: sha256(work / name) for name in facts.pop("files")}
     facts |= {"bundle": BUNDLE, "mode": told["mode"], "seconds": round(time.monotonic() - STARTED), "files": files}
     (work / "KERNEL.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -125,15 +125,21 @@ def install(bundle: Path, told: dict[str, Any]) -> None:
 # --- the two modes ---
 
 
-def train(inputs: Path, bundle: Path, raw: Path, work: Path, told: dict[str, Any]) -> dict[str, Any]:
-    """data -> folds -> (pairing) -> training and predictions, from where an earlier notebook stopped."""
+def train(inputs: Path, bundle: Path, work: Path, told: dict[str, Any]) -> dict[str, Any]:
+    """data -> folds -> (pairing) -> training and predictions, from where an earlier notebook stopped.
+
+    Where no raw files are to be found, the bundle brings the clean tables.
+    """
+    raw = find_raw(inputs, told) if told["raw_files"] else None
     home = work / "artifacts" / told["competition"]
     begun = find_begun(inputs, told)
     if begun and not home.exists():
         say(f"goes on with the run in {begun}")
         copy_tree(begun, home)  # tables too: a later image would write them with other bytes
     at = ["--comp", told["competition"], "--artifacts", str(home.parent)]
-    rna("data", *at, "--raw", str(raw))
+    place(bundle, told, home)
+    if raw:
+        rna("data", *at, "--raw", str(raw))
     rna("folds", *at, "--split", told["split"])
     if told["bpp"] and find_spec("RNA"):
         rna("bpp", *at)
@@ -162,26 +168,25 @@ def train(inputs: Path, bundle: Path, raw: Path, work: Path, told: dict[str, Any
 def train_in_time(at: list[str], words: list[str], told: dict[str, Any], *, processes: int) -> int:
     """Train with a process for each GPU, with one where several fail; 0, or 75 if the time was up before the end."""
     together = ["--nproc", str(processes)] if processes > 1 else []
-    budget = ["--time-budget", f"{max(1, round(left(told)))}s"]
+    given = left(told)
+    budget = ["--time-budget", f"{max(1, round(given))}s"]
     accept = None if together else (0, _RESUMABLE)
     code = rna("train", *at, *words, *budget, *together, accept=accept)
-    if code in (0, _RESUMABLE):
+    by_its_clock = code == _RESUMABLE and left(told) < given / 2  # and not for a process that was lost
+    if code == 0 or by_its_clock or not together:
         return code
     say(f"{processes} processes ended with {code}; going on with one")
     return train_in_time(at, words, told, processes=1)
 
 
-def predict(bundle: Path, raw: Path, work: Path, told: dict[str, Any]) -> dict[str, Any]:
+def predict(inputs: Path, bundle: Path, work: Path, told: dict[str, Any]) -> dict[str, Any]:
     """Test set -> submission.csv: early, and again with all that the time allows.
 
     From the first file on nothing ends this script: Kaggle scores no notebook that failed.
     """
     home = Path(tempfile.mkdtemp(prefix="rna-"))
-    for name, entry in told["files"].items():
-        for place in entry.get("places", ()):
-            target = home / told["competition"] / place
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(bundle / name, target)
+    place(bundle, told, home / told["competition"])
+    raw = beside(find_raw(inputs, told), home / told["competition"] / "raw")
     at = ["--comp", told["competition"], "--artifacts", str(home)]
     rows = os.environ.get("RNA_ROWS", "")
     rna("data", *at, "--raw", str(raw), "--test-only", *(["--rows", rows] if rows else []))
@@ -360,7 +365,7 @@ def rna(
     Raises:
         subprocess.TimeoutExpired: the time is up, and the verb is asked to end, with its workers, and then made to.
     """
-    say(f"rna {' '.join(words)}")
+    say(f"rna {shlex.join(words)}")
     own = {} if slot is None else {"CUDA_VISIBLE_DEVICES": str(slot)}
     with subprocess.Popen([sys.executable, "-m", "pipeline", *words], env=os.environ | own) as process:
         try:
@@ -374,6 +379,24 @@ def rna(
     if accept is not None and code not in accept:
         fail(f"rna {words[0]} ended with {code}. Next: its last line above says why.")
     return code
+
+
+def place(bundle: Path, told: dict[str, Any], home: Path) -> None:
+    """Copy the bundle's files to where they belong among the artefacts."""
+    for name, entry in told["files"].items():
+        for where in entry.get("places", ()):
+            (home / where).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle / name, home / where)
+
+
+def beside(raw: Path, own: Path) -> Path:
+    """The raw files as links beside those that the bundle brings, if it does: inputs are read-only."""
+    if not own.is_dir():
+        return raw
+    for path in raw.iterdir():
+        if not (own / path.name).exists():
+            (own / path.name).symlink_to(path.resolve())
+    return own
 
 
 def copy_tree(source: Path, target: Path) -> None:

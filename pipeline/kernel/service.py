@@ -222,7 +222,7 @@ def _dataset(name: str, told: Mapping[str, Any]) -> tuple[str, int]:
     if answer.code == 0 and found:
         here = json.loads(found[0])
         return str(here["status"]), int(here["current_version_number"] or 0)
-    if re.search(r"Not found|404|Permission '?datasets", answer.text):
+    if re.search(r"Not found|\b404\b|Permission '?datasets", answer.text):
         return "absent", 0
     raise kaggle_cli.explain(answer, what=f"state of {name}", slug=told["slug"])
 
@@ -235,12 +235,12 @@ def _metadata(home: Path) -> dict[str, Any]:
 
 
 def _explain(answer: kaggle_cli.Answer, code: Mapping[str, Any], *, what: str) -> NetworkError:
-    if re.search(r"Not found|404|Permission '?kernels\.get", answer.text):
+    if re.search(r"Not found|\b404\b|Permission '?kernels\.get", answer.text):
         return NetworkError(
             f"{what}: Kaggle shows this account no such notebook. Next: compare OWNER with your user name there, or "
             "make kernel-push."
         )
-    return kaggle_cli.explain(answer, what=what, slug=code["competition_sources"][0])
+    return kaggle_cli.explain(answer, what=what, slug="".join(code["competition_sources"]))
 
 
 def _state(code: Mapping[str, Any]) -> tuple[str, str]:

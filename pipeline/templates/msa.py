@@ -25,6 +25,7 @@ def find_alignments(folder: Path, targets: list[str]) -> dict[str, Path]:
 
     Args:
         folder: with these files, or a parquet file with the columns ``target_id`` and ``msa`` (list of rows).
+        targets: ids to look for in a folder.
 
     Raises:
         DataError: there is no such folder or file.

@@ -2,13 +2,13 @@
 
 import numpy as np
 
+from pipeline.schema import CANONICAL_PAIRS
 from pipeline.structure.geometry import close_pairs, double_helix
 
 #: C1'-C1' of a helix's pair (10.6 Å in the ideal one) and what is taken for one.
 _SHORTEST, _LONGEST = 8.8, 12.4
 #: RMSD of two stacked pairs from the ideal helix up to which they count as stacked.
 _STACKED_RMSD = 1.6
-_PAIRED = {"AU", "UA", "GC", "CG", "GU", "UG"}
 
 
 def pairs_from_trace(sequence: str, xyz_L3: np.ndarray) -> np.ndarray:
@@ -29,7 +29,7 @@ def pairs_from_trace(sequence: str, xyz_L3: np.ndarray) -> np.ndarray:
     found = found[:, found[1] - found[0] > 3]
     distance_K = np.linalg.norm(xyz_L3[found[0]] - xyz_L3[found[1]], axis=1)
     candidates = {
-        (int(i), int(j)) for i, j in found[:, distance_K > _SHORTEST].T if sequence[i] + sequence[j] in _PAIRED
+        (int(i), int(j)) for i, j in found[:, distance_K > _SHORTEST].T if sequence[i] + sequence[j] in CANONICAL_PAIRS
     }
     ranked = []
     for i, j in sorted(candidates):

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from pipeline.competitions.base import Competition
-from pipeline.competitions.rna3d import read_teaching
+from pipeline.competitions.rna3d import CANDIDATES, read_teaching
 from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar
@@ -40,7 +40,6 @@ _COVERAGE = FEATURES.index("coverage")
 _LIBRARY, _RANKER = "library.parquet", "ranker.json"
 #: Files of a run that `apply` needs on another machine.
 CARRIED = (_LIBRARY, _RANKER)
-_CANDIDATES = 5
 _LEARNED = 1000  # nt of the longest target that the ranker learns from: a TM-score takes 15 ms there, 57 ms at 2,000
 _RELATED = 0.8  # identity to the shorter sequence from which a chain from elsewhere is kept from a held-out target
 #: Share of a target that a template covers at least. What covers less says little of the whole, whatever the ranker
@@ -257,7 +256,7 @@ class _Judged:
         """Fitted on the five best of every target of other folds: what is submitted, with its optimism."""
         order = np.lexsort((-score_N, self.owner_N))
         first = np.searchsorted(self.owner_N[order], self.owner_N[order])
-        best = order[np.arange(len(order)) - first < _CANDIDATES]
+        best = order[np.arange(len(order)) - first < CANDIDATES]
         best = best[np.isfinite(self.tm_N[best]) & (self.fold_N[best] != without)]
         return Calibration.fit(score_N[best], self.tm_N[best])
 
@@ -267,7 +266,7 @@ class _Known:
     """Matches of the training targets, what they are worth, and the models that learned from it."""
 
     targets: list[Target]
-    known: Library
+    library: Library
     folds: list[int]  # of the targets
     matches: list[list[Match]]
     scores: list[np.ndarray]  # of the matches, by a ranker that never saw the target's fold
@@ -318,7 +317,7 @@ class _Known:
         }
         return _Known(
             targets=targets,
-            known=library,
+            library=library,
             folds=folds,
             matches=matches,
             scores=[score_N[table.owner_N == owner] for owner in range(len(targets))],
@@ -328,11 +327,11 @@ class _Known:
 
     def write_oof(self, parts: dict[str, Path], *, score: Scorer) -> dict[str, Any]:
         """Write every fold's held-out targets; returns how good the candidates and their expected scores are."""
-        truth = {name: self.known.xyz_T3[self.known.part(n)] for n, name in enumerate(self.known.ids)}
+        truth = {name: self.library.xyz_T3[self.library.part(n)] for n, name in enumerate(self.library.ids)}
         rows: dict[int, list[dict[str, Any]]] = {fold: [] for fold in self.models}
         expected, found, best, top = [], [], [], []
         for target, fold, matches, scores in zip(self.targets, self.folds, self.matches, self.scores, strict=True):
-            chosen = _choose(target, self.known, matches, scores, self.models[fold].calibration, count=_CANDIDATES)
+            chosen = _choose(target, self.library, matches, scores, self.models[fold].calibration, count=CANDIDATES)
             rows[fold] += [_row(target, m, each, fold=fold) for m, each in enumerate(chosen, start=1)]
             known = truth.get(target.target_id)
             top.append(max((each.expected for each in chosen), default=0.0))
@@ -341,6 +340,11 @@ class _Known:
                 expected += [each.expected for each in chosen]
                 found += tm_M.tolist()
                 best.append(float(tm_M.max()))
+        if not best:
+            raise DataError(
+                f"templates-predict: no training target has a template that covers {_COVERS:.0%} of it. "
+                "Next: a larger library (make templates RAW=<folder of mmCIF files>)."
+            )
         for fold, table in rows.items():
             _write(table, parts[f"fold{fold}/oof"])
         return {
@@ -399,7 +403,7 @@ def _write_test(
             chosen: list[_Candidate] = []
             if matches:
                 scores = model.ranker.predict(np.stack([match.features_F for match in matches]))
-                count = _CANDIDATES * len(folds)
+                count = CANDIDATES * len(folds)
                 chosen = _choose(target, library, matches, scores, model.calibration, count=count)
             for number, each in enumerate(chosen):
                 place = number // len(folds) + 1
@@ -445,7 +449,7 @@ def _describe_oof(facts: dict[str, Any]) -> list[str]:
     return [
         f"library: {about['train']} training targets, {about['later']} later ones, {about['library']} other chains; "
         "dates: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in about["dates"].items()),
-        f"out of fold: best of {_CANDIDATES} {oof['best_of_five']:.4f} over {oof['with_template']} of {oof['targets']} "
+        f"out of fold: best of {CANDIDATES} {oof['best_of_five']:.4f} over {oof['with_template']} of {oof['targets']} "
         f"targets that have a template; {oof['covered_share']:.0%} expect a TM-score of {COVERED} or more",
         f"expected TM-scores: correlation {honest['correlation']:.2f}, calibration error "
         f"{honest['calibration_error']:.3f}; expected / found by fifths: "

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pipeline.schema import encode
+from pipeline.schema import CANONICAL_PAIRS, encode
 from pipeline.structure.assembly import trace_from_pairs
 from pipeline.structure.geometry import SHORTEST_STEP, similarity
 from pipeline.structure.secondary import nested_pairs, stacking_pairs, without_lone_pairs
@@ -56,8 +56,7 @@ _COPIES = 3  # of them with one and the same sequence
 _LEAST = 3  # residues to transfer
 _TORN = 8.0  # Å
 _CANONICAL = np.zeros((4, 4), dtype=bool)
-for _a, _b in ("AU", "GC", "GU"):
-    _CANONICAL["ACGU".index(_a), "ACGU".index(_b)] = _CANONICAL["ACGU".index(_b), "ACGU".index(_a)] = True
+_CANONICAL[tuple(encode("".join(CANONICAL_PAIRS)).reshape(-1, 2).T)] = True
 
 
 @dataclass(frozen=True, kw_only=True)

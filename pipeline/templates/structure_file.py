@@ -79,10 +79,10 @@ def read_chains(path: Path) -> list[Chain]:
     """
     import gemmi
 
-    parents: dict[str, str] = {}
+    name, parents = path.name.lower(), dict[str, str]()
     try:
-        text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        if path.name.removesuffix(".gz").endswith((".cif", ".mmcif")):
+        text = gzip.decompress(path.read_bytes()) if name.endswith(".gz") else path.read_bytes()
+        if name.removesuffix(".gz").endswith((".cif", ".mmcif")):
             block = gemmi.cif.read_string(text).sole_block()
             structure = gemmi.make_structure_from_block(block)
             structure.resolution = _cif_resolution(block)

@@ -30,11 +30,10 @@ from torch import Tensor
 
 from pipeline.errors import DivergedError, StorageError
 from pipeline.runlog import warn
-from pipeline.stage import fsync, write_json
+from pipeline.stage import DISK_FULL, fsync, write_json
 
 _FORMAT = 1
 _STEP_NAME = re.compile(r"step-\d{8,}")
-_FULL = (28, 122)  # ENOSPC, EDQUOT
 _KEEP = 2
 _WEIGHTS = "model.safetensors"
 
@@ -105,7 +104,7 @@ class CheckpointStore:
         try:
             path = self._write(step, payload, meta)
         except OSError as err:
-            if err.errno not in _FULL:
+            if err.errno not in DISK_FULL:
                 raise
             self._prune(keep=1, best_step=meta.get("best_step"))
             path = self._retry(step, payload, meta)
@@ -166,6 +165,9 @@ class CheckpointStore:
             fsync_folder(self.folder)
         except DamagedError as err:
             raise OSError(5, f"{path}: written and not read back: {err}") from err
+        except OSError as err:  # the system names no file where a disk or a limit (ulimit -f) stopped the writing
+            err.filename = err.filename or str(path)
+            raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
             shutil.rmtree(part.with_name(f"{part.name}-replaced"), ignore_errors=True)
@@ -175,7 +177,7 @@ class CheckpointStore:
         try:
             return self._write(step, payload, meta)
         except OSError as err:
-            if err.errno not in _FULL:
+            if err.errno not in DISK_FULL:
                 raise
             size = sum(map(len, payload.values())) / 2**20
             raise StorageError(

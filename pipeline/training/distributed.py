@@ -19,9 +19,8 @@ import logging
 import os
 import pickle
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +35,7 @@ from pipeline.training.failures import OutOfMemoryEverywhere, is_device_lost, is
 
 _BUCKET = 2**24  # gradient values that are sent together: 64 MiB
 _POLL_S, _HEARD_TRIES = 0.02, 1500
+_GOES_ON = "the same command goes on from the last checkpoint"
 _Value = TypeVar("_Value")
 _Error = TypeVar("_Error", bound=Exception)
 
@@ -242,7 +242,7 @@ class World:
         said = "".join(f"; process {rank}: {words[rank]}" for rank in words)
         return LostProcessError(
             f"process {self.rank} of {self.size} has lost another one, which died, failed or did not answer in time"
-            f"{said}. Next: the same command goes on from the last checkpoint."
+            f"{said}. Next: {_GOES_ON}."
         )
 
     def _failures(self) -> dict[int, Exception]:
@@ -345,6 +345,9 @@ def launch(arguments: Sequence[str], *, processes: int, module: str = "pipeline"
 
     Returns:
         The exit code of the process that failed first, or 0.
+
+    Raises:
+        StoppedError: a signal stopped all, or ended one of them and with it the rest.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -359,16 +362,28 @@ def launch(arguments: Sequence[str], *, processes: int, module: str = "pipeline"
     try:
         run(parse_args([*options, "-m", module, *arguments]))
     except ChildFailedError as err:
-        rank, failure = err.get_first_failure()
-        if failure.exitcode > 0:
-            return failure.exitcode
-        name = signal.Signals(-failure.exitcode).name
-        sys.stderr.write(f"process {rank} was ended by {name}; the same command goes on from the last checkpoint\n")
-        return 128 - failure.exitcode
+        return _code({rank: failure.exitcode for rank, failure in err.failures.items()})
     except SignalException as err:
-        sys.stderr.write(f"stopped ({err.sigval.name}); the same command goes on from the last checkpoint\n")
-        return StoppedError.exit_code
+        raise StoppedError(f"stopped ({err.sigval.name}). Next: {_GOES_ON}.") from err
     return 0
+
+
+def _code(failed: Mapping[int, int]) -> int:
+    """What the exit codes of the processes that ended by themselves come to; torch writes a signal as -number.
+
+    A process that a signal ended takes the others with it, which leave with 75 or by torchrun's SIGTERM; what one of
+    them failed with, and said so, counts more.
+
+    Raises:
+        LostProcessError: a signal ended one, and nothing else went wrong.
+    """
+    told = [code for code in failed.values() if code > 0]
+    killed = {rank: -code for rank, code in failed.items() if code < 0}
+    if all(code == LostProcessError.exit_code for code in told) and killed:
+        rank, number = min(killed.items(), key=lambda one: (one[1] == signal.SIGTERM, one))
+        name = next((known.name for known in signal.Signals if known == number), f"signal {number}")
+        raise LostProcessError(f"process {rank} of the run was ended by {name}. Next: {_GOES_ON}.")
+    return next((code for code in told if code != LostProcessError.exit_code), told[0])
 
 
 def _gradient(parameter: nn.Parameter) -> torch.Tensor:

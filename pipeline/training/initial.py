@@ -6,8 +6,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.adapters import plain_state
+
 _HEADS = "heads."  # prefix of what belongs to a task; all else of a network is its backbone
 _LEAST = 0.5  # of the backbone's numbers
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter of a network belongs to its task, by name."""
+    return name.startswith(_HEADS)
 
 
 class Loaded(NamedTuple):
@@ -39,18 +46,29 @@ def load_fitting(model: nn.Module, weights: Mapping[str, Tensor]) -> Loaded:
     Raises:
         ValueError: less than half of the backbone fits; nothing is changed then.
     """
-    own = model.state_dict()
+    own = plain_state(model)
     loaded = [name for name, tensor in own.items() if name in weights and weights[name].shape == tensor.shape]
-    backbone = {name: tensor.numel() for name, tensor in own.items() if not name.startswith(_HEADS)}
+    backbone = {name: tensor.numel() for name, tensor in own.items() if not is_head(name)}
     share = sum(backbone.get(name, 0) for name in loaded) / max(sum(backbone.values()), 1)
     taken = set(loaded)
     fresh, ignored = ([name for name in names if name not in taken] for names in (own, weights))
     if share < _LEAST:
-        raise ValueError(f"{share:.0%} of the network's backbone are there in the same shape; expected at least half")
+        got = f"{share:.0%} of the network's backbone are there in the same shape"
+        raise ValueError(f"{got}; expected at least half; {_misfits(own, weights)}")
     with torch.no_grad():
         for name in loaded:
             own[name].copy_(weights[name])
     return Loaded(loaded, fresh, ignored, share)
+
+
+def _misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, shown: int = 3) -> str:
+    """The first tensors of the backbone that do not fit, with both shapes."""
+    found = [
+        f"{name} {list(tensor.shape)}, there {list(weights[name].shape) if name in weights else 'none'}"
+        for name, tensor in own.items()
+        if not is_head(name) and (name not in weights or weights[name].shape != tensor.shape)
+    ]
+    return "; ".join(found[:shown]) + (f"; and {len(found) - shown} more" if len(found) > shown else "")
 
 
 def _parts(names: Iterable[str], *, beside: set[str]) -> list[str]:

@@ -66,7 +66,8 @@ class BatchSource:
 
     def tokens(self, place: Place) -> int:
         """Nucleotides of the whole batch."""
-        return int(self.lengths_N[self.indices(place.epoch, place.batch)].sum())
+        lengths = self.lengths_N[self.indices(place.epoch, place.batch)]
+        return int(np.minimum(lengths, self.config.longest(place.epoch)).sum())
 
     def indices(self, epoch: int, batch: int) -> np.ndarray:
         """Positions of the sequences of a whole batch."""
@@ -76,10 +77,10 @@ class BatchSource:
 
     def _begin(self, epoch: int) -> None:
         """Batches and augmentation of an epoch, from seed and epoch alone."""
-        data, train = self.config.data, self.config.train
+        data, train, longest = self.config.data, self.config.train, self.config.longest(epoch)
         how = {"batch_size": train.batch_size, "bucket": data.length_bucket, "seed": train.seed, "epoch": epoch}
-        self._plan = plan_epoch(self.lengths_N[self.train], **how)
-        draws = {"seed": train.seed, "epoch": epoch, "max_length": data.max_length, "flip": data.flip}
+        self._plan = plan_epoch(np.minimum(self.lengths_N[self.train], longest), **how)
+        draws = {"seed": train.seed, "epoch": epoch, "max_length": longest, "flip": data.flip}
         self._augment = epoch_augmentation(len(self.examples), **draws)  # type: ignore[arg-type]
         self._epoch = epoch
 
@@ -125,12 +126,12 @@ class Loader:
 
     Args:
         source: of the batches.
-        workers: processes that read ahead; 0 = read in this one when asked.
+        workers: processes that read ahead, no more than an epoch has batches; 0 = read in this one when asked.
         patience: seconds after which a worker that says nothing is given up.
     """
 
     def __init__(self, source: BatchSource, *, workers: int, patience: float = _PATIENCE_S) -> None:
-        self.source, self._count, self._patience = source, workers, patience
+        self.source, self._count, self._patience = source, min(workers, source.batches), patience
         self._workers: list[_Worker] = []
         self._ahead: deque[tuple[Place, _Worker]] = deque()
         self._rebuilt_at: Place | None = None

@@ -32,7 +32,7 @@ from pipeline.training.guard import Seen, classify, decide, is_spike, remember
 from pipeline.training.loader import BatchSource, Loader, Place
 from pipeline.training.losses import training_loss
 from pipeline.training.metrics import make_meter
-from pipeline.training.optim import clip_gradients, gradients, learning_rate
+from pipeline.training.optim import clip_gradients, gradients, learning_rate, set_learning_rate
 from pipeline.training.precision import Precision
 from pipeline.training.recovery import Recovery
 from pipeline.training.state import Progress, TrainingState
@@ -324,8 +324,7 @@ class Trainer:
         state = self.state
         self._updating = True
         clip_gradients(state.model, norm=norm, clip_norm=self.config.train.clip_norm)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(state.optimizer, lr)
         state.scaler.step(state.optimizer)
         state.scaler.update()
         if not math.isfinite(state.norm_of(list(state.model.parameters()))):

@@ -7,33 +7,46 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.training.initial import is_head
+
 _START_SHARE = 1 / 25  # of the top rate, where one_cycle begins
 _END_SHARE = 1e-3  # of the top rate, where one_cycle and cosine end
 
 
-def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over two parameter groups, see `decay_groups`.
+def make_optimizer(
+    model: nn.Module, *, lr: float, weight_decay: float, backbone_lr_share: float = 1.0
+) -> torch.optim.AdamW:
+    """AdamW over the groups of `decay_groups`.
 
     Fused: 0.8 ms a step instead of 8 ms for 546 k parameters in 80 tensors on one CPU thread.
     """
-    return torch.optim.AdamW(decay_groups(model, weight_decay=weight_decay), lr=lr, betas=(0.9, 0.99), fused=True)
+    groups = decay_groups(model, weight_decay=weight_decay, backbone_lr_share=backbone_lr_share)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
 
 
-def decay_groups(model: nn.Module, *, weight_decay: float) -> list[dict]:
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The rate of the next update: that of the heads, of which the backbone's may be a share."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_share", 1.0)  # groups of earlier checkpoints know of no share
+
+
+def decay_groups(model: nn.Module, *, weight_decay: float, backbone_lr_share: float = 1.0) -> list[dict]:
     """Parameters that decay, and those that must not: vectors (norms, biases, D), embeddings, and what says so.
 
     A network marks a matrix that must not decay (A_log, implicit filters) by ``parameter._no_weight_decay = True``.
+    Where the backbone learns more slowly than the heads, its groups are apart from theirs and come first.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decay: list[nn.Parameter] = []
-    keep: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    found: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         free = parameter.ndim <= 1 or id(parameter) in embeddings or getattr(parameter, "_no_weight_decay", False)
-        (keep if free else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        found.setdefault((1.0 if is_head(name) else backbone_lr_share, free), []).append(parameter)
+    return [
+        {"params": found[share, free], "weight_decay": 0.0 if free else weight_decay, "lr_share": share}
+        for share, free in sorted(found)
+    ]
 
 
 def learning_rate(

@@ -76,7 +76,8 @@ class TrainingState:
         if self.sharded:
             for network in dict.fromkeys((model, self.predictor)):
                 sharding.shard(network, device)
-        self.optimizer = make_optimizer(model, lr=settings.lr, weight_decay=settings.weight_decay)
+        rates = {"lr": settings.lr, "backbone_lr_share": settings.backbone_lr_share}
+        self.optimizer = make_optimizer(model, weight_decay=settings.weight_decay, **rates)
         self.progress = Progress()
         self.set_precision(precision)
         self._draw_anew()

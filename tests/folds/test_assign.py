@@ -103,6 +103,16 @@ def test_a_cluster_that_is_too_big_ends_the_choice_of_the_longest(rng, paths):
     assert folds.filter(pl.col("fold") == 0)["sequence_id"].to_list() == ["s00000"]
 
 
+def test_every_other_fold_is_left_a_cluster_by_the_longest(rng, paths):
+    """The longest took all clusters but one, and folds 2 to 4 were empty."""
+    family = random_sequence(rng, 60)
+    sequences = [random_sequence(rng, length) for length in (100, 90, 80, 70)]
+    save(make_table([*sequences, *(mutate(rng, family, edits=2) for _ in range(96))]), paths)
+    report, folds = assigned(paths, "length_k5")
+    assert report.facts["counts"] == [1, 96, 1, 1, 1]
+    assert folds["fold"][0] == 0
+
+
 def test_a_giant_cluster_is_said_and_is_no_error(rng, paths):
     family = random_sequence(rng, 100)
     sequences = [mutate(rng, family, edits=3) for _ in range(60)] + [random_sequence(rng, 100) for _ in range(40)]

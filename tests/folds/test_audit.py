@@ -1,6 +1,7 @@
 """The audit against brute force, and the score of copies on planted leaks."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import polars as pl
@@ -12,7 +13,7 @@ from pipeline import runlog
 from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
-from tests.folds.families import families, make_table, random_sequence, related_ref, save
+from tests.folds.families import families, identity_ref, make_table, random_sequence, save
 
 RIBONANZA, RNA3D = get_competition("ribonanza"), get_competition("rna3d")
 SPLITS = ["sim80_k3", "random_k3"]
@@ -50,13 +51,13 @@ def paths(rng, tmp_path):
 def cross_pairs_ref(paths):
     """Cross-fold pairs of at least a percentage, of some rows or all, by the plain dynamic programme."""
     sequences = pl.read_parquet(paths.clean("train"))["sequence"].to_list()
-    related = {percent: related_ref(sequences, percent) for percent in (80, 60)}
+    pairs = list(itertools.combinations(range(len(sequences)), 2))
+    identity = {pair: identity_ref(*(sequences[row] for row in pair)) for pair in pairs}
 
     def count(split, percent, rows=None):
         fold = pl.read_parquet(paths.fold_table(split))["fold"].to_list()
-        return sum(
-            fold[one] != fold[two] and (rows is None or one in rows or two in rows) for one, two in related[percent]
-        )
+        related = [pair for pair in pairs if identity[pair] >= percent / 100 - 1e-9]
+        return sum(fold[one] != fold[two] and (rows is None or one in rows or two in rows) for one, two in related)
 
     return count
 
@@ -134,6 +135,17 @@ def test_without_a_metric_only_identities_are_measured(rng, tmp_path):
     with runlog.console.capture() as printed:
         runlog.console.print(audit.describe(facts))
     assert "sim80_k2" in printed.get()
+
+
+def test_without_any_scored_sequence_only_identities_are_measured(paths):
+    """It ended in a traceback: zip() argument 2 is longer than argument 1."""
+    save(pl.read_parquet(paths.clean("train")).with_columns(scored=pl.lit(False)), paths)
+    facts = audit.run(paths, splits=SPLITS, competition=RIBONANZA).facts
+    assert facts["splits"]["random_k3"]["cross_pairs"]["80"] > 30
+    assert "copy_score" not in facts["splits"]["random_k3"]
+    with runlog.console.capture() as printed:
+        runlog.console.print(audit.describe(facts))
+    assert "random_k3" in printed.get()
 
 
 def test_copied_labels_are_right_where_relatives_are_across_folds_and_that_is_told(paths, rng, capsys):

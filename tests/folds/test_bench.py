@@ -1,6 +1,7 @@
 """The benchmark's own parts: mutants as promised, and a record that can be trusted."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -39,3 +40,10 @@ def test_the_record_holds_what_was_measured(rng, tmp_path, monkeypatch):
     assert facts["mutants"]["clusterings"]["seeded"]["recall"] > 0.95
     assert facts["scales"][0]["designs"] <= 50
     assert table.row_count == 4
+
+
+@pytest.mark.skipif(not shutil.which("mmseqs"), reason="MMseqs2 is not installed")
+def test_mmseqs_joins_near_copies(rng, tmp_path):
+    texts = families(rng, parents=4, size=5, length=100, edits=2)
+    roots = bench._mmseqs("easy-linclust", (), texts, tmp_path)
+    assert np.array_equal(roots[:, None] == roots, np.arange(20)[:, None] // 5 == np.arange(20) // 5)

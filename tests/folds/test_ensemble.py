@@ -337,6 +337,9 @@ def test_what_is_no_run_of_the_split_is_named_with_those_that_are(paths):
     """RUNS=foo was answered with "Next: make train FOLD=0 MODEL= SPLIT=foo"."""
     with pytest.raises(ConfigError, match=r"RUNS=foo: no run of sim80_k3; there are: .*good\.sim80_k3.* Next: RUNS="):
         join(paths, runs=["foo"])
+    paths.run_dir("good.sim80_k5").mkdir()
+    with pytest.raises(ConfigError, match=r"RUNS=good.sim80_k5: no run of sim80_k3; .* Next: SPLIT=sim80_k5\."):
+        join(paths, runs=["good.sim80_k5"])
 
 
 def test_missing_fold_names_the_command_that_makes_it(paths):

@@ -1,6 +1,5 @@
 """Distances against the plain dynamic programme, flanks, and clusters against brute force."""
 
-import shutil
 import subprocess
 import sys
 from itertools import combinations
@@ -147,12 +146,12 @@ def test_no_sequence_is_trimmed_to_nothing(rng, length):
 
 
 def test_exact_clusters_are_the_connected_components(rng):
-    sequences = families(rng, parents=12, size=6, edits=15) + families(rng, parents=6, size=4, length=30, edits=8)
+    sequences = families(rng, parents=8, size=5, edits=15) + families(rng, parents=4, size=4, length=30, edits=8)
     table = make_table(sequences)
     pairs = related_ref(find_designs(sequences, ["library"] * len(sequences))[0], 80)
     found = find_clusters(table, percent=80, method="exact")
     assert found.cluster == clusters_ref(table["sequence_id"].to_list(), pairs)
-    assert len(set(found.cluster)) > 18
+    assert 12 < len(set(found.cluster)) < len(sequences) - 12
 
 
 def test_groups_and_copies_are_kept_together(rng):
@@ -219,27 +218,10 @@ def test_lengths_of_structures_can_be_clustered(rng):
 
 def test_unknown_methods_and_useless_thresholds_are_refused(rng):
     table = make_table([random_sequence(rng, 30)])
-    with pytest.raises(ConfigError, match="METHOD='linclust' is not known; expected one of auto, exact"):
+    with pytest.raises(ConfigError, match="method 'linclust' is not known; expected one of auto, exact"):
         find_clusters(table, percent=80, method="linclust")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="threshold 50 %: expected 65 to 100"):
         find_clusters(table, percent=50)
-
-
-def test_mmseqs_that_is_not_installed_is_said(rng, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(ConfigError, match=r"no program mmseqs on the PATH\. Next: install MMseqs2, or leave METHOD"):
-        find_clusters(make_table([random_sequence(rng, 30)]), percent=80, method="mmseqs")
-
-
-@pytest.mark.skipif(not shutil.which("mmseqs"), reason="MMseqs2 is not installed")
-def test_mmseqs_joins_near_copies_and_groups(rng):
-    sequences = families(rng, parents=8, size=5, length=100, edits=2)
-    groups = [None] * 40
-    groups[0] = groups[39] = "known"
-    found = find_clusters(make_table(sequences, groups=groups), percent=80, method="mmseqs")
-    assert found.facts["program"].startswith("MMseqs2")
-    assert found.cluster[0] == found.cluster[39]
-    assert [found.cluster[row] == found.cluster[row - 1] for row in range(10, 15)] == [False, True, True, True, True]
 
 
 def test_comparing_sequences_leaves_the_threads_of_torch_alone():

@@ -1,5 +1,7 @@
 """Small networks and batches that the tests of this folder share."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -161,3 +163,17 @@ def loss(model: RnaModel, inputs: RnaInputs) -> Tensor:
 def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     """Gradient of every parameter by name."""
     return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def check_threads_change_no_bit(operator: Callable[..., Tensor], args: Sequence[Tensor]) -> None:
+    """An operator's output and gradients are the same on one thread and on several."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            y = operator(*args)
+            results.append([y, *torch.autograd.grad(y.square().sum(), args)])
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(torch.equal, results[0], result))

@@ -11,6 +11,7 @@ from torch import library
 
 from models.layers import compiled_scan
 from models.layers.selective_scan import selective_scan, selective_scan_ref
+from tests.models.cases import check_threads_change_no_bit
 from tests.models.test_selective_scan import NAMES, arguments, relative
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,18 +67,7 @@ def test_the_operator_keeps_the_rules_of_compilers_and_autograd():
 @pytest.mark.parametrize(("batch", "inner"), [(1, 300), (5, 40), (40, 17)])
 def test_outputs_and_gradients_have_the_same_bits_whatever_the_number_of_threads(batch, inner):
     """Was: dB and dC were added up in as many parts as there were threads, so a run resumed elsewhere drifted."""
-    args = arguments(70, inner=inner, batch=batch)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            y = selective_scan(*args)
-            results.append([y, *torch.autograd.grad(y.square().sum(), args)])
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        assert all(map(torch.equal, results[0], result))
+    check_threads_change_no_bit(selective_scan, arguments(70, inner=inner, batch=batch))
 
 
 @needs_compiler

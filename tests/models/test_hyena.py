@@ -115,6 +115,20 @@ def test_the_operator_of_order_two_is_gate_convolution_gate(bidirectional: bool)
     torch.testing.assert_close(layer(x_BLD, mask_BL), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_products_of_gates_that_half_precision_does_not_hold_stay_finite():
+    """Projections of 300 were held, and their product was infinite before the first long convolution."""
+    torch.manual_seed(1)
+    layer = HyenaOperator(4, order=2, bidirectional=True, l_max=64, filter_width=8, filter_features=5, filter_shift=0.0)
+    with torch.no_grad():
+        layer.into.bias.fill_(300.0)
+        layer.short.weight_D1K.copy_(torch.tensor([0.0, 1.0, 0.0]))
+    x_BLD, mask_BL = torch.randn(2, 13, 4), torch.ones(2, 13, dtype=torch.bool)
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = layer(x_BLD, mask_BL)
+    expected = layer(x_BLD, mask_BL)
+    assert (found - expected).abs().max() < 0.01 * expected.abs().max()
+
+
 def test_in_higher_orders_the_last_gate_comes_first_and_the_first_without_a_convolution():
     """As in the published loop over reversed gates; nothing noticed when they were taken in order."""
     torch.manual_seed(1)

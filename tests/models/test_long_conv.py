@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.layers import extension, kernels, long_conv
 from models.layers.long_conv import fft_conv, fft_conv_ref
+from tests.models.cases import check_threads_change_no_bit
 
 COMPILED = "compiled" if extension.load("long_conv")[0] else "no compiler"
 PATHS = [COMPILED, "plain", "ring"]
@@ -169,17 +170,7 @@ def test_outputs_and_gradients_have_the_same_bits_whatever_the_number_of_threads
     """Threads share out blocks of channels, or the passes over a long one."""
     take("compiled", monkeypatch)
     shapes = (batch, length, width), (width, length), (width, length), (width,)
-    args = [torch.randn(shape).requires_grad_() for shape in shapes]
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            y = fft_conv(*args)
-            results.append([y, *torch.autograd.grad(y.square().sum(), args)])
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        assert all(map(torch.equal, results[0], result))
+    check_threads_change_no_bit(fft_conv, [torch.randn(shape).requires_grad_() for shape in shapes])
 
 
 @needs_compiler

@@ -60,6 +60,12 @@ def test_outputs_and_all_gradients_equal_the_sequential_reference(length: int, r
         assert relative(grad, wanted.double()) < TOLERANCE[dtype], name
 
 
+def test_more_states_than_a_kernel_takes_run_in_plain_pytorch():
+    """It said: RuntimeError: selective_scan: state size 300 is above 256."""
+    args = arguments(3, batch=1, inner=2, state=257)
+    assert relative(selective_scan(*args), selective_scan_ref(*args)) < TOLERANCE[torch.float32]
+
+
 def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(selective_scan, arguments(4, dtype=torch.float64, batch=1, inner=2, state=3))
 

@@ -14,6 +14,7 @@ class Faulty(BatchSource):
 
     how = ""
     once: Path | None = None
+    hung: Path | None = None  #: who hangs writes his number here before
 
     def __call__(self, place: Place) -> list[Packed]:
         if self.how and place[:2] == (0, 3) and not (self.once and self.once.exists()):
@@ -24,6 +25,8 @@ class Faulty(BatchSource):
             elif self.how == "exit":
                 os._exit(3)
             elif self.how == "hang":
+                if self.hung:
+                    self.hung.write_text(str(os.getpid()))
                 time.sleep(24 * 3600)
             else:
                 raise OSError("the file is gone")

@@ -198,6 +198,22 @@ def test_rows_of_a_damaged_file_or_of_another_version_are_not_reused(paths, rng)
     assert bpp.run(paths, workers=1).facts["computed"] == 5
 
 
+def test_where_the_system_does_not_say_which_cpus_are_ours_all_are_counted(paths, rng, monkeypatch):
+    """On macOS it said: AttributeError: module 'os' has no attribute 'sched_getaffinity'."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    write_clean(paths, random_sequences(rng, 2, length=12))
+    assert bpp.run(paths).status == "built"
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"facts": {}}', "\xff"])
+def test_a_manifest_that_no_stage_wrote_is_no_result(paths, rng, text):
+    """It said: TypeError: list indices must be integers or slices, not str, or KeyError: 'outputs'."""
+    write_clean(paths, random_sequences(rng, 2, length=12))
+    bpp.run(paths, workers=1)
+    (paths.bpp.parent / "bpp.manifest.json").write_bytes(text.encode("latin-1"))
+    assert bpp.run(paths, workers=1, tables=("test",)).status == "built"
+
+
 def test_two_workers_write_the_bytes_that_one_writes_and_more_row_groups_change_nothing_else(paths, rng, monkeypatch):
     monkeypatch.setattr(bpp, "_WORTH_A_WORKER", 0.05)
     monkeypatch.setattr(bpp, "_ROWS", 7)

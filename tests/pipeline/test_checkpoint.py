@@ -167,6 +167,19 @@ def test_a_full_disk_costs_the_new_checkpoint_only_and_says_so(store, monkeypatc
     assert store.load_newest().meta["step"] == 2
 
 
+def test_a_file_that_may_not_be_as_large_is_named(store, monkeypatch):
+    """Under ``ulimit -f``: "error: File too large", and not which file."""
+
+    def limited(_path: Path, _data: bytes) -> int:
+        raise OSError(errno.EFBIG, "File too large")
+
+    save(store, 1)
+    monkeypatch.setattr(Path, "write_bytes", limited)
+    with pytest.raises(OSError, match=r"File too large: '.*step-00000002'"):
+        save(store, 2)
+    assert list(store.steps()) == [1]
+
+
 def test_a_full_disk_is_helped_by_removing_older_checkpoints(store, monkeypatch):
     for step in (1, 2):
         save(store, step)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -258,6 +259,33 @@ def test_a_line_in_the_log_of_scores_makes_no_checkout_dirty(tmp_path: Path, mon
     assert stage.commit() == f"{clean}+dirty"
 
 
+def test_an_installed_package_writes_where_one_works_and_takes_no_commit_from_around_it(tmp_path: Path):
+    """Submissions went to site-packages/submissions/csv, and stages had the commit of a repository around those."""
+    site, work = tmp_path / "site", tmp_path / "work"
+    shutil.copytree(REPOSITORY / "pipeline", site / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    work.mkdir()
+    who = ["-c", "user.name=x", "-c", "user.email=x@y.z", "-c", "commit.gpgsign=false"]
+    for order in (["init", "--quiet"], [*who, "commit", "--quiet", "--allow-empty", "-m", "one"]):
+        subprocess.run(["git", "-C", str(tmp_path), *order], check=True)
+    code = "from pipeline.paths import Paths; from pipeline.stage import commit; p = Paths(comp='x')"
+    code += "; print(p.csv_dir, p.log, repr(commit()))"
+    command = [sys.executable, "-c", code]
+    env = os.environ | {"PYTHONPATH": str(site)}
+    said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=work, env=env).stdout
+    assert said.split() == ["submissions/csv", "submissions/LOG.md", "''"]
+
+
+def test_another_artifacts_folder_has_its_own_submissions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`make submit ARTIFACTS=trial` overwrote submissions/csv/ribonanza-all.csv, which `make submit` had written."""
+    monkeypatch.chdir(REPOSITORY)
+    usual = REPOSITORY / "submissions" / "csv" / "ribonanza-all.csv"
+    for root in (Path("artifacts"), REPOSITORY / "artifacts"):
+        assert Paths(comp="ribonanza", root=root).submission("all") == usual
+    for root in (Path("artifacts/demo"), tmp_path):
+        assert Paths(comp="ribonanza", root=root).submission("all") == root / "submissions" / "ribonanza-all.csv"
+    assert Paths(comp="ribonanza", submissions=tmp_path).submission("all") == tmp_path / "ribonanza-all.csv"
+
+
 def test_json_file_is_replaced_whole_or_not_at_all(tmp_path: Path):
     path = tmp_path / "deep" / "x.json"
     write_json(path, {"b": 1, "a": [1.5]})
@@ -452,7 +480,7 @@ def test_overrides_are_toml_values(toml: Path):
     [
         (["train.epoch=3"], "small.toml: train: unknown key 'epoch'; did you mean 'epochs'"),
         (["trian.epochs=3"], "unknown key 'trian'; did you mean 'train'"),
-        (["train.zzz=3"], r"unknown key 'zzz'\. Next: one of batch_size, "),
+        (["train.zzz=3"], r"unknown key 'zzz'\. Next: one of backbone_lr_share, "),
         (["train.epochs=3.5"], r"train: epochs: got 3.5 \(float\); expected"),
         (["train.epochs=true"], r"epochs: got True \(bool\)"),
         (['train.lr="0.1"'], r"lr: got '0.1' \(str\)"),
@@ -512,12 +540,17 @@ def test_section_of_an_override_may_stand_among_blanks(toml: Path):
 
 
 def test_config_without_a_model_is_refused():
-    with pytest.raises(ConfigError, match=r"x: .*'model'"):
+    """An empty file said "RunConfig.__init__() missing 1 required keyword-only argument"."""
+    with pytest.raises(ConfigError, match=r"^x: 'model' is missing\. Next: "):
         config_from_dict({}, where="x")
+    with pytest.raises(ConfigError, match=r"^x: model: 'name' is missing\. Next: "):
+        config_from_dict({"model": {}}, where="x")
 
 
-def test_file_that_is_no_toml_is_refused(tmp_path: Path):
-    (tmp_path / "x.toml").write_text("[model\n")
+@pytest.mark.parametrize("content", [b"[model\n", b"\x80abc"])
+def test_file_that_is_no_toml_is_refused(tmp_path: Path, content: bytes):
+    """One that is no UTF-8 ended with UnicodeDecodeError and exit code 1."""
+    (tmp_path / "x.toml").write_bytes(content)
     with pytest.raises(ConfigError, match=r"x.toml: not valid TOML"):
         load_config(str(tmp_path / "x.toml"))
 

@@ -172,22 +172,56 @@ def test_a_run_goes_on_with_fewer_processes(paths, ended):
 
 LAUNCH = """
 import sys
+from pipeline.errors import StoppedError
 from pipeline.training.distributed import launch
-sys.exit(launch(sys.argv[1:], processes=2, module="tests.pipeline.ranks"))
+try:
+    sys.exit(launch(sys.argv[1:], processes=2, module="tests.pipeline.ranks"))
+except StoppedError as err:
+    sys.stderr.write(f"launcher: {err}")
+    sys.exit(err.exit_code)
 """
+
+
+def launched(paths: Paths, name: str, fault: list) -> subprocess.CompletedProcess:
+    script = {"run": run_name(name), "config": {}, "fault": fault}
+    command = ["nohup", sys.executable, "-c", LAUNCH, str(paths.root), json.dumps(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ranks.ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_torchrun_under_nohup_survives_a_hang_up_and_gives_the_exit_code_of_its_processes(paths):
     """One start for both claims, as it imports torch three times. Was: torchrun's own SIGHUP handler undid nohup."""
-    script = {"run": run_name("launched"), "config": {}, "fault": [1, 6, "SIGTERM after a hang-up"]}
-    command = ["nohup", sys.executable, "-c", LAUNCH, str(paths.root), json.dumps(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ranks.ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = launched(paths, "launched", [1, 6, "SIGTERM after a hang-up"])
     assert done.returncode == 75, done.stderr
     assert "SIGHUP" not in done.stderr
     meta = CheckpointStore(paths.fold_dir(run_name("launched"), 0) / "checkpoints").newest_meta()
     assert meta["step"] == 6
     assert meta["environment"]["processes"] == 2
+
+
+def test_torchrun_ends_with_75_where_a_process_was_killed(paths):
+    """Exit code 137, below the other process's sentence that ended with "(exit code 75)"."""
+    done = launched(paths, "launched and killed", [1, 6, "SIGKILL"])
+    assert done.returncode == 75, done.stderr
+    *_, last = done.stderr.splitlines()
+    assert last.startswith("launcher: process 1 of the run was ended by SIGKILL. Next: the same command goes on")
+    assert CheckpointStore(paths.fold_dir(run_name("launched-and-killed"), 0) / "checkpoints").newest_meta() is not None
+
+
+@pytest.mark.parametrize(
+    ("failed", "code"),
+    [({0: 75, 1: 75}, 75), ({1: 3}, 3), ({0: -9, 1: 4}, 4), ({0: 75, 1: 5}, 5), ({0: 75, 1: -9, 2: 5}, 5)],
+)
+def test_what_a_process_said_that_it_failed_with_is_the_launchers_exit_code(failed, code):
+    assert distributed._code(failed) == code
+
+
+@pytest.mark.parametrize(
+    ("failed", "name"), [({1: -11}, "SIGSEGV"), ({0: -15, 1: -9}, "SIGKILL"), ({2: -40}, "signal 40")]
+)
+def test_a_process_that_a_signal_ended_is_named_and_the_run_resumable(failed, name):
+    with pytest.raises(distributed.LostProcessError, match=rf"process \d of the run was ended by {name}\. Next: "):
+        distributed._code(failed)
 
 
 DIVERGES = """

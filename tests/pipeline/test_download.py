@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import archive, download, kaggle_cli
+from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError, NetworkError
 from pipeline.paths import Paths
 from tests.kaggle_server import FakeKaggle, serve
@@ -68,6 +69,14 @@ def test_the_whole_archive_is_unpacked(kaggle: FakeKaggle, paths: Paths):
     assert download.run(HERE, paths, files=["all"]).status == "current"
 
 
+def test_a_labelled_set_named_after_its_competition_comes_whole(kaggle: FakeKaggle, tmp_path: Path):
+    kaggle.files["tiny-rna.zip"] = zipped(**{"train.csv": CSV, "test.csv": CSV})
+    paths = Paths(comp="labelled-tiny-rna", root=tmp_path / "artifacts")
+    download.run(get_competition(paths.comp), paths)
+    assert sorted(path.name for path in paths.raw.iterdir()) == ["manifest.json", "test.csv", "train.csv"]
+    assert download.run(get_competition(paths.comp), paths).status == "current"
+
+
 @pytest.mark.parametrize("left", ["tiny-rna", ".tiny-rna.part"])
 def test_a_killed_unpacking_is_begun_anew(kaggle: FakeKaggle, paths: Paths, left: str):
     """Every later call ended with "kaggle ended with 0 and said '(nothing)'"."""
@@ -107,6 +116,14 @@ def test_each_refusal_is_one_sentence_and_leaves_nothing(kaggle: FakeKaggle, pat
         download.run(HERE, paths)
     assert not (paths.raw / "train.csv").exists()
     assert not (paths.raw / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("digits", ["401", "403", "404", "429", "502"])
+def test_digits_of_an_address_are_no_status_code(digits: str):
+    """A failed connection said "Kaggle does not know who asks" where the address of an object held 401."""
+    said = f"Max retries exceeded (Caused by NewConnectionError('<HTTPSConnection object at 0x7f{digits}1c0d5d0>'))"
+    found = kaggle_cli.explain(kaggle_cli.Answer(1, "", said), what="download", slug="tiny-rna")
+    assert "the connection to Kaggle failed" in str(found)
 
 
 def test_a_login_page_is_not_taken_for_data(kaggle: FakeKaggle, paths: Paths):

@@ -12,7 +12,7 @@ from pipeline import handover
 from pipeline.cli import run_name
 from pipeline.competitions import get_competition
 from pipeline.config import load_config
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.paths import REPOSITORY
 from pipeline.stage import write_json
 from pipeline.templates.collection import library_path
@@ -86,7 +86,7 @@ def test_a_library_and_alignments_that_were_used_are_asked_for(tmp_path: Path):
     library_path(paths).touch()
     manifest = paths.run_dir("templates.sim80_k5") / "templates-predict.manifest.json"
     manifest.parent.mkdir(parents=True)
-    write_json(manifest, {"inputs": {"train": "0", "msa/R1107": "1"}})
+    write_json(manifest, {"facts": {}, "inputs": {"train": "0", "msa/R1107": "1"}})
     written = handover.run(paths, competition=get_competition("rna3d2"), name="all").outputs
     commands = re.findall(r"^ *(make .*)$", written["entry_points.md"].read_text(), re.MULTILINE)
     assert "make templates COMP=rna3d2 RAW=<folder of mmCIF files>" in commands
@@ -124,4 +124,11 @@ def test_the_tree_lists_every_module(written: dict[str, Path]):
 
 def test_an_ensemble_that_is_not_there_is_told(tmp_path: Path):
     with pytest.raises(DataError, match=r"Next: make ensemble COMP=ribonanza NAME=all"):
+        handover.run(make_paths(tmp_path), competition=COMPETITION, name="all")
+
+
+def test_an_installed_package_hands_nothing_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It said: …/site-packages/pyproject.toml: No such file or directory (exit code 5)."""
+    monkeypatch.setattr(handover, "IS_CHECKOUT", False)
+    with pytest.raises(ConfigError, match="expected a checkout of the project"):
         handover.run(make_paths(tmp_path), competition=COMPETITION, name="all")

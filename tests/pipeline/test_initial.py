@@ -49,6 +49,10 @@ def test_a_block_that_the_other_network_lacks_stays_fresh():
 def test_less_than_half_of_the_backbone_is_refused_and_changes_nothing():
     source, target = network(heads={"reactivity": 2}, width=6), network(heads={"reactivity": 2})
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
-    with pytest.raises(ValueError, match="18% of the network's backbone are there in the same shape"):
+    with pytest.raises(ValueError, match="18% of the network's backbone are there in the same shape") as told:
         load_fitting(target, source.state_dict())
+    assert str(told.value).endswith(
+        "; blocks.0.weight [8, 8], there [6, 8]; blocks.0.bias [8], there [6]; blocks.1.weight [8, 8], there [6, 8]; "
+        "and 1 more"
+    )
     assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())

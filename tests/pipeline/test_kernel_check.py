@@ -108,7 +108,7 @@ def test_a_bundle_is_played_as_a_rerun_and_what_it_leaves_is_judged_here(
             return 7.0
 
     monkeypatch.setattr(check, "Room", FakeRoom)
-    monkeypatch.setattr(check, "read_bundle", lambda _: {"mode": "predict", "limit_s": 3600.0})
+    monkeypatch.setattr(check, "read_bundle", lambda _: {"mode": "predict", "limit_s": 3600.0, "files": {}})
     raw = write_raw(tmp_path / "raw", test=4)
     what = {"python": Path(sys.executable), "home": tmp_path, "competition": COMPETITION, "raw": raw}
     if cut:
@@ -122,5 +122,5 @@ def test_a_bundle_is_played_as_a_rerun_and_what_it_leaves_is_judged_here(
     assert facts["competitions"]["ribonanza"] == {"notebook": 7.0, "rows": rows}
     assert check.describe(facts)[2:] == [
         "ribonanza: notebook 7 s",
-        f"  submission.csv of a test set of another size: {rows:,} rows, accepted",
+        f"  submission.csv of the test set in RAW: {rows:,} rows, accepted",
     ]

@@ -101,7 +101,38 @@ def test_a_folder_for_each_class_takes_the_classes_from_sorted_names(raw, paths,
     assert dict(train(paths)["sequence_id", "names"].iter_rows()) == {
         "no/b": ["no"], "no/d": ["no"], "yes/a": ["yes"], "yes/c": ["yes"],
     }  # fmt: skip
+    test = pl.read_parquet(paths.clean("test"))
+    assert dict(test["sequence_id", "labels"].iter_rows()) == {"no/b": [0], "no/d": [0], "yes/a": [1], "yes/c": [1]}
+
+
+LABELLED_TESTS: dict[str, tuple[str, str, list[Any] | None]] = {
+    "labels": ("test.csv", "id,sequence,label\ne,ACGU,no\nf,GGGA,\ng,ACGA,yes\n", [[0], None, [1]]),
+    "fasta": ("test.fa", ">e no\nACGU\n>f\nGGGA\n>g yes\nACGA\n", [[0], None, [1]]),
+    "no-class": ("test.csv", "id,sequence,label\ne,ACGU,no\nf,GGGA,perhaps\ng,ACGA,yes\n", None),
+    "place-holder": ("test.csv", "id,sequence,label\ne,ACGU,no\nf,GGGA,no\ng,ACGA,no\n", None),
+    "two-columns": ("test.csv", "id,sequence,label,class\ne,ACGU,no,x\nf,GGGA,no,y\ng,ACGA,yes,z\n", None),
+}
+
+
+@pytest.mark.parametrize("case", LABELLED_TESTS)
+def test_labels_of_a_test_set_are_kept_where_they_are_such(case, raw, paths, run):
+    """They were never read: the test accuracy of a GenomicBenchmarks set could not be had."""
+    name, text, expected = LABELLED_TESTS[case]
+    ROWS.write_csv(raw / "train.csv")
+    (raw / name).write_text(text)
+    facts, test = run(), pl.read_parquet(paths.clean("test"))
+    assert test["sequence_id"].to_list() == ["e", "f", "g"]
+    assert (test["labels"].to_list() if "labels" in test.columns else None) == expected
+    assert facts["test"].get("labelled") == (2 if expected else None)
+    run(test_only=True)
     assert pl.read_parquet(paths.clean("test")).columns == ["sequence_id", "sequence"]
+
+
+def test_several_labels_of_a_test_set_may_be_none(raw, paths, run):
+    ROWS.with_columns(pl.col("label") + ";any").write_csv(raw / "train.csv")
+    (raw / "test.csv").write_text("id,sequence,label\ne,ACGU,any\nf,GGGA,\n")
+    run()
+    assert pl.read_parquet(paths.clean("test"))["labels"].to_list() == [[0], []]
 
 
 def test_rows_without_ids_are_numbered_in_the_order_of_the_file(raw, paths, run):
@@ -138,6 +169,21 @@ def test_lists_of_labels_in_a_parquet_file_are_taken_as_they_are(raw, paths, run
     run()
     assert train(paths)["names"].to_list() == [["a", "b"], None, [], ["b"]]
     assert train(paths)["scored"].to_list() == [True, False, True, True]
+
+
+def test_a_column_of_0_and_1_for_each_class_keeps_the_classes_that_no_sequence_has(raw, paths, run):
+    """What sets of many labels come as was refused: "no column is called label, labels, class, classes …"."""
+    flags = pl.DataFrame({"Um": [1, 0, 1, 0], "Am": ["0", "0", "1.0", "False"], "m6A": [0, 0, 0, 0]})
+    (raw / "columns.toml").write_text('classes = ["Um", "m6A", "Am"]\n')
+    tables = []
+    for write in (pl.DataFrame.write_csv, pl.DataFrame.write_parquet):
+        write(pl.concat([ROWS.drop("label"), flags], how="horizontal"), raw / f"train.{write.__name__[6:]}")
+        facts = run(raw / f"train.{write.__name__[6:]}")
+        tables.append(dict(train(paths)["sequence_id", "names"].iter_rows()))
+    assert tables == [{"a": ["Um"], "b": [], "c": ["Am", "Um"], "d": []}] * 2
+    assert read_classes(paths) == Classes(("Am", "Um", "m6A"), (1, 2, 0), False, "ACGU")
+    assert train(paths)["scored"].all()
+    assert facts["columns"] == {"classes": ["Um", "m6A", "Am"]}
 
 
 def test_a_separator_of_nothing_keeps_a_cell_whole(raw, paths, run):
@@ -266,6 +312,22 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
     "unknown-setting": (
         {"train.csv": GOOD, "columns.toml": 'labels = "x"'},
         r"columns.toml: labels = 'x'; expected id",
+    ),
+    "no-class-column": (
+        {"train.csv": GOOD, "columns.toml": 'classes = ["x"]'},
+        r"train.csv: no column 'x', one of columns.toml's classes",
+    ),
+    "no-flag": (
+        {"train.csv": GOOD, "columns.toml": 'classes = ["label"]'},
+        r"train.csv: column label holds 'x'; expected 0 or 1",
+    ),
+    "classes-twice": (
+        {"train.csv": GOOD, "columns.toml": 'classes = ["label"]\nlabel = "label"'},
+        r"columns.toml: label and classes; expected one of them",
+    ),
+    "numbers-for-names": (
+        {"train.csv": GOOD, "columns.toml": "classes = [1]"},
+        r"columns.toml: classes = \[1\]; expected id \(str\)",
     ),
     "no-toml": ({"train.csv": GOOD, "columns.toml": "label: x"}, r"columns.toml: not valid TOML"),
     "short-row": ({"train.csv": GOOD + "c,ACGU\n"}, r"train.csv: .*Expected 3 columns, got 2"),

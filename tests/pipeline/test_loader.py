@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +16,12 @@ from pipeline.dataset import ExampleSet, open_examples
 from pipeline.errors import DataError
 from pipeline.packing import Packed
 from pipeline.paths import Paths
-from pipeline.training.loader import BatchSource, Loader, Place
+from pipeline.training.loader import BatchSource, Loader, Place, _Worker
 from tests.pipeline import tiny
 from tests.pipeline.faulty_source import Faulty
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 10.0  # with a worker that hangs; a busy one would have to look like that twice in a row
+PATIENCE_S = 1.0  # with a worker that is known to hang (`hung`)
 
 
 @pytest.fixture
@@ -35,9 +36,26 @@ def config() -> RunConfig:
     return tiny.config(data={"flip": 0.5, "max_length": 25})
 
 
-def faulty(examples: ExampleSet, config: RunConfig, *, how: str, once: Path | None) -> Faulty:
+@pytest.fixture
+def hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Tells who hangs; before that patience has no end, as a busy worker may be silent for long."""
+    path, hear = tmp_path / "hung", Loader._hear
+
+    def patiently(loader: Loader, worker: _Worker, *, patience: float) -> bytes:
+        def hangs() -> bool:
+            return path.exists() and path.read_text() == str(worker.process.pid) and not worker.connection.poll()
+
+        while patience == PATIENCE_S and worker.received.empty() and not hangs():
+            time.sleep(0.01)
+        return hear(loader, worker, patience=patience)
+
+    monkeypatch.setattr(Loader, "_hear", patiently)
+    return path
+
+
+def faulty(examples: ExampleSet, config: RunConfig, *, how: str, once: Path | None, hung: Path) -> Faulty:
     source = Faulty(examples, np.arange(0, 64, 2), config=config)
-    source.how, source.once = how, once
+    source.how, source.once, source.hung = how, once, hung
     return source
 
 
@@ -87,8 +105,8 @@ def test_a_rank_without_a_sequence_gets_no_batch(examples, config):
 
 
 @pytest.mark.parametrize("how", ["kill", "exit", "hang", "raise"])
-def test_a_worker_that_is_lost_is_replaced_once_and_no_batch_is_missed(examples, config, tmp_path, how):
-    source = faulty(examples, config, how=how, once=tmp_path / "happened")
+def test_a_worker_that_is_lost_is_replaced_once_and_no_batch_is_missed(examples, config, tmp_path, how, hung):
+    source = faulty(examples, config, how=how, once=tmp_path / "happened", hung=hung)
     found = all_of(source, workers=2, patience=PATIENCE_S if how == "hang" else 600.0)
     assert found == all_of(source, workers=0)
     assert (tmp_path / "happened").exists()
@@ -96,10 +114,10 @@ def test_a_worker_that_is_lost_is_replaced_once_and_no_batch_is_missed(examples,
 
 @pytest.mark.parametrize(
     ("how", "says"),
-    [("exit", r"died \(exit code 3"), ("hang", "said nothing for 10 s"), ("raise", "raised OSError: the file is gone")],
+    [("exit", r"died \(exit code 3"), ("hang", "said nothing for 1 s"), ("raise", "raised OSError: the file is gone")],
 )
-def test_a_worker_that_is_lost_again_ends_the_run_with_a_reason(examples, config, how, says):
-    source = faulty(examples, config, how=how, once=None)
+def test_a_worker_that_is_lost_again_ends_the_run_with_a_reason(examples, config, how, says, hung):
+    source = faulty(examples, config, how=how, once=None, hung=hung)
     with pytest.raises(DataError, match=rf"epoch 0, batch 3: a loader worker {says}.*, twice. Next: train.workers = 0"):
         all_of(source, workers=1, patience=PATIENCE_S if how == "hang" else 600.0)
 

@@ -45,7 +45,7 @@ def write_raw(folder: Path, *, train: list | None = None, test: list | None = No
 
 
 def clean(raw: Path, tmp_path: Path) -> Paths:
-    paths = Paths(comp="openvaccine", root=tmp_path / "artifacts", csv_dir=tmp_path / "csv")
+    paths = Paths(comp="openvaccine", root=tmp_path / "artifacts", submissions=tmp_path / "csv")
     preprocess.run(OPENVACCINE, raw, paths)
     return paths
 

@@ -5,7 +5,11 @@ import json
 import os
 import re
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -14,6 +18,7 @@ from models import registry
 from pipeline import sweep
 from pipeline.errors import BusyError, ConfigError, StoppedError
 from pipeline.paths import Paths
+from pipeline.stage import Report
 from pipeline.sweep import Axis, Job, Sweep, grid, parse_axis, summarise
 from pipeline.training.stop import run_lock
 from tests.pipeline import tiny
@@ -109,22 +114,76 @@ def test_a_study_stops_at_its_number_of_trials_and_goes_on_from_them(small: Swee
     assert all(1e-4 <= row["cell"][0][1] <= 1e-1 for row in again.facts["cells"])
 
 
-def test_a_second_worker_neither_takes_a_living_workers_trial_nor_leaves_at_a_busy_job(
+def test_a_second_worker_waits_for_the_last_trial_of_a_living_one_and_takes_over_that_of_a_dead_one(
     small: Sweep, monkeypatch: pytest.MonkeyPatch
 ):
-    """The first worker died with "ValueError: Cannot tell a FAIL trial", the second with exit code 75."""
+    """It asked for a trial more than TRIALS; before that, the first worker died with "ValueError: Cannot tell a FAIL
+    trial".
+    """
     pytest.importorskip("optuna")
-    axes = [parse_axis("train.lr=[1e-3]")]  # both can only propose the same cell
-    train_job, looks = Sweep.awaited_metric, []
+    axes, found = [parse_axis("train.lr={low=1e-4, high=1e-1, log=true}")], list[Report]()
+    cells, locks = list[sweep.Settings](), list[Path]()
 
-    def with_company(self: Sweep, job: Job) -> float | None:
-        if not looks:
-            looks.append(job)
-            sweep.run(small, axes, trials=1)  # starts, and is done, while the first is at its trial
-        return train_job(self, job)
+    def dies_when_it_is_waited_for(message: str) -> None:
+        if "0 of 1 trials are done, the others at work elsewhere" in message:
+            assert len(cells) == 1
+            locks[0].unlink()
 
-    monkeypatch.setattr(Sweep, "awaited_metric", with_company)
+    def metric(_self: Sweep, job: Job) -> float:
+        cells.append(job.cell)
+        if len(cells) == 1:
+            locks.extend(small.folder.glob(".worker-*"))
+            found.append(sweep.run(small, axes, trials=1))
+            raise KeyboardInterrupt  # a dead worker tells nothing more
+        return 0.5
+
+    monkeypatch.setattr(sweep, "say", dies_when_it_is_waited_for)
+    monkeypatch.setattr(sweep, "_POLL_S", 0.0)
+    monkeypatch.setattr(Sweep, "metric", metric)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(small, axes, trials=1)
+    assert len(set(cells)) == 1
+    assert [row["n"] for row in found[0].facts["cells"]] == [2]
+
+
+def test_workers_that_begin_at_once_do_as_many_trials_as_were_asked_for(small: Sweep, monkeypatch: pytest.MonkeyPatch):
+    optuna = pytest.importorskip("optuna")
+    axes, begin = [parse_axis("train.lr={low=1e-4, high=1e-1, log=true}")], threading.Barrier(3)
+    counted = sweep._require_same
+
+    def together(*args: Any) -> None:
+        begin.wait()
+        counted(*args)
+
+    monkeypatch.setattr(sweep, "_POLL_S", 0.0)
+    monkeypatch.setattr(sweep, "_require_same", together)
+    monkeypatch.setattr(sweep, "_write", lambda *_: small.folder)  # its part bears the process's number: one here
+    monkeypatch.setattr(Sweep, "metric", lambda *_: 0.5)
+    with ThreadPoolExecutor(3) as pool:
+        reports = list(pool.map(lambda _: sweep.run(small, axes, trials=4), range(3)))
+    assert [len(report.facts["cells"]) for report in reports] == [4, 4, 4]
+    backend = optuna.storages.journal.JournalFileBackend(str(small.folder / "study.log"))
+    study = optuna.load_study(study_name=small.name, storage=optuna.storages.JournalStorage(backend))
+    assert [trial.state for trial in study.trials] == [optuna.trial.TrialState.COMPLETE] * 4
+
+
+def test_a_worker_that_waits_for_others_ends_with_its_time(small: Sweep, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("optuna")
+    axes, seen = [parse_axis("train.lr=[1e-3]")], list[Job]()
+
+    def metric(_self: Sweep, job: Job) -> float:
+        seen.append(job)
+        if len(seen) == 1:
+            with pytest.raises(StoppedError, match=r"0 of 1 trials are done, .*; the time budget is spent\. Next: "):
+                sweep.run(replace(small, deadline=0.0), axes, trials=1)
+        return 0.5
+
+    monkeypatch.setattr(Sweep, "metric", metric)
     assert sweep.run(small, axes, trials=1).facts["cells"][0]["n"] == 2
+
+
+def test_a_job_of_a_trial_that_another_process_does_is_waited_for(small: Sweep, monkeypatch: pytest.MonkeyPatch):
+    """A worker left with exit code 75 there, and its trial was lost."""
     busy = iter([BusyError("somebody"), 0.5])
 
     def metric(_self: Sweep, _job: Job) -> float:
@@ -135,8 +194,7 @@ def test_a_second_worker_neither_takes_a_living_workers_trial_nor_leaves_at_a_bu
 
     monkeypatch.setattr(sweep, "_POLL_S", 0.0)
     monkeypatch.setattr(Sweep, "metric", metric)
-    assert train_job(small, small.jobs(())[0]) == 0.5
-    assert not list(small.folder.glob(".worker-*"))
+    assert small.awaited_metric(small.jobs(())[0]) == 0.5
 
 
 def test_what_a_killed_worker_left_is_proposed_again(small: Sweep, monkeypatch: pytest.MonkeyPatch):

@@ -190,6 +190,14 @@ def test_a_cut_gzip_is_refused(tmp_path: Path) -> None:
         read_chains(tmp_path / "9xyz.cif.gz")
 
 
+@pytest.mark.parametrize("name", ["9XYZ.CIF", "9xyz.cif.GZ"])
+def test_endings_in_capitals_are_read_as_those_in_small_letters(tmp_path: Path, name: str) -> None:
+    """It said: 9XYZ.CIF: not a whole mmCIF or PDB file (Incorrect file format (perhaps it is cif not pdb?))."""
+    text = cif().encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".GZ") else text)
+    assert [chain.template_id for chain in read_chains(tmp_path / name)] == ["9XYZ_R"]
+
+
 def test_the_library_is_a_dated_table_and_two_builds_are_identical(tmp_path: Path) -> None:
     write(tmp_path / "raw" / "b" / "9xyz.cif", cif())
     write(tmp_path / "raw" / "1abc.pdb", pdb())

@@ -510,3 +510,18 @@ def test_no_usable_template_at_all_is_refused(tmp_path: Path) -> None:
     pl.read_parquet(paths.fold_table(SPLIT)).head(1).write_parquet(paths.fold_table(SPLIT))
     with pytest.raises(DataError, match="fewer than two folds have a training target with a usable template"):
         run(paths)
+
+
+def test_templates_that_cover_less_than_half_of_every_target_are_refused(tmp_path: Path) -> None:
+    """It said: ValueError: number sections must be larger than 0."""
+    paths = Paths(comp="rna3d", root=tmp_path)
+    write_tables(paths)
+    train = pl.read_parquet(paths.clean("train"))
+    train.with_columns(
+        pl.concat_list(pl.col(axis).list.head(10), pl.lit([None] * 30, pl.List(pl.Float64)))
+        .list.head(pl.col(axis).list.len())
+        .alias(axis)
+        for axis in "xyz"
+    ).write_parquet(paths.clean("train"))
+    with pytest.raises(DataError, match="no training target has a template that covers 50% of it"):
+        run(paths)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, distributed
 from models.interface import RnaInputs
 from models.registry import create_model
 from pipeline import predict
-from pipeline.config import load_config
+from pipeline.config import ModelConfig, load_config
 from pipeline.errors import StoppedError
 from pipeline.runlog import read_metrics
 from pipeline.training import sharding
@@ -69,6 +70,23 @@ def test_what_was_trained_here_predicts_the_same_on_the_cpu(paths, monkeypatch):
         one, other = (np.concatenate([np.ravel(row) for row in table[name].to_pylist()]) for table in tables)
         assert np.isfinite(one).all()
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_what_adapters_learned_here_predicts_the_same_on_the_cpu(paths, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    config = tiny.config(epochs=1, precision="fp16", data={"flip": 0.5})
+    model = ModelConfig(name="transformer_sepconv", kwargs={"width": 16, "depth": 2, "num_heads": 2})
+    first = fit(paths, replace(config, model=model), run=WHOLE)
+    fit(paths, replace(config, model=replace(model, init=str(first.outputs["checkpoint"]), lora_rank=2)))
+    found = []
+    for device in ("cuda", "cpu"):
+        monkeypatch.setattr(predict, "choose_device", lambda device=device: torch.device(device))
+        where = {"competition": tiny.TINY, "paths": paths, "run": tiny.RUN, "fold": 0}
+        table = predict.run(which=("test",), **where).outputs["test"]
+        columns = [pq.read_table(table)[name].to_pylist() for name in tiny.TARGETS]
+        found.append(np.concatenate([row for column in columns for row in column]))
+        table.unlink()
+    np.testing.assert_allclose(*found, atol=1e-4)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_good_files_of_every_format_are_accepted(paths, tmp_path):
     windows = write_lines(tmp_path / "b.csv", lines, end="\r\n")
     unended = tmp_path / "c.csv"
     unended.write_text("\ufeff" + "\n".join(lines))
-    zipped = tmp_path / "named_wrongly.csv"
+    zipped = tmp_path / "c.CSV.GZ"
     zipped.write_bytes(gzip.compress(plain.read_bytes()))
     table = tmp_path / "d.parquet"
     pl.read_csv(plain).write_parquet(table)
@@ -88,10 +88,13 @@ def replace(at, text):
         ),
         (replace(3, "2,-0.1,0.5"), r"data row 3 \(line 4\): reactivity_DMS_MaP of id 2 is -0.1"),
         (replace(3, "2,0.1"), r"data row 3 \(line 4\): 2 cells \('2,0.1'\); expected 3: the file may be cut"),
-        (replace(3, "2,0.1,0.1,0.1"), r"data row 3 \(line 4\): 4 cells"),
+        (replace(3, "2,0.1,0.1,0.1"), r"data row 3 \(line 4\): 4 cells \('2,0.1,0.1,0.1'\); expected 3\. Next"),
         (replace(3, "2,0.1,low"), r"data row 3 \(line 4\): reactivity_2A3_MaP is 'low'; expected a number"),
         (replace(3, ""), r"data row 3 \(line 4\)"),
         (replace(0, "id,reactivity_2A3_MaP,reactivity_DMS_MaP"), r"in another order: got 'id,reactivity_2A3"),
+        (replace(0, "id, reactivity_DMS_MaP, reactivity_2A3_MaP"), "blanks around the names: got 'id, reactivity_DMS"),
+        (replace(0, "id;reactivity_DMS_MaP;reactivity_2A3_MaP"), "other columns: .* Next: write the expected columns,"),
+        (replace(0, "id_seqpos,reactivity,deg_Mg_pH10,deg_pH10,deg_Mg_50C,deg_50C"), "Next: see that COMP fits"),
         (replace(0, "id,reactivity_DMS_MaP"), "other columns: got 'id,reactivity_DMS_MaP'; expected 'id,"),
         (lambda lines: lines.pop(0), "other columns: got '0,0.0000,0.0000'"),
         (lambda lines: lines.__setitem__(slice(1, None), []), "ends after data row 0; expected"),
@@ -102,6 +105,18 @@ def test_every_fault_is_refused_with_its_row(paths, tmp_path, change, message):
     change(lines)
     with pytest.raises(DataError, match=message):
         run(paths, write_lines(tmp_path / "bad.csv", lines))
+
+
+def test_what_kaggle_cannot_read_by_its_name_or_letters_is_refused(paths, tmp_path):
+    """A gzip file under the name of a CSV was accepted; of UTF-16 the columns were said to be others."""
+    lines = "\n".join(good_lines(paths)) + "\n"
+    file = tmp_path / "mine.csv"
+    file.write_bytes(gzip.compress(lines.encode()))
+    with pytest.raises(DataError, match=r"holds CSV.GZ; expected what the name says. Next: name it \*.csv.gz"):
+        run(paths, file)
+    file.write_text(lines, encoding="utf-16")
+    with pytest.raises(DataError, match="text in UTF-16; expected UTF-8"):
+        run(paths, file)
 
 
 @pytest.mark.parametrize("block", [64, 1000])

@@ -144,7 +144,7 @@ def test_a_class_without_positives_or_without_negatives_is_undefined_not_0_or_1(
     assert np.isnan(found["recall"][no_positive])
     assert found["precision"][no_positive] == 0.0  # decided for, and wrong each time
     assert found["precision"][nothing_else] == 1.0
-    assert scores.in_short(said_NK, truth_NK, decided_NK, exclusive=False)["AUROC"] == pytest.approx(
+    assert scores.in_short(said_NK, truth_NK, decided_NK, exclusive=False)["macro AUROC"] == pytest.approx(
         np.mean(GOLDEN["several"]["auroc"][:6])
     )
 

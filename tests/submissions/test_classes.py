@@ -156,8 +156,32 @@ def test_a_class_without_sequences_is_undefined_and_left_out_of_the_means(plain)
     }  # fmt: skip
     assert facts["undefined"]["auroc"] == ["viroid"]
     defined = [row["auroc"] for row in facts["per_class"][:3]]
-    assert facts["per_target"]["AUROC"] == pytest.approx(np.mean(defined))
+    assert facts["per_target"]["macro AUROC"] == facts["averages"]["macro"]["auroc"] == pytest.approx(np.mean(defined))
     assert re.search(r"viroid +0 +undefined +undefined", printed(evaluate.describe(facts)))
+
+
+def test_a_test_set_of_known_classes_is_scored_and_chooses_nothing(paths, kind):
+    before = score(paths).facts
+    assert "test" not in before
+    test = pl.read_parquet(paths.clean("test"))
+    labels = [None if place == 0 else [place % len(CLASSES)] for place in range(test.height)]
+    edit(paths.clean("test"), pl.Series("labels", labels, dtype=pl.List(pl.UInt16)).alias("labels"))
+    made = score(paths)
+    facts = made.facts
+    assert {name: facts[name] for name in before} == before
+    said = pl.read_parquet(paths.ensemble_dir("all") / "test.parquet").select("sequence_id", "probabilities")
+    both = test.with_columns(pl.Series("labels", labels)).join(said, on="sequence_id").drop_nulls()
+    probability_NK, truth_NK = np.array(both["probabilities"].to_list()), flags(both)
+    losses = log_losses(probability_NK, truth_NK, exclusive=kind == "exclusive")
+    assert facts["test"]["score"] == pytest.approx(losses.mean())
+    limits = [row["threshold"] for row in before["per_class"]]
+    decided_NK = class_scores.decide(probability_NK, exclusive=kind == "exclusive", thresholds=np.array(limits))
+    assert facts["test"]["per_target"]["accuracy"] == (decided_NK == truth_NK).all(axis=1).mean()
+    assert facts["test"]["scored"] == test.height - 1
+    line = rf"test set, {test.height - 1:,} sequences +{losses.mean():.4f}"
+    assert re.search(line, printed(evaluate.describe(facts)))
+    page = visible(report.run(paths, competition=LABELLED, name="all").outputs["report"])
+    assert f"{test.height - 1:,} {losses.mean():.4f} {facts['test']['per_target']['accuracy']:.3f}" in page
 
 
 def test_sequences_without_a_prediction_are_listed_every_one(plain, capsys):
@@ -461,6 +485,15 @@ def test_the_page_shows_every_class_its_confusions_and_the_surest_mistakes(paths
     if kind == "exclusive":
         for row, counts in zip(CLASSES, facts["confusion"], strict=True):
             assert f"{row} {' '.join(map(str, counts))}" in text
+    else:
+        own = read_predicted(
+            paths, split=SPLIT, folds=range(FOLDS), tables=[paths.ensemble_dir("all") / "oof.parquet"], name="all",
+            classes=read_classes(paths),
+        )  # fmt: skip
+        decided_NK, none_N = own.decided(), ~own.truth_NK.any(axis=1)
+        counts = [*decided_NK[none_N].sum(axis=0), (~decided_NK[none_N].any(axis=1)).sum()]
+        assert sum(counts) > 0
+        assert f"(none) {' '.join(map(str, counts))}" in text
     assert "The surest mistakes" in text
     assert "all · Labelled sequences, toy" in text
 

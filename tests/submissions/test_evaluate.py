@@ -1,4 +1,5 @@
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
@@ -43,18 +44,20 @@ def score(paths: Paths, comp=RIBONANZA, **subject):
     return evaluate.run(paths, competition=comp, split=SPLIT, **(subject or {"name": "all"}))
 
 
-def errors(paths: Paths, run: str) -> pl.DataFrame:
+def errors(
+    paths: Paths, run: str, *, train: pl.DataFrame | None = None, measured: Sequence[str] = TARGETS
+) -> pl.DataFrame:
     """Every position that counts, by plain joins: keys, and an absolute error for each target."""
     tables = pl.concat([pl.read_parquet(paths.oof(run, fold)) for fold in range(FOLDS)])
-    train = pl.read_parquet(paths.clean("train")).filter("scored")
+    train = (pl.read_parquet(paths.clean("train")) if train is None else train).filter("scored")
     lengths = pl.col("sequence").str.len_chars()
     joined = train.join(tables, on="sequence_id", suffix="_predicted", validate="1:1").with_columns(
         position=pl.int_ranges(1, lengths + 1), length=lengths
     )
-    flat = joined.explode("position", *TARGETS, *(f"{target}_predicted" for target in TARGETS)).drop_nulls(TARGETS)
+    flat = joined.explode("position", *measured, *(f"{target}_predicted" for target in measured)).drop_nulls(measured)
     error = [
         (pl.col(f"{target}_predicted") - pl.col(target).clip(0.0, 1.0)).abs().alias(f"error_{target}")
-        for target in TARGETS
+        for target in measured
     ]
     return flat.with_columns(error)
 
@@ -108,7 +111,10 @@ def test_own_filter_counts_profiles_whose_partner_failed(paths):
     assert train["scored"].sum() == facts["sequences"]["scored"]
     partner_failed = train.filter(pl.col("SN_filter_DMS_MaP") & ~pl.col("scored")).height
     assert partner_failed > 0
-    assert facts["per_target_own_filter"]["reactivity_DMS_MaP"] != facts["per_target"]["reactivity_DMS_MaP"]
+    for target in TARGETS:
+        passed = train.with_columns(scored=pl.col(target.replace("reactivity", "SN_filter")))
+        table = errors(paths, RUNS[0], train=passed, measured=[target])
+        assert facts["per_target_own_filter"][target] == pytest.approx(table[f"error_{target}"].mean(), abs=1e-6)
 
 
 def test_ensemble_is_scored_beside_its_runs(paths):

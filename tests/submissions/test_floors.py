@@ -51,18 +51,19 @@ def test_floors_agree_with_exact_medians_of_the_other_folds(rng):
                 np.testing.assert_allclose(got_TC[here_T, target], wanted, atol=0.004)
 
 
-def test_longest_context_with_enough_examples_answers(rng):
+def test_longest_context_with_enough_examples_answers():
     """One 5-mer with many examples, one with too few whose 3-mer has many, one unknown: 5-mer, 3-mer, nucleotide."""
     many, few, unknown = 0b0110111001, 0b0110111010, 0b1111111111  # first two share the middle three letters
+    other = 0b0000110000  # shares the middle letter alone, and decides its median
     floors = tables(unpaired=False)
-    kmer_T = np.array([many] * 40 + [few] * (MIN_EXAMPLES - 1))
-    value_T = np.array([0.2] * 40 + [0.9] * (MIN_EXAMPLES - 1))
+    kmer_T = np.array([many] * 40 + [few] * (MIN_EXAMPLES - 1) + [other] * 60)
+    value_T = np.array([0.2] * 40 + [0.9] * (MIN_EXAMPLES - 1) + [0.6] * 60)
     truth_TC = np.stack([value_T, value_T], axis=1)
     floors.add(kmer_T, np.zeros_like(kmer_T), truth_TC, np.ones(len(kmer_T), dtype=int))
     table_K = floors.fit()["5-mer"][0, 0, :, 0]
     assert table_K[many] == pytest.approx(0.2, abs=0.004)
     assert table_K[few] == pytest.approx(0.2, abs=0.004)
-    assert table_K[unknown] == pytest.approx(0.2, abs=0.004)
+    assert table_K[unknown] == pytest.approx(0.6, abs=0.004)
     floors.add(np.array([few]), np.array([0]), np.array([[0.9, 0.9]]), np.array([1]))
     assert floors.fit()["5-mer"][0, 0, few, 0] == pytest.approx(0.9, abs=0.004)
 

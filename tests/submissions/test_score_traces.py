@@ -60,6 +60,26 @@ def test_nulls_and_sentinels_are_missing_residues(traces: Path, tmp_path: Path, 
     assert table["tm_byresi"][0] == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("shown", ["D{}", " {} ", "{}ra"])
+def test_names_of_residues_may_be_those_of_files(traces: Path, shown: str) -> None:
+    """A name of which only the first letter counted made " A" and "DA" residues that pair with nothing."""
+    expected = [pair.names for pair in score_traces.read_pairs(traces)]
+    _edit("native_traces", pl.format(shown, "resname").alias("resname"))(traces)
+    assert [pair.names for pair in score_traces.read_pairs(traces)] == expected
+    assert set(expected[0]) > {"A", "C"}
+
+
+def test_high_numbers_take_no_more_memory(traces: Path) -> None:
+    for table in ("model_traces", "native_traces"):
+        _edit(table, pl.col("resid") + 90_000)(traces)
+    assert [len(pair.names) for pair in score_traces.read_pairs(traces)] == [40, 40]
+
+
+def test_long_models_move_the_bar_one_by_one() -> None:
+    cases = [(np.zeros((0, 3)), np.zeros((0, 3)), "N" * length) for length in (2000, 2500, 100, 3000, *[10] * 65)]
+    assert [len(part) for part in score_traces._batches(cases)] == [1, 1, 2, 64, 1]
+
+
 @pytest.mark.parametrize("name", ["scores.csv", ""])
 def test_only_a_parquet_file_is_written(traces: Path, tmp_path: Path, name: str) -> None:
     """It wrote parquet into OUT=o.csv."""
@@ -83,6 +103,8 @@ def _edit(table: str, change: pl.Expr):
         (_edit("model_traces", pl.lit(1e30).alias("z")), "residue 1 has a coordinate of 1,000,000 Å or more"),
         (_edit("model_traces", pl.lit(7).alias("resid")), "residue 7 has a residue number twice"),
         (_edit("model_traces", (pl.col("resid") - 9).alias("resid")), "residue -8 has a residue number below 0"),
+        (_edit("model_traces", pl.col("resid") + 0.5), "a residue number is no whole number"),
+        (_edit("native_traces", pl.lit(-np.inf).alias("x")), "a coordinate that is not finite"),
         (_edit("models", pl.lit("a").alias("model_id")), "models.parquet: a comes twice"),
         (_edit("models", pl.lit("T2").alias("target")), "no native set/T2 for a"),
         (_edit("models", (pl.col("model_id") + "x").alias("model_id")), "no residue of ax has a place"),

@@ -165,6 +165,36 @@ def test_a_candidate_without_coordinates_is_refused(tmp_path: Path, truth: dict[
         evaluate_structure(paths, competition=RNA3D, predictions=table)
 
 
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        (pl.lit(["?"] * 40).alias("x"), "candidate, x, y, z cannot be read .conversion from `str`"),
+        (pl.lit(1.0).alias("z"), "candidate, x, y, z cannot be read .casting from Float64 to list"),
+    ],
+)
+def test_columns_that_are_no_lists_of_numbers_are_one_sentence(
+    tmp_path: Path, truth: dict[str, np.ndarray], column: pl.Expr, said: str
+) -> None:
+    """They were tracebacks: could not convert string to float; object of type 'float' has no len()."""
+    paths, table = _write(tmp_path, truth, truth)
+    pl.read_parquet(table).with_columns(column).write_parquet(table)
+    with pytest.raises(DataError, match=said) as caught:
+        evaluate_structure(paths, competition=RNA3D, predictions=table)
+    assert "\n" not in str(caught.value)
+
+
+def test_odd_types_beside_the_coordinates_do_not_matter(tmp_path: Path, truth: dict[str, np.ndarray]) -> None:
+    """A source that is a number or null and a sequence that is null were tracebacks."""
+    paths, table = _write(tmp_path, truth, truth)
+    single = pl.col("x", "y", "z").cast(pl.List(pl.Float32))
+    pl.read_parquet(table).with_columns(single, pl.lit(5).alias("source")).write_parquet(table)
+    nameless = pl.DataFrame({"sequence_id": ["1SCL_A"], "sequence": pl.Series([None], dtype=pl.String)})
+    nameless.write_parquet(paths.clean("test"))
+    scores = evaluate_structure(paths, competition=RNA3D, predictions=table)
+    assert scores["score"] == pytest.approx(1.0, abs=1e-5)
+    assert [row["templates"] for row in scores["targets"]] == [0, 0]
+
+
 # ---------------------------------------------------------------------------------------------- copies of a chain
 
 

@@ -47,6 +47,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     file.parent.mkdir(parents=True)
     lines = [f"{k},0.25,0.5" for k in range(rows)]
     file.write_text("\n".join(["id,reactivity_DMS_MaP,reactivity_2A3_MaP", *lines]) + "\n")
+    monkeypatch.setattr(upload, "_LOOKS", 2)  # each starts the client
     with serve() as server:
         for name, value in server.environment(tmp_path / "home").items():
             monkeypatch.setenv(name, value)

@@ -1,0 +1,71 @@
+"""Low-rank adapters: a network that was trained learns another task with a few numbers more for each of its matrices.
+
+Source: Hu et al. 2021, LoRA, arXiv:2106.09685.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from models.interface import RnaModel
+
+
+class LowRank(nn.Module):
+    """Adds up · down, a matrix of low rank that begins as zero, to the weight of a linear layer.
+
+    Args:
+        weight: [out, in].
+        rank: columns of `up`.
+        alpha: up · down counts alpha / rank times, so that a learning rate fits several ranks.
+    """
+
+    def __init__(self, weight: Tensor, *, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.down = nn.Parameter(weight.new_empty(rank, weight.shape[1]))
+        self.up = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
+        self.scale = alpha / rank
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The adapted weight; in float32, where half precision would lose small sums."""
+        with torch.autocast(weight.device.type, enabled=False):
+            return weight + self.scale * (self.up @ self.down)
+
+
+def add_adapters(model: RnaModel, *, rank: int, alpha: float) -> None:
+    """Give every linear layer of the blocks an adapter, and freeze all else but the heads; outputs stay as they are.
+
+    Filters and other matrices that do not decay, which are functions of time and not of channels, get none.
+
+    Raises:
+        ValueError: the network has no such layer.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("heads."))
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if "blocks." in name and isinstance(module, nn.Linear) and not hasattr(module.weight, "_no_weight_decay")
+    ]
+    if not layers:
+        raise ValueError(f"model {model.name!r}: no linear layer in its blocks; expected one to adapt (lora_rank).")
+    for layer in layers:
+        parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank=rank, alpha=alpha))
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Add every adapter to the weight it adapts, for good; a network without them stays as it is."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a network as it is called without adapters, and without them; the tensors are its own."""
+    return {
+        name.replace(".parametrizations.weight.original", ".weight"): tensor
+        for name, tensor in model.state_dict().items()
+        if ".parametrizations.weight.0." not in name
+    }

@@ -1,0 +1,38 @@
+"""The doctor names everything that a run may use here, and survives whatever is broken."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from models.layers import kernels
+from pipeline.doctor import Finding, examine
+
+
+def findings(folder: Path, what: str) -> list[Finding]:
+    return [finding for finding in examine(folder) if finding.what == what]
+
+
+@pytest.fixture(autouse=True)
+def plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled here."""
+    monkeypatch.setenv("RNA_KERNELS", "reference")
+
+
+@pytest.mark.parametrize("operator", kernels.HOMES)
+def test_every_operator_is_told_with_its_path_and_why(operator: str, tmp_path: Path) -> None:
+    """Hyena's long convolution was missing."""
+    found = findings(tmp_path / "not" / "there", operator)
+    assert [finding.state for finding in found] == ["absent"] * len(found)
+    assert found[0].detail == "on cpu: reference (RNA_KERNELS=reference asks for plain PyTorch)"
+
+
+def test_a_package_that_breaks_at_its_import_is_a_problem_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    (found,) = findings(tmp_path, "timm")
+    assert found.state == "problem"
+    assert "RuntimeError: operator torchvision::nms does not exist" in found.detail

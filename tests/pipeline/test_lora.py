@@ -1,0 +1,118 @@
+"""A run that trains adapters and heads alone, on the weights of another run."""
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+from models.adapters import LowRank, plain_state
+from models.encoder import RnaEncoder
+from models.interface import RnaInputs, RnaOutputs
+from pipeline import embed, predict, train
+from pipeline.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from pipeline.errors import ConfigError, StoppedError
+from pipeline.paths import Paths
+from pipeline.training.checkpoint import CheckpointStore, load_weights
+from pipeline.training.initial import is_head, load_fitting
+from tests.pipeline import tiny
+
+NEXT = f"next.{tiny.SPLIT}"
+KWARGS = {"width": 16, "depth": 2, "num_heads": 2, "ffn_expand": 2}
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Paths:
+    paths = Paths(comp="tiny", root=tmp_path / "artifacts")
+    tiny.write_values(paths)
+    return paths
+
+
+def settings(init: str = "", *, rank: int = 0, depth: int = 2, **more) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(name="transformer_sepconv", kwargs=KWARGS | {"depth": depth}, init=init, lora_rank=rank),
+        data=DataConfig(max_length=40),
+        train=TrainConfig(**{"epochs": 2, "batch_size": 8, "lr": 1e-2, "seed": 3, **more}),
+    )
+
+
+@pytest.fixture
+def begun(paths: Paths) -> str:
+    """The checkpoint of a finished run."""
+    return str(tiny.fit(paths, settings(epochs=1)).outputs["checkpoint"])
+
+
+def test_only_adapters_and_heads_change(paths, begun, capsys):
+    tiny.fit(paths, settings(begun, rank=2), run=NEXT)
+    assert "of the parameters train (" in capsys.readouterr().err
+    config = settings(begun, rank=2)
+    model = train.build_model(config.model, tiny.TINY)
+    model.load_state_dict(load_weights(CheckpointStore(paths.fold_dir(NEXT, 0) / "checkpoints").best_folder()))
+    before = load_weights(Path(begun))
+    after = plain_state(model)
+    assert after.keys() == before.keys()
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if is_head(name)}
+    assert all(parameter.abs().max() > 0 for name, parameter in model.named_parameters() if name.endswith(".up"))
+
+
+def test_predictions_are_of_merged_weights(paths, begun, monkeypatch):
+    tiny.fit(paths, settings(begun, rank=2, epochs=1), run=NEXT)
+    adapted, compute = list[bool](), RnaEncoder.forward
+
+    def told(model: RnaEncoder, inputs: RnaInputs) -> RnaOutputs:
+        adapted.append(any(isinstance(module, LowRank) for module in model.modules()))
+        return compute(model, inputs)
+
+    monkeypatch.setattr(RnaEncoder, "forward", told)
+    predict.run(competition=tiny.TINY, paths=paths, run=NEXT, fold=0, which=("test",))
+    assert set(adapted) == {False}
+
+
+def test_it_predicts_and_embeds_what_it_learned(paths, begun):
+    report = tiny.fit(paths, settings(begun, rank=2), run=NEXT)
+    first = pl.read_parquet(predict.run(competition=tiny.TINY, paths=paths, run=tiny.RUN, fold=0).outputs["oof"])
+    second = pl.read_parquet(predict.run(competition=tiny.TINY, paths=paths, run=NEXT, fold=0).outputs["oof"])
+    truth = pl.read_parquet(paths.clean("train")).filter(pl.col("scored"))
+    name = tiny.TARGETS[0]
+
+    def error(table: pl.DataFrame) -> float:
+        both = table.join(truth, on="sequence_id", suffix="_true").select(name, f"{name}_true").explode(pl.all())
+        return float((both[name].clip(0, 1) - both[f"{name}_true"].clip(0, 1)).abs().drop_nans().mean())  # type: ignore[arg-type]
+
+    assert error(second) < error(first)
+    job = embed.run(paths.clean("test"), competition=tiny.TINY, paths=paths, run=NEXT, fold=0)
+    assert job.facts["sequences"] == 9
+    assert report.facts["steps"] == 8
+
+
+def test_a_run_stopped_after_every_step_ends_with_the_same_bits(paths, begun):
+    config = settings(begun, rank=2, epochs=1)
+    tiny.fit(paths, config, run=NEXT)
+    for _ in range(5):
+        with contextlib.suppress(StoppedError):
+            tiny.fit(paths, config, run="again.sim80_k2", max_steps=1)
+    assert tiny.final_bytes(paths, "again.sim80_k2") == tiny.final_bytes(paths, NEXT)
+
+
+def test_weights_of_another_shape_are_refused_where_they_would_stay_as_drawn(paths, begun):
+    tiny.fit(paths, settings(begun, depth=3, epochs=1), run=NEXT)  # without adapters they train
+    with pytest.raises(ConfigError, match=r"only \d+% of the backbone fit, and lora_rank freezes all of it"):
+        tiny.fit(paths, settings(begun, rank=2, depth=3), run="other.sim80_k2")
+
+
+@pytest.mark.parametrize("changes", [{"init": ""}, {"sharding": "fsdp2"}], ids=["from scratch", "sharded"])
+def test_what_adapters_cannot_do_is_refused(paths, changes):
+    init = changes.pop("init", "somewhere")
+    with pytest.raises(ConfigError, match=r"lora_rank = 2: adapters need .* Next: "):
+        tiny.fit(paths, settings(init, rank=2, **changes))
+
+
+def test_all_of_a_backbone_is_loaded_below_the_adapters():
+    adapted = ModelConfig(name="transformer_sepconv", lora_rank=2, kwargs=KWARGS)
+    model, plain = (train.build_model(config, tiny.TINY) for config in (adapted, replace(adapted, lora_rank=0)))
+    found = load_fitting(model, plain.state_dict())
+    assert found.share == 1
+    assert torch.equal(plain_state(model)["norm.weight"], plain.state_dict()["norm.weight"])
