@@ -4,6 +4,7 @@ Source: Hu et al. 2021, LoRA, arXiv:2106.09685.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -69,3 +70,16 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
         for name, tensor in model.state_dict().items()
         if ".parametrizations.weight.0." not in name
     }
+
+
+def merged_state(weights: Mapping[str, Tensor], *, scale: float) -> dict[str, Tensor]:
+    """A stored state dict with every adapter added to its weight; `scale` is alpha / rank of `LowRank`."""
+    merged = {}
+    for name, tensor in weights.items():
+        home, adapted, part = name.partition(".parametrizations.weight.")
+        if part == "original":
+            up, down = (weights[f"{home}{adapted}0.{side}"] for side in ("up", "down"))
+            merged[f"{home}.weight"] = tensor + scale * (up @ down)
+        elif not adapted:
+            merged[name] = tensor
+    return merged

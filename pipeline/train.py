@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from models.adapters import add_adapters
+from models.adapters import add_adapters, merged_state
 from models.interface import RnaModel
 from models.layers import kernels
 from models.registry import create_model, model_arguments
@@ -401,7 +402,7 @@ def _load_initial(model: RnaModel, config: ModelConfig, meta: dict[str, Any]) ->
         return None
     try:
         source = read_meta(Path(config.init))
-        found = load_fitting(model, load_weights(Path(config.init)))
+        found = load_fitting(model, _merged(load_weights(Path(config.init)), source["config"]["model"]))
         if config.lora_rank and found.share < 1:  # what is fresh would stay as it is
             raise ValueError(f"only {found.share:.0%} of the backbone fit, and lora_rank freezes all of it")
     except (DamagedError, OSError, ValueError) as err:
@@ -419,6 +420,12 @@ def _load_initial(model: RnaModel, config: ModelConfig, meta: dict[str, Any]) ->
     told = "; ".join(f"{fate} {', '.join(facts[fate]) or 'nothing'}" for fate in ("loaded", "fresh", "ignored"))
     say(f"initial weights of {source.get('run')} fold{source.get('fold')}: {found.share:.0%} of the backbone; {told}")
     return {"run": source.get("run"), "fold": source.get("fold"), "step": source.get("step"), **facts}
+
+
+def _merged(weights: dict[str, Tensor], model: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights of a checkpoint with the adapters in them that its configuration names."""
+    rank = model.get("lora_rank", 0)  # of older checkpoints, none
+    return merged_state(weights, scale=model["lora_alpha"] / rank) if rank else weights
 
 
 def _check_sharding(settings: TrainConfig, world: World) -> None:

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 import torch
 
-from models.adapters import LowRank, plain_state
+from models.adapters import LowRank, merge_adapters, plain_state
 from models.encoder import RnaEncoder
 from models.interface import RnaInputs, RnaOutputs
 from pipeline import embed, predict, train
@@ -116,3 +116,21 @@ def test_all_of_a_backbone_is_loaded_below_the_adapters():
     found = load_fitting(model, plain.state_dict())
     assert found.share == 1
     assert torch.equal(plain_state(model)["norm.weight"], plain.state_dict()["norm.weight"])
+
+
+def test_a_run_begins_with_what_another_ones_adapters_learned(paths, begun, monkeypatch):
+    adapted = tiny.fit(paths, settings(begun, rank=2), run=NEXT).outputs["checkpoint"]
+    network = train.build_model(settings(begun, rank=2).model, tiny.TINY)
+    network.load_state_dict(load_weights(adapted))
+    merge_adapters(network)
+    began = []
+
+    def told(model, weights):
+        found = load_fitting(model, weights)
+        began.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return found
+
+    monkeypatch.setattr(train, "load_fitting", told)
+    report = tiny.fit(paths, settings(str(adapted), epochs=1), run="third.sim80_k2")
+    assert report.facts["steps"] == 4
+    torch.testing.assert_close(began[0], dict(network.state_dict()))
