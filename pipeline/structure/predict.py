@@ -9,7 +9,6 @@ Letters: N assemblies of all targets, M of one, F features, L length (nt), 3 xyz
 import json
 import time
 import zlib
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -19,11 +18,12 @@ import numpy as np
 import polars as pl
 
 from pipeline.competitions.base import Competition
-from pipeline.competitions.rna3d import read_teaching
+from pipeline.competitions.rna3d import CANDIDATES, read_teaching
 from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, track, warn
 from pipeline.stage import Report, read_result, run_stage, take_until, tell_left_out
+from pipeline.structure.candidate_tables import CandidateRows, Scorer, read_folds, read_pairs, read_targets
 from pipeline.structure.denovo import Assembly, choose_assemblies, features, fit_weights
 from pipeline.structure.fold3d import assemble_drawn
 from pipeline.structure.geometry import similarity
@@ -39,21 +39,10 @@ VERSION = 3
 #: of nested structures grows with the square.
 LONGEST = 10_000
 
-#: (predicted, known) traces -> TM-score of each pair; the roof hands in `submissions.tm_score.tm_scores`.
-Scorer = Callable[[Sequence[tuple[np.ndarray, np.ndarray]]], np.ndarray]
-
-_CANDIDATES = 5
 _LIBRARY, _WEIGHTS = "library.parquet", "weights.json"
 #: Files of a run that `apply` needs on another machine.
 CARRIED = (_LIBRARY, _WEIGHTS)
 _MIN_PROBABILITY = 0.02  # of a pair that counts
-_SCHEMA: dict[str, Any] = {
-    "sequence_id": pl.String,
-    "fold": pl.UInt8,
-    "candidate": pl.UInt8,
-    "confidence": pl.Float32,
-    **dict.fromkeys("xyz", pl.List(pl.Float32)),
-}
 
 _Likely = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -123,7 +112,7 @@ def run(paths: Paths, *, competition: Competition, split: str, score: Scorer) ->
     competition.require_structures("denovo")
     inputs = {name: paths.clean(name) for name in ("train", "later", "test")} | {"folds": paths.fold_table(split)}
     inputs |= {name: path for name, path in (("bpp", paths.bpp), ("library", library_path(paths))) if path.is_file()}
-    held_out = _read_folds(paths, split)
+    held_out = read_folds(paths, split)
     folds = sorted(set(held_out.values()))
     if len(folds) < 2:
         raise DataError(f"{paths.fold_table(split)}: {len(folds)} fold; expected two or more. Next: make folds.")
@@ -234,20 +223,18 @@ def _write_oof(
         owner_N = np.repeat(np.arange(len(used)), [len(tm[n]) for n in used])
         return fit_weights(np.concatenate([table[n] for n in used]), np.concatenate([tm[n] for n in used]), owner_N)
 
-    rows: dict[int, list[dict[str, Any]]] = {fold: [] for fold in set(held_out.values())}
-    weights = {fold: fit(fold) for fold in rows}
+    weights = {fold: fit(fold) for fold in sorted(set(held_out.values()))}
+    rows = CandidateRows(weights)
     expected, first, best = [], [], []
     for n, target in enumerate(targets):
         fold = held_out[target.target_id]
-        chosen, expected_M = choose_assemblies(pools[n], count=_CANDIDATES, weights_F=weights[fold])
-        for place, m in enumerate(chosen, start=1):
-            rows[fold].append(_row(target, place, pools[n][m], expected_M[m], fold=fold))
+        chosen, expected_M = choose_assemblies(pools[n], count=CANDIDATES, weights_F=weights[fold])
+        rows.add(target.target_id, fold, [(expected_M[m], pools[n][m].xyz_L3) for m in chosen])
         if n in tm:
             expected.append(float(expected_M[chosen[0]]))
             first.append(float(tm[n][chosen[0]]))
             best.append(float(tm[n][chosen].max()))
-    for fold, found in rows.items():
-        _write(found, parts[f"fold{fold}/oof"])
+    rows.write(parts, "oof")
     facts = {
         "targets": len(targets),
         "best_of_five": round(float(np.mean(best)), 4),
@@ -268,20 +255,15 @@ def _write_test(
     end: float | None = None,
 ) -> list[str]:
     """Deal the test candidates to the folds; returns the targets that there was time for."""
-    rows: dict[int, list[dict[str, Any]]] = {fold: [] for fold in folds}
-    folded = []
+    rows, folded = CandidateRows(folds), []
     with Bar("assemble test targets", total=len(targets), unit="targets") as bar:
         for target in take_until(targets, end):
             folded.append(target.target_id)
             pool = _assemblies(target, loops, held_out=None)
-            chosen, expected_M = choose_assemblies(pool, count=_CANDIDATES, weights_F=weights_F)
-            for number, m in enumerate(chosen):
-                rows[folds[number % len(folds)]].append(
-                    _row(target, number // len(folds) + 1, pool[m], expected_M[m], fold=None)
-                )
+            chosen, expected_M = choose_assemblies(pool, count=CANDIDATES, weights_F=weights_F)
+            rows.deal(target.target_id, [(expected_M[m], pool[m].xyz_L3) for m in chosen])
             bar.advance()
-    for fold, found in rows.items():
-        _write(found, parts[f"fold{fold}/test"], fold=False)
+    rows.write(parts, "test")
     return folded
 
 
@@ -294,52 +276,19 @@ def _assemblies(target: _Target, loops: _Loops, *, held_out: int | None) -> list
         )
     rng = np.random.default_rng(zlib.crc32(target.target_id.encode()))
     library = loops.usable(held_out=held_out, cutoff=target.cutoff)
-    return assemble_drawn(target.sequence, target.likely, count=_CANDIDATES, library=library, rng=rng)
-
-
-def _read_folds(paths: Paths, split: str) -> dict[str, int]:
-    """Training target -> fold."""
-    path = paths.fold_table(split)
-    open_parquet(path, ("sequence_id", "fold")).close()
-    open_parquet(paths.clean("train"), ("sequence_id",)).close()
-    folds = dict(pl.read_parquet(path, columns=["sequence_id", "fold"]).sort("sequence_id").iter_rows())
-    if set(folds) != set(pl.read_parquet(paths.clean("train"), columns=["sequence_id"])["sequence_id"]):
-        raise DataError(f"{path}: a fold table from other data than {paths.clean('train')}. Next: make folds.")
-    return folds
+    return assemble_drawn(target.sequence, target.likely, count=CANDIDATES, library=library, rng=rng)
 
 
 def _read_targets(paths: Paths, table: str) -> list[_Target]:
-    columns = ["sequence_id", "sequence", "temporal_cutoff"]
-    open_parquet(paths.clean(table), columns).close()
-    rows = pl.read_parquet(paths.clean(table), columns=columns).sort("sequence_id").rows()
-    likely = _read_pairs(paths.bpp, {letters for _, letters, _ in rows}) if paths.bpp.is_file() else {}
+    rows = read_targets(paths, table)
+    likely = {
+        letters: (i_K[p_K >= _MIN_PROBABILITY], j_K[p_K >= _MIN_PROBABILITY], p_K[p_K >= _MIN_PROBABILITY])
+        for letters, (i_K, j_K, p_K) in read_pairs(paths.bpp, (letters for _, letters, _ in rows)).items()
+    }
     return [
         _Target(target_id=name, sequence=letters, cutoff=cutoff, likely=likely.get(letters) or stacking_pairs(letters))
         for name, letters, cutoff in rows
     ]
-
-
-def _read_pairs(path: Path, sequences: set[str]) -> dict[str, _Likely]:
-    open_parquet(path, ("sequence", "i", "j", "p")).close()
-    table = pl.read_parquet(path, columns=["sequence", "i", "j", "p"])
-    found = {}
-    for letters, *columns in table.filter(pl.col("sequence").is_in(sorted(sequences))).iter_rows():
-        i_K, j_K, p_K = (np.array(column) for column in columns)
-        kept = p_K >= _MIN_PROBABILITY
-        found[letters] = (i_K[kept].astype(np.int64), j_K[kept].astype(np.int64), p_K[kept].astype(np.float64))
-    return found
-
-
-def _row(target: _Target, place: int, assembly: Assembly, expected: float, *, fold: int | None) -> dict[str, Any]:
-    axes = dict(zip("xyz", assembly.xyz_L3.T.tolist(), strict=True))
-    key = {"sequence_id": target.target_id} | ({} if fold is None else {"fold": fold})
-    return key | {"candidate": place, "confidence": float(expected)} | axes
-
-
-def _write(rows: list[dict[str, Any]], path: Path, *, fold: bool = True) -> None:
-    schema = {name: kind for name, kind in _SCHEMA.items() if fold or name != "fold"}
-    table = pl.DataFrame(rows, schema=schema).sort("sequence_id", "candidate")
-    table.write_parquet(path, compression="zstd", row_group_size=320)
 
 
 def describe(facts: dict[str, Any]) -> list[str]:
@@ -349,7 +298,7 @@ def describe(facts: dict[str, Any]) -> list[str]:
     oof = facts["oof"]
     return [
         f"loops of known structures: {facts['loops']:,}",
-        f"out of fold, {oof['targets']} targets: best of {_CANDIDATES} {oof['best_of_five']:.4f}, candidate 1 alone "
+        f"out of fold, {oof['targets']} targets: best of {CANDIDATES} {oof['best_of_five']:.4f}, candidate 1 alone "
         f"{oof['first_candidate']:.4f}, expected of it {oof['expected_first']:.4f} (correlation "
         f"{oof['correlation']:.2f})",
     ]

@@ -5,7 +5,6 @@ Letters: N matches of all targets, F features, L length (nt), 3 xyz. Lengths in 
 
 import json
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar
 from pipeline.stage import Report, read_result, run_stage, take_until, tell_left_out
+from pipeline.structure.candidate_tables import CandidateRows, Scorer, read_folds, read_pairs, read_targets
 from pipeline.structure.geometry import rotation_onto
 from pipeline.tables import open_parquet
 from pipeline.templates.collection import collect, library_path, make_library
@@ -30,9 +30,6 @@ from pipeline.templates.transfer import complete, refine, transfer
 
 #: Raised when the same tables give other candidates than before.
 VERSION = 2
-
-#: (predicted, known) traces -> TM-score of each pair; the roof hands in `submissions.tm_score.tm_scores`.
-Scorer = Callable[[Sequence[tuple[np.ndarray, np.ndarray]]], np.ndarray]
 
 #: Expected TM-score from which a target counts as covered: the template that 19 of 20 targets of part 1 had.
 COVERED = 0.45
@@ -46,13 +43,6 @@ _RELATED = 0.8  # identity to the shorter sequence from which a chain from elsew
 #: expects, and has places in the five that other sources fill better: pooled best of five 0.376 without, 0.377 with it.
 _COVERS = 0.5
 _DIFFERENT = 2.0  # Å RMSD by which a candidate differs from those before it, if enough do
-_SCHEMA: dict[str, Any] = {
-    "sequence_id": pl.String,
-    "fold": pl.UInt8,
-    "candidate": pl.UInt8,
-    "confidence": pl.Float32,
-    **dict.fromkeys("xyz", pl.List(pl.Float32)),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +92,7 @@ def run(paths: Paths, *, competition: Competition, split: str, score: Scorer, ms
     competition.require_structures("templates-predict")
     inputs = {name: paths.clean(name) for name in ("train", "later", "test")} | {"folds": paths.fold_table(split)}
     inputs |= {name: path for name, path in (("bpp", paths.bpp), ("library", library_path(paths))) if path.is_file()}
-    held_out = _read_folds(paths, split)
+    held_out = read_folds(paths, split)
     alignments = find_alignments(msa, [*held_out, *_ids(paths.clean("test"))]) if msa else {}
     folds = sorted(set(held_out.values()))
     name = run_name(split)
@@ -197,34 +187,14 @@ def _ids(path: Path) -> list[str]:
     return pl.read_parquet(path, columns=["sequence_id"])["sequence_id"].to_list()
 
 
-def _read_folds(paths: Paths, split: str) -> dict[str, int]:
-    """Training target -> fold."""
-    path = paths.fold_table(split)
-    open_parquet(path, ("sequence_id", "fold")).close()
-    table = pl.read_parquet(path, columns=["sequence_id", "fold"]).sort("sequence_id")
-    if set(table["sequence_id"]) != set(_ids(paths.clean("train"))):
-        raise DataError(f"{path}: a fold table from other data than {paths.clean('train')}. Next: make folds.")
-    return dict(table.iter_rows())
-
-
 def _read_targets(paths: Paths, table: str, alignments: dict[str, Path]) -> list[Target]:
-    columns = ["sequence_id", "sequence", "temporal_cutoff"]
-    open_parquet(paths.clean(table), columns).close()
-    rows = pl.read_parquet(paths.clean(table), columns=columns).sort("sequence_id").rows()
+    rows = read_targets(paths, table)
     profiles = read_profiles(alignments, {name: letters for name, letters, _ in rows}) if alignments else {}
-    pairs = _read_pairs(paths.bpp, [letters for _, letters, _ in rows]) if paths.bpp.is_file() else {}
+    pairs = read_pairs(paths.bpp, (letters for _, letters, _ in rows))
     return [
         Target.of(name, letters, cutoff=cutoff, pairs_K=pairs.get(letters), profile_L4=profiles.get(name))
         for name, letters, cutoff in rows
     ]
-
-
-def _read_pairs(path: Path, sequences: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    open_parquet(path, ("sequence", "i", "j", "p")).close()
-    table = (
-        pl.scan_parquet(path).filter(pl.col("sequence").is_in(sequences)).select("sequence", "i", "j", "p").collect()
-    )
-    return {letters: (np.array(i, int), np.array(j, int), np.array(p, float)) for letters, i, j, p in table.iter_rows()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,11 +298,11 @@ class _Known:
     def write_oof(self, parts: dict[str, Path], *, score: Scorer) -> dict[str, Any]:
         """Write every fold's held-out targets; returns how good the candidates and their expected scores are."""
         truth = {name: self.library.xyz_T3[self.library.part(n)] for n, name in enumerate(self.library.ids)}
-        rows: dict[int, list[dict[str, Any]]] = {fold: [] for fold in self.models}
+        rows = CandidateRows(self.models)
         expected, found, best, top = [], [], [], []
         for target, fold, matches, scores in zip(self.targets, self.folds, self.matches, self.scores, strict=True):
             chosen = _choose(target, self.library, matches, scores, self.models[fold].calibration, count=CANDIDATES)
-            rows[fold] += [_row(target, m, each, fold=fold) for m, each in enumerate(chosen, start=1)]
+            rows.add(target.target_id, fold, [(each.expected, each.xyz_L3) for each in chosen])
             known = truth.get(target.target_id)
             top.append(max((each.expected for each in chosen), default=0.0))
             if known is not None and chosen:
@@ -345,8 +315,7 @@ class _Known:
                 f"templates-predict: no training target has a template that covers {_COVERS:.0%} of it. "
                 "Next: a larger library (make templates RAW=<folder of mmCIF files>)."
             )
-        for fold, table in rows.items():
-            _write(table, parts[f"fold{fold}/oof"])
+        rows.write(parts, "oof")
         return {
             "oof": {
                 "targets": len(self.targets),
@@ -395,8 +364,7 @@ def _write_test(
     end: float | None = None,
 ) -> dict[str, Any]:
     """Deal the test candidates to the folds; returns what each target got that there was time for."""
-    rows: dict[int, list[dict[str, Any]]] = {fold: [] for fold in folds}
-    told, covered = {}, 0
+    rows, told, covered = CandidateRows(folds), {}, 0
     with Bar("templates of test targets", total=len(targets), unit="targets") as bar:
         for target in take_until(targets, end):
             matches = find_matches(target, library, np.ones(len(library), dtype=bool))
@@ -405,9 +373,7 @@ def _write_test(
                 scores = model.ranker.predict(np.stack([match.features_F for match in matches]))
                 count = CANDIDATES * len(folds)
                 chosen = _choose(target, library, matches, scores, model.calibration, count=count)
-            for number, each in enumerate(chosen):
-                place = number // len(folds) + 1
-                rows[folds[number % len(folds)]].append(_row(target, place, each, fold=None))
+            rows.deal(target.target_id, [(each.expected, each.xyz_L3) for each in chosen])
             told[target.target_id] = {
                 "usable": int(allowed_mask(target.cutoff, library.dates_N).sum()),
                 "best": library.ids[chosen[0].template] if chosen else "none",
@@ -415,21 +381,8 @@ def _write_test(
             }
             covered += bool(chosen) and chosen[0].expected >= COVERED
             bar.advance()
-    for fold, table in rows.items():
-        _write(table, parts[f"fold{fold}/test"], fold=False)
+    rows.write(parts, "test")
     return {"targets": len(targets), "covered_share": round(covered / len(targets), 4), "templates": told}
-
-
-def _row(target: Target, number: int, candidate: _Candidate, *, fold: int | None) -> dict[str, Any]:
-    key = {"sequence_id": target.target_id} | ({} if fold is None else {"fold": fold})
-    axes = {axis: candidate.xyz_L3[:, k].tolist() for k, axis in enumerate("xyz")}
-    return key | {"candidate": number, "confidence": candidate.expected} | axes
-
-
-def _write(rows: list[dict[str, Any]], path: Path, *, fold: bool = True) -> None:
-    schema = {name: kind for name, kind in _SCHEMA.items() if fold or name != "fold"}
-    table = pl.DataFrame(rows, schema=schema).sort("sequence_id", "candidate")
-    table.write_parquet(path, compression="zstd", row_group_size=320)
 
 
 def describe(facts: dict[str, Any]) -> list[str]:

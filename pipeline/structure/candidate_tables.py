@@ -1,0 +1,91 @@
+"""What runs without a network read, and the tables of candidates that they write like a network.
+
+Letters: K candidate pairs, L length (nt), 3 xyz. Lengths in Å.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+
+from pipeline.errors import DataError
+from pipeline.paths import Paths
+from pipeline.tables import open_parquet
+
+#: (predicted, known) traces -> TM-score of each pair; the roof hands in `submissions.tm_score.tm_scores`.
+Scorer = Callable[[Sequence[tuple[np.ndarray, np.ndarray]]], np.ndarray]
+
+_SCHEMA: dict[str, Any] = {
+    "sequence_id": pl.String,
+    "candidate": pl.UInt8,
+    "confidence": pl.Float32,
+    **dict.fromkeys("xyz", pl.List(pl.Float32)),
+}
+
+
+def read_folds(paths: Paths, split: str) -> dict[str, int]:
+    """Training target -> fold, in the order of their names."""
+    path = paths.fold_table(split)
+    open_parquet(path, ("sequence_id", "fold")).close()
+    folds = dict(pl.read_parquet(path, columns=["sequence_id", "fold"]).sort("sequence_id").iter_rows())
+    if set(folds) != {name for name, _, _ in read_targets(paths, "train")}:
+        raise DataError(f"{path}: a fold table from other data than {paths.clean('train')}. Next: make folds.")
+    return folds
+
+
+def read_targets(paths: Paths, table: str) -> list[tuple[str, str, date | None]]:
+    """(id, sequence, cutoff) of the targets of a clean table, in the order of their ids."""
+    columns = ["sequence_id", "sequence", "temporal_cutoff"]
+    open_parquet(paths.clean(table), columns).close()
+    return pl.read_parquet(paths.clean(table), columns=columns).sort("sequence_id").rows()
+
+
+def read_pairs(path: Path, sequences: Iterable[str]) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Sequence -> first residues, second residues and probabilities of its pairs, each [K]; empty without the table."""
+    if not path.is_file():
+        return {}
+    open_parquet(path, ("sequence", "i", "j", "p")).close()
+    asked = pl.col("sequence").is_in(sorted(set(sequences)))
+    table = pl.scan_parquet(path).filter(asked).select("sequence", "i", "j", "p").collect()
+    return {
+        letters: (np.array(i, np.int64), np.array(j, np.int64), np.array(p, np.float64))
+        for letters, i, j, p in table.iter_rows()
+    }
+
+
+class CandidateRows:
+    """Rows of candidates, fold by fold, until they are written.
+
+    Args:
+        folds: of which each gets a table, be it empty.
+    """
+
+    def __init__(self, folds: Iterable[int]) -> None:
+        self._rows: dict[int, list[dict[str, Any]]] = {fold: [] for fold in folds}
+
+    def add(self, target_id: str, fold: int, candidates: Iterable[tuple[float, np.ndarray]]) -> None:
+        """Give a held-out target its candidates: expected TM-score and trace [L, 3] Å of each, best first."""
+        for place, (expected, xyz_L3) in enumerate(candidates, start=1):
+            self._append(target_id, fold, place, expected, xyz_L3)
+
+    def deal(self, target_id: str, candidates: Iterable[tuple[float, np.ndarray]]) -> None:
+        """Deal the candidates of a test target to the folds in turn, so that joining the folds gives different ones."""
+        folds = list(self._rows)
+        for number, (expected, xyz_L3) in enumerate(candidates):
+            place, turn = divmod(number, len(folds))
+            self._append(target_id, folds[turn], place + 1, expected, xyz_L3)
+
+    def _append(self, target_id: str, fold: int, place: int, expected: float, xyz_L3: np.ndarray) -> None:
+        key = {"sequence_id": target_id, "candidate": place, "confidence": float(expected)}
+        self._rows[fold].append(key | dict(zip("xyz", xyz_L3.T.tolist(), strict=True)))
+
+    def write(self, parts: dict[str, Path], table: Literal["oof", "test"]) -> None:
+        """Write ``fold<k>/<table>`` of every fold; the table of held-out targets has a column ``fold``."""
+        for fold, rows in self._rows.items():
+            found = pl.DataFrame(rows, schema=_SCHEMA).sort("sequence_id", "candidate")
+            if table == "oof":
+                found.insert_column(1, pl.repeat(fold, found.height, dtype=pl.UInt8, eager=True).alias("fold"))
+            found.write_parquet(parts[f"fold{fold}/{table}"], compression="zstd", row_group_size=320)
