@@ -99,22 +99,29 @@ def _steps(competition: Competition, paths: Paths, told: Mapping[str, Any], name
     uses_bpp = paths.bpp.is_file()
     uses_library = library_path(paths).is_file() and any(map(is_stage, told["runs"]))
     split = f"SPLIT={told['split']}"
-    makes = [
-        f"make {STAGES[run.partition('.')[0]]} {at} {split}{_alignments(paths, run)}"
-        if is_stage(run)
-        else f"make train-all {at} {split} MODEL=<this folder>/configs/{_config_name(run)}"
-        for run in told["runs"]
-    ]
+    partial = bool(told["folds_left_out"])
+    trained = [f"train FOLD={fold}" for fold in told["folds"]] if partial else ["train-all"]
     return [
         ("Prepare the data", f"make data {at} RAW=<folder of SETTINGS.json's RAW_DATA_DIR>"),
         *([("Base-pair probabilities", f"make bpp {at}")] if uses_bpp else []),
         *([("Known structures", f"make templates {at} RAW=<folder of mmCIF files>")] if uses_library else []),
         ("Assign the folds", f"make folds {at} {split}"),
-        *((f"Make the predictions of {run}", command) for run, command in zip(told["runs"], makes, strict=True)),
-        ("Join the predictions", f"make ensemble {at} {split} NAME={name}"),
+        *(
+            (f"Make the predictions of {run}", f"make {target} {at} {split}{rest}")
+            for run in told["runs"]
+            for target, rest in _targets(paths, run, trained)
+        ),
+        ("Join the predictions", f"make ensemble {at} {split} NAME={name}{' PARTIAL=1' if partial else ''}"),
         ("Write and check the submission", f"make submit {at} NAME={name}"),
         ("Predict new test data in a notebook", f"make kernel {at} KERNEL=predict NAME={name} OWNER=<user>"),
     ]
+
+
+def _targets(paths: Paths, run: str, trained: list[str]) -> list[tuple[str, str]]:
+    """What make is told for a run, before and after competition and split."""
+    if is_stage(run):
+        return [(STAGES[run.partition(".")[0]], _alignments(paths, run))]
+    return [(target, f" MODEL=<this folder>/configs/{_config_name(run)}") for target in trained]
 
 
 def _alignments(paths: Paths, run: str) -> str:

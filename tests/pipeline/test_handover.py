@@ -27,7 +27,7 @@ RUNS = ["hyena.sim80_k5", "drsn+wide.sim80_k5"]
 @pytest.fixture
 def written(tmp_path: Path) -> dict[str, Path]:
     paths = make_paths(tmp_path)
-    told = {"runs": RUNS, "folds": [0, 1], "split": "sim80_k5", "chosen": "mean", "score": 0.196}
+    told = {"runs": RUNS, "folds": [0, 1], "folds_left_out": [], "split": "sim80_k5", "chosen": "mean", "score": 0.196}
     write_json(paths.ensemble_dir("all") / "weights.json", told)
     for run in RUNS:
         for fold in (0, 1):
@@ -64,7 +64,7 @@ def test_runs_without_a_network_are_told_with_their_commands(tmp_path: Path):
     """It asked to train them: "no readable checkpoint or metrics.jsonl. Next: make train FOLD=0."."""
     paths = make_paths(tmp_path, "rna3d")
     runs = ["denovo.sim80_k5", "templates.sim80_k5"]
-    told = {"runs": runs, "folds": [0, 1], "split": "sim80_k5", "chosen": "by policy"}
+    told = {"runs": runs, "folds": [0, 1], "folds_left_out": [], "split": "sim80_k5", "chosen": "by policy"}
     write_json(paths.ensemble_dir("all") / "weights.json", told)
     written = handover.run(paths, competition=get_competition("rna3d"), name="all").outputs
     text = written["entry_points.md"].read_text()
@@ -77,10 +77,27 @@ def test_runs_without_a_network_are_told_with_their_commands(tmp_path: Path):
     assert "denovo.sim80_k5: without a network" in written["README.md"].read_text()
 
 
+def test_an_ensemble_of_some_folds_trains_these_alone(tmp_path: Path, written: dict[str, Path]):
+    assert "PARTIAL" not in written["entry_points.md"].read_text()
+    paths = make_paths(tmp_path)
+    about = paths.ensemble_dir("all") / "weights.json"
+    write_json(about, json.loads(about.read_text()) | {"folds": [1], "folds_left_out": [0]})
+    text = handover.run(paths, competition=COMPETITION, name="all").outputs["entry_points.md"].read_text()
+    assert text.count("make train FOLD=1 COMP=ribonanza SPLIT=sim80_k5 MODEL=") == len(RUNS)
+    assert "train-all" not in text
+    assert "make ensemble COMP=ribonanza SPLIT=sim80_k5 NAME=all PARTIAL=1\n" in text
+
+
 def test_a_library_and_alignments_that_were_used_are_asked_for(tmp_path: Path):
     """Both were left out: the commands gave other candidates than the ensemble's."""
     paths = make_paths(tmp_path, "rna3d2")
-    told = {"runs": ["templates.sim80_k5"], "folds": [0, 1], "split": "sim80_k5", "chosen": "by policy"}
+    told = {
+        "runs": ["templates.sim80_k5"],
+        "folds": [0, 1],
+        "folds_left_out": [],
+        "split": "sim80_k5",
+        "chosen": "by policy",
+    }
     write_json(paths.ensemble_dir("all") / "weights.json", told)
     library_path(paths).parent.mkdir(parents=True)
     library_path(paths).touch()
