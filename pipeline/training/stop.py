@@ -90,13 +90,16 @@ class StopRequest:
 
 
 def _in_a_door(frame: FrameType | None) -> bool:
-    """Whether a signal came while torch's modes or these handlers were set or put back.
+    """Whether a signal came while torch's modes or these handlers were set, put back or asked.
 
-    An error there leaves them half-changed: gradients stayed off for the rest of the process.
+    An error there leaves them half-changed: gradients stayed off for the rest of the process. Where torch asks a mode
+    what an operator does, an error from nowhere can end in its C++, which aborts the process.
     """
     while frame is not None:
-        module = frame.f_globals["__name__"]
-        if frame.f_code.co_name in ("__enter__", "__exit__") and (module == __name__ or module.startswith("torch.")):
+        module, name = frame.f_globals["__name__"], frame.f_code.co_name
+        if name in ("__enter__", "__exit__") and (module == __name__ or module.startswith("torch.")):
+            return True
+        if name in ("__torch_function__", "__torch_dispatch__"):
             return True
         frame = frame.f_back
     return False
