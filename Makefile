@@ -77,7 +77,7 @@ ENVIRONMENT := $(if $(filter .venv/bin/python,$(PY)),.venv/.ready)
 
 .PHONY: help setup doctor demo test test-faults test-gpu lint download data bpp templates folds audit train train-all train-bg status logs stop sweep \
         replay predict embed templates-predict denovo structures ensemble submit submit-kaggle \
-        kernel kernel-push kernel-status kernel-pull kernel-check handover check evaluate score-tm report plan bench bench-data bench-folds bench-loader bench-kernels bench-models bench-tm clean
+        kernel kernel-push kernel-status kernel-pull kernel-check handover check evaluate score-tm report plan bench bench-data bench-folds bench-loader bench-kernels bench-models bench-structures bench-tm clean
 
 # Targets and variables in two columns within 100 characters, longer texts on lines of their own below.
 define HELP
@@ -202,7 +202,7 @@ kernel-check: $(ENVIRONMENT) ## rehearse notebooks: bare Python (IMAGE=<python>)
 handover: $(ENVIRONMENT) ## the files that Kaggle asks of winners, from the ensemble and its settings
 	@exec $(RNA) handover $(AT) --name "$(NAME)"
 
-bench: bench-data bench-folds bench-loader bench-kernels bench-models ## all benchmarks but bench-tm, which needs TRACES
+bench: bench-data bench-folds bench-loader bench-kernels bench-models ## all benchmarks but bench-tm, which needs TRACES, and bench-structures, which needs a chain
 bench-data: $(ENVIRONMENT) ## the data stage beside pandas, polars, pyarrow and duckdb
 	@exec $(RNA) bench-data --artifacts "$(ARTIFACTS)"
 bench-kernels: $(ENVIRONMENT) .venv-bench/.ready ## Mamba's scan and Hyena's convolution beside other implementations
@@ -216,6 +216,8 @@ bench-models: $(ENVIRONMENT) ## training and prediction of whole networks beside
 	touch $@
 bench-tm: $(ENVIRONMENT) ## both TM-scores beside US-align, or TM-align built for this: make bench-tm TRACES=<folder>
 	@exec $(RNA) bench-tm --traces "$(TRACES)"
+bench-structures: $(ENVIRONMENT) ## time and memory of a target by its length, up to 4,640 nt (after train-all COMP=rna3d)
+	@exec $(RNA) bench-structures --comp "$(COMP)" --artifacts "$(ARTIFACTS)" $(if $(MODEL),--model "$(MODEL)") --split "$(SPLIT)"
 bench-loader: $(ENVIRONMENT) ## batches a second, with and without workers; share of padding
 	@exec $(RNA) bench-loader $(AT)
 bench-folds: $(ENVIRONMENT) ## our clustering beside MMseqs2 and cd-hit

@@ -188,6 +188,11 @@ def _find_folds(
             advice = f"SPLIT={own}" if own else "RUNS= of these, or no RUNS"
             raise ConfigError(f"RUNS={each}: no run of {split}; there are: {known}. Next: {advice}.")
         more = f" ({len(lacking)} folds are missing over all runs)" if len(lacking) > 1 else ""
+        if allow_partial and len(runs) > 1:
+            raise ConfigError(
+                f"ensemble: no fold of {split} is predicted by all {len(runs)} runs; {each!r} lacks fold {fold}{more}. "
+                "Next: RUNS= of those that share a fold."
+            )
         raise ConfigError(
             f"run {each!r} has no predictions of fold {fold} of split {split}{more}. "
             f"Next: {_how_to_train(each, fold, comp=paths.comp)}."

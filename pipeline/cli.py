@@ -527,7 +527,7 @@ def embed(
 
         where: dict[str, Any] = {"paths": _paths(comp, artifacts), "run": run, "fold": _fold(fold, split)}
         report = stage.run(file, competition=_competition(comp), per_nucleotide=per_nucleotide, **where)
-    show(report, "{sequences:,} sequences, {nucleotides:,} nt, {width} numbers each".format(**report.facts))
+    show(report, "sequences: {sequences:,}, of {nucleotides:,} nt, {width} numbers each".format(**report.facts))
 
 
 @app.command()
@@ -769,7 +769,11 @@ def score_tm(
     out: Annotated[Path, typer.Option("--out", help="Parquet file for model_id, tm_byresi, tm_seqindep.")],
     engine: Engine = "built-in",
 ) -> None:
-    """Score a folder of C1' traces by both TM-scores: residues matched by number, and by the shapes alone."""
+    """Score a folder of C1' traces by both TM-scores: residues matched by number, and by the shapes alone.
+
+    Columns: models: model_id, benchmark, target; model_traces: model_id, resid, x, y, z; native_traces: benchmark,
+    target, resid, resname, x, y, z (Å).
+    """
     from submissions import score_traces as stage
 
     report = stage.run(traces, out, engine=engine)
@@ -860,6 +864,16 @@ def bench_tm(
     from submissions import bench_tm as bench
 
     output.print(bench.run(traces, record=measure.RECORDS / f"tm-{measure.machine_class()}.json"))
+
+
+@app.command("bench-structures")
+def bench_structures(
+    comp: Comp = "rna3d", artifacts: Artifacts = _ARTIFACTS, model: Model = "", split: Split = _SPLIT
+) -> None:
+    """What each way to five traces takes by the length of a target, after train-all."""
+    from pipeline import bench_structures as bench
+
+    bench.run(_paths(comp, artifacts), split=split, network=run_name(model, split=split))
 
 
 @app.command("bench-loader")

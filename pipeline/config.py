@@ -60,7 +60,8 @@ class ModelConfig:
 
     name: str
     kwargs: dict[str, int | float | str | bool] = field(default_factory=dict)
-    init: str = ""  # a checkpoint folder whose weights to start from; "" = from scratch
+    # whose weights to start from: a run's folder, of which each fold takes its own, or a checkpoint's; "" = none
+    init: str = ""
     # of what adapters of low rank add to these weights, which stay as they are but for the heads (LoRA); 0 = all train
     lora_rank: int = 0
     lora_alpha: float = 16.0  # the adapters' sum counts alpha / rank times

@@ -57,7 +57,7 @@ def _torch() -> Iterator[Finding]:
 
     from pipeline.training.precision import choose_precision
 
-    yield Finding("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    yield Finding("torch", "ok", f"{torch.__version__}, threads: {torch.get_num_threads()}")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)

@@ -78,6 +78,7 @@ def _trained(paths: Paths, run: str, fold: int) -> dict[str, Any]:
     kept = ("device", "device_name", "precision", "parameters", "threads")
     return {key: starts[-1].get(key, "") for key in kept} | {
         "config": meta["config"],
+        "initial": meta.get("initial"),
         "steps": meta["step"],
         "finished": meta["progress"]["finished"],
         "seconds": _seconds(rows),
@@ -102,7 +103,7 @@ def _steps(competition: Competition, paths: Paths, told: Mapping[str, Any], name
     partial = bool(told["folds_left_out"])
     trained = [f"train FOLD={fold}" for fold in told["folds"]] if partial else ["train-all"]
     return [
-        ("Prepare the data", f"make data {at} RAW=<folder of SETTINGS.json's RAW_DATA_DIR>"),
+        ("Prepare the data", f"make data {at} RAW=<folder with the raw files>"),
         *([("Base-pair probabilities", f"make bpp {at}")] if uses_bpp else []),
         *([("Known structures", f"make templates {at} RAW=<folder of mmCIF files>")] if uses_library else []),
         ("Assign the folds", f"make folds {at} {split}"),
@@ -159,7 +160,9 @@ def _readme(
     trained: Mapping[str, list[dict[str, Any]]],
     steps: list[tuple[str, str]],
 ) -> str:
-    score = f", {told['score']:.5f} out of fold" if "score" in told else ""
+    policy = told.get("policy") or {}
+    found = policy["best_of_five"][str(policy["novelty"])] if policy else told.get("score")
+    score = f", {found:.5f} out of fold" if found is not None else ""
     lines = [f"# {competition.title}: ensemble {name}", ""]
     lines += [
         f"Metric: {competition.metric}{score}. Commit: {commit() or 'none recorded'}. Joined: {told['chosen']}.",
@@ -182,6 +185,16 @@ def _readme(
     stages = [run for run in told["runs"] if is_stage(run)]
     if stages:
         lines += ["", *(f"{run}: without a network, from pairing and known structures." for run in stages)]
+    if spare := policy.get("spare"):
+        lines += ["", *(f"{run}: in reserve, used where the others have fewer than five." for run in spare)]
+    began = [
+        f"- {run} fold {fold}: those of {initial['run']} fold {initial['fold']}, step {initial['step']}"
+        for run, folds in trained.items()
+        for fold, facts in zip(told["folds"], folds, strict=True)
+        if (initial := facts["initial"])
+    ]
+    if began:
+        lines += ["", "## Weights that runs began with (model.init); train those runs first", "", *began]
     lines += ["", "## Settings of the runs", ""]
     for run, folds in trained.items():
         lines += [f"{run}:", "", "```json", json.dumps(folds[0]["config"], indent=2, sort_keys=True), "```", ""]

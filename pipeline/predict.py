@@ -28,7 +28,7 @@ from pipeline.competitions.base import Competition
 from pipeline.config import RunConfig, config_from_dict
 from pipeline.dataset import ExampleSet, create_mapped, dense_bpp, fold_members, open_examples, read_folds
 from pipeline.errors import ConfigError, DataError, DivergedError, StoppedError, StorageError
-from pipeline.packing import plan_by_tokens
+from pipeline.packing import STRUCTURE_PAIRS, plan_by_tokens
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, say, warn
 from pipeline.schema import decode
@@ -407,7 +407,8 @@ def in_batches(
         label: of the bar.
     """
     lengths_N = job.examples.lengths[job.positions]
-    pending = deque(plan_by_tokens(lengths_N, max_tokens=job.batch_tokens))
+    max_pairs = STRUCTURE_PAIRS if job.competition.task == "structure" else None
+    pending = deque(plan_by_tokens(lengths_N, max_tokens=job.batch_tokens, max_pairs=max_pairs))
     with Bar(label, total=len(job.positions), unit="sequences") as bar:
         while pending:
             _poll_stop(job)

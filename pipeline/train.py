@@ -23,14 +23,14 @@ from pipeline.classes import Classes, read_classes
 from pipeline.competitions.base import Competition
 from pipeline.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from pipeline.dataset import fold_members, open_examples, read_folds
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.paths import Paths
 from pipeline.runlog import say, warn
 from pipeline.stage import Report, commit, sha256_file, versions, write_json
 from pipeline.training.checkpoint import CheckpointStore, DamagedError, load_weights, read_meta
 from pipeline.training.distributed import ALONE, World, load_newest
 from pipeline.training.failures import in_one_sentence
-from pipeline.training.initial import is_head, load_fitting
+from pipeline.training.initial import initial_checkpoint, is_head, load_fitting
 from pipeline.training.loop import Trainer, TrainingData
 from pipeline.training.losses import label_weights, profile_weights
 from pipeline.training.metrics import metric_name
@@ -160,6 +160,11 @@ def refuse_idle(config: RunConfig, competition: Competition) -> None:
         raise ConfigError(
             f"[model] lora_rank = {config.model.lora_rank}: adapters need the weights of another run (model.init), and "
             "all of them in each process (train.sharding = 'none'). Next: give model.init, or leave it out."
+        )
+    if config.model.lora_rank and not (share and config.model.lora_alpha):
+        raise ConfigError(
+            f"[model] lora_rank = {config.model.lora_rank} with lora_alpha = {config.model.lora_alpha:g} and "
+            f"backbone_lr_share = {share:g}: adapters learn nothing where either is 0. Next: leave that one out."
         )
     defaults = {"data": DataConfig(), "train": TrainConfig()}
     for section, names in _IDLE[competition.task].items():
@@ -339,13 +344,19 @@ def _train(
         held = sum(parameter.numel() for name, parameter in learning if not is_head(name))
         say(f"{label}: {held:,} parameters of the backbone at {config.train.backbone_lr_share:g} of the learning rate")
     if config.train.length_stages:
-        epoch = trainer.progress.epoch
+        epoch, longest = trainer.progress.epoch, size["length"]
         say(f"{label}: epoch {epoch + 1} in crops of {config.longest(epoch)} nt ({config.train.length_stages})")
+        if (most := max(map(config.longest, range(config.train.epochs)))) < min(longest, config.data.max_length):
+            warn(
+                f"{label}: train.length_stages = {config.train.length_stages!r} last longer than train.epochs = "
+                f"{config.train.epochs}: nothing trains on more than {most} nt of sequences of up to {longest} nt"
+            )
     warn_of_other_environment(meta["environment"], here, label=label)
     _tell_changes(trainer, changes, label=label)
     metric = facts["metric_name"]
     stop.defer()
     listeners: dict[str, Any] = {"trackers": trackers, "meta": meta}
+    listeners["work"] = trainer.source.read_until
     told = {"label": label, "steps": trainer.steps, "first_step": first, "metric": metric, **listeners}
     with Telemetry(folder, **told) if world.is_main else Silence() as telemetry:
         telemetry.log.write("start", **facts)
@@ -396,30 +407,40 @@ def _load_initial(model: RnaModel, config: ModelConfig, meta: dict[str, Any]) ->
     """Begin with all that fits of another run's weights, if the configuration names them, and say what that is.
 
     Warns where they have seen the held-out fold: weights of another fold, or of another split of the same competition,
-    were trained on what this run validates on.
+    were trained on what this run validates on; likewise those that they themselves began with.
     """
     if not config.init:
         return None
     try:
-        source = read_meta(Path(config.init))
-        found = load_fitting(model, _merged(load_weights(Path(config.init)), source["config"]["model"]))
+        folder = initial_checkpoint(Path(config.init), fold=meta["fold"])
+        source = read_meta(folder)
+        found = load_fitting(model, _merged(load_weights(folder), source["config"]["model"]))
         if config.lora_rank and found.share < 1:  # what is fresh would stay as it is
             raise ValueError(f"only {found.share:.0%} of the backbone fit, and lora_rank freezes all of it")
-    except (DamagedError, OSError, ValueError) as err:
+    except (DamagedError, OSError, ValueError, StorageError) as err:
         raise ConfigError(
-            f"model.init = {config.init!r}: {' '.join(str(err).split())[:300]}; expected a checkpoint folder "
-            "(…/checkpoints/step-…) of a network with the same [model], heads aside. Next: correct the path."
+            f"model.init = {config.init!r}: {' '.join(str(err).split())[:300]}; expected a run's folder with this fold "
+            "in it, or a checkpoint's (…/checkpoints/step-…), of a network with the same [model], heads aside. Next: "
+            "correct the path."
         ) from err
-    same_fold = source.get("fold") == meta["fold"] and (source.get("data") or {}).get("folds") == meta["data"]["folds"]
-    if source.get("competition") == meta["competition"] and not same_fold:
-        warn(
-            f"model.init = {config.init!r} was trained with fold {source.get('fold')} of {source.get('split')!r} "
-            f"held out, so it has seen sequences of fold {meta['fold']}: scores of this run are not out of fold"
-        )
+    trained_on = [*(source.get("initial") or {}).get("trained_on", []), _trained_on(source)]
+    for each in trained_on:
+        if each["competition"] == meta["competition"] and each != _trained_on(meta):
+            warn(
+                f"model.init = {config.init!r} was trained with fold {each['fold']} of {each['split']!r} held out, so "
+                f"it has seen sequences of fold {meta['fold']}: scores of this run are not out of fold"
+            )
     facts = found.facts()
     told = "; ".join(f"{fate} {', '.join(facts[fate]) or 'nothing'}" for fate in ("loaded", "fresh", "ignored"))
     say(f"initial weights of {source.get('run')} fold{source.get('fold')}: {found.share:.0%} of the backbone; {told}")
-    return {"run": source.get("run"), "fold": source.get("fold"), "step": source.get("step"), **facts}
+    return {key: source.get(key) for key in ("run", "fold", "step")} | facts | {"trained_on": trained_on}
+
+
+def _trained_on(meta: dict[str, Any]) -> dict[str, Any]:
+    """All but one fold of a competition's split: which, and the digest of its table."""
+    return {key: meta.get(key) for key in ("competition", "split", "fold")} | {
+        "folds": (meta.get("data") or {}).get("folds")
+    }
 
 
 def _merged(weights: dict[str, Tensor], model: dict[str, Any]) -> dict[str, Tensor]:

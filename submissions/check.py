@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import gzip
 import io
+import itertools
 import time
 import zlib
 from collections import Counter
@@ -22,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
 from pipeline.competitions.base import Competition
-from pipeline.competitions.rna3d import CANDIDATES
+from pipeline.competitions.rna3d import CANDIDATES, MIN_RESOLVED
 from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, warn
@@ -300,7 +301,8 @@ def _check_keys(block: pa.Table, before: int, layout: Layout, *, file: Path, fmt
         )
     if inside < block.num_rows:
         got = block[layout.keys.names[0]][max(inside, 0)].as_py()
-        what = f"an extra row ({layout.keys.names[0]} {got!r}); expected {layout.keys.rows:,} rows"
+        what = "an empty line or a row without key" if got is None else f"an extra row ({layout.keys.names[0]} {got!r})"
+        what += f"; expected {layout.keys.rows:,} rows"
         raise _wrong(file, before + max(inside, 0) + 1, what, fmt=fmt, advice=layout.advice)
 
 
@@ -373,12 +375,13 @@ def _check_classes(block: pa.Table, before: int, layout: ClassLayout, *, file: P
 
 
 def _check_steps(file: Path, layout: Layout, *, fmt: FileFormat) -> None:
-    """Refuse what is no chain of nucleotides, such as coordinates in nm; warn of what is torn or crushed."""
+    """Refuse what is no chain of nucleotides, such as coordinates in nm; warn of what is torn, crushed or repeated."""
     table = pl.concat([pl.DataFrame(block) for block in read_blocks(file, layout.kinds, fmt=fmt)])
     target = pl.col("ID").str.replace(r"_\d+$", "")
     table = table.with_columns(target.alias("_target")).sort("_target", "resid", maintain_order=True)
     follows = (table["_target"] == table["_target"].shift(1)).fill_null(False).to_numpy()[1:]
     follows &= np.diff(table["resid"].to_numpy()) == 1
+    _warn_repeated(table, file)
     odd: list[str] = []
     for number in range(1, CANDIDATES + 1):
         xyz_T3 = table.select(f"{axis}_{number}" for axis in "xyz").to_numpy()
@@ -399,6 +402,20 @@ def _check_steps(file: Path, layout: Layout, *, fmt: FileFormat) -> None:
             f"{file}: {len(odd):,} {them} neighbouring C1' less than {_STEPS[0]:g} or "
             f"more than {_STEPS[1]:g} Å apart: {some}"
         )
+
+
+def _warn_repeated(table: pl.DataFrame, file: Path) -> None:
+    """Say which targets have a candidate twice: the best of the five counts, and of equal ones all but one are lost."""
+    long = table.filter(pl.len().over("_target") >= MIN_RESOLVED)  # of fewer residues nothing is scored
+    pairs = itertools.combinations(range(1, CANDIDATES + 1), 2)
+    equal = [
+        pl.all_horizontal(pl.col(f"{axis}_{a}") == pl.col(f"{axis}_{b}") for axis in "xyz").all() for a, b in pairs
+    ]
+    same = long.group_by("_target", maintain_order=True).agg(pl.any_horizontal(equal).alias("same")).filter("same")
+    if same.height:
+        some = ", ".join(same["_target"].head(3)) + (" …" if same.height > 3 else "")
+        have = "target has" if same.height == 1 else "targets have"
+        warn(f"{file}: {same.height:,} {have} the same candidate more than once: {some}; the best of five counts")
 
 
 def _wrong(file: Path, row: int, what: str, *, fmt: FileFormat = "csv", advice: str = Layout.advice) -> DataError:

@@ -139,6 +139,9 @@ def curves(
                 level[0], (1.0, level[1]), (-4, 3 if over else -3), xycoords=("axes fraction", "data"),
                 textcoords="offset points", ha="right", va="bottom" if over else "top", color=MUTED, fontsize=9,
             )  # fmt: skip
+            low, high = axes.get_ylim()
+            room = 0.1 * (high - low)  # for the name of the level, which else lies across an axis
+            axes.set_ylim(low if over else min(low, level[1] - room), max(high, level[1] + room) if over else high)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         axes.set_xlim(left=0)

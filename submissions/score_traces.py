@@ -62,7 +62,8 @@ def tables_of(traces: Path, *, stage: str) -> dict[str, Path]:
         raise DataError(f"{stage}: {got}. Next: TRACES=<folder> with {', '.join(_TABLES)}.parquet.")
     for name in _TABLES:
         if not (traces / f"{name}.parquet").is_file():
-            raise DataError(f"{stage}: {traces} has no {name}.parquet. Next: TRACES=<folder> with that table.")
+            columns = ", ".join(_TABLES[name])
+            raise DataError(f"{stage}: {traces} has no {name}.parquet. Next: write it there, with columns {columns}.")
     return {name: traces / f"{name}.parquet" for name in _TABLES}
 
 

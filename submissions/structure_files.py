@@ -25,7 +25,7 @@ from submissions.layout import LOWEST_SUBMITTED, MAX_SUBMITTED
 from submissions.tm_score import d0_rna, tm_matrix
 
 #: Raised when the same tables give other files than before.
-VERSION = 2
+VERSION = 3
 
 _SCRIPT = Path(__file__).with_name("viewer.js")
 _LIBRARY = Path(__file__).with_name("vendor") / "3Dmol-min.js"
@@ -83,7 +83,9 @@ def run(paths: Paths, *, competition: Competition, name: str, table: str = "test
             else:
                 (home / f"{structure.name}.pdb").write_text(to_pdb(structure), encoding="ascii")
         known = _references(inputs["references"]) if "references" in inputs else {}
-        parts["viewer"].write_text(viewer_page(found, known, title=f"{name}, {table}"), encoding="utf-8")
+        which = "test targets" if table == "test" else "training targets, out of fold"
+        text = viewer_page(found, known, title=f"{name}: {which}", above=competition.title)
+        parts["viewer"].write_text(text, encoding="utf-8")
         facts = {"targets": len(found), "with_reference": sum(each.name in known for each in found)}
         return facts | ({"too_long_for_pdb": skipped} if skipped else {})
 
@@ -196,13 +198,16 @@ def _references(path: Path) -> dict[str, np.ndarray]:
 # --------------------------------------------------------------------------------------------------------------- viewer
 
 
-def viewer_page(structures: Sequence[Structure], known: dict[str, np.ndarray], *, title: str) -> str:
+def viewer_page(
+    structures: Sequence[Structure], known: dict[str, np.ndarray], *, title: str, above: str = "C1' traces"
+) -> str:
     """A self-contained page: candidates over the known structure, coloured by error, expected score or position.
 
     Args:
         structures: of all targets to show.
         known: target -> [R, L, 3] Å of its known conformations, NaN where unresolved.
         title: of the page.
+        above: what stands over the title.
     """
     data = {"targets": [_shown(each, known.get(each.name)) for each in structures]}
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
@@ -229,7 +234,7 @@ def viewer_page(structures: Sequence[Structure], known: dict[str, np.ndarray], *
         "div", element("p", _NOTHING_DRAWN, id="missing"), id="view", tabindex="0", role="img", aria_label=_KEYS
     )
     body = page.join(
-        element("div", "C1' traces", class_="kicker"),
+        element("div", above, class_="kicker"),
         element("h1", title),
         controls,
         element("div", view, element("div", id="hover"), element("div", id="ruler"), class_="stage"),

@@ -1,14 +1,16 @@
 """Any labelled set of sequences, RNA, DNA or protein: one class for each sequence, or any number of them.
 
 RAW is a folder with ``train`` and perhaps ``test`` and ``sample_submission``, or the training file itself: CSV, TSV,
-parquet or FASTA (``>id label`` or ``>id|label``), text also as ``.gz``; or folders of one text file for each sequence,
-``train/<class>/*.txt`` and ``test/<class>/*.txt``, as GenomicBenchmarks has them. Columns are found by their usual
-names; ``columns.toml`` in the same folder says otherwise, see `Settings`.
+parquet or FASTA (``>id label`` or ``>id|label``), text also as ``.gz``; or folders ``train`` and ``test`` with a FASTA
+file for each class, or a folder for each class that holds FASTA files or, as GenomicBenchmarks has them, a text file
+for each sequence. Columns are found by their usual names; ``columns.toml`` in the same folder says otherwise, see
+`Settings`.
 
 Source: Klimentova et al. 2023, GenomicBenchmarks, BMC Genomic Data 24:25 (the folders).
 """
 
 import contextlib
+import csv
 import gzip
 import re
 import tomllib
@@ -30,7 +32,7 @@ from pipeline.schema import ALPHABET, AMINO_ACIDS
 
 #: Column of the raw table -> names that it usually has, in small letters.
 _USUAL = {
-    "id": ("id", "sequence_id", "seq_id", "name", "identifier", "accession"),
+    "id": ("id", "sequence_id", "seq_id", "target_id", "name", "identifier", "accession"),
     "sequence": ("sequence", "seq", "rna", "dna", "protein", "rna_sequence", "dna_sequence", "protein_sequence"),
     "label": ("label", "labels", "class", "classes", "target", "family", "category"),
     "group": ("group",),
@@ -64,7 +66,7 @@ class Settings:
 
 
 def raw_files(raw: Path) -> dict[str, Path]:
-    """``train``, and ``test``, ``sample`` and ``columns`` where they are; a folder's files as ``train/<class>/<file>``.
+    """``train``, and ``test``, ``sample`` and ``columns`` where they are; a folder's files as ``train/<path in it>``.
 
     Raises:
         DataError: no training file, or several.
@@ -112,18 +114,19 @@ def _only_table(raw: Path) -> Path:
     names = ", ".join(path.name for path in found[:5]) or "nothing of the kind"
     raise DataError(
         f"RAW={raw}: no train{', '.join(_ENDINGS)} or folder train/<class>; found {names}. "
-        "Next: name the training file train, or give its path as RAW."
+        "Next: name the training file train, give its path as RAW, or put a FASTA file for each class into train/."
     )
 
 
 def _class_files(folder: Path, table: str) -> dict[str, Path]:
-    found = sorted(folder.glob("[!.]*/[!.]*.txt"))
+    found = [path for path in folder.glob("[!.]*") if path.is_file() and _ending(path) in _FASTA]
+    found += [path for path in folder.glob("[!.]*/[!.]*") if path.is_file() and _ending(path) in (".txt", *_FASTA)]
     if not found:
         raise DataError(
-            f"{folder}: no <class>/*.txt in it; expected a folder for each class, a text file for each sequence. "
-            "Next: move the files, or give a table train.csv instead."
+            f"{folder}: no <class>.fasta, <class>/*.fasta or <class>/*.txt in it; expected a FASTA file or a folder "
+            "for each class. Next: move the files, or give a table train.csv instead."
         )
-    return {f"{table}/{path.parent.name}/{path.name}": path for path in found}
+    return {f"{table}/{path.relative_to(folder)}": path for path in sorted(found)}
 
 
 def clean(files: dict[str, Path], parts: dict[str, Path]) -> dict[str, Any]:
@@ -304,13 +307,13 @@ def _read_table(path: Path, columns: Sequence[str]) -> pl.DataFrame:
 def _header(path: Path) -> tuple[list[str], str]:
     """Column names of a text table, and what stands between them."""
     with _open_text(path) as lines:
-        first = next(iter(lines), "").removeprefix("\ufeff").rstrip("\r\n")
+        first = next(iter(lines), "").rstrip("\r\n")
     if first.lstrip()[:1] in ("<", ""):
         raise DataError(f"{path.name}: the first line is {first[:40]!r}; expected column names. Next: check the file.")
     usual = _TEXT.get(_ending(path), ",")
     separator = max((usual, ",", "\t", ";"), key=first.count)  # the first of equals
-    names = [name.strip().strip('"') for name in first.split(separator)]
-    return names, separator
+    names = next(csv.reader([first], delimiter=separator, skipinitialspace=True))
+    return [name.strip() for name in names], separator
 
 
 @contextlib.contextmanager
@@ -322,7 +325,7 @@ def _open_text(path: Path) -> Iterator[IO[str]]:
     """
     opener = gzip.open if kind_of(path) == "gzip" else open
     try:
-        with opener(path, "rt", encoding="utf-8") as handle:
+        with opener(path, "rt", encoding="utf-8-sig") as handle:
             yield handle
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as err:
         raise DataError(f"{path.name}: damaged, cut short or no UTF-8 text: {err}. Next: get the file again.") from err
@@ -404,10 +407,15 @@ def _split_header(header: str, *, labelled: bool) -> tuple[str, str]:
 def _read_folders(files: Mapping[str, Path]) -> pl.DataFrame:
     rows = []
     for label, path in files.items():
-        _, name, file = label.split("/")
-        with _open_text(path) as lines:
-            sequence = "".join(line.strip() for line in lines)
-        rows.append({"id": f"{name}/{Path(file).stem}", "sequence": sequence, "label": name})
+        _, *folder, file = label.split("/")
+        stem = Path(file.removesuffix(".gz")).stem
+        if _ending(path) in _FASTA:
+            found = _read_fasta(path, labelled=False).select("id", "sequence").rows()
+        else:
+            with _open_text(path) as lines:
+                found = [(stem, "".join(line.strip() for line in lines))]
+        name = folder[0] if folder else stem
+        rows += [{"id": f"{name}/{each}", "sequence": sequence, "label": name} for each, sequence in found]
     return pl.DataFrame(rows)
 
 

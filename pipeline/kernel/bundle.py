@@ -37,6 +37,7 @@ from pipeline.stage import Report, commit, read_result, sha256_file, versions, w
 from pipeline.structure import predict as denovo
 from pipeline.templates import predict as templates
 from pipeline.training.checkpoint import CheckpointStore, DamagedError, export_weights, read_meta
+from pipeline.training.initial import initial_checkpoint
 
 Mode = Literal["train", "predict"]
 
@@ -63,6 +64,7 @@ MISSING = {
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 #: First word of the name of a run without a network -> its files that predict elsewhere.
 _CARRIED = {"denovo": denovo.CARRIED, "templates": templates.CARRIED}
+_INITIAL = "initial"  # folder of the weights that a run begins with, among the artefacts of a training notebook
 _SLUG_LENGTH = 42  # Kaggle allows 50: a part's number and the data set's "-data" come to it
 _SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pipeline", "models", "folds", "submissions")
 _SKIPPED = shutil.ignore_patterns("__pycache__", "csv", "*.pyc")
@@ -227,7 +229,11 @@ def _train_settings(order: Order, dataset: Path) -> dict[str, Any]:
     words += [word for change in order.overrides for word in ("--set", change)]
     words += ["--fold", str(order.folds[0])] if len(order.folds) == 1 else ["--all-folds"]
     is_labelled = order.competition.task == "classes"
-    return (_pack_labelled(order.paths, dataset) if is_labelled else {}) | {
+    packed: dict[str, Any] = _pack_labelled(order.paths, dataset) if is_labelled else {}
+    if config.model.init:
+        packed["places"] = packed.get("places", {}) | _pack_initial(Path(config.model.init), order.folds, dataset)
+        words += ["--set", f'model.init="artifacts/{order.competition.name}/{_INITIAL}"']  # as the script sees it
+    return packed | {
         "config": toml.name,
         "run": order.run,
         "split": order.split,
@@ -235,6 +241,20 @@ def _train_settings(order: Order, dataset: Path) -> dict[str, Any]:
         "words": words,
         "bpp": bool(config.model.kwargs.get("use_bpp")) or order.competition.task == "structure",
     }
+
+
+def _pack_initial(given: Path, folds: Sequence[int], dataset: Path) -> dict[str, Any]:
+    """The weights that a run begins with, as a run's folder; what several folds begin with is packed once."""
+    places: dict[str, list[str]] = {}
+    sources = [initial_checkpoint(given, fold=fold) for fold in folds]
+    for number, source in enumerate(dict.fromkeys(sources)):
+        taken = [fold for fold, each in zip(folds, sources, strict=True) if each == source]
+        names = _export(source, dataset, name=f"initial{number}", finished=True)
+        step = f"step-{read_meta(source)['step']:08d}"
+        for name in names:
+            file = name.removeprefix(f"initial{number}.")
+            places[name] = [f"{_INITIAL}/fold{fold}/checkpoints/{step}/{file}" for fold in taken]
+    return {name: {"places": where} for name, where in places.items()}
 
 
 def _predict_settings(order: Order, dataset: Path) -> dict[str, Any]:
@@ -330,13 +350,22 @@ def _pack_checkpoint(
 ) -> bool:
     """The weights that predict; whether they read pairing probabilities."""
     checkpoint, finished = _best(paths, run, fold)
-    aside = dataset / "aside"
-    export_weights(checkpoint, aside, finished=finished)
-    for path in sorted(aside.iterdir()):
-        path.rename(dataset / f"{name}.{path.name}")
-        places[f"{name}.{path.name}"] = [f"runs/{run}/fold{fold}/checkpoints/{checkpoint.name}/{path.name}"]
-    aside.rmdir()
+    for packed in _export(checkpoint, dataset, name=name, finished=finished):
+        file = packed.removeprefix(f"{name}.")
+        places[packed] = [f"runs/{run}/fold{fold}/checkpoints/{checkpoint.name}/{file}"]
     return "bpp" in read_meta(checkpoint)["data"]
+
+
+def _export(checkpoint: Path, dataset: Path, *, name: str, finished: bool) -> list[str]:
+    """Copy a checkpoint's weights and settings as ``<name>.<file>``; these names."""
+    aside = dataset / "aside"
+    try:
+        export_weights(checkpoint, aside, finished=finished)
+    except (DamagedError, OSError) as err:
+        raise DataError(f"{checkpoint}: cannot be packed: {err}. Next: correct the path, or make train again.") from err
+    names = [path.rename(dataset / f"{name}.{path.name}").name for path in sorted(aside.iterdir())]
+    aside.rmdir()
+    return names
 
 
 def _best(paths: Paths, run: str, fold: int) -> tuple[Path, bool]:

@@ -13,6 +13,7 @@ import signal
 import threading
 import traceback
 from collections import deque
+from functools import cached_property
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
@@ -68,6 +69,18 @@ class BatchSource:
         """Nucleotides of the whole batch."""
         lengths = self.lengths_N[self.indices(place.epoch, place.batch)]
         return int(np.minimum(lengths, self.config.longest(place.epoch)).sum())
+
+    def read_until(self, step: int) -> float:
+        """Nucleotides of all batches before a step of the run: what its time grows with, as stages get longer."""
+        return float(np.interp(step, np.arange(len(self._read)) * self.batches, self._read))
+
+    @cached_property
+    def _read(self) -> np.ndarray:
+        """Nucleotides before each epoch, and after the last one."""
+        lengths_N = self.lengths_N[self.train]
+        longest = [self.config.longest(epoch) for epoch in range(self.config.train.epochs)]
+        each = {length: int(np.minimum(lengths_N, length).sum()) for length in set(longest)}
+        return np.cumsum([0, *(each[length] for length in longest)])
 
     def indices(self, epoch: int, batch: int) -> np.ndarray:
         """Positions of the sequences of a whole batch."""

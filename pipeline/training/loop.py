@@ -24,7 +24,7 @@ from pipeline.competitions.base import Competition
 from pipeline.config import RunConfig
 from pipeline.dataset import ExampleSet, RnaExample
 from pipeline.errors import DivergedError, LostDeviceError, StoppedError, StorageError
-from pipeline.packing import plan_by_tokens
+from pipeline.packing import STRUCTURE_PAIRS, plan_by_tokens
 from pipeline.training.checkpoint import Checkpoint, CheckpointStore
 from pipeline.training.distributed import ALONE, World
 from pipeline.training.failures import OutOfMemoryEverywhere, is_device_lost, is_out_of_memory, is_process_lost
@@ -41,7 +41,6 @@ from pipeline.training.stop import StopRequest
 from pipeline.training.telemetry import Silence, Telemetry
 
 _Result = TypeVar("_Result")
-_VALID_PAIRS = 2**20  # of nucleotides in a validation batch of structures: about 0.4 GiB of pair features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +211,7 @@ class Trainer:
         lengths = (self.source.lengths_N if is_structure else examples.lengths)[valid]
         network = self.state.predictor.eval()
         meter = make_meter(self.competition, self.config.train, examples.classes)
-        max_pairs = _VALID_PAIRS if is_structure else None
+        max_pairs = STRUCTURE_PAIRS if is_structure else None
         parts = plan_by_tokens(lengths, max_tokens=micro_batch * longest, max_pairs=max_pairs)
 
         def predict(part: np.ndarray) -> tuple[RnaBatch, RnaOutputs]:

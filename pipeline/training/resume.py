@@ -12,6 +12,7 @@ from pipeline.runlog import warn
 
 #: Settings that a run may go on with after a change, and what the change does.
 _HARMLESS = {
+    "config.model.init": "read as a run begins, and this one has begun",
     "config.train.epochs": "the learning rate follows the schedule of the longer run from here on",
     "config.train.patience": "decides when the run ends, not what it learns",
     "config.train.save_every": "changes no result",
@@ -85,6 +86,8 @@ def require_same(
 def _is_harmless(change: Change) -> bool:
     if change.key == "config.train.epochs":
         return change.now > change.before
+    if change.key == "config.model.init":  # a folder that was moved
+        return bool(change.before and change.now)
     return change.key in _HARMLESS
 
 

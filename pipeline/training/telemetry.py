@@ -46,6 +46,7 @@ class Telemetry:
         steps: of the whole run.
         first_step: where this process begins.
         metric: what to call the validation metric.
+        work: step -> all that is to be done until then, in any unit, of which the time left is told; None = steps.
         trackers: who else listens, by name.
         meta: of the run, for the trackers.
     """
@@ -58,11 +59,13 @@ class Telemetry:
         steps: int,
         first_step: int,
         metric: str,
+        work: Callable[[int], float] | None = None,
         trackers: Mapping[str, OpenTracker] | None = None,
         meta: Mapping[str, Any] | None = None,
     ) -> None:
         self.log = runlog.MetricsLog(folder / "metrics.jsonl")
         self._folder, self._metric_name, self._warned = folder, metric, False
+        self._work = work or float
         self._openers, self._meta, self._trackers = trackers or {}, meta or {}, dict[str, Tracker]()
         self._steps, self._first_step, self._row_every = steps, first_step, max(1, steps // _ROWS)
         self._bar, self._shown = runlog.Bar(label, total=steps, unit="steps"), 0
@@ -138,7 +141,9 @@ class Telemetry:
         row = {"step": step, "epoch": epoch, "loss": mean, "lr": lr, "tokens_per_s": round(rate, 1)}
         self.log.write("step", **row, grad_norm=interval.grad_norm)
         self._interval = _Interval(started=now)
-        eta = (now - self._started) / max(step - self._first_step, 1) * (self._steps - step)
+        first, left = self._first_step, self._work(self._steps) - self._work(step)
+        done = self._work(max(step, first + 1)) - self._work(first)  # a rollback may go back to before the first step
+        eta = (now - self._started) * left / max(done, 1.0)
         self._state |= row | {"eta_s": round(eta, 1)}
         shown = {"loss": mean, "lr": lr, "tokens_per_s": rate, "grad_norm": interval.grad_norm}
         self._track({f"train/{name}": value for name, value in shown.items()}, step=step)

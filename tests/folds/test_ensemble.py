@@ -370,6 +370,15 @@ def test_partial_ensemble_says_which_folds_it_covers(paths):
     assert set(pl.read_parquet(report.outputs["oof"])["fold"]) == {0, 1}
 
 
+def test_runs_that_share_no_fold_cannot_be_joined_in_part(paths):
+    """PARTIAL=1 asked for one fold of one of many runs, after which it would have asked for the next."""
+    for run, folds in (("good.sim80_k3", (0, 1)), ("other+wide.sim80_k3", (2,))):
+        for fold in folds:
+            paths.oof(run, fold).unlink()
+    with pytest.raises(ConfigError, match=r"no fold of sim80_k3 is predicted by all 2 runs; .* Next: RUNS="):
+        join(paths, allow_partial=True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -143,6 +143,37 @@ def test_tables_and_fasta_give_the_same(paths, file, tmp_path, ending):
     assert table(embed_file(other, paths)).equals(expected)
 
 
+def test_batches_for_a_network_of_pairs_are_small(tmp_path, monkeypatch):
+    """400 sequences of 200 nt went through a pair track of 8 channels in two batches, and took 4.1 GiB."""
+    paths = Paths(comp="tiny3d", root=tmp_path / "artifacts")
+    tiny.write_structures(paths)
+    train.run(settings(), competition=tiny.TINY3D, paths=paths, run=tiny.RUN, split=tiny.SPLIT, fold=0)
+    sizes = []
+    both_ways = embed.both_ways
+
+    def told(job, network, device, positions, **how):
+        sizes.append(len(positions))
+        return both_ways(job, network, device, positions, **how)
+
+    monkeypatch.setattr(embed, "both_ways", told)
+    monkeypatch.setattr(predict, "STRUCTURE_PAIRS", 2 * 100**2)
+    file = tmp_path / "long.fasta"
+    file.write_text("".join(f">{k}\n{'ACGU' * 25}\n" for k in range(5)))
+    embed_file(file, paths, competition=tiny.TINY3D)
+    assert sizes == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("bom.fasta", "\ufeff>z\r\nGGGGAAACCC\r\n"), ("bom.csv", "\ufefftarget_id,sequence\r\nz,GGGGAAACCC\r\n")],
+)
+def test_files_of_windows_and_of_kaggle_keep_their_ids(paths, tmp_path, name, text):
+    """'\\ufeff>a' was no header, and target_id, as the 3D competitions have it, no id: rows were numbered."""
+    fit(paths)
+    (tmp_path / name).write_bytes(text.encode())
+    assert table(embed_file(tmp_path / name, paths))["sequence_id"].to_list() == ["z"]
+
+
 def test_a_second_time_is_current_and_a_changed_file_is_not(paths, file):
     fit(paths)
     first = embed_file(file, paths)

@@ -13,7 +13,7 @@ from pipeline.cli import run_name
 from pipeline.competitions import get_competition
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, DataError
-from pipeline.paths import REPOSITORY
+from pipeline.paths import REPOSITORY, Paths
 from pipeline.stage import write_json
 from pipeline.templates.collection import library_path
 from pipeline.training.checkpoint import CheckpointStore
@@ -33,6 +33,7 @@ def written(tmp_path: Path) -> dict[str, Path]:
         for fold in (0, 1):
             folder = paths.fold_dir(run, fold)
             meta = {"config": asdict(CONFIG), "progress": {"finished": True}, "best_step": 7}
+            meta |= {"initial": {"run": "first.sim80_k5", "fold": fold, "step": 9}} if run == RUNS[1] else {}
             CheckpointStore(folder / "checkpoints").save(7, weights={}, training=None, state={}, meta=meta)
             start = {"event": "start", "time": 100.0, "device": "cpu", "precision": "fp32", "parameters": 123456}
             again = [{"event": "step", "time": 130.0}, start | {"time": 9000.0}]  # a day later, say
@@ -48,6 +49,20 @@ def test_the_files_that_kaggle_names_are_written(written: dict[str, Path]):
     assert all(path.stat().st_size > 100 for path in written.values())
 
 
+def test_of_structures_the_chosen_five_and_the_reserve_are_told(written: dict[str, Path]):
+    """No score stood there, and a network that gives no candidate looked like a part of the submission."""
+    home = written["README.md"].parents[2]
+    weights = home / "ensembles" / "all" / "weights.json"
+    told = json.loads(weights.read_text())
+    del told["score"]
+    told["policy"] = {"novelty": 0.05, "best_of_five": {"0.0": 0.37, "0.05": 0.3789}, "spare": [RUNS[1]]}
+    write_json(weights, told)
+    paths = Paths(comp=home.name, root=home.parent)
+    text = handover.run(paths, competition=COMPETITION, name="all").outputs["README.md"].read_text()
+    assert "0.37890 out of fold" in text
+    assert f"{RUNS[1]}: in reserve" in text
+
+
 def test_every_command_is_a_target_and_every_run_is_trained(written: dict[str, Path]):
     commands = re.findall(r"^ *(make .*)$", written["entry_points.md"].read_text(), re.MULTILINE)
     targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
@@ -58,6 +73,13 @@ def test_every_command_is_a_target_and_every_run_is_trained(written: dict[str, P
     config = written["README.md"].parent / re.search(r"MODEL=<this folder>/(\S+)", commands[3])[1]
     assert f"{run_name(str(config), split='sim80_k5')}" == RUNS[1]
     assert load_config(str(config)) == CONFIG
+
+
+def test_what_a_run_began_with_is_told(written: dict[str, Path]):
+    """Its path alone stood in the settings, and no command made what lies there."""
+    text = written["README.md"].read_text()
+    assert "- drsn+wide.sim80_k5 fold 1: those of first.sim80_k5 fold 1, step 9\n" in text
+    assert text.count("those of first") == 2
 
 
 def test_runs_without_a_network_are_told_with_their_commands(tmp_path: Path):

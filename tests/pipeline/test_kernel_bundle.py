@@ -110,6 +110,27 @@ def test_a_training_notebook_declares_checkpoints_metrics_and_tables(trained: Tr
         assert {"model.safetensors", "meta.json", "metrics.jsonl", "oof.parquet", "test.parquet"} <= names
 
 
+def test_a_training_notebook_brings_the_weights_that_its_run_begins_with(trained: Trained, tmp_path: Path):
+    """The path of model.init was packed and not what lies there: the notebook ended with 2 on Kaggle."""
+    begun = trained.paths.run_dir(RUN)
+    overrides = ("train.epochs=1", f'model.init="{begun}"')
+    named = {"tag": "tuned", "run": RUN.replace("notebook", "tuned")}
+    home = pack(order_of(Paths(comp="ribonanza", root=tmp_path / "here"), overrides=overrides, **named))
+    play(home, lay_out(tmp_path / "input", home, trained.folder / "raw"), tmp_path / "work")
+    runs = list((tmp_path / "work" / "artifacts" / "ribonanza" / "runs").iterdir())
+    assert len(runs) == 1
+    for fold in (0, 1):
+        meta = CheckpointStore(runs[0] / f"fold{fold}" / "checkpoints").newest_meta()
+        assert meta is not None
+        assert (meta["initial"]["run"], meta["initial"]["fold"], meta["initial"]["backbone"]) == (RUN, fold, 1.0)
+
+
+def test_weights_that_are_not_there_cannot_be_packed(tmp_path: Path):
+    order = order_of(Paths(comp="ribonanza", root=tmp_path), overrides=('model.init="nowhere"',))
+    with pytest.raises(DataError, match=r"nowhere: cannot be packed: .* Next: correct the path"):
+        bundle.build(order)
+
+
 def test_weights_travel_without_the_state_of_their_training(trained: Trained):
     names = {path.name for path in (trained.predicting / "dataset").iterdir()}
     assert {"run0.fold0.model.safetensors", "run0.fold1.meta.json", "weights.json"} <= names

@@ -105,6 +105,31 @@ def test_a_folder_for_each_class_takes_the_classes_from_sorted_names(raw, paths,
     assert dict(test["sequence_id", "labels"].iter_rows()) == {"no/b": [0], "no/d": [0], "yes/a": [1], "yes/c": [1]}
 
 
+@pytest.mark.parametrize("layout", ["{label}.fasta", "{label}/all.fa", "{label}/{name}.faa", "{label}.fna.gz"])
+def test_fasta_files_get_their_class_from_their_name_or_folder(layout, raw, paths, run):
+    """train/tRNA.fasta and train/tRNA/*.fa, what databases give out, were refused: "no <class>/*.txt in it"."""
+    for table in ("train", "test"):
+        for name, text, label in ROWS.iter_rows():
+            path = raw / table / layout.format(name=name, label=label)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            opener = gzip.open if path.suffix == ".gz" else open
+            with opener(path, "at") as file:
+                file.write(f">{name} some description\n{text[:5]}\n{text[5:]}\n")
+    assert run()["test"]["labelled"] == 4
+    assert dict(train(paths)["sequence_id", "names"].iter_rows()) == {
+        "no/b": ["no"], "no/d": ["no"], "yes/a": ["yes"], "yes/c": ["yes"],
+    }  # fmt: skip
+
+
+def test_a_quoted_column_name_may_hold_what_stands_between_columns(raw, run):
+    """The header was split at every comma: "Expected 5 columns, got 4"."""
+    lines = ROWS.write_csv(include_header=False).splitlines()
+    text = "\n".join(['id,"Sequence, 5\'-3\'",label,"Length, nt"', *(f"{line},9" for line in lines), ""])
+    (raw / "train.csv").write_text(text)
+    (raw / "columns.toml").write_text("sequence = \"Sequence, 5'-3'\"")
+    assert run()["sequences"] == 4
+
+
 LABELLED_TESTS: dict[str, tuple[str, str, list[Any] | None]] = {
     "labels": ("test.csv", "id,sequence,label\ne,ACGU,no\nf,GGGA,\ng,ACGA,yes\n", [[0], None, [1]]),
     "fasta": ("test.fa", ">e no\nACGU\n>f\nGGGA\n>g yes\nACGA\n", [[0], None, [1]]),
@@ -340,7 +365,7 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
     "no-label": ({"train.csv": "sequence,label\nACGU,\n"}, r"0 classes \(no label at all\)"),
     "not-classes": ({"train.csv": "sequence,label\n" + "".join(f"ACGU,{n / 7}\n" for n in range(20))}, r"20 different"),
     "fasta-without-header": ({"train.fa": "ACGU\n"}, r"train.fa: line 1 is 'ACGU'; expected '>id label'"),
-    "empty-folders": ({"train/yes/readme.md": "x"}, r"no <class>/\*.txt in it"),
+    "empty-folders": ({"train/yes/readme.md": "x"}, r"no <class>.fasta, .*\*.txt in it"),
     "test-id-twice": (
         {"train.csv": GOOD, "test.csv": "id,sequence\na,ACGU\na,ACGA\n"},
         r"test.csv: row 2 \(id a\): an id twice",

@@ -90,6 +90,28 @@ def test_windows_around_a_site_are_not_cropped_anywhere():
         train.refuse_idle(settings, get_competition("labelled"))
 
 
+def test_the_work_until_a_step_is_what_the_batches_hold(paths):
+    """The time left went by steps: short crops promised a third of it."""
+    examples = open_examples(tiny.TINY, paths=paths, table="train")
+    source = BatchSource(examples, np.arange(1, 64, 2), config=config())
+    for epoch in range(4):
+        held = sum(source.tokens(Place(epoch, batch, 0)) for batch in range(source.batches))
+        first = epoch * source.batches
+        assert source.read_until(first + source.batches) - source.read_until(first) == held
+        assert source.read_until(first + 1) - source.read_until(first) == held / source.batches
+
+
+def test_stages_that_outlast_the_run_are_warned_of(paths, capsys):
+    tiny.fit(paths, config("6x1,12x9", epochs=2))
+    assert "last longer than train.epochs = 2: nothing trains on more than 12 nt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stages", ["6x1", "6x1,512x9"])
+def test_stages_that_reach_the_whole_length_are_not(paths, capsys, stages):
+    tiny.fit(paths, config(stages, epochs=2))
+    assert "last longer" not in capsys.readouterr().err
+
+
 def test_the_stage_is_said(paths, capsys):
     tiny.fit(paths, config(epochs=1))
     assert "epoch 1 in crops of 6 nt (6x1,12x2)" in capsys.readouterr().err

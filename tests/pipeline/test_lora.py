@@ -110,6 +110,16 @@ def test_what_adapters_cannot_do_is_refused(paths, changes):
         tiny.fit(paths, settings(init, rank=2, **changes))
 
 
+@pytest.mark.parametrize(
+    "changes", [{"train": {"backbone_lr_share": 0.0}}, {"model": {"lora_alpha": 0.0}}], ids=["rate", "alpha"]
+)
+def test_adapters_that_cannot_learn_are_refused(paths, changes):
+    config = settings("somewhere", rank=2)
+    parts = {name: replace(getattr(config, name), **values) for name, values in changes.items()}
+    with pytest.raises(ConfigError, match=r"adapters learn nothing where either is 0\. Next: "):
+        tiny.fit(paths, replace(config, **parts))
+
+
 def test_all_of_a_backbone_is_loaded_below_the_adapters():
     adapted = ModelConfig(name="transformer_sepconv", lora_rank=2, kwargs=KWARGS)
     model, plain = (train.build_model(config, tiny.TINY) for config in (adapted, replace(adapted, lora_rank=0)))

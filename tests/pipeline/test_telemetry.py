@@ -110,6 +110,15 @@ def test_the_last_status_names_the_step_at_which_a_run_stopped(tmp_path):
     assert read_status(tmp_path)["step"] == 2
 
 
+def test_the_time_left_goes_by_the_work_that_is_left(tmp_path):
+    """Half the steps, a fourth of the work: three times what was spent is left."""
+    work = {4: 0.0, 5: 100.0, 6: 400.0}.__getitem__
+    with Telemetry(tmp_path, label="a", steps=6, first_step=4, metric="MAE", work=work) as telemetry:
+        telemetry._started -= 1e6
+        telemetry.step(step=5, epoch=0, loss=0.5, weight=1.0, norm=1.0, lr=1e-3, tokens=10)
+        assert telemetry._state["eta_s"] == pytest.approx(3e6, rel=1e-3)
+
+
 def test_rows_that_a_full_disk_does_not_take_are_written_later_and_whole(tmp_path, capsys):
     """A write that is cut short, as on a full disk, made by the limit on the size of files."""
     path = tmp_path / "metrics.jsonl"

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import polars as pl
@@ -25,6 +26,7 @@ from pipeline import train
 from pipeline.config import RunConfig, load_config
 from pipeline.errors import ConfigError, DataError, DivergedError, StoppedError, StorageError
 from pipeline.paths import Paths
+from pipeline.runlog import read_metrics
 from pipeline.stage import commit
 from pipeline.training import loop
 from pipeline.training.checkpoint import CheckpointStore, load_checkpoint
@@ -161,6 +163,53 @@ def test_a_run_begins_with_the_weights_of_another(paths):
     assert second.facts["metric"] == pytest.approx(first.facts["metric"], abs=1e-6)
 
 
+def test_each_fold_begins_with_its_own_checkpoint_of_a_run(paths, capsys):
+    """One checkpoint for all folds had seen what four of five held out."""
+    for fold in (0, 1):
+        fit(paths, fold=fold)
+    config = tiny.config(epochs=1)
+    config = replace(config, model=replace(config.model, init=str(paths.run_dir(tiny.RUN))))
+    for fold in (0, 1):
+        fit(paths, config, run=f"more.{tiny.SPLIT}", fold=fold)
+        folder = paths.fold_dir(f"more.{tiny.SPLIT}", fold)
+        assert read_metrics(folder / "metrics.jsonl")[0]["initial"]["fold"] == fold
+    assert "not out of fold" not in capsys.readouterr().err
+
+
+def test_a_run_that_has_no_such_fold_to_begin_with_is_refused(paths):
+    fit(paths, fold=1)
+    config = tiny.config(epochs=1)
+    config = replace(config, model=replace(config.model, init=str(paths.run_dir(tiny.RUN))))
+    with pytest.raises(ConfigError, match="expected a run's folder with this fold in it, or a checkpoint's"):
+        fit(paths, config, run=f"more.{tiny.SPLIT}")
+
+
+def test_what_the_initial_weights_began_with_has_seen_the_held_out_fold_too(paths, capsys):
+    """Fold 1, then fold 0, then fold 0 again: the last one was not warned of."""
+    first = fit(paths, fold=1)
+    for number, run in enumerate(("second", "third")):
+        config = tiny.config(epochs=1)
+        config = replace(config, model=replace(config.model, init=str(first.outputs["checkpoint"])))
+        first = fit(paths, config, run=f"{run}.{tiny.SPLIT}")
+        told = capsys.readouterr().err
+        assert told.count("trained with fold 1 of 'sim80_k2' held out, so it has seen sequences of fold 0") == 1, number
+
+
+def test_initial_weights_may_move_once_a_run_has_begun(paths, tmp_path):
+    first = fit(paths)
+    config = tiny.config(epochs=2)
+    config = replace(config, model=replace(config.model, init=str(first.outputs["checkpoint"])))
+    with pytest.raises(StoppedError):
+        fit(paths, config, run=f"more.{tiny.SPLIT}", max_steps=1)
+    moved = replace(config, model=replace(config.model, init="elsewhere"))
+    with pytest.raises(ConfigError, match="ALLOW_CHANGES=1"):
+        fit(paths, moved, run=f"more.{tiny.SPLIT}")
+    assert fit(paths, moved, run=f"more.{tiny.SPLIT}", allow_changes=True).facts["steps"] == 8
+    none = replace(config, model=replace(config.model, init=""))
+    with pytest.raises(ConfigError, match=r"leave config\.model\.init as it was"):
+        fit(paths, none, run=f"more.{tiny.SPLIT}", allow_changes=True)
+
+
 def test_a_run_on_structures_begins_with_weights_trained_on_reactivities(paths, tmp_path):
     first = fit(paths)
     other = Paths(comp="tiny3d", root=tmp_path / "artifacts")
@@ -181,6 +230,7 @@ def test_a_run_on_structures_begins_with_weights_trained_on_reactivities(paths, 
             "loaded": ["convolution", "embedding"],
             "fresh": ["heads.distances", "heads.placed"],
             "ignored": ["heads.per_base"],
+            "trained_on": [{"competition": "tiny", "split": tiny.SPLIT, "fold": 0, "folds": ANY}],
         }
     source = load_checkpoint(first.outputs["checkpoint"]).weights
     last = CheckpointStore(other.fold_dir(tiny.RUN, 0) / "checkpoints").load_newest().weights
@@ -298,7 +348,7 @@ def test_weights_that_do_not_fit_are_refused(paths):
     config = tiny.config(model={"width": 12})
     for init in (str(first.outputs["checkpoint"]), "nowhere"):
         wrong = replace(config, model=replace(config.model, init=init))
-        with pytest.raises(ConfigError, match="expected a checkpoint folder"):
+        with pytest.raises(ConfigError, match="expected a run's folder with this fold in it, or a checkpoint's"):
             fit(paths, wrong, run=f"wrong.{tiny.SPLIT}")
 
 
@@ -509,6 +559,7 @@ from pathlib import Path
 from models.registry import register_model
 from pipeline import runlog, train
 from pipeline.paths import Paths
+from pipeline.runlog import read_metrics
 from tests.pipeline import tiny
 
 register_model(tiny.TinyModel)

@@ -313,6 +313,19 @@ def test_a_torn_candidate_is_accepted_with_a_warning(structure_paths, tmp_path, 
     assert "Q1 candidate 4" in said
 
 
+def test_a_candidate_given_twice_is_accepted_with_a_warning(structure_paths, tmp_path, capsys):
+    """Five times the same one was accepted without a word: four of the five tries thrown away."""
+    table = structure_table(structure_paths)
+    run(structure_paths, write(table, tmp_path / "five.parquet"), RNA3D)
+    assert "more than once" not in capsys.readouterr().err
+    second = pl.col("ID").str.starts_with("Q1_")
+    again = [
+        pl.when(second).then(pl.col(f"{axis}_2")).otherwise(pl.col(f"{axis}_5")).alias(f"{axis}_5") for axis in "xyz"
+    ]
+    run(structure_paths, write(table.with_columns(again), tmp_path / "four.parquet"), RNA3D)
+    assert "1 target has the same candidate more than once: Q1;" in capsys.readouterr().err
+
+
 def test_structure_sample_alone_is_enough(structure_paths, tmp_path):
     sample = write(structure_table(structure_paths), tmp_path / "sample.parquet")
     shutil.rmtree(structure_paths.home)

@@ -110,7 +110,7 @@ def _edit(table: str, change: pl.Expr):
         (_edit("models", (pl.col("model_id") + "x").alias("model_id")), "no residue of ax has a place"),
         (_edit("native_traces", pl.lit(None, dtype=pl.String).alias("resname")), "a row without resname"),
         (_edit("native_traces", pl.lit("one").alias("x")), "native_traces.parquet: cannot be read"),
-        (lambda folder: (folder / "models.parquet").unlink(), "has no models.parquet"),
+        (lambda folder: (folder / "models.parquet").unlink(), "no models.parquet.*columns model_id, benchmark, target"),
         (lambda folder: (folder / "models.parquet").write_bytes(b"PAR1"), "models.parquet: not a readable parquet"),
     ],
 )

@@ -92,13 +92,14 @@ def test_the_vendored_files_are_those_that_their_note_names() -> None:
 
 
 def test_the_page_runs_the_library_once_and_its_own_script_and_nothing_else() -> None:
-    text = viewer_page([structure()], {}, title="a <b> & c")
+    text = viewer_page([structure()], {}, title="a <b> & c", above="of <d>")
     (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
     assert script == f"{LIBRARY}\n{SCRIPT}"
     assert text.count("<script") == 2  # the other holds the data
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in text
     assert "<h1>a &lt;b&gt; &amp; c</h1>" in text
+    assert ">of &lt;d&gt;</div>" in text
 
 
 def test_the_page_loads_nothing() -> None:
