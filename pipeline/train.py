@@ -27,10 +27,10 @@ from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.paths import Paths
 from pipeline.runlog import say, warn
 from pipeline.stage import Report, commit, sha256_file, versions, write_json
-from pipeline.training.checkpoint import CheckpointStore, DamagedError, load_weights, read_meta
+from pipeline.training.checkpoint import CheckpointStore, DamagedError, initial_checkpoint, load_weights, read_meta
 from pipeline.training.distributed import ALONE, World, load_newest
 from pipeline.training.failures import in_one_sentence
-from pipeline.training.initial import initial_checkpoint, is_head, load_fitting
+from pipeline.training.initial import is_head, load_fitting
 from pipeline.training.loop import Trainer, TrainingData
 from pipeline.training.losses import label_weights, profile_weights
 from pipeline.training.metrics import metric_name

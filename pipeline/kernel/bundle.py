@@ -36,8 +36,7 @@ from pipeline.runlog import say
 from pipeline.stage import Report, commit, read_result, sha256_file, versions, write_json
 from pipeline.structure import predict as denovo
 from pipeline.templates import predict as templates
-from pipeline.training.checkpoint import CheckpointStore, DamagedError, export_weights, read_meta
-from pipeline.training.initial import initial_checkpoint
+from pipeline.training.checkpoint import CheckpointStore, DamagedError, export_weights, initial_checkpoint, read_meta
 
 Mode = Literal["train", "predict"]
 

@@ -202,6 +202,16 @@ class CheckpointStore:
         warn(f"{path}: damaged ({reason}); moved to {bad}, the next older checkpoint is used")
 
 
+def initial_checkpoint(given: Path, *, fold: int) -> Path:
+    """The checkpoint that ``model.init`` means for a fold: the folder given, or of a run's the best of the same fold.
+
+    Raises:
+        StorageError: the run has the fold, and no readable checkpoint of it.
+    """
+    store = CheckpointStore(given / f"fold{fold}" / "checkpoints")
+    return store.best_folder() if store.folder.is_dir() else given
+
+
 def read_meta(path: Path) -> dict[str, Any]:
     """Meta data of a checkpoint folder, if it is there and every file has its size.
 

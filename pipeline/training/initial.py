@@ -1,14 +1,12 @@
 """Weights of another run to begin with: all that fits the new network, whatever the other was trained for."""
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from models.adapters import plain_state
-from pipeline.training.checkpoint import CheckpointStore
 
 _HEADS = "heads."  # prefix of what belongs to a task; all else of a network is its backbone
 _LEAST = 0.5  # of the backbone's numbers
@@ -17,16 +15,6 @@ _LEAST = 0.5  # of the backbone's numbers
 def is_head(name: str) -> bool:
     """Whether a parameter of a network belongs to its task, by name."""
     return name.startswith(_HEADS)
-
-
-def initial_checkpoint(given: Path, *, fold: int) -> Path:
-    """The checkpoint that ``model.init`` means for a fold: the folder given, or of a run's the best of the same fold.
-
-    Raises:
-        StorageError: the run has the fold, and no readable checkpoint of it.
-    """
-    store = CheckpointStore(given / f"fold{fold}" / "checkpoints")
-    return store.best_folder() if store.folder.is_dir() else given
 
 
 class Loaded(NamedTuple):
