@@ -236,7 +236,7 @@ class _Known:
     """Matches of the training targets, what they are worth, and the models that learned from it."""
 
     targets: list[Target]
-    library: Library
+    structures: Library
     folds: list[int]  # of the targets
     matches: list[list[Match]]
     scores: list[np.ndarray]  # of the matches, by a ranker that never saw the target's fold
@@ -287,7 +287,7 @@ class _Known:
         }
         return _Known(
             targets=targets,
-            library=library,
+            structures=library,
             folds=folds,
             matches=matches,
             scores=[score_N[table.owner_N == owner] for owner in range(len(targets))],
@@ -297,11 +297,12 @@ class _Known:
 
     def write_oof(self, parts: dict[str, Path], *, score: Scorer) -> dict[str, Any]:
         """Write every fold's held-out targets; returns how good the candidates and their expected scores are."""
-        truth = {name: self.library.xyz_T3[self.library.part(n)] for n, name in enumerate(self.library.ids)}
+        source = self.structures
+        truth = {name: source.xyz_T3[source.part(n)] for n, name in enumerate(source.ids)}
         rows = CandidateRows(self.models)
         expected, found, best, top = [], [], [], []
         for target, fold, matches, scores in zip(self.targets, self.folds, self.matches, self.scores, strict=True):
-            chosen = _choose(target, self.library, matches, scores, self.models[fold].calibration, count=CANDIDATES)
+            chosen = _choose(target, source, matches, scores, self.models[fold].calibration, count=CANDIDATES)
             rows.add(target.target_id, fold, [(each.expected, each.xyz_L3) for each in chosen])
             known = truth.get(target.target_id)
             top.append(max((each.expected for each in chosen), default=0.0))
