@@ -91,6 +91,8 @@ class TrainConfig:
     batch_size: int = 64  # sequences an optimiser step, over all devices
     # sequences a forward pass: 0 = batch_size, less = gradient accumulation, "auto" = halved when memory runs out
     micro_batch: int | typing.Literal["auto"] = 0
+    # "adamw", or the name of another of timm's, whose best lr is its own ("muon", "lion", …)
+    optimizer: str = "adamw"
     lr: float = 2e-3
     # of what model.init began: its learning rate as a share of the new heads' lr; 0 keeps it as it was loaded
     backbone_lr_share: float = 1.0
@@ -127,6 +129,11 @@ class TrainConfig:
             raise ConfigError(
                 f"[train] length_stages: got {self.length_stages!r}; expected <nt>x<epochs>, with commas between. "
                 "Next: '64x1,128x2', for example."
+            )
+        if self.sharding == "fsdp2" and self.optimizer != "adamw":
+            raise ConfigError(
+                f"[train] optimizer: got {self.optimizer!r} with sharding = 'fsdp2', which knows 'adamw' alone. Next: "
+                "one of the two, not both."
             )
 
     @property

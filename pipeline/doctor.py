@@ -39,7 +39,7 @@ def examine(artifacts: Path) -> list[Finding]:
         _python(),
         *_torch(),
         *_fast_kernels(),
-        _package("timm", "timm", "optional"),
+        _package("timm", "timm", "train.optimizer knows AdamW alone"),
         _viennarna(),
         _program("mmseqs", "make bench-folds compares with it", "make bench-folds does without it"),
         _program("USalign", "TM-scores can be checked with US-align", "the built-in TM-score is used"),
@@ -95,7 +95,7 @@ def _package(package: str, module: str, otherwise: str) -> Finding:
 
 
 def _viennarna() -> Finding:
-    from pipeline.bpp import available
+    from pipeline.viennarna import available
 
     usable, reason = available()
     return Finding("ViennaRNA", "ok" if usable else "absent", reason)

@@ -77,7 +77,7 @@ class TrainingState:
             for network in dict.fromkeys((model, self.predictor)):
                 sharding.shard(network, device)
         rates = {"lr": settings.lr, "backbone_lr_share": settings.backbone_lr_share}
-        self.optimizer = make_optimizer(model, weight_decay=settings.weight_decay, **rates)
+        self.optimizer = make_optimizer(model, weight_decay=settings.weight_decay, name=settings.optimizer, **rates)
         self.progress = Progress()
         self.set_precision(precision)
         self._draw_anew()
@@ -129,7 +129,9 @@ class TrainingState:
     def _restore_optimizer(self, saved: dict[str, Any]) -> None:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         state = {
-            index: sharding.parts(moments, {name: parameters[index] for name, moment in moments.items() if moment.ndim})
+            index: sharding.parts(
+                moments, {name: parameters[index] for name in _tensors(moments) if moments[name].ndim}
+            )
             for index, moments in saved["state"].items()
         }
         self.optimizer.load_state_dict({**saved, "state": state})
@@ -138,12 +140,12 @@ class TrainingState:
         """Names of weights, averages and moments that hold a NaN or inf, in whichever process."""
         bad = nonfinite_parameters(self.model) + (nonfinite_parameters(self.ema.module) if self.ema else [])
         state = self.optimizer.state_dict()["state"].items()
-        moments = {f"{name} {index}": moment for index, found in state for name, moment in found.items()}
+        moments = {f"{name} {index}": moment for index, found in state for name, moment in _tensors(found).items()}
         return bad + sharding.nonfinite(moments)
 
     def norm(self) -> float:
         """Of weights, averages and moments: the same in all processes that train together."""
-        moments = [moment for moments in self.optimizer.state.values() for moment in moments.values()]
+        moments = [moment for found in self.optimizer.state.values() for moment in _tensors(found).values()]
         return self.norm_of([*self.model.parameters(), *self.predictor.parameters(), *moments])
 
     @torch.no_grad()
@@ -174,6 +176,11 @@ class TrainingState:
     def set_random(self, state: dict[str, Tensor]) -> None:
         """The inverse of `random`."""
         set_random(state, self.device)
+
+
+def _tensors(moments: dict[str, Any]) -> dict[str, Tensor]:
+    """Of what an optimiser keeps of a parameter: some count their steps in Python."""
+    return {name: moment for name, moment in moments.items() if isinstance(moment, Tensor)}
 
 
 def set_random(state: dict[str, Tensor], device: torch.device) -> None:
