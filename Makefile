@@ -61,11 +61,11 @@ $(error SET changes what a run is, so name the variant: add TAG=some-name)
 endif
 
 RNA := $(PY) -m pipeline
-GPU := models/test_kernels models/test_causal_conv models/test_triton_scan models/test_ssd models/test_long_conv models/test_contract \
-  models/test_compile pipeline/test_plan pipeline/test_training_gpu
+GPU := models/test_kernels models/test_causal_conv models/test_ssd models/test_long_conv pipeline/test_plan models/test_triton_scan \
+  pipeline/test_training_gpu models/test_contract models/test_compile
 named = \( -name bench $(patsubst %,-o -name '%',$(1)) \)
 OWN := demo kernel-check wheels
-COMPETITIONS := ribonanza openvaccine rna3d rna3d2 labelled labelled-*
+COMPETITIONS = $(shell sed -n 's/.*\bname="\([a-z0-9]*\)".*/\1/p' $(dir $(firstword $(MAKEFILE_LIST)))pipeline/competitions/*.py) labelled-*
 AT := --comp "$(COMP)" --artifacts "$(ARTIFACTS)"
 NAMED := $(if $(MODEL),--model "$(MODEL)") --split "$(SPLIT)" $(if $(TAG),--tag $(TAG))
 RUN := $(NAMED) $(foreach item,$(SET),--set '$(item)')
@@ -75,8 +75,8 @@ TRAIN := $(if $(RESTART),--restart) $(if $(ALLOW_CHANGES),--allow-changes) $(if 
   $(foreach tracker,$(TRACK),--track $(tracker)) $(if $(filter-out 1,$(strip $(NPROC))),--nproc $(strip $(NPROC)))
 ENVIRONMENT := $(if $(filter .venv/bin/python,$(PY)),.venv/.ready)
 
-.PHONY: help setup doctor demo test test-faults test-gpu lint download data bpp templates folds audit train train-all train-bg status logs stop sweep \
-        replay predict embed templates-predict denovo structures ensemble submit submit-kaggle \
+.PHONY: help setup doctor demo test test-floor test-faults test-gpu lint download data bpp templates folds audit train train-all train-bg status logs stop sweep \
+        replay predict embed templates-predict denovo words structures ensemble submit submit-kaggle \
         kernel kernel-push kernel-status kernel-pull kernel-check handover check evaluate score-tm report plan bench bench-data bench-folds bench-loader bench-kernels bench-models bench-structures bench-tm clean
 
 # Targets and variables in two columns within 100 characters, longer texts on lines of their own below.
@@ -117,12 +117,19 @@ setup: $(ENVIRONMENT) ## create .venv with pinned packages
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[$(EXTRAS)]"
 	touch $@
 doctor: $(ENVIRONMENT) ## say what this machine has and what will be used
-	@exec $(RNA) doctor
+	@exec $(RNA) doctor --artifacts "$(ARTIFACTS)"
 demo: $(ENVIRONMENT) ## the whole chain on a small synthetic data set, on the CPU
 	@exec $(RNA) demo --artifacts "$(ARTIFACTS)/demo"
 test: $(ENVIRONMENT) ## lint, types and all tests that need no GPU
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 	@exec $(PY) -m pytest -q -m "not gpu"
+test-floor: .venv-floor/.ready ## the same tests on the oldest packages that pyproject.toml allows (PYTHON=python3.11)
+	@exec .venv-floor/bin/python -m pytest -q -m "not gpu"
+.venv-floor/.ready: pyproject.toml .ci/floor-constraints.txt
+	@echo "setting up .venv-floor (once; downloads the packages of .ci/floor-constraints.txt)"
+	$(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/floor-constraints.txt -e ".[$(EXTRAS)]"
+	touch $@
 test-faults: $(ENVIRONMENT) ## kill, damage and poison runs at random, and write the table of what happened
 	@OMP_NUM_THREADS=1 $(PY) -m tests.faults
 test-gpu: $(ENVIRONMENT) ## tests that need a GPU, the cheapest first (PY=python3: with what is installed there)
@@ -146,7 +153,7 @@ plan: $(ENVIRONMENT) ## memory that training MODEL takes, and what would fit (LE
 	@exec $(RNA) plan $(AT) $(if $(MODEL),--model "$(MODEL)") $(foreach item,$(SET),--set '$(item)') $(if $(LENGTH),--length $(LENGTH)) --nproc $(strip $(NPROC))
 train: $(ENVIRONMENT) ## train one fold of MODEL and predict; starting again resumes (RESTART=1: anew; ALLOW_CHANGES=1: e.g. with more epochs)
 	@exec $(RNA) train $(AT) $(RUN) --fold "$(FOLD)" $(TRAIN)
-train-all: $(ENVIRONMENT) $(if $(filter rna3d%,$(COMP)),denovo templates-predict) ## train every fold of SPLIT, one after the other; rna3d: after denovo and templates-predict
+train-all: $(ENVIRONMENT) $(if $(filter rna3d%,$(COMP)),denovo templates-predict) $(if $(filter labelled%,$(COMP)),words) ## train every fold of SPLIT, one after the other; rna3d: after denovo and templates-predict, labelled: after words
 	@exec $(RNA) train $(AT) $(RUN) --all-folds $(TRAIN)
 train-bg: $(ENVIRONMENT) ## train in the background, also with the terminal closed (ALL=1 for every fold)
 	@exec $(RNA) train $(AT) $(RUN) $(JOB) $(TRAIN) --background
@@ -170,6 +177,8 @@ templates-predict: $(ENVIRONMENT) ## candidates from templates, date-gated, as a
 	@exec $(RNA) templates-predict $(AT) --split "$(SPLIT)" $(if $(strip $(MSA)),--msa "$(strip $(MSA))")
 denovo: $(ENVIRONMENT) ## candidates from pairing and loops of known structures, no network, as a run of SPLIT
 	@exec $(RNA) denovo $(AT) --split "$(SPLIT)"
+words: $(ENVIRONMENT) ## classes of a labelled set by counting words (naive Bayes), no network, as a run of SPLIT
+	@exec $(RNA) words $(AT) --split "$(SPLIT)"
 ensemble: $(ENVIRONMENT) ## folds and models -> one prediction table, weights learned out of fold (PARTIAL=1: of the folds there are)
 	@exec $(RNA) ensemble $(AT) --split "$(SPLIT)" --name "$(NAME)" $(if $(PARTIAL),--partial) $(foreach run,$(RUNS),--run $(run))
 submit: $(ENVIRONMENT) ## ensemble -> submission file, checked before it gets its name
@@ -221,7 +230,7 @@ bench-structures: $(ENVIRONMENT) ## time and memory of a target by its length, u
 bench-loader: $(ENVIRONMENT) ## batches a second, with and without workers; share of padding
 	@exec $(RNA) bench-loader $(AT)
 bench-folds: $(ENVIRONMENT) ## our clustering beside MMseqs2 and cd-hit
-	@exec $(RNA) bench-folds --artifacts "$(ARTIFACTS)"
+	@exec $(RNA) bench-folds $(AT)
 
 # What is not the stages' alone stays: another name, or a file beside their folders.
 clean: ## remove the artefacts, trained runs too (not the environment, not submissions)

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from folds.lock import LOCKS, digest_pairs, lock_path, verify_lock, write_lock
-from folds.similarity import MIN_PERCENT, Method, find_clusters
+from folds.similarity import MIN_PERCENT, find_clusters
 from folds.similarity import VERSION as CLUSTERS_VERSION
 from pipeline.classes import read_classes
 from pipeline.compiled import njit
@@ -34,6 +34,7 @@ VERSION = 3
 LENGTH_PERCENT = 80
 
 _COLUMNS = ("sequence_id", "sequence", "dataset_name", "group")
+_SHOWN = 40  # strata in the table for the terminal
 _PARQUET: dict[str, Any] = {"compression": "zstd", "row_group_size": 1 << 16, "statistics": True}
 
 
@@ -81,7 +82,6 @@ def run(
     *,
     split: str,
     relock: bool = False,
-    method: Method = "auto",
     seed: int = 2026,
     locks: Path = LOCKS,
 ) -> Report:
@@ -96,12 +96,11 @@ def run(
         paths: where the artefacts of the competition live.
         split: name of the split.
         relock: write the lock instead of checking it.
-        method: how relatives are found, see `folds.similarity.find_clusters`.
         seed: decides between equals.
         locks: folder of the locks.
 
     Raises:
-        ConfigError: no such split or method, or more folds than clusters.
+        ConfigError: no such split, or more folds than clusters.
         DataError: the clean table is missing or damaged, or the folds are not those of the lock; nothing is written.
     """
     plan = parse_split(split)
@@ -111,7 +110,7 @@ def run(
     if plan.kind == "random":
         warn(f"{split}: relatives are in different folds, so its scores leak. Next: sim80_k{plan.folds} for real ones.")
     else:
-        clusters = _run_clusters(paths, percent=plan.percent, method=method)
+        clusters = _run_clusters(paths, percent=plan.percent)
         inputs["clusters"], made, clustering = clusters.outputs["clusters"], clusters.facts, clusters.seconds
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
@@ -150,13 +149,13 @@ def _lock(facts: Mapping[str, Any], *, relock: bool, locks: Path) -> str:
     return f"absent: no {name}; make folds RELOCK=1 writes it"
 
 
-def _run_clusters(paths: Paths, *, percent: int, method: Method) -> Report:
+def _run_clusters(paths: Paths, *, percent: int) -> Report:
     """Clusters are a stage of their own, so that splits with one threshold share them."""
     output = paths.fold_table(f"clusters_sim{percent}")
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
         table = _read_train(paths.clean("train"))
-        found = find_clusters(table, percent=percent, method=method)
+        found = find_clusters(table, percent=percent)
         rows = table.select("sequence_id", pl.Series("cluster", found.cluster, dtype=pl.String))
         rows.write_parquet(parts["clusters"], **_PARQUET)
         return found.facts
@@ -165,7 +164,7 @@ def _run_clusters(paths: Paths, *, percent: int, method: Method) -> Report:
         "clusters",
         inputs={"train": paths.clean("train")},
         outputs={"clusters": output},
-        params={"version": CLUSTERS_VERSION, "percent": percent, "method": method},
+        params={"version": CLUSTERS_VERSION, "percent": percent, "method": "auto"},
         build=build,
         manifest=output.with_suffix(".manifest.json"),
     )
@@ -192,28 +191,6 @@ def _class_names(labels: pl.Series, names: Sequence[str]) -> pl.Series:
         .alias("classes")
     )
     return found["classes"]
-
-
-def read_folds(path: Path, ids: Sequence[str]) -> pl.DataFrame:
-    """Rows of a fold table, sorted by sequence_id.
-
-    Args:
-        path: ``folds/<split>.parquet``.
-        ids: sequence ids of the data that it should be for.
-
-    Raises:
-        DataError: missing, or a fold table from other data.
-    """
-    open_parquet(path, ("sequence_id", "fold", "cluster")).close()
-    table = pl.read_parquet(path).sort("sequence_id")
-    missing, extra = set(ids) - set(table["sequence_id"]), set(table["sequence_id"]) - set(ids)
-    if missing or extra:
-        example = min(missing or extra)
-        raise DataError(
-            f"{path}: a fold table from other data: {len(missing):,} sequences have no fold there and {len(extra):,} "
-            f"of its {table.height:,} are not in the data, such as {example}. Next: make folds."
-        )
-    return table
 
 
 def length_label(length: int) -> str:
@@ -358,10 +335,12 @@ def describe(facts: Mapping[str, Any]) -> Table:
     table.add_column(f"{facts['rows']:,} sequences by {facts['split']}")
     for fold in range(len(facts["counts"])):
         table.add_column(f"fold {fold}", justify="right")
-    names = sorted(facts["strata"], key=_by_length) if facts["by"] == "length" else facts["strata"]
-    for name in names:
+    names = sorted(facts["strata"], key=_by_length) if facts["by"] == "length" else list(facts["strata"])
+    for name in names[:_SHOWN]:
         told = _data_set(name) if facts["by"] == "length" else name
         table.add_row(escape(told), *(f"{count:,}" for count in facts["strata"][name]))
+    if len(names) > _SHOWN:
+        table.add_row(f"and {len(names) - _SHOWN:,} more", *("…" for _ in facts["counts"]), style="dim")
     table.add_row("all", *(f"[bold]{count:,}[/]" for count in facts["counts"]))
     table.add_row("lengths", *(f"{low}-{high}" if low < high else str(low) for low, high in facts["lengths"]))
     return table

@@ -14,7 +14,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from folds.assign import VERSION as FOLDS_VERSION
-from folds.assign import read_folds
 from folds.edit_distance import (
     UNKNOWN,
     Packed,
@@ -33,7 +32,7 @@ from pipeline.paths import Paths
 from pipeline.runlog import Bar, warn
 from pipeline.schema import ALPHABET, encode
 from pipeline.stage import Report, run_stage, write_json
-from pipeline.tables import flat_lists, open_parquet
+from pipeline.tables import flat_lists, open_parquet, read_folds
 
 #: Raised when the same folds give other numbers than before.
 VERSION = 1
@@ -46,9 +45,6 @@ PERCENTS = (80, 70, 60)
 
 #: Most sequences of which all pairs are compared; 14,035 take 9 s on two threads.
 EXHAUSTIVE = 20_000
-
-#: Pairs that are compared of more sequences than that.
-SAMPLED_PAIRS = EXHAUSTIVE**2 // 2
 
 _MEDIAN_ROWS = 20_000  # sequences that the medians are taken of
 _AT_ONCE = 1 << 21  # pairs: about 150 MiB of indices and distances
@@ -70,7 +66,7 @@ def run(
         competition: gives the metric; without one (structures) only identities are measured.
         seed: of the sample.
         exhaustive: most sequences of which all pairs are compared; of more, a sample of the scored ones is compared
-            with all, `SAMPLED_PAIRS` pairs altogether.
+            with all: at most as many pairs.
 
     Raises:
         ConfigError: no splits.

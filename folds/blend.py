@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 from folds.job import Job, list_missing
 from folds.weights import Weights, learn_mixture, learn_weights
 from pipeline.classes import MIN_PROBABILITY
-from pipeline.competitions.base import Competition
 from pipeline.errors import DataError
 from pipeline.runlog import Bar
 from pipeline.tables import OofBatch, as_lists, finite_values, read_batches
@@ -32,25 +31,30 @@ SAMPLE_POSITIONS = 400_000
 
 
 class _Totals:
-    """(sum, count) of the metric's errors."""
+    """(sum, count) of the metric's errors, fold by fold."""
 
-    def __init__(self, competition: Competition) -> None:
-        self.competition = competition
-        self.sums_C = np.zeros(len(competition.targets))
-        self.counts_C = np.zeros(len(competition.targets))
+    def __init__(self, job: Job) -> None:
+        self.competition, self.folds = job.scoring, job.folds
+        self.sums_FC = np.zeros((len(job.folds), len(job.scoring.targets)))
+        self.counts_FC = np.zeros_like(self.sums_FC)
 
-    def add(self, prediction_TC: np.ndarray, truth_TC: np.ndarray) -> None:
+    def add(self, prediction_TC: np.ndarray, truth_TC: np.ndarray, fold_T: np.ndarray) -> None:
         assert self.competition.error_sums is not None
-        sums_C, counts_C = self.competition.error_sums(prediction_TC, truth_TC)
-        self.sums_C += sums_C
-        self.counts_C += counts_C
+        for place, fold in enumerate(self.folds):
+            here_T = fold_T == fold
+            if here_T.any():
+                sums_C, counts_C = self.competition.error_sums(prediction_TC[here_T], truth_TC[here_T])
+                self.sums_FC[place] += sums_C
+                self.counts_FC[place] += counts_C
 
-    def score(self) -> float:
+    def score(self, *, without: int | None = None) -> float:
+        """Of all folds together, or of all but the one at a place."""
         assert self.competition.score is not None
-        return float(self.competition.score(self.sums_C, self.counts_C))
+        kept_F = np.arange(len(self.folds)) != without
+        return float(self.competition.score(self.sums_FC[kept_F].sum(axis=0), self.counts_FC[kept_F].sum(axis=0)))
 
     def named(self) -> dict[str, float]:
-        errors_C = self.competition.target_errors(self.sums_C, self.counts_C)
+        errors_C = self.competition.target_errors(self.sums_FC.sum(axis=0), self.counts_FC.sum(axis=0))
         return {"score": self.score()} | dict(zip(self.competition.targets, errors_C.tolist(), strict=True))
 
 
@@ -68,7 +72,8 @@ def blend(job: Job, parts: dict[str, Path], *, learn: bool) -> dict[str, Any]:
     """Write the ensemble's tables and ``weights.json``; returns what the latter holds.
 
     Used is whichever scores best out of fold: learned weights (as cross-fitted), the plain mean, or the best run alone.
-    Without a test set, `parts` has no ``test``.
+    As that choice is made on the score that is told, ``score_nested`` is told beside it: for each fold, the choice that
+    the other folds make. Without a test set, `parts` has no ``test``.
 
     Raises:
         DataError: see `pipeline.tables.out_of_fold`; test tables with different rows; nothing to score.
@@ -78,12 +83,14 @@ def blend(job: Job, parts: dict[str, Path], *, learn: bool) -> dict[str, Any]:
     best = min(singles, key=lambda each: singles[each])
     options = {"mean": _uniform(job), f"run {best}": _only(job, best)}
     scores = {"mean": totals["mean"].score(), f"run {best}": singles[best]}
+    choices = list(totals.values())
     facts = job.facts() | {"missing": missing, "learned": None}
     if learn and len(job.runs) > 1 and len(job.folds) > 1:
         final_CM, crossed, gap = _learn(job, sample)
         options["learned"] = crossed | {None: final_CM}
         in_sample, cross_fitted = _score_weights(job, [dict.fromkeys([*job.folds, None], final_CM), options["learned"]])
         scores["learned"] = cross_fitted.score()
+        choices.append(cross_fitted)
         facts["learned"] = {
             "weights": _named(job, final_CM),
             "score_in_sample": in_sample.score(),
@@ -96,6 +103,7 @@ def blend(job: Job, parts: dict[str, Path], *, learn: bool) -> dict[str, Any]:
     facts |= {
         "chosen": chosen,
         "score": scores[chosen],
+        "score_nested": _nested(job, choices) if len(job.runs) > 1 else None,
         "weights": _named(job, options[chosen][None]),
         "run_scores": {each: totals[each].named() for each in job.runs},
         "mean_score": totals["mean"].named(),
@@ -104,6 +112,20 @@ def blend(job: Job, parts: dict[str, Path], *, learn: bool) -> dict[str, Any]:
     facts["test_rows"] = _write_test(job, options[chosen][None], parts["test"]) if "test" in parts else 0
     parts["weights"].write_text(json.dumps(facts, indent=2, sort_keys=True, allow_nan=False) + "\n")
     return facts
+
+
+def _nested(job: Job, choices: Sequence[_Totals]) -> float | None:
+    """Score of the best choice, made for each fold on the others; None where a fold alone says nothing of a target.
+
+    The learned weights that are chosen among were cross-fitted once: those for another fold knew this one.
+    """
+    if len(job.folds) < 2 or not all((each.counts_FC > 0).all() for each in choices):
+        return None
+    nested = _Totals(job)
+    for place in range(len(job.folds)):
+        best = min(choices, key=lambda each: each.score(without=place))
+        nested.sums_FC[place], nested.counts_FC[place] = best.sums_FC[place], best.counts_FC[place]
+    return nested.score()
 
 
 def blend_test(job: Job, weights: Mapping[str, Mapping[str, float]], parts: dict[str, Path]) -> dict[str, Any]:
@@ -115,7 +137,7 @@ def blend_test(job: Job, weights: Mapping[str, Mapping[str, float]], parts: dict
 def _survey(job: Job) -> tuple[_Sample, dict[str, _Totals], dict[str, Any]]:
     """One pass over the out-of-fold tables: scores of every run and of the mean, and the sample to learn from."""
     stride = _stride(job)
-    totals = {each: _Totals(job.scoring) for each in (*job.runs, "mean")}
+    totals = {each: _Totals(job) for each in (*job.runs, "mean")}
     missing: dict[str, list[str]] = {each: [] for each in job.runs}
     drawn: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     seen = 0
@@ -131,10 +153,10 @@ def _survey(job: Job) -> tuple[_Sample, dict[str, _Totals], dict[str, Any]]:
         seen += int(scored_N.sum())
         drawn_T = there_T & batch.spread(scored_N & (turn_N % stride == 0))
         drawn.append((stacked_TMC[drawn_T], truth_TC[drawn_T], fold_T[drawn_T]))
-        stacked_TMC, truth_TC = stacked_TMC[there_T], truth_TC[there_T]
+        stacked_TMC, truth_TC, fold_T = stacked_TMC[there_T], truth_TC[there_T], fold_T[there_T]
         for place, each in enumerate(job.runs):
-            totals[each].add(stacked_TMC[:, place], truth_TC)
-        totals["mean"].add(stacked_TMC.mean(axis=1), truth_TC)
+            totals[each].add(stacked_TMC[:, place], truth_TC, fold_T)
+        totals["mean"].add(stacked_TMC.mean(axis=1), truth_TC, fold_T)
     predictions_TMC, truth_TC, fold_T = (np.concatenate(arrays) for arrays in zip(*drawn, strict=True))
     if not len(truth_TC):
         raise DataError(
@@ -210,13 +232,13 @@ def _combine(job: Job, batch: OofBatch, weights: _FoldWeights) -> np.ndarray:
 
 
 def _score_weights(job: Job, candidates: Sequence[_FoldWeights]) -> list[_Totals]:
-    totals = [_Totals(job.scoring) for _ in candidates]
+    totals = [_Totals(job) for _ in candidates]
     for batch in job.batches(truth=True, label="score weights"):
-        truth_TC = job.truth(batch)
+        truth_TC, fold_T = job.truth(batch), batch.spread(batch.rows["fold"].to_numpy())
         for total, weights in zip(totals, candidates, strict=True):
             mean_TC = _combine(job, batch, weights)
             there_T = np.isfinite(mean_TC[:, 0]) & np.isfinite(truth_TC[:, 0])
-            total.add(mean_TC[there_T], truth_TC[there_T])
+            total.add(mean_TC[there_T], truth_TC[there_T], fold_T[there_T])
     return totals
 
 

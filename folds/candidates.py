@@ -202,9 +202,11 @@ def _learn(job: Job, tables: Mapping[str, pl.DataFrame], score: Scorer) -> dict[
     if any(len({pool.rows["fold"][0] for pool in judged if run in pool.run_M}) < 2 for run in tables):
         return None
     learned = _Policy.learn(pools, judged, runs=list(tables), spare=())
+    tried = [learned]
     while len(learned.spare) < len(tables) - 1:
         others = [run for run in tables if run not in learned.spare]
         fewer = [_Policy.learn(pools, judged, runs=list(tables), spare=(*learned.spare, run)) for run in others]
+        tried += fewer
         better = max(fewer, key=lambda each: each.score)
         if better.score <= learned.score:
             break
@@ -215,6 +217,7 @@ def _learn(job: Job, tables: Mapping[str, pl.DataFrame], score: Scorer) -> dict[
         "novelty": learned.novelty,
         "spare": sorted(learned.spare),
         "best_of_five": {str(each): round(value, 4) for each, value in learned.best_of_five.items()},
+        "best_of_five_nested": round(_nested(tried, np.array([pool.rows["fold"][0] for pool in judged])), 4),
         "best_of_five_of_runs": {each: round(value, 4) for each, value in alone.items()},
         "weights": learned.weights,
     }
@@ -226,9 +229,14 @@ class _Policy:
 
     spare: tuple[str, ...]
     weights: dict[str, list[float]]  # of every run, from all folds
-    best_of_five: dict[float, float]  # novelty -> mean over the targets that teach
+    best: dict[float, np.ndarray]  # novelty -> [N] best of five of each target that teaches
     novelty: float
     oof: pl.DataFrame
+
+    @property
+    def best_of_five(self) -> dict[float, float]:
+        """Novelty -> mean over the targets that teach."""
+        return {novelty: float(best_N.mean()) for novelty, best_N in self.best.items()}
 
     @property
     def score(self) -> float:
@@ -255,11 +263,30 @@ class _Policy:
         }
         teaching = {pool.rows["sequence_id"][0] for pool in judged}
         best = {
-            novelty: _mean_best([rows for rows in tables if rows["sequence_id"][0] in teaching])
+            novelty: np.array([rows["_tm"].max() for rows in tables if rows["sequence_id"][0] in teaching])
             for novelty, tables in taken.items()
         }
-        novelty = max(each for each, value in best.items() if value >= max(best.values()) - _AS_GOOD)
+        novelty = _most_different({each: float(best_N.mean()) for each, best_N in best.items()})
         return _Policy(spare, fit(None), best, novelty, pl.concat(taken[novelty]))
+
+
+def _most_different(best_of_five: Mapping[float, float]) -> float:
+    """The largest novelty that is as good out of fold as the best."""
+    return max(each for each, value in best_of_five.items() if value >= max(best_of_five.values()) - _AS_GOOD)
+
+
+def _nested(tried: Sequence[_Policy], fold_N: np.ndarray) -> float:
+    """Best of five where reserve and novelty are chosen for each fold on the others; a mean over targets.
+
+    Chosen is among what was tried on the way to the choice that is used.
+    """
+    best_N = np.empty(len(fold_N))
+    for fold in set(fold_N.tolist()):
+        here_N = fold_N == fold
+        told = [{novelty: float(each_N[~here_N].mean()) for novelty, each_N in each.best.items()} for each in tried]
+        place = max(range(len(tried)), key=lambda at: max(told[at].values()))
+        best_N[here_N] = tried[place].best[_most_different(told[place])][here_N]
+    return float(best_N.mean())
 
 
 def _mean_best(tables: list[pl.DataFrame]) -> float:

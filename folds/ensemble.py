@@ -17,14 +17,14 @@ from folds.candidates import Scorer, choose, choose_test
 from folds.job import Job
 from pipeline.classes import Classes, read_classes
 from pipeline.competitions.base import Competition
-from pipeline.competitions.rna3d import STAGES
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.runlog import warn
+from pipeline.runs import STAGES, read_run_name
 from pipeline.stage import Report, read_result, run_stage
 from pipeline.tables import open_parquet
 
-VERSION = 3
+VERSION = 4
 
 
 def run(
@@ -57,7 +57,7 @@ def run(
         DataError: predictions of other data, not out of fold, twice for a sequence, or not finite.
     """
     _check_names(name, runs)
-    tested = "test" not in competition.optional or paths.clean("test").is_file()
+    tested = competition.has_test(paths)
     folds, skipped = _find_folds(paths, runs, split=split, allow_partial=allow_partial, tested=tested)
     inputs = {"train": paths.clean("train"), "folds": paths.fold_table(split)}
     if competition.task == "structure" and score is not None:
@@ -184,7 +184,7 @@ def _find_folds(
         each, fold = min(lacking)
         if not each.endswith(f".{split}"):
             known = ", ".join(sorted(path.name for path in (paths.home / "runs").glob(f"*.{split}"))) or "none"
-            own = each.rpartition(".")[2] if paths.run_dir(each).is_dir() else ""
+            own = read_run_name(each)[2] if paths.run_dir(each).is_dir() else ""
             advice = f"SPLIT={own}" if own else "RUNS= of these, or no RUNS"
             raise ConfigError(f"RUNS={each}: no run of {split}; there are: {known}. Next: {advice}.")
         more = f" ({len(lacking)} folds are missing over all runs)" if len(lacking) > 1 else ""
@@ -205,8 +205,7 @@ def _find_folds(
 
 def _how_to_train(run: str, fold: int, *, comp: str) -> str:
     """The command that trains a fold to its end, wherever it stands, and predicts."""
-    variant, _, split = run.rpartition(".")
-    model, _, tag = variant.partition("+")
+    model, tag, split = read_run_name(run)
     if model in STAGES:
         return f"make {STAGES[model]} COMP={comp} SPLIT={split}"
     return f"make train FOLD={fold} COMP={comp} MODEL={model} SPLIT={split}{f' TAG={tag}' if tag else ''}"
@@ -230,6 +229,8 @@ def describe(facts: Mapping[str, Any]) -> Table:
         table.add_row("learned, cross-fitted", f"{facts['learned']['score_cross_fitted']:.4f}")
         table.add_row("learned, in sample (optimistic)", f"{facts['learned']['score_in_sample']:.4f}")
     table.add_row(f"used: {facts['chosen']}", f"[bold]{facts['score']:.4f}[/]")
+    if facts["score_nested"] is not None:
+        table.add_row("used where each fold has what the others choose", f"{facts['score_nested']:.4f}")
     for each in facts["runs"] if len(facts["runs"]) > 1 else ():
         weights = [f"{facts['weights'][target][each]:.3f}" for target in facts["targets"]]
         table.add_row(f"weight of {each}", *(["", *weights] if targets else weights))
@@ -253,5 +254,6 @@ def _describe_structures(facts: Mapping[str, Any]) -> Table:
             table.add_row(f"in reserve, as the five are better without it: {each}", "")
         chosen = policy["best_of_five"][str(policy["novelty"])]
         table.add_row("best of five out of fold, chosen", f"[bold]{chosen:.4f}[/]")
+        table.add_row("the same where each fold has what the others choose", f"{policy['best_of_five_nested']:.4f}")
         table.caption = "best of five: mean over the targets that teach; evaluate scores those that teach nothing, too"
     return table

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from models.heads import is_head
 from models.interface import RnaModel
 
 
@@ -44,7 +45,7 @@ def add_adapters(model: RnaModel, *, rank: int, alpha: float) -> None:
         ValueError: the network has no such layer.
     """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith("heads."))
+        parameter.requires_grad_(is_head(name))
     layers = [
         module
         for name, module in model.named_modules()

@@ -19,6 +19,12 @@ Pool = Literal["mean", "max", "attention", "gru"]
 
 DISTANCE_RANGE = (4.0, 60.0)  # Å; C1'–C1' is 5.4 between neighbours and 10.4 in a Watson–Crick pair
 NUM_LDDT_BINS = 20  # of the lDDT that a network expects of its coordinates, from 0 to 1
+HEADS = "heads."  # how the names of the parameters begin that belong to a task; all else is the network's backbone
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter of a network belongs to its task, by name."""
+    return name.startswith(HEADS)
 
 
 class DistanceBins(NamedTuple):

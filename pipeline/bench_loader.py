@@ -16,9 +16,10 @@ import numpy as np
 from rich.console import Group
 from rich.table import Table
 
+from pipeline.arrays import create_mapped
 from pipeline.batch import unpack
 from pipeline.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from pipeline.dataset import BppArrays, ExampleSet, create_mapped
+from pipeline.dataset import BppArrays, ExampleSet
 from pipeline.measure import RECORDS, machine_class
 from pipeline.packing import padding_share, plan_epoch
 from pipeline.paths import Paths
@@ -78,7 +79,7 @@ def tokens_per_second(examples: ExampleSet, *, workers: int, batches: int = _BAT
 
 
 def make_examples(folder: Path, *, sequences: int, bpp: bool, length: int = LENGTH) -> ExampleSet:
-    """Memory-mapped arrays of random sequences, as `pipeline.dataset` writes them."""
+    """Memory-mapped arrays of random sequences, as `pipeline.arrays` writes them."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     arrays: dict[str, tuple[type, np.ndarray]] = {

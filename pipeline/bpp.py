@@ -13,7 +13,6 @@ Letters: L length (nt), K pairs of one sequence, N sequences.
 import contextlib
 import functools
 import hashlib
-import importlib
 import itertools
 import json
 import multiprocessing
@@ -23,7 +22,6 @@ import signal
 import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib import metadata
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -31,20 +29,13 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from pipeline import viennarna
 from pipeline.classes import read_classes
 from pipeline.errors import ConfigError, DataError, PipelineError, StoppedError, StorageError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, say
 from pipeline.stage import Report, read_manifest, run_stage, sha256_file
-from pipeline.training.stop import StopRequest, run_lock
-
-#: Pairs less likely than this are not kept; a nucleotide's unpaired share is summed before.
-MIN_PROBABILITY = 1e-3
-#: Sequences up to this length are folded as a whole, nt: 3 s and 100 MiB at 1,200 nt, and time grows with the cube.
-MAX_WHOLE = 1200
-#: Longer ones are folded in windows, nt. A pair counts as the window whose middle is nearest to it says; all pairs up
-#: to WINDOW / 2 apart lie in that window, none beyond WINDOW is found. 4,640 nt take 20 s instead of two minutes.
-WINDOW = 1000
+from pipeline.training.stop import SIGNALS, StopRequest, run_lock
 
 _TABLES = ("train", "test")
 _LENGTH = "longest"  # parameter of a result that other calls complete
@@ -53,37 +44,6 @@ _ROWS = 1024  # of a row group of the result
 _MAX_PART_ROWS = 2048
 _PART_SECONDS = 8.0  # of work in a part: what an interruption loses
 _WORTH_A_WORKER = 5.0  # seconds of work that pay for starting another process
-_OVERFLOW = 1e4  # kcal/mol; ViennaRNA's "infinite" ensemble energy is 1e5
-
-
-class PairProbabilities(NamedTuple):
-    """Base-pair probabilities of one sequence; positions are 0-based, ``i < j``."""
-
-    unpaired_L: np.ndarray  # float32 in [0, 1]: 1 minus the sum over all pairs, the rare ones included
-    i_K: np.ndarray  # uint16
-    j_K: np.ndarray  # uint16
-    p_K: np.ndarray  # float32, at least MIN_PROBABILITY
-
-
-def available() -> tuple[bool, str]:
-    """Whether ViennaRNA can be used, and which version, or why not."""
-    try:
-        version = _installed_version()
-    except ImportError as err:
-        return False, (
-            f"ViennaRNA is not usable ({err}): models with use_bpp=false work without it. "
-            "Next: pip install ViennaRNA, or the extra 'bpp'"
-        )
-    return True, f"{version}: base-pair probabilities can be computed"
-
-
-def _installed_version() -> str:
-    """ViennaRNA's version, also where a system package or conda brought its bindings without Python's metadata."""
-    rna = importlib.import_module("RNA")
-    try:
-        return metadata.version("ViennaRNA")
-    except metadata.PackageNotFoundError:
-        return str(rna.__version__)
 
 
 def run(
@@ -119,9 +79,9 @@ def run(
         "version": 1,
         "program": "ViennaRNA",
         "program_version": _program_version(paths),
-        "min_probability": MIN_PROBABILITY,
-        "max_whole": MAX_WHOLE,
-        "window": WINDOW,
+        "min_probability": viennarna.MIN_PROBABILITY,
+        "max_whole": viennarna.MAX_WHOLE,
+        "window": viennarna.WINDOW,
     }
     inputs = {table: paths.clean(table) for table in tables}
     is_part = longest is not None or set(tables) != set(_TABLES)
@@ -145,84 +105,15 @@ def run(
     return report
 
 
-def fold(sequence: str) -> PairProbabilities:
-    """Base-pair probabilities of one sequence.
-
-    Sequences longer than ``MAX_WHOLE`` are folded in overlapping windows; where the windows disagree so that a
-    nucleotide would be paired more than once, its probabilities are scaled down.
-
-    Source:
-        McCaskill 1990, as ViennaRNA computes it (Turner 2004 parameters, 37 °C, dangles 2).
-    """
-    length, pieces = len(sequence), []
-    for start, stop, first, last in _windows(length):
-        bpp_LL = _fold_whole(sequence[start:stop])
-        i_K, j_K = np.nonzero(bpp_LL)
-        p_K, i_K, j_K = bpp_LL[i_K, j_K], i_K + start, j_K + start
-        mine = (i_K + j_K >= 2 * first) & (i_K + j_K < 2 * last)
-        pieces.append((i_K[mine], j_K[mine], p_K[mine]))
-    i_K, j_K, p_K = (np.concatenate(column) for column in zip(*pieces, strict=True))
-    total_L = _row_sums(i_K, j_K, p_K, length)
-    excess_L = np.maximum(total_L, 1.0)
-    p_K = p_K / np.maximum(excess_L[i_K], excess_L[j_K])
-    unpaired_L = 1.0 - _row_sums(i_K, j_K, p_K, length)
-    kept = np.lexsort((j_K, i_K))
-    kept = kept[p_K[kept] >= MIN_PROBABILITY]
-    return PairProbabilities(
-        unpaired_L.clip(0.0, 1.0).astype(np.float32),
-        i_K[kept].astype(np.uint16),
-        j_K[kept].astype(np.uint16),
-        p_K[kept].astype(np.float32),
-    )
-
-
-def _windows(length: int) -> Iterator[tuple[int, int, float, float]]:
-    """Start and stop of every window, and the range of pair middles that it speaks for."""
-    if length <= MAX_WHOLE:
-        yield 0, length, 0.0, float(length)
-        return
-    starts = [*range(0, length - WINDOW, WINDOW // 2), length - WINDOW]
-    borders = [0.0, *((a + b + WINDOW) / 2 for a, b in itertools.pairwise(starts)), float(length)]
-    for start, first, last in zip(starts, borders[:-1], borders[1:], strict=True):
-        yield start, start + WINDOW, first, last
-
-
-def _row_sums(i_K: np.ndarray, j_K: np.ndarray, p_K: np.ndarray, length: int) -> np.ndarray:
-    return np.bincount(i_K, p_K, minlength=length) + np.bincount(j_K, p_K, minlength=length)
-
-
-def _fold_whole(sequence: str) -> np.ndarray:
-    """[L, L] float64, upper triangle."""
-    rna = importlib.import_module("RNA")
-    compound = rna.fold_compound(sequence)
-    if compound.pf()[1] >= _OVERFLOW:
-        # The default scale expects an average sequence. Scaling by the minimum free energy costs 40 % more time at
-        # 170 nt, so only those that need it get it: very stable or very long ones.
-        compound.exp_params_rescale(compound.mfe()[1])
-        if compound.pf()[1] >= _OVERFLOW:
-            raise DataError(
-                f"sequence {sequence[:20]}… of {len(sequence)} nt: its partition function overflows; expected a "
-                "foldable sequence. Next: remove it from the clean tables."
-            )
-    return np.asarray(compound.bpp())[1:, 1:]
-
-
-def _seconds(length: int) -> float:
-    """Time to fold a sequence on one core of the machine it was measured on: 25 ms at 170 nt, 5.7 s at 1,500 nt."""
-    if length > MAX_WHOLE:
-        return (2 * length / WINDOW) * _seconds(WINDOW)
-    return 6.5e-7 * length**2 + 1.25e-9 * length**3
-
-
 def _parts_dir(paths: Paths) -> Path:
     return paths.bpp.parent / "parts"
 
 
 def _program_version(paths: Paths) -> str:
     """The version that computes; without ViennaRNA, the one that computed the file, which may still be current."""
-    usable, reason = available()
+    usable, reason = viennarna.available()
     if usable:
-        return _installed_version()
+        return viennarna.installed_version()
     done = _recorded(paths)
     if done is None:
         raise ConfigError(f"bpp: {reason}.")
@@ -264,7 +155,7 @@ def _without_length(done: dict[str, Any]) -> dict[str, Any]:
 def _build(
     out: Path, wanted: list[str], *, paths: Paths, params: dict[str, Any], workers: int | None
 ) -> dict[str, Any]:
-    usable, reason = available()
+    usable, reason = viennarna.available()
     if not usable:
         raise ConfigError(f"bpp: {reason}.")
     longest = max(map(len, wanted), default=0)
@@ -283,7 +174,7 @@ def _build(
     return {
         "sequences": len(wanted),
         "computed": int(missing.size),
-        "in_windows": sum(len(sequence) > MAX_WHOLE for sequence in wanted),
+        "in_windows": sum(len(sequence) > viennarna.MAX_WHOLE for sequence in wanted),
         "pairs": pairs,
     }
 
@@ -412,7 +303,7 @@ def _schema(tag: str | None = None) -> Any:
 
 def _compute(missing: list[str], *, folder: Path, params: dict[str, Any], workers: int | None) -> None:
     """Fold sequences and leave them in parts; in this process if there is little to do."""
-    work = sum(_seconds(len(sequence)) for sequence in missing)
+    work = sum(viennarna.seconds_to_fold(len(sequence)) for sequence in missing)
     workers = min(workers or _cpus(), 1 + int(work / _WORTH_A_WORKER))
     limit = min(_PART_SECONDS, work / (4 * workers))
     jobs = [(part, folder, json.dumps(params)) for part in _divide(missing, limit=limit)]
@@ -443,7 +334,7 @@ def _divide(missing: list[str], *, limit: float) -> list[list[str]]:
             parts.append([])
             spent = 0.0
         parts[-1].append(sequence)
-        spent += _seconds(len(sequence))
+        spent += viennarna.seconds_to_fold(len(sequence))
     return parts
 
 
@@ -464,7 +355,7 @@ def _write_part(sequences: list[str], folder: Path, tag: str) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    folded = [fold(sequence) for sequence in sequences]
+    folded = [viennarna.fold(sequence) for sequence in sequences]
     schema = _schema(tag)
     columns = [pa.array(sequences)]
     for field, values in zip(list(schema)[1:], zip(*folded, strict=True), strict=True):
@@ -539,7 +430,7 @@ def _send(pipe: Connection, job: tuple) -> None:
 
 def _serve(pipe: Connection) -> None:
     """A worker's life: parts come in, their sizes or what went wrong go out."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # to the group: its caller stops the work
+    for number in SIGNALS:  # to the group: its caller stops the work
         signal.signal(number, signal.SIG_IGN)
     while True:
         try:

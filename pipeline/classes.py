@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.paths import Paths
-from pipeline.schema import ALPHABET
+from pipeline.paths import Paths, how_to_make
+from pipeline.schema import ALPHABET, AMINO_ACIDS
 
 #: Probabilities are taken as at least this, and at most 1 minus this: one mistake must not make a mean infinite.
 MIN_PROBABILITY = 1e-7
@@ -31,6 +31,12 @@ class Classes:
     def is_nucleic(self) -> bool:
         """RNA or DNA: base pairs mean something."""
         return self.alphabet.startswith(ALPHABET)
+
+    @property
+    def readable(self) -> str:
+        """The alphabet, and the unknown letter where no training sequence has one: what test sequences may hold."""
+        unknown = unknown_letter(self.alphabet)
+        return self.alphabet if unknown in self.alphabet else self.alphabet + unknown
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -61,6 +67,20 @@ class Classes:
         return "; ".join(found)
 
 
+def letters_of(alphabet: str) -> str:
+    """Nucleotides or amino acids, without the letter for unknown ones."""
+    return ALPHABET if alphabet.startswith(ALPHABET) else AMINO_ACIDS
+
+
+def unknown_letter(alphabet: str) -> str:
+    """What odd letters are read as.
+
+    >>> unknown_letter("ACGU"), unknown_letter("ACDEFGHIKLMNPQRSTVWYX")
+    ('N', 'X')
+    """
+    return "N" if alphabet.startswith(ALPHABET) else "X"
+
+
 def _some(names: list[str]) -> str:
     return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
@@ -71,23 +91,27 @@ def read_classes(paths: Paths) -> Classes:
     Raises:
         DataError: the data stage has not run, or the file is not what it wrote.
     """
+    return read_class_file(paths.clean("classes"))
+
+
+def read_class_file(path: Path) -> Classes:
+    """`read_classes`, from where the file is."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = paths.clean("classes")
     if not path.is_file():
-        raise DataError(f"{path}: no classes; expected those of the clean table. Next: make data COMP={paths.comp}.")
+        raise DataError(f"{path}: no classes; expected those of the clean table. Next: {how_to_make(path)}.")
     try:
         table = pq.read_table(path)
         told = table.schema.metadata or {}
         names, counts = table["name"].to_pylist(), table["count"].to_pylist()
         return Classes(tuple(names), tuple(counts), told[b"exclusive"] == b"true", told[b"alphabet"].decode())
     except (pa.ArrowException, OSError, KeyError) as err:
-        raise DataError(f"{path}: not what the data stage writes ({err}). Next: make data COMP={paths.comp}.") from err
+        raise DataError(f"{path}: not what the data stage writes ({err}). Next: {how_to_make(path)}.") from err
 
 
 def write_classes(path: Path, classes: Classes) -> None:
-    """The file that `read_classes` reads."""
+    """The file that `read_class_file` reads."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -13,26 +13,46 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperCommand
 
+from pipeline import commands
 from pipeline.errors import ConfigError, DataError, PipelineError, StorageError
 from pipeline.paths import Paths
-from pipeline.runlog import Unbreakable, console, output, say, warn
+from pipeline.runlog import Unbreakable, console, output, say
+from pipeline.runs import check_fold, finished_runs, fold_count, run_name, warn_of_unfinished
 from pipeline.stage import Report
 
 app = typer.Typer(
     help="RNA competitions: raw files to checked, scored submissions. Each verb is one stage and can be run twice.",
     epilog="Order: data, folds, (bpp), train, ensemble, submit, evaluate, report. Exit codes: 0 done, 2 configuration, "
-    "3 data, 4 diverged, 5 storage or memory, 6 network or credentials, 75 stopped and resumable.",
+    "3 data, 4 diverged, 5 storage or memory, 6 network or credentials, 7 died repeatedly, 75 stopped and resumable.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class _Verb(TyperCommand):
+    """A verb that leaves word of what it was told, for the commands that its sentences end with."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it."""
+        told = dict(ctx.params)
+        if "comp" in told and told.get("model") == _competition(told["comp"]).default_model:
+            del told["model"]
+        verbs = ctx.find_root().command.commands
+        commands.remember(told, verbs={name: [option.name for option in one.params] for name, one in verbs.items()})
+        return super().invoke(ctx)
+
+
+verb = partial(app.command, cls=_Verb)
 
 Comp = Annotated[
     str,
@@ -102,7 +122,7 @@ _INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended, and what
 _COMP, _ARTIFACTS, _SPLIT, _NAME = "ribonanza", Path("artifacts"), "sim80_k5", "all"
 
 
-@app.command()
+@verb()
 def doctor(artifacts: Artifacts = _ARTIFACTS) -> None:
     """Say what this machine has, what of it is usable, and what will be used."""
     from pipeline.doctor import examine
@@ -114,7 +134,7 @@ def doctor(artifacts: Artifacts = _ARTIFACTS) -> None:
     output.print(table)
 
 
-@app.command()
+@verb()
 def demo(
     artifacts: Annotated[Path, typer.Option("--artifacts", help="Folder for everything the demo makes.")] = Path(
         "artifacts/demo"
@@ -127,7 +147,7 @@ def demo(
     run(artifacts, seed=seed)
 
 
-@app.command()
+@verb()
 def download(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
@@ -142,7 +162,7 @@ def download(
     show(report, f"{len(report.facts['files'])} files, {report.facts['bytes']:,} bytes")
 
 
-@app.command()
+@verb()
 def data(
     raw: Annotated[
         str,
@@ -170,7 +190,7 @@ def data(
     show(report, preprocess.describe(report.facts))
 
 
-@app.command()
+@verb()
 def bpp(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
@@ -188,7 +208,7 @@ def bpp(
     show(report, "{sequences:,} sequences, {pairs:,} pairs".format(**report.facts))
 
 
-@app.command()
+@verb()
 def folds(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
@@ -202,7 +222,7 @@ def folds(
     show(report, assign.describe(report.facts))
 
 
-@app.command()
+@verb()
 def audit(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
@@ -215,7 +235,7 @@ def audit(
     show(report, stage.describe(report.facts))
 
 
-@app.command()
+@verb()
 def templates(
     raw: Annotated[str, typer.Option("--raw", help="Folder with mmCIF or PDB files, also in folders below.")],
     comp: Comp = "rna3d",
@@ -235,13 +255,13 @@ def templates(
 
 def _pairing_first(paths: Paths, competition: Any) -> None:
     """Base-pair probabilities, where ViennaRNA can compute them."""
-    from pipeline import bpp as stage
+    from pipeline import bpp, viennarna
 
-    if competition.task == "structure" and stage.available()[0]:
-        show(stage.run(paths))
+    if competition.task == "structure" and viennarna.available()[0]:
+        show(bpp.run(paths))
 
 
-@app.command("templates-predict")
+@verb("templates-predict")
 def templates_predict(
     comp: Comp = "rna3d",
     artifacts: Artifacts = _ARTIFACTS,
@@ -267,7 +287,7 @@ def templates_predict(
     show(report, stage.describe(report.facts))
 
 
-@app.command()
+@verb()
 def denovo(
     comp: Comp = "rna3d",
     artifacts: Artifacts = _ARTIFACTS,
@@ -289,7 +309,19 @@ def denovo(
     show(report, stage.describe(report.facts))
 
 
-@app.command()
+@verb()
+def words(
+    comp: Comp = "labelled", artifacts: Artifacts = _ARTIFACTS, split: Split = _SPLIT, source: Source = None
+) -> None:
+    """Predict the classes of a labelled set by counting words (naive Bayes), as a run that ensemble takes."""
+    from pipeline import words as stage
+
+    paths, what = _paths(comp, artifacts), {"competition": _competition(comp), "split": split}
+    report = stage.run(paths, **what) if source is None else stage.apply(paths, **what, source=source)
+    show(report, stage.describe(report.facts))
+
+
+@verb()
 def train(
     context: typer.Context,
     comp: Comp = _COMP,
@@ -327,7 +359,7 @@ def train(
 
     config, run = _config(model, split=split, tag=tag, overrides=set_ or (), resumes=allow_changes)
     competition, paths, seconds = _competition(comp), _paths(comp, artifacts), _seconds(time_budget)
-    indices = tuple(range(_fold_count(split))) if all_folds else (_fold(fold, split),)
+    indices = tuple(range(fold_count(split))) if all_folds else (check_fold(fold, split),)
     if background:
         folder = jobs.job_folder(paths, run, None if all_folds else fold)
         raise typer.Exit(jobs.start(_same_words(context, without="background"), folder=folder))
@@ -356,7 +388,7 @@ def train(
         )
 
 
-@app.command()
+@verb()
 def status(
     artifacts: Artifacts = _ARTIFACTS,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list, for programs.")] = False,
@@ -376,7 +408,7 @@ def status(
         say(f"{artifacts}: no runs yet. Next: make train")
 
 
-@app.command()
+@verb()
 def logs(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
@@ -394,14 +426,14 @@ def logs(
     from pipeline import jobs
 
     run = run_name(model, split=split, tag=tag)
-    log = jobs.find_log(_paths(comp, artifacts), run, None if all_folds else _fold(fold, split))
+    log = jobs.find_log(_paths(comp, artifacts), run, None if all_folds else check_fold(fold, split))
     typer.echo(jobs.last_lines(log, count=lines))
     with contextlib.suppress(KeyboardInterrupt):
         for text in jobs.follow(log) if follow else ():
             typer.echo(text, nl=False)
 
 
-@app.command()
+@verb()
 def stop(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
@@ -415,16 +447,16 @@ def stop(
     from pipeline import jobs
 
     run = run_name(model, split=split, tag=tag)
-    folder = jobs.job_folder(_paths(comp, artifacts), run, None if all_folds else _fold(fold, split))
+    folder = jobs.job_folder(_paths(comp, artifacts), run, None if all_folds else check_fold(fold, split))
     say(jobs.stop(folder))
 
 
-@app.command()
+@verb()
 def sweep(
     over: Annotated[
         list[str] | None, typer.Option("--over", help="What varies, as TOML: train.lr=[1e-3, 2e-3]; all combinations.")
     ] = None,
-    name: Annotated[str, typer.Option("--name", help="Of the sweep.")] = "sweep",
+    sweep_name: Annotated[str, typer.Option("--name", help="Of the sweep.")] = "sweep",
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
     model: Model = "",
@@ -441,11 +473,11 @@ def sweep(
 
     if not over:
         raise ConfigError("sweep: OVER is empty. Next: make sweep OVER='train.lr=[1e-3,2e-3]'.")
-    run_name(model, split=split, tag=name)
+    run_name(model, split=split, tag=sweep_name)
     budget, competition, paths = _seconds(time_budget), _competition(comp), _paths(comp, artifacts)
-    folds = range(_fold_count(split)) if all_folds else [_fold(k, split) for k in fold or [0]]
+    folds = range(fold_count(split)) if all_folds else [check_fold(k, split) for k in fold or [0]]
     whole = stage.Sweep(
-        name=name,
+        name=sweep_name,
         model=model,
         overrides=tuple(set_ or ()),
         competition=competition,
@@ -459,7 +491,7 @@ def sweep(
     show(report, stage.describe(report.facts))
 
 
-@app.command()
+@verb()
 def replay(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
@@ -474,12 +506,12 @@ def replay(
     from pipeline import replay as stage
 
     run = run_name(model, split=split, tag=tag)
-    where: dict[str, Any] = {"run": run, "fold": _fold(fold, split), "step": step, "precision": precision or None}
+    where: dict[str, Any] = {"run": run, "fold": check_fold(fold, split), "step": step, "precision": precision or None}
     found = stage.run(competition=_competition(comp), paths=_paths(comp, artifacts), **where)
     output.print(stage.describe(found.facts))
 
 
-@app.command()
+@verb()
 def predict(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
@@ -499,12 +531,12 @@ def predict(
     with StopRequest():
         from pipeline import predict as stage
 
-        where: dict[str, Any] = {"paths": _paths(comp, artifacts), "run": run, "fold": _fold(fold, split)}
+        where: dict[str, Any] = {"paths": _paths(comp, artifacts), "run": run, "fold": check_fold(fold, split)}
         where |= {"which": ("test",)} if test_only else {}
         show(stage.run(competition=_competition(comp), **where))
 
 
-@app.command()
+@verb()
 def embed(
     file: Annotated[Path, typer.Argument(help="Sequences: FASTA, CSV, TSV or parquet; text also as .gz.")],
     comp: Comp = _COMP,
@@ -525,12 +557,12 @@ def embed(
     with StopRequest():
         from pipeline import embed as stage
 
-        where: dict[str, Any] = {"paths": _paths(comp, artifacts), "run": run, "fold": _fold(fold, split)}
+        where: dict[str, Any] = {"paths": _paths(comp, artifacts), "run": run, "fold": check_fold(fold, split)}
         report = stage.run(file, competition=_competition(comp), per_nucleotide=per_nucleotide, **where)
     show(report, "sequences: {sequences:,}, of {nucleotides:,} nt, {width} numbers each".format(**report.facts))
 
 
-@app.command()
+@verb()
 def ensemble(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
@@ -540,7 +572,7 @@ def ensemble(
     weights: Annotated[
         Path | None, typer.Option("--weights", help="Join test predictions alone, by an earlier weights.json.")
     ] = None,
-    fold: Annotated[
+    use: Annotated[
         list[int] | None, typer.Option("--fold", help="With --weights: use these folds; repeatable.", min=0)
     ] = None,
     partial: Annotated[
@@ -553,7 +585,7 @@ def ensemble(
 
     paths = _paths(comp, artifacts)
     if weights is not None:
-        which: dict[str, Any] = {"weights": weights, "folds": fold or None, "partial_runs": partial}
+        which: dict[str, Any] = {"weights": weights, "folds": use or None, "partial_runs": partial}
         report = stage.apply(paths, competition=_competition(comp), name=name, **which)
         show(report, f"{report.facts['test_rows']:,} test rows from folds {report.facts['folds']}")
         return
@@ -564,7 +596,7 @@ def ensemble(
     show(report, stage.describe(report.facts))
 
 
-@app.command()
+@verb()
 def submit(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
@@ -586,7 +618,7 @@ def submit(
     show(report, write.describe(report.facts))
 
 
-@app.command("submit-kaggle")
+@verb("submit-kaggle")
 def submit_kaggle(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
@@ -616,7 +648,7 @@ def submit_kaggle(
     show(report, upload.describe(report.facts))
 
 
-@app.command()
+@verb()
 def kernel(
     owner: Annotated[str, typer.Option("--owner", help="Your user name on Kaggle.")] = "",
     mode: Annotated[str, typer.Option("--mode", help="train, or predict: with an ensemble's checkpoints.")] = "train",
@@ -650,7 +682,7 @@ def kernel(
         run=run_name(model, split=split, tag=tag),
         tag=tag,
         overrides=set_ or (),
-        folds=tuple(range(_fold_count(split))) if all_folds else (_fold(fold, split),),
+        folds=tuple(range(fold_count(split))) if all_folds else (check_fold(fold, split),),
         ensemble=name,
         limit_s=_seconds(limit, option="LIMIT") or 0.0,
         resume=resume,
@@ -663,7 +695,7 @@ def kernel(
 Slug = Annotated[str, typer.Option("--slug", help="Name of the bundle; default: the one there is.")]
 
 
-@app.command("kernel-push")
+@verb("kernel-push")
 def kernel_push(comp: Comp = _COMP, artifacts: Artifacts = _ARTIFACTS, slug: Slug = "") -> None:
     """Send a bundle to Kaggle, where the notebook starts to run, and see that it arrived."""
     from pipeline.kernel import service
@@ -673,7 +705,7 @@ def kernel_push(comp: Comp = _COMP, artifacts: Artifacts = _ARTIFACTS, slug: Slu
     show(report, service.describe(report.facts))
 
 
-@app.command("kernel-status")
+@verb("kernel-status")
 def kernel_status(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
@@ -688,7 +720,7 @@ def kernel_status(
     show(report, service.describe(report.facts))
 
 
-@app.command("kernel-pull")
+@verb("kernel-pull")
 def kernel_pull(comp: Comp = _COMP, artifacts: Artifacts = _ARTIFACTS, slug: Slug = "") -> None:
     """Fetch what a notebook left, verified: trained folds become local runs, a submission can be checked here."""
     from pipeline.kernel import service
@@ -698,7 +730,7 @@ def kernel_pull(comp: Comp = _COMP, artifacts: Artifacts = _ARTIFACTS, slug: Slu
     show(report, service.describe(report.facts))
 
 
-@app.command("kernel-check")
+@verb("kernel-check")
 def kernel_check(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
@@ -724,7 +756,7 @@ def kernel_check(
     show(report, rehearsal.describe(report.facts))
 
 
-@app.command()
+@verb()
 def handover(comp: Comp = _COMP, artifacts: Artifacts = _ARTIFACTS, name: Name = _NAME) -> None:
     """Write the files that Kaggle asks of winners, from the ensemble and the settings of its runs."""
     from pipeline import handover as stage
@@ -732,7 +764,7 @@ def handover(comp: Comp = _COMP, artifacts: Artifacts = _ARTIFACTS, name: Name =
     show(stage.run(_paths(comp, artifacts), competition=_competition(comp), name=name))
 
 
-@app.command()
+@verb()
 def check(
     file: Annotated[Path, typer.Argument(help="A submission: CSV, CSV.GZ or parquet.")],
     comp: Comp = _COMP,
@@ -748,7 +780,7 @@ def check(
     show(report, f"accepted: {report.facts['rows']:,} rows, every id in its place, every value finite and in range")
 
 
-@app.command()
+@verb()
 def evaluate(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
@@ -763,7 +795,7 @@ def evaluate(
     show(report, stage.describe(report.facts))
 
 
-@app.command("score-tm")
+@verb("score-tm")
 def score_tm(
     traces: Annotated[Path, typer.Option("--traces", help="Folder with models, model_traces, native_traces.parquet.")],
     out: Annotated[Path, typer.Option("--out", help="Parquet file for model_id, tm_byresi, tm_seqindep.")],
@@ -780,7 +812,7 @@ def score_tm(
     show(report, stage.describe(report.facts))
 
 
-@app.command()
+@verb()
 def structures(
     comp: Comp = "rna3d",
     artifacts: Artifacts = _ARTIFACTS,
@@ -793,7 +825,7 @@ def structures(
     show(stage.run(_paths(comp, artifacts), competition=_competition(comp), name=name, table=table))
 
 
-@app.command()
+@verb()
 def report(comp: Comp = _COMP, artifacts: Artifacts = _ARTIFACTS, name: Name = _NAME) -> None:
     """Write one self-contained HTML page: curves, calibration, errors, heat maps, configuration, hashes."""
     from submissions import report as stage
@@ -801,7 +833,7 @@ def report(comp: Comp = _COMP, artifacts: Artifacts = _ARTIFACTS, name: Name = _
     show(stage.run(_paths(comp, artifacts), competition=_competition(comp), name=name))
 
 
-@app.command()
+@verb()
 def plan(
     comp: Comp = _COMP,
     artifacts: Artifacts = _ARTIFACTS,
@@ -821,8 +853,13 @@ def plan(
 
     config, competition = load_config(model, set_ or ()), _competition(comp)
     classes = read_classes(_paths(comp, artifacts)) if competition.task == "classes" else None
-    length = length or planning.longest_sequence(_paths(comp, artifacts).clean("train"))
-    if length is not None and length > config.data.max_length:
+    length = length or planning.longest_sequence(table := _paths(comp, artifacts).clean("train"))
+    if length is None:
+        say(
+            f"{table}: not there yet, so the longest sequence is taken to have data.max_length = "
+            f"{config.data.max_length:,} nt. Next: make data, or LENGTH=<nt>."
+        )
+    elif length > config.data.max_length:
         say(f"{length:,} nt: training crops to data.max_length = {config.data.max_length:,} nt, which is what counts")
     size = {"length": length, "processes": nproc}
     found = planning.make_plan(config, lambda: build_model(config.model, competition, classes), **size)  # type: ignore[arg-type]
@@ -831,7 +868,7 @@ def plan(
     output.print(found.line(), markup=False)
 
 
-@app.command("bench-data")
+@verb("bench-data")
 def bench_data(artifacts: Artifacts = _ARTIFACTS) -> None:
     """Time the data stage on a 100,000-row CSV beside pandas, polars, pyarrow and duckdb."""
     from pipeline import bench_data as bench
@@ -839,7 +876,7 @@ def bench_data(artifacts: Artifacts = _ARTIFACTS) -> None:
     bench.run(folder=artifacts / "bench")
 
 
-@app.command("bench-kernels")
+@verb("bench-kernels")
 def bench_kernels(rounds: Rounds = 2) -> None:
     """Time Mamba's scan and Hyena's long convolution beside other implementations; memory and slopes too."""
     from pipeline import bench_kernels as bench
@@ -847,7 +884,7 @@ def bench_kernels(rounds: Rounds = 2) -> None:
     bench.run(rounds=rounds)
 
 
-@app.command("bench-models")
+@verb("bench-models")
 def bench_models(rounds: Rounds = 2) -> None:
     """Time training and prediction of whole networks beside RibonanzaNet's architecture; memory too."""
     from pipeline import bench_models as bench
@@ -855,7 +892,7 @@ def bench_models(rounds: Rounds = 2) -> None:
     bench.run(rounds=rounds)
 
 
-@app.command("bench-tm")
+@verb("bench-tm")
 def bench_tm(
     traces: Annotated[Path, typer.Option("--traces", help="Folder of C1' traces, as score-tm reads it.")],
 ) -> None:
@@ -866,7 +903,7 @@ def bench_tm(
     output.print(bench.run(traces, record=measure.RECORDS / f"tm-{measure.machine_class()}.json"))
 
 
-@app.command("bench-structures")
+@verb("bench-structures")
 def bench_structures(
     comp: Comp = "rna3d", artifacts: Artifacts = _ARTIFACTS, model: Model = "", split: Split = _SPLIT
 ) -> None:
@@ -876,7 +913,7 @@ def bench_structures(
     bench.run(_paths(comp, artifacts), split=split, network=run_name(model, split=split))
 
 
-@app.command("bench-loader")
+@verb("bench-loader")
 def bench_loader(artifacts: Artifacts = _ARTIFACTS, comp: Comp = _COMP) -> None:
     """Time the making of batches, with and without workers, and count the padding of the clean training table."""
     from pipeline import bench_loader as bench
@@ -884,7 +921,7 @@ def bench_loader(artifacts: Artifacts = _ARTIFACTS, comp: Comp = _COMP) -> None:
     output.print(bench.run(_paths(comp, artifacts)))
 
 
-@app.command("bench-folds")
+@verb("bench-folds")
 def bench_folds(artifacts: Artifacts = _ARTIFACTS, comp: Comp = _COMP) -> None:
     """Time the clustering beside MMseqs2 and cd-hit, and count the relatives each leaves across folds."""
     from folds import bench
@@ -900,70 +937,6 @@ def _competition(name: str) -> Any:
 
 def _paths(comp: str, artifacts: Path) -> Paths:
     return Paths(comp=_competition(comp).name, root=artifacts)  # of a misspelt one a file would be "missing"
-
-
-def run_name(model: str, *, split: str, tag: str = "") -> str:
-    """Folder name of a run: config, variant and split.
-
-    Raises:
-        ConfigError: the variant's name is not fit for a folder.
-
-    >>> run_name("hyena", split="sim80_k5", tag="wide")
-    'hyena+wide.sim80_k5'
-    """
-    if tag and not re.fullmatch(r"[\w.-]{1,100}", tag):
-        raise ConfigError(f"TAG={tag!r} is no name for a folder. Next: at most 100 letters, digits and . _ - only.")
-    return f"{Path(model).stem}{'+' + tag if tag else ''}.{split}"
-
-
-def _is_begun(folder: Path) -> bool:
-    """Whether a folder of runs holds one: training left a checkpoint, or a stage without training its predictions."""
-    return any(folder.glob("fold*/checkpoints")) or any(folder.glob("fold*/oof.parquet"))
-
-
-def finished_runs(paths: Paths, split: str, *, partial: bool = False) -> list[str]:
-    """Runs of a split whose folds all (`partial`: at least one) have out-of-fold and test predictions, sorted by name.
-
-    Raises:
-        DataError: there is none.
-    """
-    begun = sorted(path.name for path in (paths.home / "runs").glob("*.*") if _is_begun(path))
-    runs = [run for run in begun if run.endswith(f".{split}") and "+sweep-" not in run]
-    tested = "test" not in _competition(paths.comp).optional or paths.clean("test").is_file()
-    complete = [
-        run
-        for run in runs
-        if (any if partial else all)(
-            paths.oof(run, k).is_file() and (paths.test(run, k).is_file() or not tested)
-            for k in range(_fold_count(split))
-        )
-    ]
-    if not complete:
-        seen = ", ".join(runs or begun) or "no run at all"
-        others = sorted({run.rpartition(".")[2] for run in begun} - {split})
-        advice = f"SPLIT={' or '.join(others)}, or " if others and not runs else ""
-        advice += f"make train-all COMP={paths.comp}, or make train FOLD=<k> for the folds that are missing"
-        advice += ", or PARTIAL=1 to do without them" if runs else ""
-        raise DataError(
-            f"{paths.home / 'runs'}: no run of {split} has predictions of all its folds (seen: {seen}). Next: {advice}."
-        )
-    for run in sorted(set(runs) - set(complete)):
-        say(f"{run}: left out, its folds are not complete")
-    return complete
-
-
-def warn_of_unfinished(paths: Paths, runs: Sequence[str]) -> None:
-    """Say which runs of an ensemble were predicted before their training was finished."""
-    from pipeline.jobs import predicted_unfinished
-
-    for run in runs:
-        folders = sorted(paths.run_dir(run).glob("fold*"))
-        early = [folder.name for folder in folders if predicted_unfinished(folder)]
-        if early:
-            warn(
-                f"{run}: {', '.join(early)} predicted before the training was finished; these predictions are used. "
-                "Next: make train goes on with it, then make ensemble again."
-            )
 
 
 def _slug(paths: Paths, slug: str) -> str:
@@ -1002,21 +975,6 @@ def _same_words(context: typer.Context, *, without: str) -> list[str]:
     return words
 
 
-def _fold_count(split: str) -> int:
-    found = re.fullmatch(r"\w+_k([1-9]\d*)", split)
-    if not found:
-        raise ConfigError(f"SPLIT={split!r}: expected <kind>_k<folds>. Next: a name such as sim80_k5.")
-    return int(found.group(1))
-
-
-def _fold(fold: int, split: str) -> int:
-    """A fold's number, if the split's name allows for it."""
-    count = _fold_count(split)
-    if fold >= count:
-        raise ConfigError(f"FOLD={fold}: the folds of {split} are 0 to {count - 1}. Next: choose one of them.")
-    return fold
-
-
 def _seconds(text: str, *, option: str = "BUDGET") -> float | None:
     """Seconds of ``90s``, ``45m``, ``8h``; None for an empty text."""
     if not text:
@@ -1039,7 +997,8 @@ def show(report: Report, details: Any = ()) -> None:
     said = "up to date, nothing to do" if report.status == "current" else f"done in {report.seconds:.1f} s"
     output.print(f"[bold]{report.stage}[/]: {said}")
     for detail in details if isinstance(details, list | tuple) else [details]:
-        output.print(detail, markup=not isinstance(detail, str))  # the data's own names may hold brackets
+        is_text = isinstance(detail, str)  # the data's own names may hold brackets
+        output.print(commands.complete(detail) if is_text else detail, markup=not is_text)
     files = list(report.outputs.values())
     if len(files) > _MOST_OUTPUTS:
         files, several = [Path(os.path.commonpath(files))], f" ({len(files)} files)"
@@ -1074,6 +1033,7 @@ def main() -> NoReturn:
     raise SystemExit(code)
 
 
+@commands.scope()
 def run_verb(arguments: Sequence[str] | None = None) -> int:
     """Run a verb, by default that of the command line; a failure that a user can act on is told in one sentence.
 
@@ -1102,8 +1062,8 @@ def run_verb(arguments: Sequence[str] | None = None) -> int:
             raise
         sentence = err.format_message()  # empty where no verb was given: the help is printed then
         context = getattr(err, "ctx", None)
-        verb = f" {context.info_name}" if context is not None and context.parent is not None else ""
-        told = f"{sentence.rstrip('.')}. Next: rna{verb} --help."
+        which = f" {context.info_name}" if context is not None and context.parent is not None else ""
+        told = f"{sentence.rstrip('.')}. Next: rna{which} --help."
         return _fail(told, ConfigError.exit_code) if sentence else ConfigError.exit_code
 
 
@@ -1122,5 +1082,5 @@ def _interrupted() -> int:
 def _fail(message: str, code: int) -> int:
     if os.environ.get("RNA_DEBUG"):
         traceback.print_exc()
-    console.print(Text.assemble(("error: ", "bold red"), f"{message} (exit code {code})"))
+    console.print(Text.assemble(("error: ", "bold red"), f"{commands.complete(message)} (exit code {code})"))
     return code

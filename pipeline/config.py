@@ -12,12 +12,16 @@ import tomllib
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import ConfigError
 
 CONFIG_DIR = Path(__file__).resolve().parent / "configs"
+
+#: Epochs that "auto" means, and the optimiser steps that they make at least: of a small set they are more. 10 epochs of
+#: 256 sequences make 160 steps, too few to learn much from; pipeline/README.md has numbers.
+AUTO_EPOCHS, AUTO_STEPS = 10, 600
 
 
 #: Smallest and largest sensible value of a number; numbers that are not here may be any finite one.
@@ -84,7 +88,7 @@ class TrainConfig:
     """How the network is trained."""
 
     seed: int = 2026
-    epochs: int = 30
+    epochs: int | typing.Literal["auto"] = 30  # "auto" = 10, and of small sets as many as make 600 optimiser steps
     # crops of the first epochs, as "<nt>x<epochs>,…": "64x1,128x1" is one epoch of at most 64 nt, one of 128, then
     # max_length; steps and batch_size stay (HyenaDNA's warm-up by length); "" = max_length from the start
     length_stages: str = ""
@@ -110,7 +114,7 @@ class TrainConfig:
     # of the network: "none" = all of it in each training process, "fsdp2" = a part, see pipeline.training.sharding
     sharding: typing.Literal["none", "fsdp2"] = "none"
     process_timeout: float = 300.0  # seconds after which one of several training processes that is silent is lost
-    max_skips: int = 5  # batches in a row that may be skipped for non-finite values or loss spikes
+    max_skips: int = 5  # batches in a row that may be left out for non-finite values or loss spikes
     max_rollbacks: int = 3
     # terms of a structure's loss, beside distances, which weigh 1; they count where model.kwargs.coordinates is on
     frame_weight: float = 1.0  # of coordinates as seen from local frames
@@ -120,7 +124,7 @@ class TrainConfig:
     focal_gamma: float = 0.0
     # and how much more a rare class counts: beta of the effective number of its sequences (Cui et al. 2019); 0 = off
     class_balance: float = 0.0
-    # a loss so many robust standard deviations above the last 128 is a spike and its batch is skipped; 0 = off, because
+    # a loss so many robust standard deviations above the last 128 is a spike: its batch is left out; 0 = off, because
     # batches of another length or library may be that different; a try begins with 10 or more
     spike_threshold: float = 0.0
 
@@ -135,6 +139,23 @@ class TrainConfig:
                 f"[train] optimizer: got {self.optimizer!r} with sharding = 'fsdp2', which knows 'adamw' alone. Next: "
                 "one of the two, not both."
             )
+
+    def settled(self, sequences: int) -> "TrainConfig":
+        """With the number of epochs that "auto" means for so many training sequences.
+
+        >>> TrainConfig(epochs="auto", batch_size=16).settled(250).epochs
+        38
+        """
+        if self.epochs != "auto":
+            return self
+        batches = -(-sequences // self.batch_size)
+        return replace(self, epochs=max(AUTO_EPOCHS, -(-AUTO_STEPS // batches)))
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs of a run whose data are known."""
+        assert isinstance(self.epochs, int), "see settled"
+        return self.epochs
 
     @property
     def largest_micro_batch(self) -> int:

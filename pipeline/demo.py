@@ -9,12 +9,13 @@ from rich.rule import Rule
 from rich.table import Table
 
 from folds import assign, ensemble
-from pipeline import bpp, predict, preprocess, synthetic, train
-from pipeline.cli import run_name, show
+from pipeline import bpp, predict, preprocess, synthetic, train, viennarna
+from pipeline.cli import show
 from pipeline.competitions import get_competition
 from pipeline.config import load_config
 from pipeline.paths import Paths
 from pipeline.runlog import output
+from pipeline.runs import run_name
 from submissions import evaluate, report, write
 
 _SPLIT = "sim80_k2"
@@ -33,7 +34,7 @@ def run(folder: Path, *, seed: int = 0) -> None:
     synthetic.write_openvaccine(folder / "raw" / "openvaccine", seed=seed)
     synthetic.write_rna3d(folder / "raw" / "rna3d", seed=seed)
     synthetic.write_labelled(folder / "raw" / "labelled", seed=seed)
-    has_bpp, reason = bpp.available()
+    has_bpp, reason = viennarna.available()
     if not has_bpp:
         output.print(f"base-pair probabilities are left out: {reason}")
     models = ("tiny_ribonanza_mamba", "tiny_transformer_sepconv")

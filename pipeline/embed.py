@@ -19,13 +19,23 @@ from torch import Tensor
 
 from models.interface import RnaModel
 from pipeline import bpp
+from pipeline.arrays import create_scratch
 from pipeline.competitions.base import Competition
 from pipeline.competitions.labelled import read_sequences
 from pipeline.config import config_from_dict
-from pipeline.dataset import create_mapped, open_examples
+from pipeline.dataset import open_examples
 from pipeline.errors import ConfigError, DataError
+from pipeline.inference import (
+    Job,
+    both_ways,
+    classes_of,
+    in_batches,
+    inputs_of,
+    load_network,
+    not_finite,
+    with_best_checkpoint,
+)
 from pipeline.paths import Paths
-from pipeline.predict import Job, both_ways, classes_of, in_batches, load_network, not_finite, with_best_checkpoint
 from pipeline.schema import ALPHABET
 from pipeline.stage import Report, run_stage
 from pipeline.training.failures import in_one_sentence
@@ -102,8 +112,6 @@ def _run(
         bpp.run(own, tables=("test",))
     crop = config.data.crop
     examples = open_examples(competition, paths=own, table="test", bpp=uses_bpp, classes=classes, crop=crop)
-    inputs = {"checkpoint": checkpoint / "meta.json", "arrays": own.arrays_dir / examples.key / "meta.json"}
-    inputs |= {"bpp": own.arrays_dir / examples.bpp.key / "meta.json"} if examples.bpp else {}
     params = {"version": _VERSION, "flipped": config.data.flip > 0, "per_nucleotide": per_nucleotide}
     params |= {"unfinished": True} if unfinished else {}
     label = f"{meta['run']}.fold{meta['fold']}"
@@ -129,7 +137,9 @@ def _run(
 
         table = folder / f"{label}.parquet"
         kept: dict[str, Any] = {"manifest": table.with_suffix(".manifest.json"), "params": params}
-        return run_stage("embed", inputs=inputs, outputs={"embeddings": table}, build=build, **kept)
+        return run_stage(
+            "embed", inputs=inputs_of(checkpoint, examples, own), outputs={"embeddings": table}, build=build, **kept
+        )
 
 
 def _read(source: Path, own: Paths, *, alphabet: str) -> Report:
@@ -149,8 +159,9 @@ def _read(source: Path, own: Paths, *, alphabet: str) -> Report:
 def _write(job: Job, path: Path, *, label: str, width: int, per_nucleotide: bool) -> None:
     lengths_N = job.examples.lengths
     offsets = np.concatenate([[0], np.cumsum(lengths_N)])
-    mean_ND = _scratch(path, "means", (len(lengths_N), width))
-    nucleotide_TD = _scratch(path, "nucleotides", (int(offsets[-1]), width)) if per_nucleotide else None
+    scratch = path.with_name(f"{path.name}.npy")
+    mean_ND = create_scratch(scratch, (len(lengths_N), width))
+    nucleotide_TD = create_scratch(scratch, (int(offsets[-1]), width)) if per_nucleotide else None
     model, device = load_network(job)
     for part, found in in_batches(job, partial(_embed, job, model, device), device=device, label=label):
         for k, x_LD in zip(part, found, strict=True):
@@ -172,14 +183,6 @@ def _write(job: Job, path: Path, *, label: str, width: int, per_nucleotide: bool
                 flat_TD = nucleotide_TD[offsets[start] : offsets[stop]]
                 columns.append(pa.ListArray.from_arrays(inner, _vectors(flat_TD)))
             writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=_ROWS)
-
-
-def _scratch(path: Path, name: str, shape: tuple[int, int]) -> np.ndarray:
-    """A mapped array without a name: its pages live as long as the map, whatever ends this process."""
-    file = path.with_name(f"{path.name}.{name}.npy")
-    array = create_mapped(file, np.float32, shape)
-    file.unlink()
-    return array
 
 
 def _vectors(x_ND: np.ndarray) -> pa.Array:

@@ -41,6 +41,12 @@ class NetworkError(PipelineError):
     exit_code = 6
 
 
+class CrashedError(PipelineError):
+    """The run died several times in the same place, of a signal or a lost device; starting it again changes nothing."""
+
+    exit_code = 7
+
+
 class StoppedError(PipelineError):
     """The run was asked to stop; it saved its state and goes on when started again."""
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.competitions.base import Competition
-from pipeline.competitions.rna3d import STAGES, is_stage
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import IS_CHECKOUT, REPOSITORY, Paths
 from pipeline.runlog import duration, read_metrics
+from pipeline.runs import STAGES, is_stage
 from pipeline.stage import Report, commit, read_manifest, read_result, versions, write_json
 from pipeline.templates.collection import library_path
 from pipeline.training.checkpoint import CheckpointStore
@@ -184,7 +184,8 @@ def _readme(
             )
     stages = [run for run in told["runs"] if is_stage(run)]
     if stages:
-        lines += ["", *(f"{run}: without a network, from pairing and known structures." for run in stages)]
+        how = "by counting words" if competition.task == "classes" else "from pairing and known structures"
+        lines += ["", *(f"{run}: without a network, {how}." for run in stages)]
     if spare := policy.get("spare"):
         lines += ["", *(f"{run}: in reserve, used where the others have fewer than five." for run in spare)]
     began = [
@@ -245,7 +246,7 @@ def _tree() -> str:
 
 def _settings(paths: Paths, told: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {
-        "RAW_DATA_DIR": str(paths.raw),
+        "RAW_DATA_DIR": str(_near(_raw(paths))),
         "CLEAN_DATA_DIR": str(paths.clean("train").parent),
         "FOLDS_DIR": str(paths.fold_table(told["split"]).parent),
         "MODEL_CHECKPOINT_DIRS": {
@@ -259,6 +260,12 @@ def _settings(paths: Paths, told: Mapping[str, Any], name: str) -> dict[str, Any
         "SUBMISSION_DIR": str(_near(paths.csv_dir)),
         "SPLIT": told["split"],
     }
+
+
+def _raw(paths: Paths) -> Path:
+    """Folder that the clean tables were made from."""
+    made = read_manifest(paths.clean("data").with_name("data.manifest.json")) or {}
+    return Path(made.get("notes", {}).get("raw", paths.raw))  # older manifests do not name it
 
 
 def _entry_points(steps: list[tuple[str, str]]) -> str:

@@ -141,9 +141,8 @@ def start(arguments: Sequence[str], *, folder: Path) -> int:
     process.returncode = 0  # it lives on: not to be warned of when this object goes
     say(f"training in the background as process {process.pid}; it goes on when this terminal closes")
     say(f"  its log   {folder / _LOG}")
-    which = " ALL=1" if "--all-folds" in arguments else ""
-    hint = f"make logs{which} FOLLOW=1    all runs    make status    stop    make stop{which}"
-    say(f"  follow    {hint}    (same MODEL, SPLIT, {'' if which else 'FOLD, '}TAG)")
+    for what, how in (("follow", "make logs FOLLOW=1"), ("all runs", "make status"), ("stop", "make stop")):
+        say(f"  {what:<9} {how}")
     return 0
 
 

@@ -6,36 +6,46 @@ Letters: B batch, L length (nt), T nucleotides in a row, C target or class, K di
 
 import time
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from models.adapters import merge_adapters
 from models.heads import expected_lddt
 from models.interface import RnaInputs, RnaModel, RnaOutputs
-from pipeline.augment import flip
+from pipeline.arrays import create_scratch
+from pipeline.augment import central_crop
 from pipeline.batch import make_batch
 from pipeline.classes import Classes, read_classes
 from pipeline.competitions.base import Competition
 from pipeline.config import RunConfig, config_from_dict
-from pipeline.dataset import ExampleSet, create_mapped, dense_bpp, fold_members, open_examples, read_folds
-from pipeline.errors import ConfigError, DataError, DivergedError, StoppedError, StorageError
-from pipeline.packing import STRUCTURE_PAIRS, plan_by_tokens
+from pipeline.dataset import ExampleSet, RnaExample, dense_bpp, fold_members, open_examples, read_folds
+from pipeline.errors import DataError, StorageError
+from pipeline.inference import (
+    Job,
+    both_ways,
+    classes_of,
+    in_batches,
+    inputs_of,
+    load_network,
+    not_finite,
+    poll_stop,
+    take_unknown_letters,
+    unless_out_of_memory,
+    with_best_checkpoint,
+)
+from pipeline.packing import plan_by_tokens
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, say, warn
-from pipeline.schema import decode
+from pipeline.schema import CANDIDATES, decode
 from pipeline.stage import Report, run_stage, sha256_file
 from pipeline.train import build_model
-from pipeline.training.checkpoint import CheckpointStore, DamagedError, load_weights, read_meta
-from pipeline.training.failures import in_one_sentence, is_out_of_memory
+from pipeline.training.failures import in_one_sentence
 from pipeline.training.losses import class_probabilities
 from pipeline.training.precision import choose_device
 from pipeline.training.stop import StopRequest
@@ -43,28 +53,11 @@ from pipeline.training.stop import StopRequest
 _VERSION = {"values": 1, "structure": 2, "classes": 1}
 _ROWS = 8192  # of a row group of value predictions
 _STRUCTURE_ROWS = 320  # of a row group of structures: 64 sequences
-_CANDIDATES = 5
-_TRIES = 5  # with a checkpoint that a training at work removes for a better one
 _SAMPLES, _SAMPLE_S = 5, 10.0  # batches of a table that an estimate times, and seconds after which it takes no more
 #: Longest sequence for which distances between all pairs are predicted, nt; longer ones are built from pairing alone.
 MAX_PAIR_LENGTH = 1000
 
 Which = Literal["oof", "test"]
-Computed = TypeVar("Computed")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """Which sequences a checkpoint is to see, and how."""
-
-    competition: Competition
-    config: RunConfig
-    checkpoint: Path
-    examples: ExampleSet
-    positions: np.ndarray  # of the examples, in the order of their sequence_id
-    fold: int | None  # for the table's fold column; None = no such column
-    batch_tokens: int
-    stop: StopRequest
 
 
 def run(
@@ -102,65 +95,6 @@ def run(
     return with_best_checkpoint(work, competition=competition, paths=paths, run=run, fold=fold)
 
 
-def with_best_checkpoint(
-    work: Callable[[Path, dict[str, Any], bool], Report], *, competition: Competition, paths: Paths, run: str, fold: int
-) -> Report:
-    """Do something with the best checkpoint of a fold; again where a training at work replaced it meanwhile.
-
-    Args:
-        work: takes the checkpoint's folder, its meta, and whether its training is unfinished.
-        competition: the one that the run has to be of.
-        paths: where runs are.
-        run: name of the run.
-        fold: trained fold.
-
-    Raises:
-        ConfigError: the run is of another competition.
-        DataError: this fold was never trained.
-        StorageError: every checkpoint is damaged.
-    """
-    store = CheckpointStore(paths.fold_dir(run, fold) / "checkpoints")
-    _require_begun(store, paths)
-    for tries_left in reversed(range(_TRIES)):
-        path = store.best_folder()
-        try:
-            meta = _read(path)
-            if meta["competition"] != competition.name:
-                got = f"{path}: trained on {meta['competition']}"
-                raise ConfigError(f"{got}; expected {competition.name}. Next: COMP=….")
-            return work(path, meta, _is_unfinished(store, meta))
-        except (DataError, StorageError):
-            if path.is_dir() or not tries_left:
-                raise
-            say(f"{path}: replaced meanwhile by the training that goes on; predicting with its better one")
-    raise AssertionError
-
-
-def _is_unfinished(store: CheckpointStore, meta: dict[str, Any]) -> bool:
-    """Whether the training of a checkpoint goes on, or was interrupted; this is said."""
-    newest = store.newest_meta()
-    unfinished = newest is not None and not newest["progress"]["finished"]
-    if unfinished:
-        run = f"{meta['run']} fold{meta['fold']}"
-        say(f"{run}: training is not finished; predicting with its checkpoint of step {meta['step']}")
-    return unfinished
-
-
-def _require_begun(store: CheckpointStore, paths: Paths) -> None:
-    if any(store.folder.glob("step-*")) or any(store.folder.glob("bad/step-*")):
-        return
-    trained: dict[str, list[str]] = {}
-    for folder in sorted({path.parents[1] for path in paths.home.glob("runs/*/fold*/checkpoints/step-*")}):
-        if "+sweep-" not in folder.parent.name:
-            trained.setdefault(folder.parent.name, []).append(folder.name)
-    there = ", ".join(f"{run} ({', '.join(folds)})" for run, folds in trained.items()) or "no run at all"
-    raise DataError(
-        f"{store.folder}: no checkpoint, this fold was never trained; trained so far: {there}. Next: make train "
-        f"COMP={paths.comp} FOLD={store.folder.parent.name.removeprefix('fold')} with the same MODEL, SPLIT and TAG, "
-        "or make predict with those of a trained fold."
-    )
-
-
 def _run(
     path: Path,
     meta: dict[str, Any],
@@ -171,7 +105,7 @@ def _run(
     which: Sequence[Which],
     batch_tokens: int,
 ) -> Report:
-    if not _has_test(competition, paths):
+    if not competition.has_test(paths):
         which = [table for table in which if table == "oof"]
         if not which:
             raise DataError(f"{paths.clean('test')}: this set has no test set. Next: make predict without --test-only.")
@@ -190,25 +124,6 @@ def _run(
     )
 
 
-def _has_test(competition: Competition, paths: Paths) -> bool:
-    """Labelled sets may come without one."""
-    return "test" not in competition.optional or paths.clean("test").is_file()
-
-
-def classes_of(meta: dict[str, Any], paths: Paths, *, where: Path) -> Classes | None:
-    """The classes that a checkpoint was trained on, which must be those of the data, where these are here."""
-    if "classes" not in meta:
-        return None
-    classes = Classes.of(meta["classes"])
-    changed = classes.difference(read_classes(paths)) if paths.clean("classes").is_file() else ""
-    if changed:
-        raise ConfigError(
-            f"{where}: trained on other data than those of {paths.clean('classes')}: {changed}. Next: train again, or "
-            f"make data COMP={paths.comp} with the earlier files."
-        )
-    return classes
-
-
 def _run_table(
     table: Which,
     competition: Competition,
@@ -225,9 +140,7 @@ def _run_table(
     sees: dict[str, Any] = {"uses_bpp": "bpp" in meta["data"], "classes": classes, "crop": config.data.crop}
     examples = _open(table, competition, paths, **sees)
     run, split, fold = meta["run"], meta["split"], meta["fold"]
-    inputs = {"checkpoint": checkpoint / "meta.json", "arrays": paths.arrays_dir / examples.key / "meta.json"}
-    if examples.bpp is not None:
-        inputs["bpp"] = paths.arrays_dir / examples.bpp.key / "meta.json"
+    inputs = inputs_of(checkpoint, examples, paths)
     if table == "oof":
         inputs["folds"] = paths.fold_table(split)
         _require_trained_on(meta, examples, inputs["folds"])
@@ -286,12 +199,14 @@ def estimate(
     """
     classes = read_classes(paths) if competition.task == "classes" else None
     model, device = build_model(config.model, competition, classes).eval(), choose_device()
+    if classes:
+        take_unknown_letters(model, classes)
     model.to(device)
     seconds = 0.0
     with StopRequest() as stop:
         tables: dict[Which, int | None] = {"oof": fold, "test": None}
         for table, number in tables.items():
-            if table == "test" and not _has_test(competition, paths):
+            if table == "test" and not competition.has_test(paths):
                 continue
             sees: dict[str, Any] = {"uses_bpp": model.uses_bpp, "classes": classes, "crop": config.data.crop}
             examples = _open(table, competition, paths, **sees)
@@ -320,7 +235,7 @@ def _sampled_seconds(job: Job, model: RnaModel, device: torch.device) -> float:
         if is_structure:
             _structure_rows(job, model, device, int(job.positions[part[0]]))
             return time.monotonic() - started
-        fits = _unless_out_of_memory(partial(_predict_values, job, model, device, job.positions[part])) is not None
+        fits = unless_out_of_memory(partial(_predict_values, job, model, device, job.positions[part])) is not None
         if fits or len(part) == 1:
             return time.monotonic() - started
         return sum(timed(half) for half in np.array_split(part, 2))
@@ -343,29 +258,6 @@ def _require_trained_on(meta: dict[str, Any], examples: ExampleSet, fold_table: 
         )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_meta(path)
-    except DamagedError as err:
-        raise _damaged(path, err) from err
-
-
-def _damaged(path: Path, err: DamagedError) -> StorageError:
-    return StorageError(f"{path}: damaged: {err}. Next: remove this folder; the newest other checkpoint is used then.")
-
-
-def load_network(job: Job) -> tuple[RnaModel, torch.device]:
-    """The network with the weights that predict, on the best device."""
-    device = choose_device()
-    model = build_model(job.config.model, job.competition, job.examples.classes)
-    try:
-        model.load_state_dict(load_weights(job.checkpoint))
-    except DamagedError as err:
-        raise _damaged(job.checkpoint, err) from err
-    merge_adapters(model)
-    return model.to(device).eval(), device
-
-
 # --- values per nucleotide, probabilities of classes ---
 
 
@@ -375,9 +267,7 @@ def _write_values(job: Job, path: Path, *, label: str) -> None:
     if job.examples.classes:
         lengths_N, names = np.full(len(lengths_N), len(job.examples.classes.names)), ("probabilities",)
     offsets = np.concatenate([[0], np.cumsum(lengths_N)])
-    scratch = path.with_name(f"{path.name}.npy")
-    predicted_TC = create_mapped(scratch, np.float32, (int(offsets[-1]), len(names)))
-    scratch.unlink()  # its pages live as long as the map, whatever ends this process
+    predicted_TC = create_scratch(path.with_name(f"{path.name}.npy"), (int(offsets[-1]), len(names)))
     model, device = load_network(job)
     for part, values in in_batches(job, partial(_predict_values, job, model, device), device=device, label=label):
         for k, values_LC in zip(part, values, strict=True):
@@ -395,49 +285,13 @@ def _write_values(job: Job, path: Path, *, label: str) -> None:
             writer.write_table(pa.Table.from_arrays([*keys, *lists], schema=schema), row_group_size=_ROWS)
 
 
-def in_batches(
-    job: Job, compute: Callable[[np.ndarray], list[np.ndarray]], *, device: torch.device, label: str
-) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-    """Batches as (positions in ``job.positions``, an array for each); out of memory, all that is left is halved.
-
-    Args:
-        job: which examples.
-        compute: positions of examples -> an array for each.
-        device: that computes, for messages.
-        label: of the bar.
-    """
-    lengths_N = job.examples.lengths[job.positions]
-    max_pairs = STRUCTURE_PAIRS if job.competition.task == "structure" else None
-    pending = deque(plan_by_tokens(lengths_N, max_tokens=job.batch_tokens, max_pairs=max_pairs))
-    with Bar(label, total=len(job.positions), unit="sequences") as bar:
-        while pending:
-            _poll_stop(job)
-            part = pending.popleft()
-            values = _unless_out_of_memory(partial(compute, job.positions[part]))
-            if values is not None:
-                yield part, values
-                bar.advance(len(part))
-                continue
-            if len(part) == 1:
-                raise StorageError(
-                    f"{device} is out of memory on a single sequence of {lengths_N[part[0]]} nt. "
-                    "Next: predict on a machine with more memory."
-                )
-            pending = deque(half for whole in (part, *pending) for half in np.array_split(whole, 2) if len(half))
-            warn(f"{label}: out of memory with {len(part)} sequences; going on with half as many, same predictions")
-
-
 def _predict_values(job: Job, model: RnaModel, device: torch.device, positions: np.ndarray) -> list[np.ndarray]:
     """values_LC of each example; the mean with those of the reversed sequence if training reversed some.
 
     Of a labelled set the probabilities of its classes, [C, 1].
     """
     if job.examples.classes:
-        with torch.no_grad():
-            logits_BC = model(make_batch(job.examples, positions).to(device).inputs).class_logits_BC
-            assert logits_BC is not None
-            p_BC = class_probabilities(logits_BC, exclusive=job.examples.classes.exclusive)
-        return list(p_BC.float().unsqueeze(-1).cpu().numpy())
+        return _predict_classes(job, model, device, positions)
 
     def pick(outputs: RnaOutputs, b: int, length: int) -> np.ndarray:
         assert outputs.values_BLC is not None
@@ -446,44 +300,34 @@ def _predict_values(job: Job, model: RnaModel, device: torch.device, positions: 
     return both_ways(job, model, device, positions, pick=pick, turn=lambda values_LC: values_LC[::-1])
 
 
-def both_ways(
-    job: Job,
-    network: Callable[[RnaInputs], Computed],
-    device: torch.device,
-    positions: np.ndarray,
-    *,
-    pick: Callable[[Computed, int, int], np.ndarray],
-    turn: Callable[[np.ndarray], np.ndarray],
-) -> list[np.ndarray]:
-    """One output array per example, averaged over both directions where training saw both.
+def _predict_classes(job: Job, model: RnaModel, device: torch.device, positions: np.ndarray) -> list[np.ndarray]:
+    """[C, 1] probabilities of each example; of a test sequence that is too long for the memory, those of its middle.
 
-    Args:
-        job: which examples.
-        network: what a padded batch goes through.
-        device: where.
-        positions: of the examples.
-        pick: (what the network gives, place in the batch, length in nt) -> the example's array.
-        turn: an array of the reversed sequence as one of the sequence.
+    A notebook that a competition runs again must not end with one hidden sequence.
     """
-    lengths = job.examples.lengths[positions].tolist()
-    with torch.no_grad():
-        outputs = network(make_batch(job.examples, positions).to(device).inputs)
-        forward = [pick(outputs, b, length) for b, length in enumerate(lengths)]
-        if job.config.data.flip == 0:
-            return forward
-        outputs = network(make_batch(job.examples, positions, change=lambda one, _: flip(one)).to(device).inputs)
-        pairs = zip(forward, lengths, strict=True)
-        return [(one + turn(pick(outputs, b, length))) / 2 for b, (one, length) in enumerate(pairs)]
+    assert job.examples.classes is not None
+    exclusive, longest = job.examples.classes.exclusive, int(job.examples.lengths[positions].max())
+
+    def compute(change: Callable[[RnaExample, int], RnaExample] | None) -> list[np.ndarray]:
+        with torch.no_grad():
+            logits_BC = model(make_batch(job.examples, positions, change=change).to(device).inputs).class_logits_BC
+            assert logits_BC is not None
+            p_BC = class_probabilities(logits_BC, exclusive=exclusive)
+        return list(p_BC.float().unsqueeze(-1).cpu().numpy())
+
+    if len(positions) > 1 or job.fold is not None:
+        return compute(None)
+    while (found := unless_out_of_memory(partial(compute, _middle_of(longest)))) is None and longest > 1:
+        longest //= 2
+        name = job.examples.ids_N[positions[0]].decode()
+        warn(f"{device}: out of memory on {name!r} alone; predicting from the {longest:,} letters in its middle")
+    if found is None:
+        raise MemoryError
+    return found
 
 
-def _unless_out_of_memory(compute: Callable[[], Computed]) -> Computed | None:
-    try:
-        return compute()
-    except (MemoryError, RuntimeError) as err:
-        if not is_out_of_memory(err):
-            raise
-    torch.cuda.empty_cache()
-    return None
+def _middle_of(longest: int) -> Callable[[RnaExample, int], RnaExample]:
+    return lambda example, _index: central_crop(example, max_length=longest)
 
 
 # --- structures ---
@@ -499,7 +343,7 @@ def _write_structures(job: Job, path: Path, *, label: str) -> None:
         Bar(label, total=len(job.positions), unit="structures") as bar,
     ):
         for position in job.positions:
-            _poll_stop(job)
+            poll_stop(job)
             rows += _structure_rows(job, model, device, int(position))
             if len(rows) >= _STRUCTURE_ROWS:
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
@@ -526,7 +370,7 @@ def _structure_rows(job: Job, model: RnaModel, device: torch.device, position: i
             raise not_finite(job, position)
     sequence, bpp_LL = decode(example.tokens_L), dense_bpp(example)
     xyz_ML3, confidence_M = candidates_from_distogram(
-        logits_LLK, sequence=sequence, bpp_LL=bpp_LL, count=_CANDIDATES, seed=seed
+        logits_LLK, sequence=sequence, bpp_LL=bpp_LL, count=CANDIDATES, seed=seed
     )
     if logits_LLK is not None:
         own_ML3, lddt_M = _predict_traces(job, model, device, position, seed=seed)
@@ -534,7 +378,7 @@ def _structure_rows(job: Job, model: RnaModel, device: torch.device, position: i
         confidence_N = choice.expected_lddt(logits_LLK, pool_NL3)
         confidence_N[len(xyz_ML3) :] += lddt_M  # two opinions of the same
         confidence_N[len(xyz_ML3) :] /= 2
-        xyz_ML3, confidence_M = choice.most_trusted(pool_NL3, confidence_N, count=_CANDIDATES)
+        xyz_ML3, confidence_M = choice.most_trusted(pool_NL3, confidence_N, count=CANDIDATES)
     if not (np.isfinite(xyz_ML3).all() and np.isfinite(confidence_M).all()):
         raise not_finite(job, position)
     key = {"sequence_id": example.id} | ({} if job.fold is None else {"fold": job.fold})
@@ -554,7 +398,7 @@ def _predict_distances(job: Job, model: RnaModel, device: torch.device, position
         return outputs.distance_logits_BLLK[b, :length, :length].float().cpu().numpy()
 
     one = np.array([position])
-    logits = _unless_out_of_memory(
+    logits = unless_out_of_memory(
         lambda: both_ways(job, model, device, one, pick=pick, turn=lambda logits_LLK: logits_LLK[::-1, ::-1])
     )
     if logits is None:
@@ -575,7 +419,7 @@ def _predict_traces(
     if not job.config.model.kwargs.get("coordinates"):
         return np.zeros((0, job.examples.lengths[position], 3)), np.zeros(0)
     inputs = make_batch(job.examples, np.array([position])).to(device).inputs
-    found = _unless_out_of_memory(lambda: _draw_traces(model, inputs, seed=seed))
+    found = unless_out_of_memory(lambda: _draw_traces(model, inputs, seed=seed))
     if found is None:
         raise _too_long(job, device, position)
     if not all(np.isfinite(xyz_L3).all() for xyz_L3, _ in found):
@@ -589,7 +433,7 @@ def _draw_traces(model: RnaModel, inputs: RnaInputs, *, seed: int) -> list[tuple
     found = []
     device = inputs.tokens_BL.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for k in range(_CANDIDATES):
+        for k in range(CANDIDATES):
             torch.manual_seed(seed + k)
             outputs = model.train(k > 0)(inputs)
             model.eval()
@@ -605,7 +449,7 @@ def _too_long(job: Job, device: torch.device, position: int) -> StorageError:
     return StorageError(f"{device} is out of memory on a structure of {length} nt. Next: predict on a larger machine.")
 
 
-# --- both ---
+# --- the keys of either ---
 
 
 def _key_fields(job: Job) -> list[tuple[str, pa.DataType]]:
@@ -615,16 +459,3 @@ def _key_fields(job: Job) -> list[tuple[str, pa.DataType]]:
 def _key_columns(job: Job, positions: np.ndarray) -> list[pa.Array]:
     ids = pa.array([name.decode() for name in job.examples.ids_N[positions].tolist()], pa.string())
     return [ids] if job.fold is None else [ids, pa.array(np.full(len(positions), job.fold, dtype=np.uint8))]
-
-
-def _poll_stop(job: Job) -> None:
-    """End for a signal whose own StoppedError, raised where the work then was, got lost in somebody's callback."""
-    if job.stop.signalled:
-        raise StoppedError("predict: stopped; nothing is half-written. Next: the same command again.")
-
-
-def not_finite(job: Job, position: int) -> DivergedError:
-    return DivergedError(
-        f"{job.checkpoint}: the prediction for {job.examples.ids_N[position].decode()!r} is not finite. "
-        "Next: train again with a lower train.lr or train.precision = 'fp32'."
-    )

@@ -14,7 +14,7 @@ from pipeline.schema import split_id
 from pipeline.stage import Report, run_stage
 
 #: Raised when the same raw files give other tables than before.
-VERSION = 3
+VERSION = 4
 
 _MOST_VALUES = 24  # side by side in one line
 _MOST_ITEMS = 6  # of a list
@@ -34,7 +34,7 @@ def run(
     Args:
         competition: whose files they are.
         raw: folder with the files as Kaggle ships them.
-        paths: where the tables go; their manifest, ``clean/data.manifest.json``, keeps the report.
+        paths: where the tables go; their manifest, ``clean/data.manifest.json``, keeps the report and `raw`.
         force: build even if current.
         test_only: write the tables of the test set alone, for a machine that has trained checkpoints.
         rows: with `test_only`, keep this many test sequences, the first ones, for a trial.
@@ -55,6 +55,8 @@ def run(
     tables, params = competition.tables, {"version": VERSION, "competition": competition.name}
     if test_only:
         files = {label: path for label, path in files.items() if label.partition("/")[0] in competition.test_inputs}
+        if "classes" in competition.tables and paths.clean("classes").is_file():  # what the checkpoints know
+            files["classes"] = paths.clean("classes")
         tables, params = competition.test_tables, params | {"test_only": True, "rows": rows}
     given = {label.partition("/")[0] for label in files}
     tables = tuple(table for table in tables if table not in competition.optional or table in given)
@@ -71,7 +73,8 @@ def run(
         return facts
 
     outputs = {table: paths.clean(table) for table in tables}
-    return run_stage("data", inputs=files, outputs=outputs, params=params, build=build, force=force)
+    notes = {"raw": str(raw.resolve())}
+    return run_stage("data", inputs=files, outputs=outputs, params=params, build=build, notes=notes, force=force)
 
 
 def _keep_first(competition: Competition, parts: Mapping[str, Path], rows: int) -> None:

@@ -1,4 +1,4 @@
-"""A batch that the guard ordered out, run again under observation: where it breaks, and in which precision it does not.
+"""A batch that training left out, run again under observation: where it breaks, and in which precision it does not.
 
 Nothing is written and no weight is changed; the run may go on meanwhile.
 """
@@ -142,7 +142,7 @@ def _choose(paths: Paths, *, run: str, fold: int, step: int | None) -> Any:
     found = find_bad_batches(folder)
     if not found:
         raise DataError(
-            f"{folder}: no batch was saved; expected one that the guard ordered out in training. Next: make train "
+            f"{folder}: no batch was saved; expected one that training left out. Next: make train "
             "saves them when it meets a NaN."
         )
     if step is not None and step not in found:

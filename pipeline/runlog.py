@@ -1,8 +1,10 @@
 """What a run says while it works: progress on a terminal, plain lines elsewhere, metrics as JSON lines, its status."""
 
 import contextlib
+import errno
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -22,6 +24,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from pipeline.commands import complete
 from pipeline.stage import write_json
 
 #: Everything a person reads goes through this console; tests and workers may replace it.
@@ -38,28 +41,35 @@ _Item = TypeVar("_Item")
 class Bar:
     """Progress of one loop: a live bar on a terminal, at most one plain line per interval elsewhere.
 
+    Args:
+        label: in front of it.
+        total: units of the whole loop, if that is known.
+        unit: what is counted.
+        timed: show the time left, by what was counted; False where the notes tell it by another measure.
+
     >>> with Bar("clean", total=10, unit="rows") as bar:
     ...     bar.advance(10, note="0 duplicates")
     """
 
-    def __init__(self, label: str, *, total: int | None = None, unit: str = "") -> None:
+    def __init__(self, label: str, *, total: int | None = None, unit: str = "", timed: bool = True) -> None:
         self.label, self.total, self.unit = label, total, unit
         self._done, self._note, self._said = 0, "", time.monotonic()
         self._live = console.is_terminal
         whole, rest = Column(no_wrap=True), Column(no_wrap=True, ratio=1, width=_BAR_WIDTH)
         name = _LabelColumn("{task.description}", table_column=Column())
         columns = (SpinnerColumn(), name, BarColumn(None, table_column=rest), MofNCompleteColumn(table_column=whole))
-        tail = (TextColumn(unit), TimeRemainingColumn(compact=True, table_column=whole))
-        options: dict[str, Any] = {"transient": True, "disable": not self._live, "expand": True}
-        self._progress = _NotedProgress(*columns, *tail, console=console, **options)
+        tail = (TextColumn(unit), *([TimeRemainingColumn(compact=True, table_column=whole)] if timed else []))
+        self._progress = _NotedProgress(*columns, *tail, console=console, transient=True, expand=True)
         self._task = self._progress.add_task(label, total=total, note="")
 
     def __enter__(self) -> "Bar":
-        self._progress.start()
+        if self._live:
+            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._live:  # rich 13 ends also a bar that it did not draw, with an empty line
+            self._progress.stop()
 
     def advance(self, count: int = 1, *, note: str = "") -> None:
         """Count more work as done and, if given, show a short note with the bar."""
@@ -103,12 +113,12 @@ def track(items: Iterable[_Item], label: str, *, total: int | None = None, unit:
 
 def say(message: str) -> None:
     """Print one line for the person in front of the run (stderr, without markup)."""
-    console.print(message, markup=False)
+    console.print(complete(message), markup=False)
 
 
 def warn(message: str) -> None:
     """Print one line that asks for attention."""
-    console.print(f"warning: {message}", style="yellow" if console.is_terminal else None, markup=False)
+    console.print(f"warning: {complete(message)}", style="yellow" if console.is_terminal else None, markup=False)
 
 
 class Unbreakable:
@@ -204,8 +214,15 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 
 def write_status(folder: Path, status: Mapping[str, Any]) -> None:
-    """Replace a run's status.json; every one says when it was written."""
-    write_json(folder / "status.json", {**status, "updated": round(time.time(), 1)})
+    """Replace a run's status.json; every one says when it was written.
+
+    Raises:
+        OSError: it cannot be written. A folder that was moved away under a run is not made again.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+    told = {key: complete(value) if key == "message" else value for key, value in status.items()}
+    write_json(folder / "status.json", told | {"updated": round(time.time(), 1)})
 
 
 def duration(seconds: float) -> str:

@@ -2,10 +2,13 @@
 
 import functools
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from pipeline.errors import DataError
+from pipeline.paths import how_to_make
 
 #: Token id = position in this string; padding has no letter of its own, the mask tells it apart.
 ALPHABET = "ACGU"
@@ -19,8 +22,17 @@ CANONICAL_PAIRS = ("AU", "UA", "CG", "GC", "GU", "UG")
 #: ``experiment_type`` in the order of the submission's columns, everywhere.
 PROBES = ("DMS_MaP", "2A3_MaP")
 
-#: Largest believable C1' coordinate, Å; organisers write -1e18 for a missing one.
+#: Candidates per target that a submission of structures holds.
+CANDIDATES = 5
+
+#: Largest believable C1' coordinate, Å.
 MAX_COORDINATE = 1e4
+
+#: Coordinates at or below this are the organisers' way of saying "not resolved" (-1e18 in part 1), Å.
+SENTINEL = -1e6
+
+#: Resolved residues below which a structure has no TM-score.
+MIN_RESOLVED = 3
 
 _OTHER_LETTER = re.compile(f"[^{ALPHABET}]")
 
@@ -87,3 +99,13 @@ def split_id(row_id: str) -> tuple[str, int]:
     if not target_id or not resid.isdigit():
         raise DataError(f"ID {row_id!r}: expected <target_id>_<residue number>. Next: R1107_1, for example.")
     return target_id, int(resid)
+
+
+def folds_of_other_data(path: Path, found: Sequence[str], ids: Sequence[str]) -> DataError:
+    """What to raise where a fold table's sequence ids are not those of the data."""
+    missing, extra = set(ids) - set(found), set(found) - set(ids)
+    return DataError(
+        f"{path}: a fold table from other data: {len(missing):,} sequences have no fold there and {len(extra):,} of "
+        f"its {len(found):,} are not in the data, such as {min(missing or extra or ids)}; expected each id once. Next: "
+        f"{how_to_make(path)}."
+    )

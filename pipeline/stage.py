@@ -48,6 +48,7 @@ def run_stage(
     params: Mapping[str, Any],
     build: Callable[[dict[str, Path]], dict[str, Any]],
     manifest: Path | None = None,
+    notes: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Report:
     """Build `outputs` from `inputs`, or say that they are current.
@@ -59,6 +60,7 @@ def run_stage(
         params: JSON-able settings that the outputs depend on, a ``version`` of the stage's code among them.
         build: takes label -> temporary path for every output, writes them all, returns JSON-able facts.
         manifest: where the manifest goes, if not beside the first output.
+        notes: JSON-able, kept in the manifest; the outputs do not depend on them.
         force: build even if current.
 
     Raises:
@@ -83,19 +85,27 @@ def run_stage(
     if not force:
         done = read_manifest(manifest)
         if done and all(done.get(key) == wanted[key] for key in wanted) and _intact(done, outputs):
+            if done.get("notes", {}) != (notes or {}):
+                with contextlib.suppress(OSError):  # on a read-only disk it is current all the same
+                    _write_manifest(manifest, done | {"notes": notes})
             return Report(stage=name, status="current", outputs=dict(outputs), facts=done["facts"])
     started = time.monotonic()
     facts = _build(outputs, build)
     record = wanted | {
         "outputs": {label: sha256_file(path) for label, path in sorted(outputs.items())},
         "facts": json.loads(json.dumps(facts, allow_nan=False)),
+        **({"notes": notes} if notes else {}),
         "versions": versions(),
         "commit": commit(),
         "seconds": round(time.monotonic() - started, 3),
     }
-    # not sorted: people read the facts, of a second run too, in the order in which the stage told them
-    write_text(manifest, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    _write_manifest(manifest, record)
     return Report(stage=name, status="built", outputs=dict(outputs), facts=record["facts"], seconds=record["seconds"])
+
+
+def _write_manifest(path: Path, record: Mapping[str, Any]) -> None:
+    # not sorted: people read the facts, of a second run too, in the order in which the stage told them
+    write_text(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 def _build(outputs: Mapping[str, Path], build: Callable[[dict[str, Path]], dict[str, Any]]) -> dict[str, Any]:
@@ -226,6 +236,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write text atomically, see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically: readers see the old one or the new one.
 
     Raises:
@@ -234,7 +249,7 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
-        part.write_text(text)
+        part.write_bytes(data)
         fsync(part)
         part.replace(path)
     except OSError as err:

@@ -186,7 +186,8 @@ def run(sweep: Sweep, axes: Sequence[Axis], *, trials: int = 0) -> Report:
 
     Returns:
         ``built``; output: results.json; facts: ``cells`` as `summarise` gives them, ``busy``: jobs others are at,
-        ``metric``: its name.
+        ``metric``: its name, ``next``: the command that trains the first cell on all folds,
+        empty without a cell.
 
     Raises:
         ConfigError: axes or settings make no sense, the name is another sweep's, or Optuna is needed and missing.
@@ -206,7 +207,9 @@ def run(sweep: Sweep, axes: Sequence[Axis], *, trials: int = 0) -> Report:
         for seen_busy in search:
             busy = seen_busy
             path = _write(sweep, axes, results)
-    facts = {"cells": summarise(results), "busy": busy, "metric": metric_name(sweep.competition)}
+    rows = summarise(results)
+    facts = {"cells": rows, "busy": busy, "metric": metric_name(sweep.competition)}
+    facts["next"] = _train_all(sweep, rows[0]["cell"]) if rows else ""
     seconds = time.monotonic() - started
     return Report(stage="sweep", status="built", outputs={"results": path}, facts=facts, seconds=seconds)
 
@@ -220,12 +223,21 @@ def _walk(sweep: Sweep, cells: Sequence[Settings], results: dict[Job, float | No
     jobs.sort(key=lambda job: (job.seed, job.fold))
     busy: list[Job] = []
     for count, job in enumerate(jobs, start=1):
+        told = f"{_label(job.cell)}, seed {job.seed}, fold {job.fold}"
+        say(f"sweep {sweep.name}: job {count} of {len(jobs)}: {told}")
         if not _take(sweep, job, results):
             busy.append(job)
         say(f"sweep {sweep.name}: {count} of {len(jobs)} jobs seen, {len(busy)} at work elsewhere")
         yield len(busy)
     if busy:
         yield len([job for job in busy if not _take(sweep, job, results)])
+
+
+def _train_all(sweep: Sweep, cell: Settings) -> str:
+    """What makes runs of a cell that ensembles take: the sweep's own have no predictions."""
+    settings = " ".join([*sweep.overrides, *(f"{key}={_toml(value)}" for key, value in cell)])
+    where = f"COMP={sweep.paths.comp} MODEL={sweep.model} SPLIT={sweep.split}"
+    return f"make train-all {where} TAG={sweep.name} SET='{settings}'"
 
 
 def _take(sweep: Sweep, job: Job, results: dict[Job, float | None]) -> bool:
@@ -258,6 +270,7 @@ def _study(sweep: Sweep, axes: Sequence[Axis], trials: int, results: dict[Job, f
     with _signed(sweep.folder, me):
         while (proposed := _next_trial(study, states, sweep, axes, trials, me)) is not None:
             trial, cell = proposed
+            say(f"sweep {sweep.name}: trial {trial.number}: {_label(cell)}")
             metrics = {job: sweep.awaited_metric(job) for job in sweep.jobs(cell)}
             results |= metrics
             finite = [value for value in metrics.values() if value is not None]
@@ -458,6 +471,8 @@ def describe(facts: Mapping[str, Any]) -> list[Any]:
         table.add_row(rank, _label(row["cell"]), f"{row['n']}{lost}", *numbers, interval, p)
     notes = [f"best {facts['metric']} of each run in validation, lower is better"]
     notes += ["cells whose intervals overlap share a rank; - = one result is no interval, or a run diverged"]
+    if facts["next"]:
+        notes.append(f"the first of them on all folds, with predictions: {facts['next']}")
     if facts["busy"]:
         notes.append(f"{facts['busy']} jobs are at work elsewhere; run the sweep again for the whole table")
     return [table, *notes]

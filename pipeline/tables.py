@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import DataError
 from pipeline.paths import how_to_make
+from pipeline.schema import folds_of_other_data
 
 #: Rows of a batch and of a row group that is written from one: about 3 MiB of float32 a target at 177 nt.
 BATCH_ROWS = 2048
@@ -59,25 +60,42 @@ def read_batches(path: Path, columns: Sequence[str], *, rows: int = BATCH_ROWS) 
         opened.close()
 
 
-class SortedRows:
-    """Rows of one parquet file that is sorted by, and unique in, `key`; each row is handed out once.
+def read_folds(path: Path, ids: Sequence[str]) -> pl.DataFrame:
+    """``sequence_id, fold`` of a fold table, sorted by sequence_id.
+
+    Args:
+        path: ``folds/<split>.parquet``.
+        ids: sequence ids of the data that it should be for, each once.
 
     Raises:
-        DataError: as soon as a key does not rise.
+        DataError: missing, or a fold table from other data.
+    """
+    open_parquet(path, ("sequence_id", "fold")).close()
+    table = pl.read_parquet(path, columns=["sequence_id", "fold"]).sort("sequence_id")
+    if not table["sequence_id"].equals(pl.Series(ids, dtype=pl.String).sort()):
+        raise folds_of_other_data(path, table["sequence_id"].to_list(), ids)
+    return table
+
+
+class SortedRows:
+    """Rows of one parquet file that is sorted by, and unique in, ``sequence_id``; each row is handed out once.
+
+    Raises:
+        DataError: as soon as an id does not rise.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str], *, key: str = "sequence_id") -> None:
-        self.path, self.key = path, key
-        self._batches = read_batches(path, [key, *(column for column in columns if column != key)])
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path = path
+        self._batches = read_batches(path, ["sequence_id", *columns])
         self._ready: pl.DataFrame | None = next(self._batches, None)
         self._last: str | None = None
         self._check()
 
     def upto(self, last: str) -> pl.DataFrame | None:
-        """The next rows, as long as their key is not greater than `last`; None if there are none."""
+        """The next rows, as long as their id is not greater than `last`; None if there are none."""
         parts = []
         while self._ready is not None:
-            cut = int(self._ready[self.key].search_sorted(last, side="right"))
+            cut = int(self._ready["sequence_id"].search_sorted(last, side="right"))
             if cut:
                 parts.append(self._ready.head(cut))
             if cut < self._ready.height:
@@ -88,21 +106,21 @@ class SortedRows:
         return pl.concat(parts) if parts else None
 
     def rest(self) -> str | None:
-        """First key that was not handed out, if one is left."""
-        return None if self._ready is None else self._ready[self.key][0]
+        """First id that was not handed out, if one is left."""
+        return None if self._ready is None else self._ready["sequence_id"][0]
 
     def _check(self) -> None:
         if self._ready is None:
             return
-        keys = self._ready[self.key]
-        before = keys.shift(1, fill_value=self._last)
-        bad = self._ready.filter((keys <= before).fill_null(False))
+        ids = self._ready["sequence_id"]
+        before = ids.shift(1, fill_value=self._last)
+        bad = self._ready.filter((ids <= before).fill_null(False))
         if bad.height:
             raise DataError(
-                f"{self.path}: {self.key} {bad[self.key][0]!r} is repeated or out of order; expected rows sorted by "
-                f"and unique in {self.key}. Next: run the stage that writes the file again."
+                f"{self.path}: sequence_id {bad['sequence_id'][0]!r} is repeated or out of order; expected rows sorted "
+                "by and unique in sequence_id. Next: run the stage that writes the file again."
             )
-        self._last = keys[-1]
+        self._last = ids[-1]
 
 
 def flat_lists(column: pl.Series, lengths_N: np.ndarray, *, ids: pl.Series, where: str) -> np.ndarray:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from models.adapters import add_adapters, merged_state
+from models.heads import is_head
 from models.interface import RnaModel
 from models.layers import kernels
 from models.registry import create_model, model_arguments
@@ -30,7 +31,7 @@ from pipeline.stage import Report, commit, sha256_file, versions, write_json
 from pipeline.training.checkpoint import CheckpointStore, DamagedError, initial_checkpoint, load_weights, read_meta
 from pipeline.training.distributed import ALONE, World, load_newest
 from pipeline.training.failures import in_one_sentence
-from pipeline.training.initial import is_head, load_fitting
+from pipeline.training.initial import load_fitting
 from pipeline.training.loop import Trainer, TrainingData
 from pipeline.training.losses import label_weights, profile_weights
 from pipeline.training.metrics import metric_name
@@ -57,7 +58,8 @@ _IDLE: dict[str, dict[str, tuple[str, ...]]] = {
         "train": ("frame_weight", "tm_weight", "confidence_weight"),
     },
 }
-_STAYS = (".lock", ".job", ".start", "run.log")  # in a fold's folder when its run is set aside: of the process
+#: In a fold's folder when its run is set aside: of the process.
+_STAYS = (".lock", ".job", ".start", "run.log", "attempts")
 
 
 def run(
@@ -103,8 +105,8 @@ def run(
     """
     started = time.monotonic()
     folder = paths.fold_dir(run, fold)
-    lock = run_lock(folder) if world.is_main else contextlib.nullcontext()
-    with lock, StopRequest(time_budget=time_budget if world.is_main else None) as stop:
+    lock = run_lock(folder) if world.is_main else contextlib.nullcontext(folder.is_dir)
+    with lock as is_held, StopRequest(time_budget=time_budget if world.is_main else None) as stop:
         if restart and world.is_main:
             set_aside(folder)
         torch.manual_seed(config.train.seed)
@@ -113,10 +115,11 @@ def run(
         model = build_model(config.model, competition, classes)
         with world.main_first():  # arrays are built once
             data, digests = load_data(config, model, competition=competition, paths=paths, split=split, fold=fold)
+        config = replace(config, train=config.train.settled(len(data.train)))
         meta = {"run": run, "competition": competition.name, "split": split, "fold": fold}
         meta |= {"data": digests, "config": resolved_config(config, model)}
         meta |= {"classes": classes.facts()} if classes else {}
-        store = CheckpointStore(folder / "checkpoints")
+        store = CheckpointStore(folder / "checkpoints", is_held=is_held)
         if world.is_main:
             store.sweep()
         begun, changes = world.from_main(store.newest_meta), list[Change]()
@@ -199,14 +202,9 @@ def build_model(config: ModelConfig, competition: Competition, classes: Classes 
     rows = kwargs.get("vocabulary", 0)
     if classes and type(rows) is int and rows < len(classes.alphabet):
         kwargs["vocabulary"] = len(classes.alphabet)
-    for key, value in kwargs.items():
-        if key in _HEADS:
+    for key in _HEADS:
+        if key in kwargs:
             raise ConfigError(f"[model] kwargs: {key} follows from the competition. Next: leave it out.")
-        least = 1 if key == "width" else 0  # 0 means "none" for several of the others
-        if type(value) is int and value < least:
-            raise ConfigError(
-                f"[model] kwargs: {key}: got {value}; expected a whole number of at least {least}. Next: correct it."
-            )
     try:
         model = create_model(config.name, **heads, **kwargs)
         if config.lora_rank:
@@ -326,44 +324,57 @@ def _train(
             (folder / REPORT).unlink(missing_ok=True)  # of an earlier attempt
             drop_rows_after(folder / "metrics.jsonl", step=trainer.progress.step, epoch=trainer.progress.epoch)
             write_json(folder / "config.json", meta)
-    facts = _describe(trainer, meta)
+    facts, first = _describe(trainer, meta), trainer.progress.step
     label = f"{meta['run']} fold{meta['fold']}"
-    first = trainer.progress.step
-    say(f"{label}: {facts['train']:,} sequences train, {facts['valid']:,} validate; {facts['parameters']:,} parameters")
-    devices = f"{world.size} processes, each on {device}" if world.size > 1 else str(device)
-    say(f"{label}: {devices}, {trainer.state.precision.name} ({trainer.state.precision.reason})")
-    say(f"{label}: {needs}")
-    if facts["kernels"]:
-        say(f"{label}: {facts['kernels']}")
-    say(f"{label}: goes on at step {first} of {trainer.steps}" if checkpoint else f"{label}: {trainer.steps} steps")
-    if config.model.lora_rank:
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        say(f"{label}: {trained:,} of the parameters train ({trained / facts['parameters']:.1%}), adapters and heads")
-    if config.train.backbone_lr_share != 1:
-        learning = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-        held = sum(parameter.numel() for name, parameter in learning if not is_head(name))
-        say(f"{label}: {held:,} parameters of the backbone at {config.train.backbone_lr_share:g} of the learning rate")
-    if config.train.length_stages:
-        epoch, longest = trainer.progress.epoch, size["length"]
-        say(f"{label}: epoch {epoch + 1} in crops of {config.longest(epoch)} nt ({config.train.length_stages})")
-        if (most := max(map(config.longest, range(config.train.epochs)))) < min(longest, config.data.max_length):
-            warn(
-                f"{label}: train.length_stages = {config.train.length_stages!r} last longer than train.epochs = "
-                f"{config.train.epochs}: nothing trains on more than {most} nt of sequences of up to {longest} nt"
-            )
+    _announce(trainer, facts, needs=needs, goes_on=checkpoint is not None, label=label)
     warn_of_other_environment(meta["environment"], here, label=label)
     _tell_changes(trainer, changes, label=label)
-    metric = facts["metric_name"]
     stop.defer()
-    listeners: dict[str, Any] = {"trackers": trackers, "meta": meta}
-    listeners["work"] = trainer.source.read_until
-    told = {"label": label, "steps": trainer.steps, "first_step": first, "metric": metric, **listeners}
+    listeners: dict[str, Any] = {"trackers": trackers, "meta": meta, "work": trainer.source.read_until}
+    told = {"label": label, "steps": trainer.steps, "first_step": first, "metric": facts["metric_name"], **listeners}
     with Telemetry(folder, **told) if world.is_main else Silence() as telemetry:
         telemetry.log.write("start", **facts)
         for change in changes:
             telemetry.log.write("changed", step=first, **change._asdict())
         trainer.fit(telemetry, max_steps=max_steps)
         telemetry.log.write("done", step=trainer.progress.step, **_outcome(asdict(trainer.progress)))
+
+
+def _announce(trainer: Trainer, facts: dict[str, Any], *, needs: str, goes_on: bool, label: str) -> None:
+    """Say what begins: who trains, where, in which memory, from which step, and what of the network is held back."""
+    state, config, first = trainer.state, trainer.config, trainer.progress.step
+    say(f"{label}: {facts['train']:,} sequences train, {facts['valid']:,} validate; {facts['parameters']:,} parameters")
+    processes = trainer.world.size
+    devices = f"{processes} processes, each on {trainer.device}" if processes > 1 else str(trainer.device)
+    say(f"{label}: {devices}, {state.precision.name} ({state.precision.reason})")
+    say(f"{label}: {needs}")
+    if facts["kernels"]:
+        say(f"{label}: {facts['kernels']}")
+    steps = f"{trainer.steps} steps, {config.train.epochs} epochs"
+    say(f"{label}: goes on at step {first} of {steps}" if goes_on else f"{label}: {steps}")
+    learning = {
+        name: parameter.numel() for name, parameter in state.model.named_parameters() if parameter.requires_grad
+    }
+    if config.model.lora_rank:
+        trained = sum(learning.values())
+        say(f"{label}: {trained:,} of the parameters train ({trained / facts['parameters']:.1%}), adapters and heads")
+    if config.train.backbone_lr_share != 1:
+        held = sum(count for name, count in learning.items() if not is_head(name))
+        say(f"{label}: {held:,} parameters of the backbone at {config.train.backbone_lr_share:g} of the learning rate")
+    if config.train.length_stages:
+        _announce_stages(trainer, label=label)
+
+
+def _announce_stages(trainer: Trainer, *, label: str) -> None:
+    """Say in which crops the run trains now, and where the stages outlast it."""
+    config, epoch = trainer.config, trainer.progress.epoch
+    longest = int(trainer.data.examples.lengths[trainer.data.train].max())
+    say(f"{label}: epoch {epoch + 1} in crops of {config.longest(epoch)} nt ({config.train.length_stages})")
+    if (most := max(map(config.longest, range(config.train.num_epochs)))) < min(longest, config.data.max_length):
+        warn(
+            f"{label}: train.length_stages = {config.train.length_stages!r} last longer than train.epochs = "
+            f"{config.train.epochs}: nothing trains on more than {most} nt of sequences of up to {longest} nt"
+        )
 
 
 def _tell_changes(trainer: Trainer, changes: list[Change], *, label: str) -> None:

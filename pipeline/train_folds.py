@@ -12,10 +12,11 @@ from pipeline import bpp, jobs, predict, train
 from pipeline.competitions.base import Competition
 from pipeline.config import RunConfig
 from pipeline.dataset import require_fold_table
-from pipeline.errors import BusyError, ConfigError, LostDeviceError, StoppedError
+from pipeline.errors import BusyError, ConfigError, CrashedError, LostDeviceError, StoppedError
 from pipeline.paths import Paths
 from pipeline.runlog import duration, read_status, say, write_status
 from pipeline.stage import Report
+from pipeline.training import attempts
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.distributed import World, join
 from pipeline.training.stop import StopRequest
@@ -78,6 +79,7 @@ def run(
 
     Raises:
         ConfigError: the budget is too small for the predictions alone, and what `pipeline.train.run` raises.
+        CrashedError: it died several times without a newer checkpoint (`pipeline.training.attempts`).
         StoppedError: asked to stop; or the budget is spent, and the best weights so far have predicted.
     """
     with StopRequest() as stop, join(timeout=config.train.process_timeout) as world:
@@ -85,13 +87,16 @@ def run(
         if not world.is_main:  # trains with process 0, which does all the rest
             where: dict[str, Any] = {"competition": competition, "paths": paths, "run": run, "split": split}
             for fold in folds:
-                train.run(config, **where, fold=fold, **how, world=world)
+                with attempts.traced(paths.fold_dir(run, fold)):
+                    train.run(config, **where, fold=fold, **how, world=world)
             return
         if config.model.kwargs.get("use_bpp"):
             require_fold_table(paths.fold_table(split))  # probabilities take minutes
             show(bpp.run(paths))
+        begins: dict[str, Any] = {"config": config, "processes": world.size, "restart": restart}
         for fold in folds:
-            with _status_told(paths.fold_dir(run, fold)):
+            folder = paths.fold_dir(run, fold)
+            with _status_told(folder), attempts.counted(folder, **begins):
                 job = _Fold(config, competition, paths, run, split, fold, show, world)
                 limit = None if budget is None else job.training_time(budget, restart=restart or allow_changes)
                 unfinished = job.train(stop, limit, **how, trackers=trackers)
@@ -203,7 +208,7 @@ def _status_told(folder: Path) -> Iterator[None]:
             raise
         except BaseException as err:
             now = read_status(folder)
-            if now != before or not before:
+            if now != before or not before or isinstance(err, CrashedError):
                 with contextlib.suppress(OSError):  # a full disk, say: must not hide why the run ends
                     write_status(folder, _without_phase(now) | {"pid": os.getpid()} | outcome(err))
             raise

@@ -49,6 +49,13 @@ class Groups:
         assert self.competition.score is not None
         return float(self.competition.score(*self._total()))
 
+    def scores_without(self) -> np.ndarray:
+        """The score of all groups but one, for each of them: [G], in the order of the labels."""
+        assert self.competition.score is not None
+        total_C, number_C = self._total()
+        parts = [self._found[label] for label in sorted(self._found)]
+        return np.array([self.competition.score(total_C - sums_C, number_C - counts_C) for sums_C, counts_C in parts])
+
     def summary(self) -> dict[str, Any]:
         """Score and errors per target of all groups together."""
         return self._named(*self._total())
@@ -147,9 +154,9 @@ class Breakdown:
         starts_N = np.cumsum(batch.lengths_N) - batch.lengths_N
         position_T = np.arange(len(there_T)) - batch.spread(starts_N) + 1
         self._groups["position"].add_positions(position_T[here_T], prediction_TC, truth_TC)
-        low, high = self.competition.target_range or (-np.inf, np.inf)
-        one_T = np.zeros(len(truth_TC), dtype=np.intp)
-        self._clipped.add_positions(one_T, np.clip(prediction_TC, low, high), truth_TC)
+        if self.competition.target_range:
+            one_T = np.zeros(len(truth_TC), dtype=np.intp)
+            self._clipped.add_positions(one_T, np.clip(prediction_TC, *self.competition.target_range), truth_TC)
 
     def _count(self, scored_N: np.ndarray, missing_N: np.ndarray) -> None:
         self._sequences["in_folds"] += len(scored_N)
@@ -181,11 +188,11 @@ class Breakdown:
         return labels
 
     def summary(self) -> dict[str, Any]:
-        """JSON-able: coverage, the score of clipped predictions, own-filter errors, and a table per kind of group."""
+        """JSON-able: coverage, own-filter errors, a table per kind of group; the score clipped, where the truth is."""
         own_C = self.competition.target_errors(self._own_sums_C, self._own_counts_C).tolist()
         return {
             "sequences": self._sequences,
-            "score_clipped": self._clipped.score(),
+            **({"score_clipped": self._clipped.score()} if self.competition.target_range else {}),
             "per_target_own_filter": dict(zip(self.competition.targets, own_C, strict=True)),
             "by_length": _ranges(self._groups["length"].table("from"), step=LENGTH_STEP),
             "by_signal_to_noise": _ranges(self._groups["signal_to_noise"].table("from"), edges=SIGNAL_EDGES),

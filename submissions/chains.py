@@ -40,6 +40,8 @@ def permuted(predicted_L3: np.ndarray, reference_L3: np.ndarray, chains: Sequenc
     Raises:
         ValueError: the chains do not make up the L residues.
 
+    So a score of what this returns is an upper bound of part 2's own, and whatever prints one says so.
+
     Source:
         part 2's metric, as public copies of its notebook have it: with copy > 1, ``USalign -TMscore 0 -mm 1 -ter 0``
         pairs chains whatever their sequences (MMalign.h: chain scores of the default alignment, centroids, a joint

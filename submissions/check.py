@@ -4,7 +4,6 @@ The file is read in blocks of 16 MiB and compared with the expected keys row by 
 thing wrong is named with its data row (from 1) and line of the file.
 """
 
-import csv
 import dataclasses
 import gzip
 import io
@@ -23,10 +22,11 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
 from pipeline.competitions.base import Competition
-from pipeline.competitions.rna3d import CANDIDATES, MIN_RESOLVED
+from pipeline.competitions.raw import csv_cells
 from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, warn
+from pipeline.schema import CANDIDATES, MIN_RESOLVED
 from pipeline.stage import Report
 from pipeline.tables import open_parquet
 from submissions.class_layout import ClassLayout, read_class_layout
@@ -184,7 +184,7 @@ def read_blocks(file: Path, columns: Mapping[str, Kind], *, fmt: FileFormat) -> 
 
 def _csv_blocks(handle: BinaryIO, file: Path, columns: Mapping[str, Kind]) -> Iterator[pa.Table]:
     header = handle.readline(1 << 16).removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
-    _check_columns(_cells(header), list(columns), file=file)
+    _check_columns(csv_cells(header), list(columns), file=file)
     rows, rest = 0, b""
     while True:
         data = handle.read(_BLOCK_BYTES)
@@ -214,18 +214,10 @@ def _parse(text: bytes, columns: Mapping[str, Kind], *, file: Path, rows: int) -
         raise _unparsable(text, columns, file=file, rows=rows, err=err) from err
 
 
-def _cells(line: str) -> list[str]:
-    """Cells of a line; a line that no CSV has is one cell."""
-    try:
-        return next(csv.reader([line.rstrip("\r\n")]), [])
-    except csv.Error:
-        return [line]
-
-
 def _unparsable(text: bytes, columns: Mapping[str, Kind], *, file: Path, rows: int, err: Exception) -> DataError:
     """Find the row that the fast parser refused, slowly."""
     for row, line in enumerate(io.StringIO(text.decode("utf-8", "replace"), newline="\n"), start=rows + 1):
-        cells = _cells(line)
+        cells = csv_cells(line)
         if len(cells) != len(columns):
             cut = ": the file may be cut" if len(cells) < len(columns) else ""
             return _wrong(file, row, f"{len(cells)} cells ({','.join(cells)[:60]!r}); expected {len(columns)}{cut}")

@@ -3,10 +3,11 @@
 Letters: L residues, N pairs of traces, 3 xyz.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from pipeline.errors import ConfigError
 from submissions import align, tm_score, usalign
 
 BUILT_IN, US_ALIGN, AUTO = "built-in", "usalign", "auto"
+_MOST = 64  # of what is scored between two steps of a progress bar, or fewer if
+_WORK = 4e6  # the squared lengths (nt) of its pairs reach this: a pair of 2,000 nt takes seconds
+_Item = TypeVar("_Item")
 
 #: Model [L, 3] Å (NaN where missing), native [L, 3] Å (NaN where not resolved), letters of the L residues.
 Case = tuple[np.ndarray, np.ndarray, str]
@@ -28,6 +32,23 @@ class Engine:
     aligned_by: str
     aligned: Callable[[Sequence[Case]], np.ndarray]  #: by the shapes alone, as in part 1: [N]
     program: Path | None = None
+
+
+def batches(items: Sequence[_Item], work: Callable[[_Item], float]) -> Iterator[list[_Item]]:
+    """Items in their order, in parts that suit a progress bar: long ones come alone.
+
+    Args:
+        items: pairs of traces, or targets.
+        work: squared lengths of an item's pairs, nt.
+    """
+    part: list[_Item] = []
+    for item in items:
+        part.append(item)
+        if len(part) == _MOST or sum(map(work, part)) >= _WORK:
+            yield part
+            part = []
+    if part:
+        yield part
 
 
 def choose_engine(name: str, *, where: str) -> Engine:

@@ -35,7 +35,7 @@ from submissions.value_scores import evaluate_values
 if TYPE_CHECKING:
     from submissions.engines import Engine
 
-VERSION = 3
+VERSION = 4
 
 
 def run(
@@ -45,7 +45,6 @@ def run(
     split: str,
     name: str | None = None,
     run: str | None = None,
-    note: str = "",
     engine: str = "built-in",
 ) -> Report:
     """Score an ensemble (and each of its runs), or a single run, and add a line to the log if the result is new.
@@ -56,7 +55,6 @@ def run(
         split: whose fold table says what is out of fold.
         name: of an ensemble; writes ``ensembles/<name>/scores.json``.
         run: of a single run instead; writes ``runs/<run>/scores.json``.
-        note: for the log.
         engine: what computes the TM-scores of structures, as in `submissions.engines.choose_engine`.
 
     Raises:
@@ -90,8 +88,7 @@ def run(
         | ({"engine": chosen.matched_by} if chosen else {}),
         build=lambda parts: _write_scores(parts["scores"], build()),
     )
-    by = chosen.matched_by if chosen and chosen.program else ""
-    _log(paths, subject, report, note="; ".join(filter(None, [note, by])))
+    _log(paths, subject, report, note=chosen.matched_by if chosen and chosen.program else "")
     return report
 
 
@@ -198,10 +195,14 @@ def _without_nan(value: Any) -> Any:
 def _score_predictions(paths: Paths, competition: Competition, subject: _Subject) -> dict[str, Any]:
     evaluate = evaluate_classes if competition.task == "classes" else partial(evaluate_values, competition=competition)
     scored = evaluate(paths, split=subject.split, folds=subject.folds, sources=subject.sources)
-    others = scored.pop("others")
+    others, paired = scored.pop("others"), scored.pop("paired", None)
     if subject.test:
         thresholds = [row["threshold"] for row in scored["per_class"]]
         scored["test"] = evaluate_test(paths, predictions=subject.test, thresholds=thresholds)
+    if paired:
+        scored["best_run"] = subject.members[paired["best"]]
+        for source, difference in paired["differences"].items():
+            others.get(source, scored)["difference"] = difference
     return (
         subject.facts(competition)
         | scored
@@ -295,7 +296,7 @@ def _log(paths: Paths, subject: _Subject, report: Report, *, note: str) -> None:
         data=manifest["inputs"]["train"][:10],
         config=_config_digest(paths, subject),
         commit=commit() or "-",
-        note=note,
+        note="; ".join(filter(None, (note, facts.get("copies_note")))),
     )
     log.append(paths.log, entry)
 
@@ -345,9 +346,12 @@ def describe(facts: Mapping[str, Any]) -> RenderableType:
     table.add_column(f"{facts['metric']}, {folds} of {facts['split']}, out of fold")
     for column in ("score", *targets, "folds: mean ± sd"):
         table.add_column(column, justify="right")
+    if facts.get("best_run"):
+        table.add_column("less the best run, 95 %", justify="right")
     table.add_row(*_cells(facts["name"], facts, targets), style="bold")
     for each, scores in sorted(facts["runs"].items()):
-        table.add_row(*_cells(f"  {each}", scores, targets))
+        mark = ["best run"] if each == facts.get("best_run") else []
+        table.add_row(*_cells(f"  {each}", scores, targets), *mark)
     for name, score in _floors(facts).items():
         details = facts.get("floor_details", {}).get(name, {"score": score})
         table.add_row(*_cells(f"floor: {name}", details, targets), style="dim")
@@ -371,7 +375,15 @@ def _cells(label: str, scores: Mapping[str, Any], targets: Sequence[str]) -> lis
     if scores.get("fold_sd") is not None:
         spread += f" ± {scores['fold_sd']:.4f}"
     cell = class_evaluation.tell if "accuracy" in targets else _number
-    return [label, _number(scores["score"]), *(cell(scores["per_target"][target]) for target in targets), spread]
+    cells = [label, _number(scores["score"]), *(cell(scores["per_target"][target]) for target in targets), spread]
+    return [*cells, _difference(scores["difference"])] if "difference" in scores else cells
+
+
+def _difference(told: Mapping[str, float | None]) -> str:
+    """``-0.0053 [-0.0102, -0.0004]``; an interval needs two clusters."""
+    low, high = told["low"], told["high"]
+    interval = "" if low is None or high is None else f" [{low:+.4f}, {high:+.4f}]"
+    return f"{told['value']:+.4f}{interval}"
 
 
 def _number(value: float | None) -> str:

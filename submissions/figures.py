@@ -68,18 +68,17 @@ class Canvas:
 
 
 @contextmanager
-def canvas(width: float, height: float, *, rows: int = 1, **options: Any) -> Iterator[Canvas]:
+def canvas(width: float, height: float, **options: Any) -> Iterator[Canvas]:
     """Draw a figure in the house style.
 
     Args:
         width: inches; the drawing is scaled to its place, so this sets how large letters look beside it.
         height: inches.
-        rows: axes under each other.
         options: of ``Figure.subplots``.
     """
     with mpl.rc_context(_STYLE):
         made = Canvas(Figure(figsize=(width, height), layout="constrained"))
-        made.figure.subplots(rows, **options)
+        made.figure.subplots(**options)
         yield made
         made.drawing = _to_svg(made.figure)
 
@@ -302,10 +301,8 @@ def profile(x: Sequence[float], values: Sequence[Sequence[float]], *, xlabel: st
     return made.drawing
 
 
-def strip(
-    letters: str, rows: Sequence[tuple[str, np.ndarray]], *, first: int, low: float, high: float, group: int = 2
-) -> Markup:
-    """Measured and predicted values of one sequence as rows of coloured cells under its letters.
+def strip(letters: str, rows: Sequence[tuple[str, np.ndarray]], *, first: int, low: float, high: float) -> Markup:
+    """Measured and predicted values of one sequence as pairs of rows of coloured cells under its letters.
 
     Args:
         letters: of the positions shown.
@@ -313,12 +310,11 @@ def strip(
         first: 1-based number of the first position.
         low: value of the palest colour.
         high: value of the darkest.
-        group: rows that belong together; a gap parts the groups.
     """
     length = len(letters)
     with canvas(10.4, 0.62 + 0.21 * len(rows)) as made:
         axes = made.axes
-        heights = [row + (row // group) * 0.45 for row in range(len(rows))]
+        heights = [row + (row // 2) * 0.45 for row in range(len(rows))]
         for height, (_, values_L) in zip(heights, rows, strict=True):
             axes.axhspan(height + 0.04, height + 0.96, color=BLANK, linewidth=0, zorder=-1)
             axes.imshow(

@@ -13,9 +13,9 @@ import polars as pl
 
 from pipeline.competitions import competitions
 from pipeline.competitions.base import Competition
-from pipeline.competitions.rna3d import CANDIDATES
 from pipeline.errors import DataError
 from pipeline.paths import Paths
+from pipeline.schema import CANDIDATES
 from pipeline.tables import open_parquet, read_batches
 
 #: Range of a submitted coordinate, Å; the PDB format that the scorer writes has eight characters for it.

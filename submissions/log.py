@@ -1,11 +1,10 @@
 """``submissions/LOG.md``: one line per evaluated run, failures too, never the same result twice."""
 
 import datetime
-import os
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from pipeline.stage import fsync
+from pipeline.stage import write_text
 
 #: What a new log starts with; lines of the table follow.
 TITLE = """# Log of evaluated runs
@@ -58,14 +57,7 @@ def append(path: Path, entry: LogEntry) -> bool:
     rows = [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in text.splitlines()]
     if any(entry.same_result(cells) for cells in rows):
         return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    try:
-        part.write_text(text.rstrip("\n") + "\n" + entry.line())
-        fsync(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_text(path, text.rstrip("\n") + "\n" + entry.line())
     return True
 
 

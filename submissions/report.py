@@ -20,7 +20,8 @@ from submissions.subject import Subject, read_scores, score_cells, short_name
 from submissions.training_report import Training, duration, memory, read_training, training_section
 from submissions.values_report import values_sections
 
-VERSION = 3
+VERSION = 4
+_SAME = 0.0005  # a difference from a floor, relative to it, that is none
 
 
 def run(paths: Paths, *, competition: Competition, name: str | None = None, run: str | None = None) -> Report:
@@ -105,6 +106,7 @@ def _header(subject: Subject, training: Mapping[tuple[str, int], Training]) -> M
         page.element("div", f"{subject.title} · {scores['kind']} · split {subject.split}", class_="kicker"),
         page.element("h1", subject.name),
         page.element("p", _verdict(subject), class_="lead"),
+        *([page.element("p", _roles(subject), class_="note")] if subject.joined else []),
         hero,
         page.facts(_headline_facts(subject, training)),
     )
@@ -113,15 +115,34 @@ def _header(subject: Subject, training: Mapping[tuple[str, int], Training]) -> M
 def _verdict(subject: Subject) -> str:
     name, floor = subject.best_floor
     change = subject.scores["score"] / floor - 1
+    if abs(change) < _SAME:
+        return f"As good as the best floor, {name} ({floor:.4f})."
     better = (change > 0) == subject.higher_is_better
     where = "above" if change > 0 else "below"
     judgement = "better" if better else "worse; the model has learned less than the floor knows"
     return f"{abs(change):.1%} {where} the best floor, {name} ({floor:.4f}): {judgement}."
 
 
+def _roles(subject: Subject) -> str:
+    """Which runs predict and which do not, and what a choice of them would score that had not seen the score."""
+    words = f"Predicted by {', '.join(run for run in subject.runs if run not in subject.idle)}."
+    if subject.idle:
+        is_structure = subject.competition.task == "structure"
+        reserve = "In reserve, as the five are better out of fold without, and used where the others have fewer"
+        words += f" {reserve if is_structure else 'Of weight 0'}: {', '.join(subject.idle)}."
+    policy = subject.joined.get("policy") or {}
+    nested = policy.get("best_of_five_nested", subject.joined.get("score_nested"))
+    if nested is not None:
+        score = policy["best_of_five"][str(policy["novelty"])] if policy else subject.joined["score"]
+        words += (
+            f" That was chosen by this score, {score:.4f} in the choice; for each fold by the others: {nested:.4f}."
+        )
+    return words
+
+
 def _headline_facts(subject: Subject, training: Mapping[tuple[str, int], Training]) -> dict[str, object]:
     scores = subject.scores
-    told: dict[str, object] = {"made of": f"{_count(subject.runs, 'run')} × {_count(subject.folds, 'fold')}"}
+    told: dict[str, object] = {"made of": _size(subject)}
     if "sequences" in scores:
         told["scored"] = f"{scores['sequences']['scored']:,} sequences"
     else:
@@ -132,6 +153,12 @@ def _headline_facts(subject: Subject, training: Mapping[tuple[str, int], Trainin
         told["training, all folds"] = duration(sum(each.seconds for each in training.values()))
         told["peak memory"] = memory(max(each.memory_mib for each in training.values()))
     return told
+
+
+def _size(subject: Subject) -> str:
+    spare = f", {len(subject.idle)} more idle" if subject.idle else ""
+    predicting = [run for run in subject.runs if run not in subject.idle]
+    return f"{_count(predicting, 'run')} × {_count(subject.folds, 'fold')}{spare}"
 
 
 def _count(items: Sequence[Any], word: str) -> str:
@@ -205,10 +232,9 @@ def _settings_section(subject: Subject) -> Markup:
 
 
 def _weights(subject: Subject) -> Markup:
-    path = subject.home / "weights.json"
-    if not path.is_file():
+    told = subject.joined
+    if not told:
         return subject.without("No weights of the ensemble (weights.json).")
-    told = read_result(path, manifest=subject.home / "ensemble.manifest.json", hint="make ensemble")
     targets = told["targets"]
     rows = [[run, *(page.number(told["weights"][target][run], 3) for target in targets)] for run in subject.runs]
     words = f"Weights of the runs; chosen by the out-of-fold score: {told['chosen']}."

@@ -8,7 +8,7 @@ residues with the same numbers.
 Letters: L residues, 3 xyz.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ import polars as pl
 
 from pipeline import runlog
 from pipeline.errors import ConfigError, DataError
+from pipeline.schema import SENTINEL
 from pipeline.stage import Report, run_stage
 from pipeline.tables import open_parquet
-from submissions import tm_score
-from submissions.engines import BUILT_IN, Case, Engine, choose_engine
+from submissions.engines import BUILT_IN, Case, Engine, batches, choose_engine
 
 VERSION = 1
 
@@ -31,8 +31,6 @@ _TABLES = {
     "native_traces": ["benchmark", "target", "resid", "resname", "x", "y", "z"],
 }
 _TYPES = {"resid": pl.Int64(), "x": pl.Float64(), "y": pl.Float64(), "z": pl.Float64()}  # the rest is text
-_BATCH = 64  # models between two steps of the progress bar, or fewer if
-_WORK = 4e6  # their squared lengths (nt) reach this: a model of 2,000 nt takes seconds
 _DEOXY = ("DA", "DC", "DG", "DT", "DU")
 _LAST = 100_000  # the highest residue number that is believed
 
@@ -110,7 +108,7 @@ def describe(facts: dict[str, Any]) -> str:
 def _write(pairs: Sequence[Pair], path: Path, engine: Engine) -> dict[str, Any]:
     found = []
     with runlog.Bar("score-tm", total=len(pairs), unit="models") as bar:
-        for part in _batches([pair.case for pair in pairs]):
+        for part in batches([pair.case for pair in pairs], lambda case: len(case[2]) ** 2):
             found.append((engine.matched(part), engine.aligned(part)))
             bar.advance(len(part))
     by_residue, independent = np.concatenate(found, axis=1) if found else np.zeros((2, 0))
@@ -123,17 +121,6 @@ def _write(pairs: Sequence[Pair], path: Path, engine: Engine) -> dict[str, Any]:
         "mean_byresi": means[0],
         "mean_seqindep": means[1],
     }
-
-
-def _batches(cases: Sequence[Case]) -> Iterator[list[Case]]:
-    part: list[Case] = []
-    for case in cases:
-        part.append(case)
-        if len(part) == _BATCH or sum(len(names) ** 2 for _, _, names in part) >= _WORK:
-            yield part
-            part = []
-    if part:
-        yield part
 
 
 def read_pairs(traces: Path) -> list[Pair]:
@@ -183,10 +170,10 @@ def _read(path: Path, columns: list[str]) -> pl.DataFrame:
 def _by_key(path: Path, table: pl.DataFrame, key: list[str]) -> dict[tuple[Any, ...], pl.DataFrame]:
     """Key -> its residues that have a place, after all have been checked."""
     xyz = pl.col("x", "y", "z")
-    there = table.filter(pl.all_horizontal(xyz.is_not_null() & ~(xyz.is_finite() & (xyz <= tm_score.SENTINEL))))
+    there = table.filter(pl.all_horizontal(xyz.is_not_null() & ~(xyz.is_finite() & (xyz <= SENTINEL))))
     checks = {
         "a coordinate that is not finite": ~pl.all_horizontal(xyz.is_finite()),
-        f"a coordinate of {-tm_score.SENTINEL:,.0f} Å or more": pl.any_horizontal(xyz >= -tm_score.SENTINEL),
+        f"a coordinate of {-SENTINEL:,.0f} Å or more": pl.any_horizontal(xyz >= -SENTINEL),
         f"a residue number below 0 or above {_LAST}": ~pl.col("resid").is_between(0, _LAST),
         "a residue number twice": pl.struct(*key, "resid").is_duplicated(),
     }

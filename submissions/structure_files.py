@@ -22,6 +22,7 @@ from pipeline.structure.geometry import rotation_onto
 from pipeline.tables import open_parquet
 from submissions import page
 from submissions.layout import LOWEST_SUBMITTED, MAX_SUBMITTED
+from submissions.structure_scores import read_traces
 from submissions.tm_score import d0_rna, tm_matrix
 
 #: Raised when the same tables give other files than before.
@@ -82,7 +83,7 @@ def run(paths: Paths, *, competition: Competition, name: str, table: str = "test
                 skipped.append(structure.name)
             else:
                 (home / f"{structure.name}.pdb").write_text(to_pdb(structure), encoding="ascii")
-        known = _references(inputs["references"]) if "references" in inputs else {}
+        known = read_traces(inputs["references"], member="conformer", finite=False) if "references" in inputs else {}
         which = "test targets" if table == "test" else "training targets, out of fold"
         text = viewer_page(found, known, title=f"{name}: {which}", above=competition.title)
         parts["viewer"].write_text(text, encoding="utf-8")
@@ -181,18 +182,6 @@ def to_cif(structure: Structure) -> str:
                 f"{i} A {number}"
             )
     return "\n".join([*lines, "#", ""])
-
-
-def _references(path: Path) -> dict[str, np.ndarray]:
-    """sequence_id -> [R, L, 3] Å, NaN where unresolved."""
-    open_parquet(path, ("sequence_id", "conformer", "x", "y", "z")).close()
-    table = pl.read_parquet(path, columns=["sequence_id", "conformer", "x", "y", "z"]).sort("sequence_id", "conformer")
-    return {
-        rows["sequence_id"][0]: np.stack(
-            [np.array(axes, dtype=np.float64).T for axes in rows.select("x", "y", "z").iter_rows()]
-        )
-        for rows in table.partition_by("sequence_id", maintain_order=True)
-    }
 
 
 # --------------------------------------------------------------------------------------------------------------- viewer

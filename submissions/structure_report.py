@@ -67,8 +67,8 @@ def _targets_section(scores: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
         for mode, found in modes.items()
     ]
     notes = []
-    if copied := sum(row["copies"] > 0 for row in rows):
-        notes.append(f"Residue-matched, copies of a chain are in the order that scores best: {copied} targets.")
+    if copied := scores.get("copies_note"):  # older scores have none
+        notes.append(f"{copied}.")
     if unnamed := scores["sequence_independent"]["unnamed"]:
         notes.append(f"Aligned without residue names, which no table tells: {len(unnamed)} targets.")
     if lost := scores["without_reference"]:

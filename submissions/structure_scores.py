@@ -20,13 +20,13 @@ import polars as pl
 from pipeline.competitions.base import Competition
 from pipeline.errors import DataError
 from pipeline.paths import Paths
-from pipeline.runlog import warn
+from pipeline.runlog import Bar, warn
 from pipeline.structure.assembly import trace_from_pairs
 from pipeline.structure.geometry import STEP, helix_strand
 from pipeline.tables import open_parquet
 from submissions import tm_score
 from submissions.chains import permuted
-from submissions.engines import Case, Engine, built_in
+from submissions.engines import Case, Engine, batches, built_in
 
 #: Lengths (nt) at which the table by length is cut.
 LENGTH_CUTS = (30, 80, 150)
@@ -34,7 +34,7 @@ LENGTH_CUTS = (30, 80, 150)
 _AXES = ["x", "y", "z"]
 _RANDOM_WALKS = 5
 _LOOP = 4  # nt at the end of the constant hairpin
-_BATCH = 64  # targets scored in one call
+_SHOWN = 20  # targets in the text
 _LONG = 2000  # nt: of the 14 pairs of a longer target, each takes 5 s or more to be aligned
 #: How the names of runs begin whose candidates are copied from templates.
 TEMPLATES = "templates."
@@ -55,6 +55,11 @@ class _Target:
     def length(self) -> int:
         return self.known_RL3.shape[1]
 
+    @property
+    def pairs(self) -> int:
+        """Predictions and trivial shapes, each with every known structure."""
+        return (len(self.predicted_ML3) + 3 + _RANDOM_WALKS) * len(self.known_RL3)
+
 
 def evaluate_structure(
     paths: Paths, *, competition: Competition, predictions: Path, engine: Engine | None = None
@@ -73,7 +78,8 @@ def evaluate_structure(
         ``first_candidate`` (mean if only candidate 1 counted), ``floors`` (name -> mean), ``by_length``, ``targets``
         (one row each: length, resolved residues, references, ``copies``, the number of chains whose order was chosen,
         ``templates``, the candidates that are from templates, null = not told, score, the candidate that won, all
-        candidates' scores, the floors), ``without_reference`` (predicted targets that could not be scored),
+        candidates' scores, the floors), ``copies_note`` (a sentence where scores are an upper bound, else empty),
+        ``without_reference`` (predicted targets that could not be scored),
         ``engine``, ``floor_engine``, all of them residue-matched; and ``sequence_independent`` with ``score``,
         ``first_candidate``, ``floors``, ``best_floor``, ``engine``, ``floor_engine``, ``by_length`` and ``unnamed``
         (targets whose sequence no clean table tells: scored without residue names).
@@ -81,8 +87,8 @@ def evaluate_structure(
     Raises:
         DataError: a table is missing or damaged, the tables contradict each other, or no predicted target is known.
     """
-    known = _traces(paths.clean("references"), member="conformer", finite=False)
-    predicted = _traces(predictions, member="candidate", finite=True)
+    known = read_traces(paths.clean("references"), member="conformer", finite=False)
+    predicted = read_traces(predictions, member="candidate", finite=True)
     common = sorted(set(known) & set(predicted))
     if not common:
         raise DataError(
@@ -107,8 +113,10 @@ def evaluate_structure(
     if long := [target.name for target in targets if target.length > _LONG]:
         warn(f"evaluate: {len(long)} targets of more than {_LONG:,} nt take minutes each to be aligned: {long[0]}")
     rows = []
-    for start in range(0, len(targets), _BATCH):
-        rows += _score_targets(targets[start : start + _BATCH], engine, floors)
+    with Bar("score", total=len(targets), unit="targets") as bar:
+        for part in batches(targets, lambda target: target.pairs * target.length**2):
+            rows += _score_targets(part, engine, floors)
+            bar.advance(len(part))
     independent = [row.pop("sequence_independent") for row in rows]
     for row, other in zip(rows, independent, strict=True):
         row["sequence_independent"] = {key: other[key] for key in ("score", "candidate", "floors")}
@@ -126,8 +134,20 @@ def evaluate_structure(
         },
         "by_length": _by_length(rows),
         "targets": rows,
+        "copies_note": _copies_note(rows),
         "without_reference": sorted(set(predicted) - set(known)),
     }
+
+
+def _copies_note(rows: Sequence[dict[str, Any]]) -> str:
+    """What the score of targets with several copies of a chain is, for whoever compares it; see `permuted`."""
+    copied = sum(row["copies"] > 0 for row in rows)
+    if not copied:
+        return ""
+    return (
+        f"{copied} of {len(rows)} targets have copies of a chain, in the order that scores best residue-matched: an "
+        "upper bound, as part 2's metric pairs them by shape (US-align -mm 1)"
+    )
 
 
 def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -190,17 +210,13 @@ def _templates(predictions: Path) -> dict[str, int]:
     return dict(table.group_by("sequence_id").agg(copied).iter_rows())
 
 
-def _traces(path: Path, *, member: str, finite: bool) -> dict[str, np.ndarray]:
-    """sequence_id -> [M, L, 3] Å in the order of `member`, NaN where null."""
-    if not path.is_file():
-        raise DataError(f"{path}: missing. Next: run the stage that writes it (make help).")
-    try:
-        names = list(pl.read_parquet_schema(path))
-    except (pl.exceptions.PolarsError, OSError) as err:
-        raise DataError(f"{path}: not a readable parquet file. Next: remove it and run its stage again.") from err
-    missing = [name for name in ("sequence_id", member, *_AXES) if name not in names]
-    if missing:
-        raise DataError(f"{path}: no column {missing[0]!r}; got {', '.join(names)}. Next: run its stage again.")
+def read_traces(path: Path, *, member: str, finite: bool) -> dict[str, np.ndarray]:
+    """sequence_id -> [M, L, 3] Å in the order of `member`, NaN where null.
+
+    Raises:
+        DataError: the table is missing or damaged, or contradicts itself; or, if `finite`, a coordinate is missing.
+    """
+    open_parquet(path, ("sequence_id", member, *_AXES)).close()
     table = _columns(path, {"sequence_id": pl.String(), member: pl.Int64()} | dict.fromkeys(_AXES, pl.List(pl.Float64)))
     traces = {}
     for (target,), rows in table.sort("sequence_id", member).group_by(["sequence_id"], maintain_order=True):
@@ -357,13 +373,8 @@ def _mean(values: Iterable[float]) -> float:
     return float(np.mean(np.fromiter(values, dtype=np.float64)))
 
 
-def describe(scores: dict[str, Any], *, most: int = 20) -> str:
-    """What `evaluate_structure` found, as lines of text.
-
-    Args:
-        scores: its result.
-        most: targets shown, the best first.
-    """
+def describe(scores: dict[str, Any]) -> str:
+    """What `evaluate_structure` found, as lines of text; of the targets the best ones."""
     rows = sorted(scores["targets"], key=lambda row: (-row["score"], row["sequence_id"]))
     independent = scores["sequence_independent"]
     heads = ("target", "length", "resolved", "references", "templates", "score", "candidate", "floor")
@@ -379,14 +390,14 @@ def describe(scores: dict[str, Any], *, most: int = 20) -> str:
             for group, other in zip(scores["by_length"], independent["by_length"], strict=True)
         ),
         "{:<14} {:>6} {:>8} {:>10} {:>9} {:>7} {:>9} {:>7} {:>9} {:>7}".format(*heads, "seq.-ind.", "floor"),
-        *map(_describe_target, rows[:most]),
+        *map(_describe_target, rows[:_SHOWN]),
     ]
     if independent["unnamed"]:
         lines.insert(4, f"aligned without residue names, which no table tells: {len(independent['unnamed'])} targets")
-    if copied := sum(row["copies"] > 0 for row in rows):
-        lines.insert(4, f"copies of a chain in the order that scores best (residue-matched): {copied} targets")
-    if len(rows) > most:
-        lines.append(f"… and {len(rows) - most} more")
+    if scores["copies_note"]:
+        lines.insert(1, scores["copies_note"])
+    if len(rows) > _SHOWN:
+        lines.append(f"… and {len(rows) - _SHOWN} more")
     return "\n".join(lines)
 
 

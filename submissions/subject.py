@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pipeline.competitions.base import Competition
-from pipeline.competitions.rna3d import is_stage
 from pipeline.paths import Paths
+from pipeline.runs import is_stage
 from pipeline.stage import read_result
 from submissions import page
 from submissions.page import Markup
@@ -55,6 +56,22 @@ class Subject:
     def runs(self) -> list[str]:
         """Runs behind the scores; a single run is its own."""
         return sorted(self.scores["runs"]) if self.scores["kind"] == "ensemble" else [self.name]
+
+    @cached_property
+    def joined(self) -> dict[str, Any]:
+        """How the runs were joined, as ``weights.json`` says; empty without one."""
+        path = self.home / "weights.json"
+        if self.scores["kind"] != "ensemble" or not path.is_file():
+            return {}
+        return read_result(path, manifest=self.home / "ensemble.manifest.json", hint="make ensemble")
+
+    @property
+    def idle(self) -> list[str]:
+        """Runs that do not predict: of structures those in reserve, else those of weight 0 in every mean."""
+        if self.competition.task == "structure":
+            return sorted((self.joined.get("policy") or {}).get("spare", []))
+        weights = self.joined.get("weights", {}).values()
+        return [run for run in self.runs if weights and not any(of_target[run] for of_target in weights)]
 
     @property
     def networks(self) -> list[str]:

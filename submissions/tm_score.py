@@ -10,7 +10,6 @@ Source:
     US-align (Zhang et al. 2022, Nat. Methods 19:1109).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,42 +17,14 @@ import numba
 import numpy as np
 
 from pipeline.compiled import njit
+from pipeline.schema import MIN_RESOLVED, SENTINEL
+from pipeline.structure.geometry import d0_rna
 from submissions.seed_search import FAR, MOTION, NEAR, search
 
-#: d0 below 30 residues: (longest length, d0 in Å). Source: US-align, parameter_set4final_C3prime.
-_D0_SHORT = ((11, 0.3), (15, 0.4), (19, 0.5), (23, 0.6), (29, 0.7))
-#: Coordinates from here down are missing, in both parts of the competition, Å.
-SENTINEL = -1e6
 #: What `evaluate` and reports call this code.
 ENGINE = "built-in residue-matched search"
 
 _SHARES = 16  # of the work, a thread: the last ones to end do not keep the others waiting
-_MIN_RESOLVED = 3  # with fewer residues in common the score is 0, as in the competition
-
-
-def d0_rna(length: int) -> float:
-    """Distance scale of the RNA TM-score, Å.
-
-    Args:
-        length: resolved residues of the reference, nt.
-
-    Raises:
-        ValueError: no residue.
-
-    Source:
-        US-align, parameter_set4final_C3prime.
-
-    >>> d0_rna(11), d0_rna(12), d0_rna(29)
-    (0.3, 0.4, 0.7)
-    >>> round(d0_rna(30), 4), round(d0_rna(100), 4)
-    (0.7588, 3.485)
-    """
-    if length < 1:
-        raise ValueError(f"d0_rna: got length {length}; expected at least 1 residue")
-    for longest, d0 in _D0_SHORT:
-        if length <= longest:
-            return d0
-    return 0.6 * math.sqrt(length - 0.5) - 2.5
 
 
 def tm_score(predicted_L3: np.ndarray, reference_L3: np.ndarray) -> float:
@@ -150,20 +121,6 @@ def tm_matrix(candidates_ML3: np.ndarray, references_RL3: np.ndarray) -> np.ndar
     return tm_scores(pairs).reshape(len(candidates_ML3), len(references_RL3))
 
 
-def best_tm(candidates_ML3: np.ndarray, references_RL3: np.ndarray) -> tuple[float, int]:
-    """The competition's score of a target: the best candidate against the reference that suits it best.
-
-    Args:
-        candidates_ML3: [M, L, 3] Å.
-        references_RL3: [R, L, 3] Å.
-
-    Returns:
-        The score, and the 0-based candidate that reached it (the first of equals).
-    """
-    best_M = tm_matrix(candidates_ML3, references_RL3).max(axis=1)
-    return float(best_M.max()), int(best_M.argmax())
-
-
 def resolved(xyz_L3: np.ndarray) -> np.ndarray:
     """[L] bool: the residues whose place is known, neither NaN nor a sentinel (-1e18 of part 1, -1e6 of part 2).
 
@@ -203,6 +160,6 @@ def _search_all(
     for pair in share:
         mobile = centred(predicted_T3, common_T, offsets[pair], offsets[pair + 1])
         fixed = centred(reference_T3, common_T, offsets[pair], offsets[pair + 1])
-        if mobile.shape[1] >= _MIN_RESOLVED:
+        if mobile.shape[1] >= MIN_RESOLVED:
             near = min(max(scales[pair], NEAR), FAR)
             scores[pair] = search(mobile, fixed, scales[pair], near, np.inf, 1, motion) / lengths[pair]

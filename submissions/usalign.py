@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import ConfigError, DataError
+from submissions.layout import LOWEST_SUBMITTED, MAX_SUBMITTED
 from submissions.tm_score import resolved
 
 #: What `score-tm` and reports call this engine.
@@ -20,7 +21,6 @@ ENGINE = "US-align"
 #: Options for residues that are matched by number, part 2's metric; part 1's needs none.
 MATCHED = ("-TMscore", "1")
 
-_LIMITS = (-999.999, 9999.999)  # Å: eight columns of a PDB file
 _LAST_NUMBER = 9999  # four columns
 _TIMEOUT = 600  # s for one pair
 _LINE = "ATOM  {0:5d}  C1' {1:>3s} A{0:4d}    {2:8.3f}{3:8.3f}{4:8.3f}  1.00  0.00           C\n"
@@ -97,10 +97,11 @@ def write_pdb(path: Path, xyz_L3: np.ndarray, names: str) -> None:
     centred_L3 = xyz_L3 - xyz_L3[there_L].mean(axis=0)
     kept = np.flatnonzero(there_L)
     low, high = float(centred_L3[kept].min()), float(centred_L3[kept].max())
-    if kept[-1] + 1 > _LAST_NUMBER or low < _LIMITS[0] or high > _LIMITS[1]:
+    if kept[-1] + 1 > _LAST_NUMBER or low < LOWEST_SUBMITTED or high > MAX_SUBMITTED:
         raise DataError(
             f"{path.name}: {kept[-1] + 1} residues from {low:.0f} to {high:.0f} Å about the centre do not fit into a "
-            f"PDB file (at most {_LAST_NUMBER}, {_LIMITS[0]:.0f} to {_LIMITS[1]:.0f} Å). Next: use the built-in engine."
+            f"PDB file (at most {_LAST_NUMBER}, {LOWEST_SUBMITTED:.0f} to {MAX_SUBMITTED:.0f} Å). Next: use the "
+            "built-in engine."
         )
     lines = [_LINE.format(place + 1, names[place], *centred_L3[place]) for place in kept]
     path.write_text("".join([*lines, "TER\n"]))

@@ -18,6 +18,7 @@ from pipeline.runlog import Bar, warn
 from pipeline.tables import OofBatch, out_of_fold, truth_that_counts
 from submissions.breakdown import Breakdown, Groups, fold_summary
 from submissions.floors import FLOORS, FloorTables, UnpairedBins, kmers, usual_of
+from submissions.paired import Paired
 
 
 def evaluate_values(
@@ -39,7 +40,8 @@ def evaluate_values(
 
     Returns:
         JSON-able but for NaN: score, parts and coverage of the first source; ``others``: score and folds of the rest;
-        ``floors`` on the positions of the first, ``floor_details``, ``floor_notes``.
+        ``floors`` on the positions of the first, ``floor_details``, ``floor_notes``; of two others or more,
+        ``paired``: which of them is ``best``, and the ``differences`` of all sources from it (`submissions.paired`).
 
     Raises:
         DataError: predictions not out of fold, not finite, or of other data; or none of them is scored.
@@ -47,6 +49,7 @@ def evaluate_values(
     first = next(iter(sources))
     floors = _Floors(paths, competition, split)
     totals = {source: Groups(competition) for source in sources}
+    paired = Paired(competition, paths.fold_table(split), list(sources))
     floor_totals = {name: Groups(competition) for name in floors.names}
     breakdown = Breakdown(competition)
     for batch in _batches(paths, competition, split, folds, sources, label="score"):
@@ -56,6 +59,8 @@ def evaluate_values(
         for source, prediction_TC in batch.predictions.items():
             there_T = batch.spread(~batch.missing[source]) & np.isfinite(truth_TC[:, 0])
             totals[source].add_positions(fold_T[there_T], prediction_TC[there_T], truth_TC[there_T])
+        if len(sources) > 2:
+            paired.add(batch, truth_TC)
         there_T = batch.spread(~batch.missing[first]) & np.isfinite(truth_TC[:, 0])
         for name, prediction_TC in floors.at(batch, there_T):
             floor_totals[name].add_positions(fold_T[there_T], prediction_TC, truth_TC[there_T])
@@ -67,9 +72,12 @@ def evaluate_values(
     told = breakdown.summary()
     if lost := told["sequences"]["scored_without_prediction"]:
         warn(f"evaluate: {lost:,} scored sequences have no prediction; the score is of the others")
+    others = {source: total.score() for source, total in totals.items() if source != first}
+    best = min(others, key=lambda source: others[source], default=first)
     return {
         **fold_summary(totals[first]),
         **told,
+        "paired": {"best": best, "differences": paired.differences(best)} if len(others) > 1 else None,
         "others": {source: fold_summary(total) for source, total in totals.items() if source != first},
         "floors": {name: total.score() for name, total in floor_totals.items()},
         "floor_details": {name: fold_summary(total) for name, total in floor_totals.items()},

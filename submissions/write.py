@@ -25,11 +25,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.competitions.base import Competition
-from pipeline.competitions.rna3d import CANDIDATES
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, peak_memory_mib, say
-from pipeline.schema import split_id
+from pipeline.schema import CANDIDATES, split_id
 from pipeline.stage import Report, run_stage
 from pipeline.tables import finite_values, read_batches
 from submissions.check import check_file

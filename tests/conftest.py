@@ -27,12 +27,13 @@ with suppress(ImportError):  # a machine with a GPU may have less than we need f
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a GPU where there is none, whatever marks were asked for."""
+    """Skip what needs a GPU where there is none, whatever marks were asked for; on one, float32 means float32."""
     if item.get_closest_marker("gpu"):
         import torch
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+        torch.backends.cudnn.allow_tf32 = False  # as `choose_device` leaves it: convolutions round to 10 bits otherwise
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,11 @@ import polars as pl
 import pytest
 import typer
 
-from pipeline.cli import app, finished_runs, run_name, run_verb, show
+from pipeline.cli import app, run_verb, show
 from pipeline.competitions import competitions
 from pipeline.errors import DataError
 from pipeline.paths import Paths
+from pipeline.runs import finished_runs, run_name
 from pipeline.stage import Report
 from pipeline.synthetic import write_ribonanza
 from submissions import write
@@ -311,6 +312,16 @@ def test_a_plan_says_that_longer_sequences_are_cropped(capsys):
     """`make plan LENGTH=10000` answered for 512 nt without a word."""
     assert call("plan", "--model", "tiny_hyena", "--length", "10000") == 0
     assert "10,000 nt: training crops to data.max_length = 512 nt" in capsys.readouterr().err
+
+
+def test_a_plan_before_the_data_says_that_its_length_is_assumed(tmp_path, capsys):
+    """It answered for 512 nt without a word; Ribonanza's have 177, and part 2's 4,640."""
+    assert call("plan", "--model", "tiny_hyena", "--artifacts", str(tmp_path)) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "train.parquet: not there yet, so the longest sequence is taken to have data.max_length = 512 nt." in told
+    assert f"Next: make data ARTIFACTS={tmp_path}, or LENGTH=<nt>." in told
+    assert call("plan", "--model", "tiny_hyena", "--artifacts", str(tmp_path), "--length", "100") == 0
+    assert "not there yet" not in capsys.readouterr().err
 
 
 def test_a_plan_is_for_the_longest_sequence_of_the_clean_table(tmp_path, capsys):

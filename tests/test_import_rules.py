@@ -18,11 +18,13 @@ CORE = {
     "pipeline.kaggle_cli",
     "pipeline.paths",
     "pipeline.runlog",
+    "pipeline.runs",
     "pipeline.schema",
     "pipeline.stage",
     "pipeline.structure.assembly",
     "pipeline.structure.geometry",
     "pipeline.tables",
+    "pipeline.words",
 }
 
 #: The roof: the command line may call every stage.

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import errors
-from pipeline.bpp import available
 from pipeline.kaggle_cli import _MEANINGS
+from pipeline.viennarna import available
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
@@ -19,7 +19,7 @@ MODULES = sorted(path for package in ("pipeline", "folds", "submissions") for pa
 ELSEWHERE = {
     "pipeline/bpp.py:_program_version": "the reason that available() gives",
     "pipeline/bpp.py:_build": "the reason that available() gives",
-    "pipeline/dataset.py:_carried": "its callers' sentence",
+    "pipeline/arrays.py:_carried": "its callers' sentence",
     "pipeline/kaggle_cli.py:explain": "every entry of _MEANINGS",
 }
 
@@ -99,9 +99,16 @@ def test_what_to_do_next_can_be_done():
     assert unknown("f'{x}: no. Next: make nothing METHOD={y} COMP=rna3d.'") == {"nothing", "METHOD"}
 
 
+def test_one_thing_has_one_name():
+    """Replay said "ordered out", training "skipped", the report "left out" of the same batch."""
+    others = re.compile(r"ordered out|batch(es)? (is |are )?skipped")
+    found = [f"{path.name}: {text}" for path in MODULES for text in sentences(path.read_text()) if others.search(text)]
+    assert found == []
+
+
 def test_what_is_said_elsewhere_says_it_too(monkeypatch):
     assert all("Next: " in meaning for _, meaning in _MEANINGS)
-    monkeypatch.setattr("pipeline.bpp._installed_version", lambda: (_ for _ in ()).throw(ImportError("no RNA")))
+    monkeypatch.setattr("pipeline.viennarna.installed_version", lambda: (_ for _ in ()).throw(ImportError("no RNA")))
     usable, reason = available()
     assert not usable
     assert "Next: " in reason

@@ -17,6 +17,8 @@ from models.layers.precision import at_least_float32
 #: C1' of one strand of an A-form helix: fitted to 230 helices in 182 chains of the PDB (`pipeline.structure.geometry`);
 #: neighbours are 5.45 Å apart. Fibre models give 2.81 Å and 32.7° (Arnott et al. 1973).
 _RISE, _TWIST, _RADIUS = 2.60, math.radians(32.83), 8.48  # Å a step, right-handed turn a step, Å
+_ROUNDS = 4  # in which all positions move
+_HIDDEN, _HEADS = 64, 8  # E, and weighted means a position
 _SCALES = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # Å at which a distance's features fall to one half
 
 
@@ -42,40 +44,27 @@ class CoordinateHead(nn.Module):
     any. A round commutes with rotations, shifts and reflections; the start is a right-handed helix and nothing
     else, so that a fold and its mirror image are different answers. The first answer, untrained, is the helix.
 
-    Memory in training is about ``100 B L² rounds`` bytes: 87 MiB for B 8, L 170 and four rounds.
+    Memory in training is about ``400 B L²`` bytes: 87 MiB for B 8, L 170.
 
     Args:
         width: D.
         num_bins: K.
         use_bpp: whether base-pair probabilities are given.
         track_width: P, of the pair features that the network hands on; 0 = none.
-        rounds: how often all positions move.
-        hidden: E.
-        num_heads: H, weighted means a position.
 
     Source:
         E(n)-equivariant graph network, Satorras et al. 2021, equations 3 to 6. Where this differs: the sum over
         differences is the mean of several softmaxes, each times a gate in (-1, 1): no step is longer than the extent.
     """
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        num_bins: int,
-        use_bpp: bool,
-        track_width: int = 0,
-        rounds: int = 4,
-        hidden: int = 64,
-        num_heads: int = 8,
-    ) -> None:
+    def __init__(self, width: int, *, num_bins: int, use_bpp: bool, track_width: int = 0) -> None:
         super().__init__()
-        self.into = nn.Linear(width, hidden)
-        self.position = RelativePosition(num_heads)
-        self.pairing = nn.Linear(NUM_PAIR_FEATURES, num_heads, bias=False) if use_bpp else None
-        self.track = nn.Linear(track_width, num_heads, bias=False) if track_width else None
-        self.rounds = nn.ModuleList(_Round(hidden, num_heads=num_heads) for _ in range(rounds))
-        self.confidence = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, num_bins))
+        self.into = nn.Linear(width, _HIDDEN)
+        self.position = RelativePosition(_HEADS)
+        self.pairing = nn.Linear(NUM_PAIR_FEATURES, _HEADS, bias=False) if use_bpp else None
+        self.track = nn.Linear(track_width, _HEADS, bias=False) if track_width else None
+        self.rounds = nn.ModuleList(_Round(_HIDDEN, num_heads=_HEADS) for _ in range(_ROUNDS))
+        self.confidence = nn.Sequential(nn.LayerNorm(_HIDDEN), nn.Linear(_HIDDEN, num_bins))
 
     def forward(
         self, x_BLD: Tensor, mask_BL: Tensor, bpp_BLL: Tensor | None, pair_BLLP: Tensor | None = None

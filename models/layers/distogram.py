@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from models.layers.attention import NUM_PAIR_FEATURES, RelativePosition, pair_features
 from models.layers.precision import at_least_float32
 
+_PAIR_WIDTH = 32  # P of the distance head
+
 
 class PairEmbedding(nn.Module):
     """First features of every pair of positions, symmetric, in float32.
@@ -48,16 +50,15 @@ class DistanceHead(nn.Module):
         width: D.
         num_bins: K.
         use_bpp: whether base-pair probabilities are given.
-        pair_width: P.
         track_width: of the pair features that the network hands on; 0 = none.
     """
 
-    def __init__(self, width: int, *, num_bins: int, use_bpp: bool, pair_width: int = 32, track_width: int = 0) -> None:
+    def __init__(self, width: int, *, num_bins: int, use_bpp: bool, track_width: int = 0) -> None:
         super().__init__()
-        self.pairs = PairEmbedding(width, pair_width=pair_width, use_bpp=use_bpp)
-        self.track = nn.Linear(track_width, pair_width, bias=False) if track_width else None
-        self.norm = nn.LayerNorm(pair_width)
-        self.logits = nn.Linear(pair_width, num_bins)
+        self.pairs = PairEmbedding(width, pair_width=_PAIR_WIDTH, use_bpp=use_bpp)
+        self.track = nn.Linear(track_width, _PAIR_WIDTH, bias=False) if track_width else None
+        self.norm = nn.LayerNorm(_PAIR_WIDTH)
+        self.logits = nn.Linear(_PAIR_WIDTH, num_bins)
 
     def forward(self, x_BLD: Tensor, bpp_BLL: Tensor | None, pair_BLLP: Tensor | None = None) -> Tensor:
         """Logits [B, L, L, K] float32; those of pairs with padding mean nothing."""

@@ -151,8 +151,9 @@ class _Decay(torch.autograd.Function):
     def forward(ctx: Any, a_Q: Tensor) -> Tensor:
         size = a_Q.shape[-1]
         later_QQ = torch.ones(size, size, dtype=torch.bool, device=a_Q.device).tril(-1)
-        # not cumsum_: in place along this axis is 6 times slower on the CPU
-        decay_QQ = _cumsum(torch.where(later_QQ, a_Q.unsqueeze(-1), 0), -2).exp_().tril_()
+        # not cumsum_: in place along this axis is 6 times slower on the CPU; and not tril_: compiled by torch 2.11, a
+        # function whose output was changed in place last has gradients of zero
+        decay_QQ = _cumsum(torch.where(later_QQ, a_Q.unsqueeze(-1), 0), -2).exp_().tril()
         ctx.save_for_backward(decay_QQ)
         return decay_QQ
 

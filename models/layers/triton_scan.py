@@ -42,7 +42,8 @@ _GROUP_TILES = 4  # a group is no shorter than this: its work must outweigh the 
 
 #: one warp; products and sums fused, which Triton 3.9 wants said and 3.10 leaves out otherwise
 _LAUNCH = {"num_warps": 1, "enable_fp_fusion": True}
-_VARYING = ("L", "tiles", "per_group", "groups", "stride", "batch_stride")  # one compilation serves all lengths
+#: one compilation serves all sizes: what Triton would know of them changes no instruction
+_VARYING = ("L", "E", "N", "tiles", "per_group", "groups", "stride", "batch_stride")
 
 
 @triton.jit

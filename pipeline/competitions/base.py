@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.errors import ConfigError, DataError
+from pipeline.paths import Paths
 
 #: (prediction_LC, truth_LC) -> (sums_C, counts_C); truth is NaN where it does not count.
 ErrorSums = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -58,6 +59,10 @@ class Competition:
     test_tables: tuple[str, ...] = ()
     default_model: str = "ribonanza_mamba"  #: config that is trained unless another is named
     shown_range: tuple[float, float] = (0.0, 1.0)  #: of values in figures
+
+    def has_test(self, paths: Paths) -> bool:
+        """Whether there is a test set, without which labelled sets may come."""
+        return "test" not in self.optional or paths.clean("test").is_file()
 
     def require_kaggle(self, stage: str) -> None:
         """ConfigError, in the name of a stage, unless the competition is one of Kaggle's."""

@@ -133,6 +133,14 @@ def require_columns(names: Sequence[str], needed: Sequence[str], *, where: str) 
         )
 
 
+def csv_cells(line: str) -> list[str]:
+    """Cells of a line, with or without its end; a line that no CSV has is one cell."""
+    try:
+        return next(csv.reader([line.rstrip("\r\n")]), [])
+    except csv.Error:
+        return [line]
+
+
 def read_batches(
     path: Path, stem: str, types: Mapping[str, pa.DataType], *, multiline: bool = False
 ) -> Iterator[pa.RecordBatch]:
@@ -249,7 +257,7 @@ def _csv_header(path: Path, stem: str) -> list[str]:
         line = head.splitlines()[0].decode("utf-8-sig")
     except UnicodeDecodeError as err:
         raise DataError(f"{path.name}: the first line is no UTF-8 text: {err}. Next: download it again.") from err
-    return _cells(line)
+    return csv_cells(line)
 
 
 def _web_page(path: Path) -> DataError:
@@ -286,14 +294,6 @@ def read_json_lines(path: Path, stem: str) -> Iterator[tuple[int, dict[str, Any]
         raise DataError(f"{path.name}: the file is empty. Next: download it again.")
 
 
-def _cells(line: str) -> list[str]:
-    """Cells of a line; a line that no CSV has is one cell."""
-    try:
-        return next(csv.reader([line]), [])
-    except csv.Error:
-        return [line]
-
-
 def _csv_batches(
     path: Path, stem: str, types: Mapping[str, pa.DataType], *, multiline: bool
 ) -> Iterator[pa.RecordBatch]:
@@ -328,7 +328,7 @@ def _explain(
     names = _csv_header(path, stem)
     with open_raw_bytes(path, stem) as source:
         for row, line, is_last in _data_lines(source, skip=good_rows):
-            cells = _cells(line)
+            cells = csv_cells(line)
             if len(cells) != len(names):
                 what = "the last one: the file was cut short" if is_last else "a broken line"
                 raise DataError(

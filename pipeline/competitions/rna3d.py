@@ -24,19 +24,11 @@ from pipeline.competitions.base import Competition
 from pipeline.competitions.raw import column_names, find_table, need_table, read_table, require_columns
 from pipeline.errors import DataError
 from pipeline.runlog import warn
-from pipeline.schema import ALPHABET, MAX_COORDINATE
+from pipeline.schema import ALPHABET, CANDIDATES, MAX_COORDINATE, MIN_RESOLVED, SENTINEL
 from pipeline.templates.gate import allowed_mask, released_by
 
-#: Candidates per target that a submission holds.
-CANDIDATES = 5
-#: Runs without a network: how their names begin -> the target of make.
-STAGES = {"denovo": "denovo", "templates": "templates-predict"}
 #: Letter that the model reads where a test sequence has one outside A, C, G, U; the submission keeps the original.
 ODD_LETTER_AS = "A"
-#: Coordinates at or below this are the organisers' way of saying "not resolved", Å.
-SENTINEL = -1e6
-#: Resolved residues below which a structure has no TM-score.
-MIN_RESOLVED = 3
 
 _AXES = ("x", "y", "z")
 _NEEDED = ("train_sequences", "train_labels", "test_sequences", "sample_submission")
@@ -50,15 +42,6 @@ _COPIES = re.compile(r"([^:;\s]+):([1-9]\d*)")  # of stoichiometry: chain name a
 _CHAIN_NAMES = re.compile(r"(\w+)(?:\[auth (\w+)\])?")
 _ASSEMBLY = {"chain": pl.String, "copy": pl.Int32}  # of a residue, in the labels of part 2
 _KEY = {"ID": pa.string(), "resname": pa.string(), "resid": pa.int64()}
-
-
-def is_stage(run: str) -> bool:
-    """Whether a run was made without a network.
-
-    >>> is_stage("denovo.sim80_k5"), is_stage("hyena+wide.sim80_k5")
-    (True, False)
-    """
-    return run.partition(".")[0] in STAGES
 
 
 def raw_files(folder: Path) -> dict[str, Path]:

@@ -9,30 +9,27 @@ says where each file belongs, and its sha256.
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline import words as bayes
 from pipeline.classes import read_classes
 from pipeline.competitions.base import Competition
 from pipeline.competitions.labelled import LABELLED
-from pipeline.competitions.rna3d import STAGES, is_stage
 from pipeline.config import find_config, load_config
-from pipeline.errors import ConfigError, DataError, NetworkError
+from pipeline.errors import ConfigError, DataError
 from pipeline.kernel import script
-from pipeline.paths import IS_CHECKOUT, REPOSITORY, Paths
-from pipeline.runlog import say
+from pipeline.kernel.wheels import IMAGE, PYTHON, build_wheel, missing_wheels
+from pipeline.paths import Paths
+from pipeline.runs import STAGES, is_stage, read_run_name
 from pipeline.stage import Report, commit, read_result, sha256_file, versions, write_json
 from pipeline.structure import predict as denovo
 from pipeline.templates import predict as templates
@@ -40,33 +37,10 @@ from pipeline.training.checkpoint import CheckpointStore, DamagedError, export_w
 
 Mode = Literal["train", "predict"]
 
-PYTHON = "3.12"  # of Kaggle's image
-#: What Kaggle's GPU image has of our dependencies. Source: pip-freeze.gpu.txt of googlecolab/backend-info, which the
-#: image is built on (June 2026), with the versions there; torch 2.10.0+cu128 by Kaggle/kaggle-cli#1151.
-IMAGE = {
-    "torch": "2.10.0",
-    "numpy": "2.0.2",
-    "polars": "1.35.2",
-    "pyarrow": "18.1.0",
-    "numba": "0.60.0",
-    "scipy": "1.16.3",
-    "safetensors": "0.7.0",
-    "typer": "0.25.1",
-    "rich": "13.9.4",
-    "matplotlib": "3.10.0",
-}
-#: What it lacks, and why a bundle brings it.
-MISSING = {
-    "ninja": "builds the selective scan of sessions without a GPU; without it they use the slow one",
-    "ViennaRNA": "base-pair probabilities; packed only where they are used (a licence of its own: never for a fee)",
-}
-_PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 #: First word of the name of a run without a network -> its files that predict elsewhere.
-_CARRIED = {"denovo": denovo.CARRIED, "templates": templates.CARRIED}
+_CARRIED = {"denovo": denovo.CARRIED, "templates": templates.CARRIED, "words": bayes.CARRIED}
 _INITIAL = "initial"  # folder of the weights that a run begins with, among the artefacts of a training notebook
 _SLUG_LENGTH = 42  # Kaggle allows 50: a part's number and the data set's "-data" come to it
-_SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pipeline", "models", "folds", "submissions")
-_SKIPPED = shutil.ignore_patterns("__pycache__", "csv", "*.pyc")
 _MARGIN_S = 600.0  # kept at the end of a long session for saving and writing; of a short one, a tenth
 
 _SECRET_NAMES = re.compile(
@@ -122,7 +96,7 @@ def build(order: Order) -> Report:
         places = settings.pop("places", {})
         wheels = [
             build_wheel(dataset),
-            *_missing_wheels(order.wheels or order.paths.root / "wheels", dataset, uses_bpp=settings["bpp"]),
+            *missing_wheels(order.wheels or order.paths.root / "wheels", dataset, uses_bpp=settings["bpp"]),
         ]
         names = sorted(path.name for path in dataset.iterdir())
         files = {name: _entry(dataset / name) | places.get(name, {}) for name in names}
@@ -383,86 +357,8 @@ def _best(paths: Paths, run: str, fold: int) -> tuple[Path, bool]:
 
 def _words_of(run: str) -> list[str]:
     """The options that name a run on the command line."""
-    variant, _, split = run.rpartition(".")
-    model, _, tag = variant.partition("+")
+    model, tag, split = read_run_name(run)
     return ["--model", model, "--split", split, *(["--tag", tag] if tag else [])]
-
-
-# --- wheels ---
-
-
-def build_wheel(target: Path) -> str:
-    """Build a wheel of this checkout into a folder, from a copy: setuptools keeps what was deleted since.
-
-    Returns:
-        Its name.
-
-    Raises:
-        ConfigError: pip or setuptools is missing, or this is no checkout.
-    """
-    lacking = [name for name in ("pip", "setuptools") if importlib.util.find_spec(name) is None]
-    if lacking or not IS_CHECKOUT:
-        why = f"{', '.join(lacking)} is not installed" if lacking else f"{REPOSITORY} is no checkout of the project"
-        raise ConfigError(
-            f"kernel: {why}, so our wheel cannot be built. Next: pip install pip setuptools, in a checkout."
-        )
-    copy, out = target / "source", target / "built"
-    for name in _SOURCES:
-        source = REPOSITORY / name
-        copy.mkdir(exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, copy / name, ignore=_SKIPPED)
-        else:
-            shutil.copyfile(source, copy / name)
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet"]
-    done = _pip("wheel", str(copy), *options, "-w", str(out), SOURCE_DATE_EPOCH="315532800")
-    found = list(out.glob("*.whl"))
-    if done.returncode or len(found) != 1:
-        raise ConfigError(f"kernel: our wheel was not built: {_last_line(done)}. Next: pip install -U setuptools.")
-    wheel = found[0].rename(target / found[0].name)
-    shutil.rmtree(copy)
-    shutil.rmtree(out)
-    return wheel.name
-
-
-def _missing_wheels(store: Path, target: Path, *, uses_bpp: bool) -> list[str]:
-    """Copy the wheels that the image lacks; each is fetched once."""
-    names = []
-    for package in MISSING if uses_bpp else ["ninja"]:
-        found = sorted(store.glob(f"{package.lower()}-*.whl")) or [_fetch_wheel(package, store)]
-        shutil.copyfile(found[-1], target / found[-1].name)
-        names.append(found[-1].name)
-    return names
-
-
-def _fetch_wheel(package: str, store: Path) -> Path:
-    try:
-        wanted = f"{package}=={metadata.version(package)}"
-    except metadata.PackageNotFoundError:
-        wanted = package
-    store.mkdir(parents=True, exist_ok=True)
-    places = [word for platform in _PLATFORMS for word in ("--platform", platform)]
-    say(f"kernel: fetching the wheel of {wanted} for Python {PYTHON}: {MISSING[package]}")
-    options = ["--no-deps", "--only-binary=:all:", "--python-version", PYTHON, *places, "--quiet"]
-    done = _pip("download", wanted, *options, "-d", str(store))
-    found = sorted(store.glob(f"{package.lower()}-*.whl"))
-    if done.returncode or not found:
-        raise NetworkError(
-            f"kernel: no wheel of {wanted} for Python {PYTHON}: {_last_line(done)}. "
-            f"Next: check the network, or put the wheel into {store}."
-        )
-    return found[-1]
-
-
-def _pip(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pip", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
-
-
-def _last_line(done: subprocess.CompletedProcess[str]) -> str:
-    lines = (done.stderr.strip() or done.stdout.strip() or "pip said nothing").splitlines()
-    errors = [line for line in lines if "error" in line.lower()] or lines
-    return errors[-1].strip()[:200]
 
 
 # --- what Kaggle's client reads ---

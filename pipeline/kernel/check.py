@@ -5,7 +5,7 @@ prediction notebook predicts a test set of another size with all that the ensemb
 interactive session, and the submission is checked here. Or a bundle that is to be sent, on raw files of one's own. Two
 processes work at once, as they do on two GPUs.
 
-Bare means: an interpreter whose packages are those that Kaggle's image has (`bundle.IMAGE`) and what these need, linked
+Bare means: an interpreter whose packages are those that Kaggle's image has (`wheels.IMAGE`) and what these need, linked
 from an environment that has them, so that nothing of torch's size is installed again; our own code and everything that
 the image lacks is there only if the notebook installs it from its bundle.
 """
@@ -28,7 +28,8 @@ from pipeline.competitions import get_competition
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.kernel import script
-from pipeline.kernel.bundle import IMAGE, Order, build, read_bundle
+from pipeline.kernel.bundle import Order, build, read_bundle
+from pipeline.kernel.wheels import IMAGE
 from pipeline.paths import REPOSITORY, Paths
 from pipeline.runlog import say
 from pipeline.stage import Report

@@ -257,6 +257,11 @@ def predict_values(desk: Desk) -> list[str]:
     """A first submission as soon as a fold has predicted, the last one from all folds that there was time for."""
     if desk.told["bpp"] and find_spec("RNA"):
         rna("bpp", *desk.at, "--test-only")
+    for stage in desk.told["stages"]:  # seconds, and every mean needs them
+        source = desk.home / desk.told["competition"] / stage["source"]
+        rna(stage["verb"], *desk.at, *stage["words"], "--from", str(source))
+    if not desk.told["words_of_runs"]:
+        desk.submit(joined=())
     done: list[int] = []
     written = 0
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from pipeline.errors import DataError
+from pipeline import tables
 from pipeline.paths import Paths
 from pipeline.tables import open_parquet
 
@@ -28,12 +28,8 @@ _SCHEMA: dict[str, Any] = {
 
 def read_folds(paths: Paths, split: str) -> dict[str, int]:
     """Training target -> fold, in the order of their names."""
-    path = paths.fold_table(split)
-    open_parquet(path, ("sequence_id", "fold")).close()
-    folds = dict(pl.read_parquet(path, columns=["sequence_id", "fold"]).sort("sequence_id").iter_rows())
-    if set(folds) != {name for name, _, _ in read_targets(paths, "train")}:
-        raise DataError(f"{path}: a fold table from other data than {paths.clean('train')}. Next: make folds.")
-    return folds
+    targets = [name for name, _, _ in read_targets(paths, "train")]
+    return dict(tables.read_folds(paths.fold_table(split), targets).iter_rows())
 
 
 def read_targets(paths: Paths, table: str) -> list[tuple[str, str, date | None]]:

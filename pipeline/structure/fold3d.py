@@ -63,7 +63,6 @@ def candidates_from_distogram(
     bpp_LL: np.ndarray | None,
     count: int = 5,
     seed: int,
-    library: MotifLibrary | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fold a sequence: several traces, the most trusted first.
 
@@ -74,7 +73,6 @@ def candidates_from_distogram(
         bpp_LL: [L, L] base-pair probabilities; None = stems by stacking energy.
         count: candidates, M.
         seed: of all that is drawn; equal seeds give equal candidates.
-        library: loops of known structures that may be used; None = general rules of stacking alone.
 
     Returns:
         [M, L, 3] float64, Å, each centred on the origin, and [M] float64 confidences in [0, 1]: without distances the
@@ -91,7 +89,7 @@ def candidates_from_distogram(
     if distances:
         likely = distances.without_contradicted(*likely)
     if distances is None:
-        found = assemble_drawn(sequence, likely, count=count, library=library, rng=rng)
+        found = assemble_drawn(sequence, likely, count=count, library=None, rng=rng)
         chosen, expected_M = choose_assemblies(found, count=count)
         return _in_order(np.stack([found[m].xyz_L3 for m in chosen]), expected_M[chosen])
     structures = draw_structures(length, *likely, count=count, rng=rng)
@@ -288,7 +286,8 @@ def _refined(
         starts.append((_right_handed(scaled_L3 + jitter_L3, pairs), pairs))
     found = []
     for xyz_L3, (_, pairs) in zip(_descend(distances, starts), starts, strict=True):
-        xyz_L3 = relax(xyz_L3, _helices(distances.length, pairs), longest=_LONGEST, clash=_CLASH, rounds=100)
+        helices = [stem.residues for stem in find_stems(distances.length, pairs)]
+        xyz_L3 = relax(xyz_L3, helices, longest=_LONGEST, clash=_CLASH, rounds=100)
         found.append(_Trace(xyz_L3, pairs, distances.nll(xyz_L3)))
     return found
 
@@ -316,16 +315,10 @@ def _descend(distances: _Distances, starts: list[tuple[np.ndarray, Pairs]]) -> n
     )
 
 
-def _helices(length: int, pairs: Pairs) -> list[np.ndarray]:
-    """Residues of each helix: its first strand, then their partners in the same order."""
-    stems = find_stems(length, pairs)
-    return [np.concatenate([s.i + np.arange(s.pairs), s.j - np.arange(s.pairs)]) for s in stems]
-
-
 def _helix_springs(length: int, pairs: Pairs) -> np.ndarray:
     """[Q, 3] (first residue, second residue, distance in Å) of residues up to six steps apart in one helix."""
     rows = [np.zeros((0, 3))]
-    for residue_P in _helices(length, pairs):
+    for residue_P in (stem.residues for stem in find_stems(length, pairs)):
         size = len(residue_P) // 2
         shape_P3, step_P = double_helix(size).reshape(-1, 3), np.tile(np.arange(size), 2)
         a, b = np.triu_indices(2 * size, 1)

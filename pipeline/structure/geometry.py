@@ -24,6 +24,8 @@ SHORTEST_STEP = 5.0
 #: Typical distance of neighbouring C1' outside helices, Å (same chains: median 5.55, a tenth above 7.6).
 STEP = 5.9
 _TORN = 0.7  # Å of a violation that rigid helices may leave
+#: d0 below 30 residues: (longest length, d0 in Å). Source: US-align, parameter_set4final_C3prime.
+_D0_SHORT = ((11, 0.3), (15, 0.4), (19, 0.5), (23, 0.6), (29, 0.7))
 
 
 def helix_strand(length: int, *, first: int = 0) -> np.ndarray:
@@ -408,6 +410,31 @@ def close_pairs(xyz_L3: np.ndarray, cutoff: float) -> np.ndarray:
     return pairs[:, np.lexsort(pairs[::-1])]
 
 
+def d0_rna(length: int) -> float:
+    """Distance scale of the RNA TM-score, Å.
+
+    Args:
+        length: resolved residues of the reference, nt.
+
+    Raises:
+        ValueError: no residue.
+
+    Source:
+        US-align, parameter_set4final_C3prime.
+
+    >>> d0_rna(11), d0_rna(12), d0_rna(29)
+    (0.3, 0.4, 0.7)
+    >>> round(d0_rna(30), 4), round(d0_rna(100), 4)
+    (0.7588, 3.485)
+    """
+    if length < 1:
+        raise ValueError(f"d0_rna: got length {length}; expected at least 1 residue")
+    for longest, d0 in _D0_SHORT:
+        if length <= longest:
+            return d0
+    return 0.6 * math.sqrt(length - 0.5) - 2.5
+
+
 def similarity(traces: Sequence[np.ndarray]) -> np.ndarray:
     """TM-score of every two traces as least squares superpose them: below the true one, and fast.
 
@@ -420,7 +447,7 @@ def similarity(traces: Sequence[np.ndarray]) -> np.ndarray:
     centred_ML3 = np.stack([xyz_L3 - xyz_L3.mean(axis=0) for xyz_L3 in traces])
     count, length = centred_ML3.shape[:2]
     alike_MM = np.eye(count)
-    scale = max(0.6 * np.sqrt(max(length, 30) - 0.5) - 2.5, 2.0)
+    scale = max(d0_rna(length), 2.0)
     for m in range(count - 1):
         others_ML3 = centred_ML3[m + 1 :]
         moved_ML3 = others_ML3 @ rotation_onto(others_ML3, np.broadcast_to(centred_ML3[m], others_ML3.shape))

@@ -18,17 +18,18 @@ import numpy as np
 import polars as pl
 
 from pipeline.competitions.base import Competition
-from pipeline.competitions.rna3d import CANDIDATES, read_teaching
+from pipeline.competitions.rna3d import read_teaching
 from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, track, warn
+from pipeline.schema import CANDIDATES
 from pipeline.stage import Report, read_result, run_stage, take_until, tell_left_out
 from pipeline.structure.candidate_tables import CandidateRows, Scorer, read_folds, read_pairs, read_targets
 from pipeline.structure.denovo import Assembly, choose_assemblies, features, fit_weights
 from pipeline.structure.fold3d import assemble_drawn
 from pipeline.structure.geometry import similarity
 from pipeline.structure.motifs import Motif, MotifLibrary, find_loops
-from pipeline.structure.secondary import stacking_pairs
+from pipeline.structure.secondary import LEAST_PROBABILITY, stacking_pairs
 from pipeline.tables import open_parquet
 from pipeline.templates.collection import collect, library_path
 from pipeline.templates.gate import allowed
@@ -42,7 +43,6 @@ LONGEST = 10_000
 _LIBRARY, _WEIGHTS = "library.parquet", "weights.json"
 #: Files of a run that `apply` needs on another machine.
 CARRIED = (_LIBRARY, _WEIGHTS)
-_MIN_PROBABILITY = 0.02  # of a pair that counts
 
 _Likely = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -282,7 +282,7 @@ def _assemblies(target: _Target, loops: _Loops, *, held_out: int | None) -> list
 def _read_targets(paths: Paths, table: str) -> list[_Target]:
     rows = read_targets(paths, table)
     likely = {
-        letters: (i_K[p_K >= _MIN_PROBABILITY], j_K[p_K >= _MIN_PROBABILITY], p_K[p_K >= _MIN_PROBABILITY])
+        letters: (i_K[p_K >= LEAST_PROBABILITY], j_K[p_K >= LEAST_PROBABILITY], p_K[p_K >= LEAST_PROBABILITY])
         for letters, (i_K, j_K, p_K) in read_pairs(paths.bpp, (letters for _, letters, _ in rows)).items()
     }
     return [

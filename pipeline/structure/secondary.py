@@ -7,6 +7,9 @@ import numpy as np
 
 from pipeline.compiled import njit
 
+#: Of a pair that a structure may have.
+LEAST_PROBABILITY = 0.02
+
 _MIN_HAIRPIN = 3  # nt
 _RT = 0.616  # kcal/mol at 37 °C
 
@@ -34,14 +37,13 @@ _KISSING = 6  # pairs of a kissing loop
 _SPAN_COST = 1.75 * _RT  # kcal/mol for each factor e in the distance that is bridged (Jacobson and Stockmayer 1950)
 
 
-def probable_pairs(bpp_LL: np.ndarray, *, least: float = 0.02) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def probable_pairs(bpp_LL: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs (i, j, probability) of a dense matrix, ``i < j``, sorted.
 
     Args:
-        bpp_LL: [L, L] base-pair probabilities, symmetric.
-        least: probability below which a pair is left out.
+        bpp_LL: [L, L] base-pair probabilities, symmetric; those below `LEAST_PROBABILITY` are left out.
     """
-    i_K, j_K = np.nonzero(np.triu(bpp_LL >= least, _MIN_HAIRPIN + 1))
+    i_K, j_K = np.nonzero(np.triu(bpp_LL >= LEAST_PROBABILITY, _MIN_HAIRPIN + 1))
     return i_K, j_K, bpp_LL[i_K, j_K].astype(np.float64)
 
 

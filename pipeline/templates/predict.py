@@ -13,10 +13,11 @@ import numpy as np
 import polars as pl
 
 from pipeline.competitions.base import Competition
-from pipeline.competitions.rna3d import CANDIDATES, read_teaching
+from pipeline.competitions.rna3d import read_teaching
 from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar
+from pipeline.schema import CANDIDATES
 from pipeline.stage import Report, read_result, run_stage, take_until, tell_left_out
 from pipeline.structure.candidate_tables import CandidateRows, Scorer, read_folds, read_pairs, read_targets
 from pipeline.structure.geometry import rotation_onto

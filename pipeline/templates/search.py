@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.schema import CANONICAL_PAIRS, encode
 from pipeline.structure.assembly import trace_from_pairs
 from pipeline.structure.geometry import SHORTEST_STEP, similarity
-from pipeline.structure.secondary import nested_pairs, stacking_pairs, without_lone_pairs
+from pipeline.structure.secondary import LEAST_PROBABILITY, nested_pairs, stacking_pairs, without_lone_pairs
 from pipeline.templates.align import CLOSING, OPENING, UNPAIRED, Costs, Mode, align_all, letter_scores, state_scores
 from pipeline.templates.gate import allowed_mask
 from pipeline.templates.pairs import pairs_from_trace
@@ -106,7 +106,7 @@ class Target:
     def nested(self) -> list[tuple[int, int]]:
         """The pairs of its most accurate nested structure."""
         i_K, j_K, p_K = self.pairs_K
-        likely = (p_K >= 0.02) & (j_K - i_K > 3)
+        likely = (p_K >= LEAST_PROBABILITY) & (j_K - i_K > 3)
         return without_lone_pairs(nested_pairs(len(self), i_K[likely], j_K[likely], p_K[likely]))
 
     @cached_property

@@ -55,10 +55,7 @@ def refine(xyz_L3: np.ndarray, copied_L: np.ndarray, pairs: list[tuple[int, int]
     Returns:
         [L, 3] float64, Å, centred on the origin.
     """
-    helices = [
-        np.concatenate([stem.i + np.arange(stem.pairs), stem.j - np.arange(stem.pairs)])
-        for stem in find_stems(len(xyz_L3), pairs)
-    ]
+    helices = [stem.residues for stem in find_stems(len(xyz_L3), pairs)]
     return relax(xyz_L3, [helix for helix in helices if not copied_L[helix].any()])
 
 

@@ -1,4 +1,4 @@
-"""A batch that the guard ordered out, saved with all that its step needs to be run again: ``rna replay``.
+"""A batch that training left out, saved with all that its step needs to be run again: ``rna replay``.
 
 bad/0007-step-00000003.pt      the newest ones of a fold; each about as large as the network's weights
 
@@ -8,7 +8,6 @@ bytes are the sha256 of all others.
 
 import hashlib
 import io
-import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from torch import Tensor
 from models.interface import RnaInputs
 from pipeline.batch import RnaBatch
 from pipeline.errors import DataError
-from pipeline.stage import fsync
+from pipeline.stage import write_bytes
 
 _FORMAT = 1
 _KEEP = 4
@@ -55,17 +54,10 @@ class BadBatch:
         tree["weights"] = {name: tensor.detach().cpu() for name, tensor in self.weights.items()}
         buffer = io.BytesIO()  # on a full disk torch.save hides the system's error
         torch.save({"format": _FORMAT, **tree}, buffer)
-        folder.mkdir(parents=True, exist_ok=True)
         number = next(iter(_numbered(folder)), 0) + 1
         path = folder / f"{number:04d}-step-{self.step:08d}.pt"
-        part = path.with_name(f".{path.name}.part-{os.getpid()}")
         data = buffer.getvalue()
-        try:
-            part.write_bytes(data + hashlib.sha256(data).digest())
-            fsync(part)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_bytes(path, data + hashlib.sha256(data).digest())
         for old in list(_numbered(folder).values())[_KEEP:]:
             old.unlink()
         return path

@@ -19,7 +19,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,10 +53,15 @@ class DamagedError(Exception):
 
 
 class CheckpointStore:
-    """The checkpoints of one training run, in one folder."""
+    """The checkpoints of one training run, in one folder.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: of the checkpoints, in that of the run.
+        is_held: whether the run's folder is still this process's, asked before anything is written.
+    """
+
+    def __init__(self, folder: Path, *, is_held: Callable[[], bool] = lambda: True) -> None:
+        self.folder, self._is_held = folder, is_held
 
     def steps(self) -> dict[int, Path]:
         """Step -> folder of every committed checkpoint, newest first."""
@@ -90,8 +95,14 @@ class CheckpointStore:
 
         Raises:
             DivergedError: a weight is not finite; such a checkpoint is never written.
-            StorageError: the disk is full, even after older checkpoints were removed.
+            StorageError: the disk is full, even after older checkpoints were removed; or the run's folder is gone.
         """
+        if not self._is_held():
+            raise StorageError(
+                f"{self.folder.parent}: moved, removed or replaced while this run was at work in it; step {step} is "
+                "not saved, the checkpoints before it are where the folder went. Next: the same command there, with "
+                "ARTIFACTS=<folder>, goes on from them."
+            )
         for name, tensor in [*weights.items(), *(training or {}).items()]:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise DivergedError(

@@ -32,6 +32,7 @@ from pipeline import runlog
 from pipeline.errors import ConfigError, PipelineError, StoppedError, StorageError
 from pipeline.training.checkpoint import Checkpoint, CheckpointStore, DamagedError, load_checkpoint
 from pipeline.training.failures import OutOfMemoryEverywhere, is_device_lost, is_out_of_memory
+from pipeline.training.stop import SIGNALS
 
 _BUCKET = 2**24  # gradient values that are sent together: 64 MiB
 _POLL_S, _HEARD_TRIES = 0.02, 1500
@@ -355,7 +356,8 @@ def launch(arguments: Sequence[str], *, processes: int, module: str = "pipeline"
 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or each loss of a connection comes with traces of C++
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    listens = "SIGTERM,SIGINT" + ("" if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else ",SIGHUP")
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    listens = ",".join(number.name for number in SIGNALS if number is not signal.SIGHUP or hangs_up)
     options = ["--standalone", "--nproc-per-node", str(processes), "--signals-to-handle", listens]
     for name in ("agent.server.api", "multiprocessing.api"):  # what they log, the processes or the lines below say
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)

@@ -7,14 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from models.adapters import plain_state
+from models.heads import HEADS, is_head
 
-_HEADS = "heads."  # prefix of what belongs to a task; all else of a network is its backbone
 _LEAST = 0.5  # of the backbone's numbers
-
-
-def is_head(name: str) -> bool:
-    """Whether a parameter of a network belongs to its task, by name."""
-    return name.startswith(_HEADS)
+_SHOWN = 3  # tensors that do not fit
 
 
 class Loaded(NamedTuple):
@@ -61,14 +57,14 @@ def load_fitting(model: nn.Module, weights: Mapping[str, Tensor]) -> Loaded:
     return Loaded(loaded, fresh, ignored, share)
 
 
-def _misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, shown: int = 3) -> str:
+def _misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
     """The first tensors of the backbone that do not fit, with both shapes."""
     found = [
         f"{name} {list(tensor.shape)}, there {list(weights[name].shape) if name in weights else 'none'}"
         for name, tensor in own.items()
         if not is_head(name) and (name not in weights or weights[name].shape != tensor.shape)
     ]
-    return "; ".join(found[:shown]) + (f"; and {len(found) - shown} more" if len(found) > shown else "")
+    return "; ".join(found[:_SHOWN]) + (f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
 
 
 def _parts(names: Iterable[str], *, beside: set[str]) -> list[str]:
@@ -80,6 +76,6 @@ def _part(name: str, beside: set[str]) -> str:
     pieces = name.split(".")
     for end in range(1, len(pieces)):
         prefix = ".".join(pieces[:end])
-        if prefix + "." != _HEADS and not any(other.startswith(f"{prefix}.") for other in beside):
+        if prefix + "." != HEADS and not any(other.startswith(f"{prefix}.") for other in beside):
             return prefix
     return name

@@ -25,6 +25,7 @@ from pipeline.dataset import ExampleSet
 from pipeline.errors import DataError
 from pipeline.packing import Packed, plan_epoch, read_packed, split_batch
 from pipeline.runlog import warn
+from pipeline.training.stop import SIGNALS
 
 _AHEAD = 4  # batches that each worker prepares before they are asked for
 _PATIENCE_S = 300.0  # with a worker that says nothing; an epoch of a million sequences is planned in 0.3 s
@@ -78,7 +79,7 @@ class BatchSource:
     def _read(self) -> np.ndarray:
         """Nucleotides before each epoch, and after the last one."""
         lengths_N = self.lengths_N[self.train]
-        longest = [self.config.longest(epoch) for epoch in range(self.config.train.epochs)]
+        longest = [self.config.longest(epoch) for epoch in range(self.config.train.num_epochs)]
         each = {length: int(np.minimum(lengths_N, length).sum()) for length in set(longest)}
         return np.cumsum([0, *(each[length] for length in longest)])
 
@@ -226,7 +227,7 @@ class Loader:
 
 def _work(connection: Connection, source: BatchSource) -> None:
     """Answer places with batches until the training process is gone; it alone listens to signals."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(EOFError, OSError):
         connection.send_bytes(b"ready")

@@ -87,7 +87,7 @@ class Trainer:
         self.state = TrainingState(model, settings=config.train, device=device, precision=precision, world=world)
         self.loss = training_loss(competition, config.train, data.examples.classes)
         self.source = BatchSource(data.examples, data.train, config=config, rank=world.rank, ranks=world.size)
-        self.steps = self.source.batches * config.train.epochs
+        self.steps = self.source.batches * config.train.num_epochs
         self._last_step: int | None = None
         self._saved_at: tuple[int, int] | None = None
         self._updating = False

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from models.heads import is_head
 from pipeline.errors import ConfigError
-from pipeline.training.initial import is_head
 
 #: of timm's optimisers: those that need gradients of gradients, apex or bitsandbytes
 _UNFIT = ("adahessian", "fused", "bnb")

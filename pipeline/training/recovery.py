@@ -103,7 +103,7 @@ class Recovery:
         if answer == "roll_back":
             self.roll_back(what)
         else:
-            runlog.warn(f"{what}; the batch is skipped ({counts.skips_in_a_row} in a row)")
+            runlog.warn(f"{what}; the batch is left out ({counts.skips_in_a_row} in a row)")
 
     def roll_back(self, what: str) -> None:
         """Everything from the last good checkpoint, one precision rung down, without the bad batches.
@@ -120,7 +120,7 @@ class Recovery:
         checkpoint = load_newest(self.store, state.world) if left else None
         if checkpoint is None:
             told = (
-                f"{what}; {counts.skips} batches skipped and {counts.rollbacks} rollbacks did not cure it. Next: make "
+                f"{what}; {counts.skips} batches left out and {counts.rollbacks} rollbacks did not cure it. Next: make "
                 "replay runs such a batch again, and says where it breaks and in which precision it does not; then a "
                 "lower train.lr, or train.precision = 'fp32'."
             )

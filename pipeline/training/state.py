@@ -34,7 +34,7 @@ class Progress:
     finished: bool = False
     precision: Literal["", "bf16", "fp32"] = ""  # the rung that a rollback ordered; "" = as configured
     micro_batch: int = 0  # what micro_batch = "auto" came down to when memory ran out; 0 = it has not
-    left_out: list[list[int]] = field(default_factory=list)  # [epoch, batch] that the guard ordered out
+    left_out: list[list[int]] = field(default_factory=list)  # [epoch, batch] that were left out
     recent_losses: list[float] = field(default_factory=list)  # finite ones, what a spike is measured against
     guard: GuardCounts = field(default_factory=GuardCounts)
 
@@ -45,7 +45,7 @@ class Progress:
 
     def is_over(self, settings: TrainConfig) -> bool:
         """Whether the epochs or the patience are used up."""
-        return self.epoch >= settings.epochs or 0 < settings.patience < self.stale_epochs
+        return self.epoch >= settings.num_epochs or 0 < settings.patience < self.stale_epochs
 
 
 class TrainingState:

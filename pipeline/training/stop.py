@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import ClassVar, TextIO
@@ -16,7 +16,8 @@ from pipeline.errors import BusyError, StoppedError
 
 #: Name of the lock that a job holds in its folder: that of a fold, or of a run where it trains all folds.
 JOB = ".job"
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+#: Signals that ask for a stop; the last three are how batch systems (Slurm, LSF, Grid Engine) tell of a limit to come.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _LOCK_TRIES, _LOCK_NAP_S = 25, 0.02  # a look at a lock (`lock_holder`) holds it for microseconds
 
@@ -48,7 +49,7 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._received = self._open[-1]._received if self._open else None
             self._open.append(self)
-            for number in _SIGNALS:
+            for number in SIGNALS:
                 if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._on_signal)
         return self
@@ -60,6 +61,8 @@ class StopRequest:
             self._open.remove(self)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._received is signal.SIGXCPU is signal.Signals(number):  # Linux sends it again every second
+            return
         if self._received is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -106,7 +109,7 @@ def _in_a_door(frame: FrameType | None) -> bool:
 
 
 @contextlib.contextmanager
-def run_lock(folder: Path, *, name: str = ".lock") -> Iterator[None]:
+def run_lock(folder: Path, *, name: str = ".lock") -> Iterator[Callable[[], bool]]:
     """Hold a folder for one process; the lock dies with its process.
 
     Where nothing can be written, on a read-only disk or in another user's folder, there is nothing to hold.
@@ -114,6 +117,9 @@ def run_lock(folder: Path, *, name: str = ".lock") -> Iterator[None]:
     Args:
         folder: is made if it is not there.
         name: of the lock's file; a folder can have several locks.
+
+    Yields:
+        What says whether the folder of that name is still the one that is held, and was not moved, removed or replaced.
 
     Raises:
         BusyError: another process holds it; the message names its pid.
@@ -124,7 +130,7 @@ def run_lock(folder: Path, *, name: str = ".lock") -> Iterator[None]:
         except OSError as err:
             if err.errno not in _REFUSED or not folder.is_dir() or os.access(folder, os.W_OK):
                 raise
-            yield
+            yield folder.is_dir
             return
         with opened as handle:
             if not _lock(handle.fileno()):
@@ -135,7 +141,7 @@ def run_lock(folder: Path, *, name: str = ".lock") -> Iterator[None]:
                 handle.truncate(0)
                 handle.write(f"{os.getpid()}\n")
                 handle.flush()
-            yield
+            yield lambda: _is_still(handle, folder / name) or (folder.is_dir() and not (folder / name).exists())
             return
 
 
@@ -196,7 +202,7 @@ def already_at_work(folder: Path, pid: int | None) -> BusyError:
     if folder.parent.name == "runs" or lock_holder(folder.parent, name=JOB) is not None:
         stops = "make stop ALL=1"
     elif folder.parent.parent.name == "runs":
-        stops = "make stop"
+        stops = f"make stop FOLD={folder.name.removeprefix('fold')}"
     return BusyError(
         f"{folder}: process {pid or '(unknown)'} is already at work here. Next: wait for it or stop it ({stops}); "
         "then run again."

@@ -68,7 +68,7 @@ class Telemetry:
         self._work = work or float
         self._openers, self._meta, self._trackers = trackers or {}, meta or {}, dict[str, Tracker]()
         self._steps, self._first_step, self._row_every = steps, first_step, max(1, steps // _ROWS)
-        self._bar, self._shown = runlog.Bar(label, total=steps, unit="steps"), 0
+        self._bar, self._shown = runlog.Bar(label, total=steps, unit="steps", timed=False), 0
         self._started, self._said, self._interval = time.monotonic(), -_STATUS_INTERVAL_S, _Interval()
         before = runlog.read_status(folder)
         self._state: dict[str, Any] = {key: before[key] for key in _KEPT if key in before}
@@ -174,9 +174,8 @@ class Telemetry:
             return ""
         metric = f"{self._metric_name} {state['metric']:.4f} " if state.get("metric") is not None else ""
         memory = state.get("gpu_memory_mib", state["memory_mib"]) / 1024
-        eta = "" if runlog.console.is_terminal else f", {runlog.duration(state['eta_s'])} left"
         rate = f"lr {state['lr']:.1e} {state['tokens_per_s']:,.0f} nt/s"
-        return f"loss {state['loss']:.4f} {metric}{rate} {memory:.1f} GiB{eta}"
+        return f"loss {state['loss']:.4f} {metric}{rate} {memory:.1f} GiB, {runlog.duration(state['eta_s'])} left"
 
 
 class Silence:

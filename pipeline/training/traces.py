@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from pipeline.structure.geometry import d0_rna
+
 _CLAMP = 10.0  # Å: a frame sees no difference between what is further off
 _EPSILON = 1e-4  # Å², under square roots, so that a perfect position has a gradient
 _LEAST_SCALE = 1.5  # Å
@@ -72,7 +74,7 @@ def soft_tm_score(predicted_L3: Tensor, true_L3: Tensor) -> Tensor:
     """
     resolved_L = ~torch.isnan(true_L3).any(-1)
     predicted_R3, true_R3 = predicted_L3[resolved_L], true_L3[resolved_L]
-    scale = max(0.6 * math.sqrt(max(len(true_R3) - 0.5, 0.0)) - 2.5, _LEAST_SCALE)
+    scale = max(d0_rna(max(len(true_R3), 1)), _LEAST_SCALE)
     share_R = torch.ones_like(true_R3[:, 0])
     for _ in range(_SUPERPOSITIONS):
         with torch.no_grad():

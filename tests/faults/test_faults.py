@@ -62,7 +62,8 @@ def test_a_run_recovers_from_a_nan_anywhere(paths, point):
 
 
 @pytest.mark.parametrize("name", others.FAULTS)
-def test_a_run_ends_the_same_after(paths, name):
+def test_a_run_ends_the_same_after(paths, name, usual_signals):
+    """Under nohup, which ignores the hang-up, the run went on and `nohup make test` failed."""
     try:
         assert others.check(name, paths)["equal"]
     finally:

@@ -8,13 +8,14 @@ import polars as pl
 import pytest
 
 from folds import assign
-from folds.assign import length_label, parse_split, read_folds
+from folds.assign import length_label, parse_split
 from folds.edit_distance import pack, pair_distances
 from pipeline import runlog
 from pipeline.classes import Classes, write_classes
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.stage import sha256_file
+from pipeline.tables import read_folds
 from tests.folds.families import families, make_table, mutate, random_sequence, save
 
 

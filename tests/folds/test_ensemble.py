@@ -5,8 +5,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from folds import ensemble
-from folds.candidates import choose_candidates
+from folds import blend, ensemble
+from folds.candidates import _nested, _Policy, choose_candidates
+from folds.job import Job
 from folds.weights import learn_mixture, learn_weights, least_square_on_simplex
 from pipeline.classes import log_losses, read_classes
 from pipeline.competitions import get_competition
@@ -45,6 +46,39 @@ def paths(tmp_path, rng) -> Paths:
 
 def join(paths: Paths, *, runs=("good.sim80_k3", "other+wide.sim80_k3"), comp=RIBONANZA, **options):
     return ensemble.run(paths, competition=comp, name="all", runs=list(runs), split=SPLIT, **options)
+
+
+# -- the choice among joins, and its optimism
+
+
+def test_a_choice_that_every_fold_makes_costs_nothing(paths):
+    """The score was that of the best of several joins on the very folds that chose it, and nothing said by how much."""
+    facts = join(paths).facts
+    assert facts["chosen"] == "learned"
+    assert facts["score_nested"] == pytest.approx(facts["score"], abs=1e-12)
+    assert json.loads((paths.ensemble_dir("all") / "weights.json").read_text())["score_nested"] == facts["score_nested"]
+    assert join(paths, runs=["good.sim80_k3"]).facts["score_nested"] is None, "there was no choice"
+
+
+def test_a_choice_made_on_the_other_folds_is_scored_on_its_own(paths):
+    """Each run is perfect in one of two folds: by the other fold the wrong one is chosen, each time."""
+    job = Job(paths=paths, competition=RIBONANZA, runs=("a", "b"), split=SPLIT, folds=[0, 1], skipped=[])
+    choices = [blend._Totals(job), blend._Totals(job)]
+    for each, sums in zip(choices, ([0.0, 8.0], [8.0, 0.0]), strict=True):
+        each.sums_FC[:], each.counts_FC[:] = np.array(sums)[:, None], 10.0
+    assert [each.score() for each in choices] == pytest.approx([0.4, 0.4])
+    assert blend._nested(job, choices) == pytest.approx(0.8)
+    choices[0].counts_FC[1] = 0.0
+    assert blend._nested(job, choices) is None, "of one fold without a scored position nothing can be chosen"
+
+
+def test_a_policy_chosen_on_the_other_folds_is_scored_on_its_own():
+    def policy(*best_of_five: float) -> _Policy:
+        return _Policy((), {}, {0.0: np.array(best_of_five)}, 0.0, pl.DataFrame())
+
+    fold_N = np.array([0, 0, 1, 1])
+    assert _nested([policy(0.9, 0.9, 0.1, 0.1), policy(0.1, 0.1, 0.9, 0.9)], fold_N) == pytest.approx(0.1)
+    assert _nested([policy(0.9, 0.7, 0.5, 0.3), policy(0.1, 0.1, 0.1, 0.1)], fold_N) == pytest.approx(0.6)
 
 
 # -- weights
@@ -218,7 +252,7 @@ def test_a_test_table_of_other_classes_is_refused(class_paths):
 def test_classes_are_described_without_a_column_for_each(class_paths):
     table = ensemble.describe(join_classes(class_paths).facts)
     assert len(table.columns) == 2
-    assert table.row_count == 8
+    assert table.row_count == 9
 
 
 # -- values

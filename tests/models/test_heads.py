@@ -156,7 +156,8 @@ def test_a_distance_feature_is_one_half_at_its_scale():
 
 def test_no_round_moves_further_than_the_extent():
     """Measured with 8 gates that added up: positions of 800 Å after four rounds from 80 Å."""
-    head, x_BLD = coordinate_head(rounds=1), 100 * torch.randn(1, 700, 16)
+    head, x_BLD = coordinate_head(), 100 * torch.randn(1, 700, 16)
+    del head.rounds[1:]
     with torch.no_grad():
         head.rounds[0].gate.weight.mul_(1e6)
     start_L3 = helix(700, like=x_BLD)

@@ -1,6 +1,7 @@
 """Code for a GPU runs to its end on a pretended one: in a process of its own, where torch believes in a CUDA device."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,7 @@ RUNS = "memory_that or predicts_the_same or test_a_run_stopped and fp16"
     ids=["operators and networks", "runs and contracts"],
 )
 def test_what_is_for_a_gpu_runs_to_its_end_on_a_pretended_one(hooks: Path, files: list[str], which: str):
-    command = [sys.executable, "-m", "pytest", "-p", "tests.models.pretended_gpu", "-p", "no:cacheprovider", "-q", "-x"]
+    command = [sys.executable, "-m", "pytest", "-p", "tests.models.pretended_gpu", "-p", "no:cacheprovider", "-v", "-x"]
     done = subprocess.run(
         [*command, "-k", which, *(f"tests/{name}" for name in files)],
         cwd=ROOT,
@@ -52,4 +53,6 @@ def test_what_is_for_a_gpu_runs_to_its_end_on_a_pretended_one(hooks: Path, files
         text=True,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    assert " passed" in done.stdout
+    passed = [line for line in done.stdout.splitlines() if " PASSED " in line]
+    for name in (*files, *re.findall(r"\w{5,}", which)):
+        assert any(name in line for line in passed), f"nothing of {name} was run to its end"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models.layers.selective_scan import selective_scan_ref
-from models.layers.ssd import ssd, ssd_ref
+from models.layers.ssd import _Decay, ssd, ssd_ref
 
 NAMES = ("x", "delta", "A", "B", "C", "D")
 #: largest relative difference, by the precision of what goes in
@@ -131,6 +131,11 @@ def test_under_autocast_everything_runs_in_float32(dtype: torch.dtype):
     assert relative(found, expected) < TOLERANCE[torch.float32]
     for name, grad, wanted in zip(NAMES, torch.autograd.grad(found.sum(), args), expected_grads, strict=True):
         assert relative(grad, wanted) < TOLERANCE[torch.float32], name
+
+
+def test_decays_are_no_tensor_that_was_changed_in_place():
+    """Compiled by torch 2.11, a function that gives one has gradients of zero: A learned nothing, without a word."""
+    assert _Decay.apply(torch.randn(2, 5, requires_grad=True))._version == 0
 
 
 def test_slices_and_expanded_arrays_are_taken_as_they_lie():

@@ -29,7 +29,7 @@ def write_wheel(path: Path, **members: str) -> Path:
 
 
 def fake_wheel(target: Path) -> str:
-    """In place of `bundle.build_wheel`, which takes seconds and is tested by itself."""
+    """In place of `wheels.build_wheel`, which takes seconds and is tested by itself."""
     return write_wheel(target / "rna_competition_pipeline-0.1.0-py3-none-any.whl").name
 
 

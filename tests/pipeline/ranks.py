@@ -25,6 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from models.registry import register_model
 from pipeline import runlog, train
+from pipeline.competitions import get_competition
+from pipeline.config import load_config
 from pipeline.errors import BusyError, DataError, DivergedError, PipelineError, StorageError
 from pipeline.paths import Paths
 from pipeline.runlog import read_metrics
@@ -36,6 +38,7 @@ from tests.pipeline import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Name of a run, how many processes, settings, fault. A run that is named again goes on, with other settings if so.
+#: Settings are those of `tiny.config`; or ``of``, a competition, with ``set``, overrides of the config ``tiny_hyena``.
 Scene = tuple[str, int, dict[str, Any], list[Any] | None]
 
 TIMEOUT_S, LONG_S = 3.0, 600.0  # where a process hangs, and elsewhere: a busy machine must not look like that
@@ -58,10 +61,13 @@ def scene(
     runlog.console.quiet = False
     if fault and fault[0] == int(os.environ.get("RANK", "0")):
         arm(*fault[1:])
+    known = {one.name: one for one in (tiny.TINY, tiny.TINY3D)}
+    competition = known.get(paths.comp) or get_competition(paths.comp)
+    settings = load_config("tiny_hyena", config["set"]) if "set" in config else tiny.config(**config)
     try:
         with join(timeout=timeout) as world:
-            where = {"competition": tiny.TINY, "paths": paths, "run": run, "split": tiny.SPLIT, "fold": 0}
-            train.run(tiny.config(**config), **where, **options, world=world)
+            where = {"competition": competition, "paths": paths, "run": run, "split": tiny.SPLIT, "fold": 0}
+            train.run(settings, **where, **options, world=world)
     except (PipelineError, OSError) as err:
         if not runlog.console.quiet:
             sys.stderr.write(f"{os.environ.get('RANK')}: {type(err).__name__}: {err}\n")
@@ -145,7 +151,7 @@ def fork_ranks(size: int, root: str, *, mercy: float = MERCY_S, **options: Any) 
             try:
                 where = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
                 os.environ.update({name: str(value) for name, value in {**where, "MASTER_PORT": port}.items()})
-                code = scene(Paths(comp="tiny", root=Path(root)), **options)
+                code = scene(paths_of(Path(root), options["config"]), **options)
             except Exception:
                 traceback.print_exc()
             finally:
@@ -225,6 +231,11 @@ def fixtures(scenes: Sequence[Scene]) -> tuple[Any, Any]:
     return paths, ended
 
 
+def paths_of(root: Path, config: dict[str, Any]) -> Paths:
+    """Where the tables of a scene are."""
+    return Paths(comp=config.get("of", "tiny"), root=root)
+
+
 def run_name(name: str) -> str:
     return f"{name.replace(' ', '-')}.{tiny.SPLIT}"
 
@@ -256,7 +267,8 @@ def main() -> int:
     runlog.console.quiet = runlog.output.quiet = True
     root, script = sys.argv[1:]
     if "RANK" in os.environ:
-        return scene(Paths(comp="tiny", root=Path(root)), **json.loads(script))
+        options = json.loads(script)
+        return scene(paths_of(Path(root), options["config"]), **options)
     found = []
     for one in json.loads(script):
         fork = fork_hung_ranks if one["fault"] and one["fault"][2] == "hang" else fork_ranks

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.heads import is_head
 from models.registry import create_model, list_models
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, StoppedError
 from pipeline.paths import Paths
 from pipeline.training.checkpoint import CheckpointStore, load_weights
-from pipeline.training.initial import is_head
 from pipeline.training.optim import decay_groups, make_optimizer, set_learning_rate
 from tests.models.cases import SMALL
 from tests.pipeline import tiny

@@ -37,6 +37,7 @@ def test_a_tiny_run_writes_rows_and_a_header(tmp_path: Path):
     written = json.loads((tmp_path / "models.json").read_text())
     assert written["rows"] == rows
     assert {"date", "machine", "versions", "threads", "bars"} <= written.keys()
+    assert [row["model"] for row in rows] == ["tiny_ribonanza_mamba", "tiny_hyena"]
     assert all(row.keys() == KEYS | MEASURED for row in rows)
     assert all(row["train"] > 0 and row["forward"] > 0 for row in rows)
 

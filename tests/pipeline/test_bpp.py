@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pipeline import bpp
+from pipeline import bpp, viennarna
 from pipeline.errors import ConfigError, DataError, StoppedError, StorageError
 from pipeline.paths import Paths
 
@@ -44,7 +44,7 @@ def dense(folded, length):
 
 
 def test_a_hairpin_pairs_as_it_must_and_its_loop_and_tail_stay_free():
-    folded = bpp.fold(HAIRPIN)
+    folded = viennarna.fold(HAIRPIN)
     matrix = dense(folded, len(HAIRPIN))
     assert all(matrix[k, 17 - k] > 0.9 for k in range(7))
     assert (folded.unpaired_L[[8, 9, *range(18, 24)]] > 0.95).all()
@@ -62,17 +62,17 @@ def test_probabilities_are_viennas_own_above_the_cutoff(rng):
         compound = RNA.fold_compound(sequence)
         compound.pf()
         whole = np.asarray(compound.bpp())[1:, 1:]
-        folded = bpp.fold(sequence)
-        expected = np.where(whole >= bpp.MIN_PROBABILITY, whole, 0.0)
+        folded = viennarna.fold(sequence)
+        expected = np.where(whole >= viennarna.MIN_PROBABILITY, whole, 0.0)
         np.testing.assert_allclose(dense(folded, 80), expected + expected.T, atol=1e-7)
         np.testing.assert_allclose(folded.unpaired_L, 1 - (whole + whole.T).sum(axis=1), atol=1e-6)
         assert (folded.i_K < folded.j_K).all()
-        assert folded.p_K.min() >= bpp.MIN_PROBABILITY
+        assert folded.p_K.min() >= viennarna.MIN_PROBABILITY
 
 
 @pytest.mark.parametrize("sequence", ["A", "GC"])
 def test_a_sequence_too_short_to_fold_is_unpaired(sequence):
-    folded = bpp.fold(sequence)
+    folded = viennarna.fold(sequence)
     assert folded.unpaired_L.tolist() == [1.0] * len(sequence)
     assert folded.p_K.size == 0
 
@@ -81,25 +81,25 @@ def test_a_helix_so_stable_that_the_default_scale_overflows_is_folded():
     sequence = "G" * 220 + "GAAA" + "C" * 220
     compound = RNA.fold_compound(sequence)
     assert compound.pf()[1] >= 1e4
-    assert bpp.fold(sequence).unpaired_L[:100].max() < 0.2
+    assert viennarna.fold(sequence).unpaired_L[:100].max() < 0.2
 
 
 @pytest.fixture
 def small_windows(monkeypatch):
-    monkeypatch.setattr(bpp, "MAX_WHOLE", 150)
-    monkeypatch.setattr(bpp, "WINDOW", 120)
+    monkeypatch.setattr(viennarna, "MAX_WHOLE", 150)
+    monkeypatch.setattr(viennarna, "WINDOW", 120)
 
 
 @pytest.mark.parametrize("start", [0, 31, 55, 60, 90, 121, 250])
 def test_windows_find_a_local_helix_wherever_it_is(small_windows, start):
     sequence = "A" * start + HAIRPIN + "A" * (330 - start)
-    matrix = dense(bpp.fold(sequence), len(sequence))
+    matrix = dense(viennarna.fold(sequence), len(sequence))
     assert all(matrix[start + k, start + 17 - k] > 0.9 for k in range(7))
 
 
 def test_windows_pair_no_nucleotide_more_than_once_and_nothing_beyond_a_window(small_windows, rng):
     (sequence,) = random_sequences(rng, 1, length=400)
-    folded = bpp.fold(sequence)
+    folded = viennarna.fold(sequence)
     total_L = dense(folded, 400).sum(axis=1)
     assert total_L.max() <= 1 + 1e-6
     assert (folded.j_K.astype(int) - folded.i_K).max() < 120
@@ -109,12 +109,12 @@ def test_windows_pair_no_nucleotide_more_than_once_and_nothing_beyond_a_window(s
 
 @pytest.mark.parametrize("length", [1, 1200, 1201, 1500, 2300, 4640])
 def test_windows_speak_for_every_pair_middle_once_and_reach_half_a_window(length):
-    windows = list(bpp._windows(length))
+    windows = list(viennarna._windows(length))
     assert windows[0][2] == 0
     assert windows[-1][3] == length
     assert all(before[3] == after[2] for before, after in itertools.pairwise(windows))
     for start, stop, first, last in windows:
-        reach = 0 if len(windows) == 1 else bpp.WINDOW // 4
+        reach = 0 if len(windows) == 1 else viennarna.WINDOW // 4
         assert start == 0 or start <= first - reach
         assert stop == length or stop >= last + reach
 
@@ -134,7 +134,7 @@ def test_the_file_has_every_sequence_of_train_and_test_once_sorted(paths, rng):
         "p": pl.List(pl.Float32),
     }
     for row in table.iter_rows(named=True):
-        folded = bpp.fold(row["sequence"])
+        folded = viennarna.fold(row["sequence"])
         assert [row["unpaired"], row["i"], row["j"], row["p"]] == [values.tolist() for values in folded]
     assert not (paths.bpp.parent / "parts").exists()
 
@@ -234,11 +234,11 @@ def test_without_viennarna_the_error_says_what_to_install_and_an_existing_file_i
     train = random_sequences(rng, 3, length=30)
     write_clean(paths, train)
     monkeypatch.setitem(sys.modules, "RNA", None)
-    assert bpp.available()[0] is False
+    assert viennarna.available()[0] is False
     with pytest.raises(ConfigError, match=r"use_bpp=false.*pip install ViennaRNA.*'bpp'"):
         bpp.run(paths)
     monkeypatch.setitem(sys.modules, "RNA", RNA)
-    assert bpp.available()[0] is True
+    assert viennarna.available()[0] is True
     bpp.run(paths, workers=1)
     monkeypatch.setitem(sys.modules, "RNA", None)
     assert bpp.run(paths).status == "current"
@@ -333,10 +333,10 @@ def test_workers_import_neither_polars_nor_torch():
 def test_viennarna_without_python_metadata_is_usable(monkeypatch):
     """Was: PackageNotFoundError out of the doctor, where conda or apt installed the bindings."""
     pytest.importorskip("RNA")
-    expected = bpp.available()
+    expected = viennarna.available()
 
     def unknown(name):
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(bpp.metadata, "version", unknown)
-    assert bpp.available() == expected
+    monkeypatch.setattr(viennarna.metadata, "version", unknown)
+    assert viennarna.available() == expected

@@ -357,6 +357,7 @@ def test_every_kind_of_failure_has_its_own_exit_code():
         "DivergedError": 4,
         "StorageError": 5,
         "NetworkError": 6,
+        "CrashedError": 7,
         "StoppedError": 75,
     }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models.registry import create_model, list_models
-from pipeline import embed, predict, train
+from pipeline import embed, inference, predict, train
 from pipeline.classes import Classes, write_classes
 from pipeline.competitions import get_competition
 from pipeline.config import DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -156,7 +156,7 @@ def test_batches_for_a_network_of_pairs_are_small(tmp_path, monkeypatch):
         return both_ways(job, network, device, positions, **how)
 
     monkeypatch.setattr(embed, "both_ways", told)
-    monkeypatch.setattr(predict, "STRUCTURE_PAIRS", 2 * 100**2)
+    monkeypatch.setattr(inference, "STRUCTURE_PAIRS", 2 * 100**2)
     file = tmp_path / "long.fasta"
     file.write_text("".join(f">{k}\n{'ACGU' * 25}\n" for k in range(5)))
     embed_file(file, paths, competition=tiny.TINY3D)
@@ -257,6 +257,6 @@ def test_what_cannot_be_embedded_is_told(paths, file, tmp_path):
 def test_an_embedding_that_is_not_finite_is_stopped(paths, file, monkeypatch):
     fit(paths)
     spoilt = {name: torch.full_like(tensor, torch.nan) for name, tensor in weights(paths).items()}
-    monkeypatch.setattr(predict, "load_weights", lambda _: spoilt)
+    monkeypatch.setattr(inference, "load_weights", lambda _: spoilt)
     with pytest.raises(DivergedError, match="is not finite"):
         embed_file(file, paths)

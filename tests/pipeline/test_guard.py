@@ -135,9 +135,15 @@ def test_a_replay_that_is_fine_says_so():
 
 
 def test_observation_leaves_no_hooks():
+    def fails() -> None:
+        raise ValueError("bad batch")
+
     model = network(nn.Identity())
     find_origin(model, lambda: model(torch.ones(2, 3)))
-    assert not any(module._forward_hooks for module in model.modules())
+    with pytest.raises(ValueError, match="bad batch"):
+        find_origin(model, fails)
+    for module in model.modules():
+        assert not {**module._forward_pre_hooks, **module._forward_hooks, **module._backward_hooks}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

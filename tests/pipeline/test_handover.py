@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import handover
-from pipeline.cli import run_name
+from pipeline import handover, preprocess
 from pipeline.competitions import get_competition
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import REPOSITORY, Paths
+from pipeline.runs import run_name
 from pipeline.stage import write_json
+from pipeline.synthetic import write_ribonanza
 from pipeline.templates.collection import library_path
 from pipeline.training.checkpoint import CheckpointStore
 from tests.chain_tables import make_paths
@@ -138,6 +139,25 @@ def test_settings_name_folders_that_are_there(written: dict[str, Path]):
     assert len(folders) == 4
     assert all(folder.is_dir() for folder in folders)
     assert Path(settings["ENSEMBLE_DIR"]).is_dir()
+
+
+def test_the_settings_name_the_folder_that_the_data_were_made_from(written: dict[str, Path], tmp_path: Path):
+    """artifacts/<comp>/raw stood there also where the data were made with RAW=<another folder>, which it never was."""
+    home = written["README.md"].parents[2]
+    paths = Paths(comp=home.name, root=home.parent)
+    competition = get_competition("ribonanza")
+
+    def named() -> str:
+        files = handover.run(paths, competition=COMPETITION, name="all").outputs
+        return json.loads(files["SETTINGS.json"].read_text())["RAW_DATA_DIR"]
+
+    assert named() == str(paths.raw), "nothing is known of older tables"
+    write_ribonanza(tmp_path / "elsewhere", sequences=12, test=3)
+    preprocess.run(competition, tmp_path / "elsewhere", paths)
+    assert named() == str(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").rename(tmp_path / "moved")
+    assert preprocess.run(competition, tmp_path / "moved", paths).status == "current"
+    assert named() == str(tmp_path / "moved")
 
 
 def test_the_readme_tells_models_settings_and_what_they_took(written: dict[str, Path]):

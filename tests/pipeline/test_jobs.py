@@ -21,10 +21,11 @@ import pytest
 from rich.console import Console
 
 from pipeline import jobs
-from pipeline.cli import finished_runs, run_verb
+from pipeline.cli import run_verb
 from pipeline.errors import BusyError, ConfigError, DataError, StoppedError
 from pipeline.paths import Paths
 from pipeline.runlog import read_status, write_status
+from pipeline.runs import finished_runs, warn_of_unfinished
 from pipeline.training import stop
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.stop import lock_holder, run_lock
@@ -48,6 +49,12 @@ def wait_until(true: Callable[[], Any]) -> None:
     while not true():
         assert time.monotonic() < give_up, "waited in vain"
         time.sleep(0.05)
+
+
+def tell(folder: Path, status: dict[str, Any]) -> None:
+    """The status of a run whose folder need not be there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_status(folder, status)
 
 
 class Endless:
@@ -192,8 +199,8 @@ def test_a_terminal_shows_a_bar_with_everything_and_closing_it_saves_and_ends_th
     def has_validated() -> bool:
         return {"metric", "loss"} <= read_status(endless.folder).keys() and read_status(endless.folder)["step"] > 20
 
-    bar = r"endless\.sim80_k2 fold0 \S+ +\d+/200000 steps (?:\d+:)*\d+:\d\d"
-    note = r"loss \d\.\d{4} MAE \d\.\d{4} lr \d\.\de-\d\d [\d,]+ nt/s \d+\.\d GiB"
+    bar = r"endless\.sim80_k2 fold0 \S+ +\d+/200000 steps"
+    note = r"loss \d\.\d{4} MAE \d\.\d{4} lr \d\.\de-\d\d [\d,]+ nt/s \d+\.\d GiB, [\d hmins]+ left"
     shown = in_a_terminal(endless.make("train"), until=has_validated, shows=[bar, note])
     trainer = read_status(endless.folder)["pid"]
     assert max(len(line.rstrip()) for line in re.split(r"[\r\n]+", shown) if "loss" in line) <= 80
@@ -260,7 +267,7 @@ def test_a_status_in_a_narrow_terminal_leaves_columns_out_rather_than_breaking_n
     """At 80 columns the name of a run stood in pieces of four letters, one below the other."""
     name = "ribonanza_mamba.sim80_k5"
     status = {"step": 20_000, "steps": 80_000, "metric": 0.16, "best_metric": 0.16, "loss": 0.1, "tokens_per_s": 60_000}
-    write_status(tmp_path / "ribonanza" / "runs" / name / "fold0", {"state": "stopped", "memory_mib": 500, **status})
+    tell(tmp_path / "ribonanza" / "runs" / name / "fold0", {"state": "stopped", "memory_mib": 500, **status})
     table = jobs.status_table(jobs.survey(tmp_path), width=width)
     lines = Console(width=width, record=True, file=io.StringIO())
     lines.print(table)
@@ -326,10 +333,10 @@ def surveyed(tmp_path) -> Path:
     """Two competitions, four folds; one at work in this process."""
     folder = tmp_path / "ribonanza" / "runs" / "a.sim80_k2"
     base = {"step": 30, "steps": 120, "loss": 0.5, "tokens_per_s": 1234.5, "memory_mib": 2048, "eta_s": 185.0, "pid": 1}
-    write_status(folder / "fold0", {**base, "state": "running", "pid": os.getpid(), "metric": 0.25, "best_metric": 0.2})
-    write_status(folder / "fold1", {**base, "state": "running"})
-    write_status(folder / "fold1" / "set-aside-1", {**base, "state": "done"})
-    write_status(tmp_path / "demo" / "rna3d" / "runs" / "b.sim80_k2" / "fold0", {"state": "failed", "message": "why"})
+    tell(folder / "fold0", {**base, "state": "running", "pid": os.getpid(), "metric": 0.25, "best_metric": 0.2})
+    tell(folder / "fold1", {**base, "state": "running"})
+    tell(folder / "fold1" / "set-aside-1", {**base, "state": "done"})
+    tell(tmp_path / "demo" / "rna3d" / "runs" / "b.sim80_k2" / "fold0", {"state": "failed", "message": "why"})
     (folder / "fold2").mkdir()
     return tmp_path
 
@@ -381,7 +388,7 @@ def test_a_clock_that_was_set_back_gives_no_negative_age(surveyed):
 
 def test_damaged_status_files_are_shown_as_lost(tmp_path):
     folder = tmp_path / "tiny" / "runs" / "a.sim80_k2" / "fold0"
-    write_status(folder, {"state": "done"})
+    tell(folder, {"state": "done"})
     for text in ("", "[1]", "{"):
         (folder / "status.json").write_text(text)
         assert jobs.survey(tmp_path) == []
@@ -420,7 +427,7 @@ def test_a_refusal_says_how_to_stop_what_is_at_work(tmp_path):
     """Of a run over all folds it said "make stop", which refuses to stop that; of make bpp, which it cannot stop."""
     run, other, table = (tmp_path / name for name in ("runs/a.sim80_k2", "runs/b.sim80_k2/fold0", "bpp"))
     with jobs.at_work(run), jobs.at_work(run / "fold0"), jobs.at_work(other), run_lock(table):
-        for folder, told in ((run, "make stop ALL=1"), (run / "fold0", "make stop ALL=1"), (other, "make stop")):
+        for folder, told in ((run, "make stop ALL=1"), (run / "fold0", "make stop ALL=1"), (other, "make stop FOLD=0")):
             with pytest.raises(BusyError, match=rf"Next: wait for it or stop it \({told}\)"), jobs.at_work(folder):
                 pass
         with pytest.raises(BusyError, match=rf"stop it \(kill {os.getpid()}\)"), run_lock(table):
@@ -492,8 +499,6 @@ def test_a_lock_that_goes_with_a_refused_start_keeps_nobody_else_out_and_lets_no
 
 def test_unfinished_predictions_are_used_and_named(tmp_path, capsys):
     """An ensemble took predictions of a training that was stopped by its clock for those of a finished one."""
-    from pipeline.cli import warn_of_unfinished
-
     paths = Paths(comp="ribonanza", root=tmp_path)
     for fold in range(2):
         folder = paths.fold_dir("a.sim80_k2", fold)

@@ -18,13 +18,12 @@ import polars as pl
 import pytest
 
 from folds import ensemble
-from pipeline import bpp, preprocess, synthetic, train_folds
 from pipeline import predict as stages
+from pipeline import preprocess, synthetic, train_folds, viennarna
 from pipeline.cli import run_verb
 from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError
-from pipeline.kernel import bundle, script
-from pipeline.kernel.bundle import IMAGE, MISSING
+from pipeline.kernel import bundle, script, wheels
 from pipeline.paths import REPOSITORY, Paths
 from pipeline.training import stop
 from pipeline.training.checkpoint import CheckpointStore
@@ -69,11 +68,11 @@ def test_every_dependency_is_in_the_image_or_in_the_bundle():
     declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     ours = declared["dependencies"] + declared["optional-dependencies"]["bpp"]
     names = {re.match(r"[\w-]+", text)[0] for text in ours}
-    assert names == set(IMAGE) | set(MISSING)
+    assert names == set(wheels.IMAGE) | set(wheels.MISSING)
 
 
 def test_our_wheel_holds_what_stages_read_beside_code_and_nothing_else(tmp_path: Path):
-    name = bundle.build_wheel(tmp_path)
+    name = wheels.build_wheel(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
     with zipfile.ZipFile(tmp_path / name) as opened:
         members = set(opened.namelist())
@@ -216,11 +215,15 @@ def test_a_labelled_set_is_trained_without_its_raw_files_and_predicted_as_its_co
     play(home, lay_out(tmp_path / "input", home, tmp_path / "none"), tmp_path / "work")
     paths = Paths(comp=comp, root=tmp_path / "work" / "artifacts")
     at = ["--comp", comp, "--artifacts", str(paths.root)]
+    assert run_verb(["words", *at, "--split", SPLIT]) == 0
     assert run_verb(["ensemble", *at, "--split", SPLIT]) == 0
     home = pack(order_of(paths, competition=competition, mode="predict", ensemble="all"))
     metadata = json.loads((home / "code" / "kernel-metadata.json").read_text())
     assert metadata["competition_sources"] == ["folds-of-proteins"]
     hidden = write_labelled(tmp_path / "hidden", test=9, seed=1)
+    odd = pl.Series("sequence", ["XXMKX", "", "mk*v9-", "W" * 3000, "A"])  # none of it was visible
+    table = pl.read_csv(hidden / "test.csv")
+    table.with_columns(odd.append(table["sequence"].tail(4))).write_csv(hidden / "test.csv")
     sample = pl.read_csv(hidden / "sample_submission.csv")
     for name, rows in {"all": 9, "few": 3}.items():
         inputs = lay_out(tmp_path / f"input-{name}", home, hidden)
@@ -229,6 +232,12 @@ def test_a_labelled_set_is_trained_without_its_raw_files_and_predicted_as_its_co
         assert written.columns == ["code", "fold"]
         assert written["code"].to_list() == sample["code"].to_list()[-rows:]
         assert set(";".join(written["fold"]).split(";")) <= {"one", "two", *([more[1:]] if more else [])}
+    if not more:  # without any network
+        alone = ["--split", SPLIT, "--name", "counted", "--run", f"words.{SPLIT}"]
+        assert run_verb(["ensemble", *at, *alone]) == 0
+        home = pack(order_of(paths, competition=competition, mode="predict", ensemble="counted"))
+        play(home, lay_out(tmp_path / "input-counted", home, hidden), tmp_path / "counted")
+        assert pl.read_csv(tmp_path / "counted" / "submission.csv").height == 9
 
 
 def test_a_labelled_set_of_ones_own_is_trained_in_a_notebook_and_not_predicted(tmp_path: Path):
@@ -325,7 +334,7 @@ def test_what_both_stages_learned_from_is_packed_once(pooled: Trained):
 
 
 def test_a_notebook_pools_assemblies_and_templates_as_the_stages_do_here(pooled: Trained, tmp_path: Path):
-    found, called = predict_pooled(pooled, tmp_path, pooled.folder / "raw", folds_pairs=bpp.available()[0])
+    found, called = predict_pooled(pooled, tmp_path, pooled.folder / "raw", folds_pairs=viennarna.available()[0])
     at = ["--comp", "rna3d", "--artifacts", str(pooled.paths.root)]
     assert run_verb(["submit", *at, "--to", str(tmp_path)]) == 0
     assert found.equals(pl.read_csv(tmp_path / "rna3d-all.csv"))

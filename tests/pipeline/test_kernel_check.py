@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.kernel import bundle, check
+from pipeline.kernel import check, wheels
 from pipeline.kernel.check import Room
 from tests.pipeline.kernels import COMPETITION, write_raw
 
@@ -26,7 +26,7 @@ def test_a_room_has_the_images_packages_and_neither_our_code_nor_a_network(
         monkeypatch.setattr("shutil.which", lambda _: None)
     room = Room(tmp_path, Path(sys.executable))  # proves that it has no network, or raises
     assert namespaces or room.prefix == []
-    assert set(room.versions) == {"Python", *bundle.IMAGE}
+    assert set(room.versions) == {"Python", *wheels.IMAGE}
     assert within(room, "import polars, pyarrow, numba, safetensors, typer, pip").returncode == 0
     assert "No module named 'pipeline'" in within(room, "import pipeline").stderr
     assert "No module named 'ninja'" in within(room, "import ninja").stderr

@@ -266,6 +266,115 @@ def test_letters_may_be_told_where_they_cannot_be_seen(raw, paths, run):
     assert train(paths)["sequence"][3] == "TTGA"
 
 
+def test_odd_letters_of_a_test_set_alone_are_warned_of(raw, paths, run, capsys):
+    """They became letters of the alphabet, and an untrained token of the network, without a word."""
+    ROWS.write_csv(raw / "train.csv")
+    (raw / "test.csv").write_text(f"id,sequence\ne,ACGUN\nf,GGGARR\ng,{'ACGU' * 90}\n")
+    facts = run()
+    classes = read_classes(paths)
+    assert (classes.alphabet, classes.readable) == ("ACGU", "ACGUN")
+    assert pl.read_parquet(paths.clean("test"))["sequence"].to_list()[:2] == ["ACGUN", "GGGANN"]
+    assert facts["test"]["letters"]["odd, read as N"] == 3
+    assert "test.csv: 3 letters in 2 sequences are none of ACGU; no training sequence has" in capsys.readouterr().err
+
+
+# --- several labels in a cell ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sign", [",", "|", "/", "+", "&"])
+def test_labels_that_look_like_combinations_are_told_with_the_setting_that_parts_them(sign, raw, run, capsys):
+    """Cells such as "Am,Gm" silently became classes of their own."""
+    labels = [f"Am{sign}Gm", "Gm", "Am", f"Gm{sign} Um", f"Um{sign}Am"]
+    pl.concat([ROWS, ROWS.head(1).with_columns(id=pl.lit("e"))]).with_columns(pl.Series("label", labels)).write_csv(
+        raw / "train.csv"
+    )
+    assert run()["labels"] == "one class each"
+    told = capsys.readouterr().err
+    assert f"labels such as 'Am{sign}Gm', 3 of 5, are taken for classes of their own" in told
+    assert f"combinations of 3 others. Next, if they are: separator = '{sign}' in columns.toml" in told
+    (raw / "columns.toml").write_text(f"separator = '{sign}'\n")
+    assert run()["classes"] == {"Am": 3, "Gm": 3, "Um": 2}
+    assert "combinations" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("labels", [["alpha/beta", "tRNA", "a,b", "tRNA"], ["yes", "no", "yes", "no"]])
+def test_names_with_signs_in_them_are_no_combinations(labels, raw, run, capsys):
+    ROWS.with_columns(pl.Series("label", labels)).write_csv(raw / "train.csv")
+    run()
+    assert "combinations" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (["1", "0", "1.0", "0"], "labels '1' and '1.0' are taken for two classes. Next, if they are one: "),
+        (["Yes", "no", "yes", "no"], "labels 'Yes' and 'yes' are taken for two classes"),
+        (["yes", "no", "NaN", "no"], "the label 'NaN' is taken for a class. Next, if it means that none is known: "),
+        (["yes", "no", "rare", "no"], "2 of 3 classes have a single sequence, such as 'rare': where that is held out"),
+    ],
+)
+def test_doubtful_classes_are_told(labels, told, raw, run, capsys):
+    ROWS.with_columns(pl.Series("label", labels)).write_csv(raw / "train.csv")
+    run()
+    assert told in capsys.readouterr().err
+
+
+# --- hidden test set -------------------------------------------------------------------------------------------------
+
+HIDDEN: dict[str, tuple[str, str]] = {
+    "unknown-letters": ("ACGNNRYACG", "ACGNNNNACG"),
+    "small-letters-and-t": ("acgtT", "ACGUU"),
+    "gaps-and-spaces": ("AC-G U.~", "ACGU"),
+    "signs": ("AC*G9U?", "ACNGNUN"),
+    "not-ascii": ("ACéG", "ACNG"),
+    "empty": ("", "N"),
+    "gaps-alone": ("---", "N"),
+    "nothing-known": ("NNNN", "NNNN"),
+}
+
+
+@pytest.mark.parametrize("alphabet", ["ACGU", "ACGUN"])
+def test_every_row_of_a_hidden_test_set_can_be_read(alphabet, raw, paths, run, capsys):
+    """A notebook that a competition ran again ended with "letters that are none of ACGU" or "empty sequence"."""
+    rows = ROWS if alphabet == "ACGU" else ROWS.with_columns(sequence=pl.lit("ACGU" * 30 + "N"))
+    rows.write_csv(raw / "train.csv")
+    run()
+    assert read_classes(paths).alphabet == alphabet
+    hidden = pl.DataFrame({"id": list(HIDDEN), "sequence": [text for text, _ in HIDDEN.values()]})
+    hidden.write_csv(raw / "test.csv")
+    run(test_only=True)
+    read = pl.read_parquet(paths.clean("test"))
+    assert dict(read["sequence_id", "sequence"].iter_rows()) == {
+        name: expected for name, (_, expected) in HIDDEN.items()
+    }
+    told = capsys.readouterr().err
+    assert "test.csv: 4 sequences hold other signs than letters, or nothing" in told
+    assert ("no training sequence has such letters" in told) == (alphabet == "ACGU")
+
+
+def test_letters_of_a_hidden_test_set_are_those_of_training_whatever_they_look_like(raw, paths, run):
+    texts = ["MKWVTFISLLLLFSSAYS*", "MKTAYIAKQRQISFVKSHFSRQ", "MALWMRLLPLLALLALWGPDPA", "MGSSHHHHHHSSGLVPRGSH"]
+    ROWS.with_columns(pl.Series("sequence", texts)).write_csv(raw / "train.csv")
+    run()
+    (raw / "test.csv").write_text("id,sequence\ne,MKXX*WV*\nf,ACGTACGTACGT\n")
+    run(test_only=True)
+    assert pl.read_parquet(paths.clean("test"))["sequence"].to_list() == ["MKXXXWV", "ACGTACGTACGT"]
+
+
+def test_ids_of_a_hidden_test_set_may_come_again_or_lack(raw, paths, run, capsys):
+    ROWS.write_csv(raw / "train.csv")
+    ROWS.drop("label").write_csv(raw / "test.csv")
+    (raw / "sample_submission.csv").write_text("name,p\na,0.5\nb,0.5\nc,0.5\nd,0.5\n")
+    run()
+    (raw / "test.csv").write_text("id,sequence\ne,ACGU\n,GGG\ne,CCCC\nf,AC\n")
+    run(test_only=True)
+    assert pl.read_parquet(paths.clean("test"))["sequence_id"].to_list() == ["e", "row-2", "f"]
+    assert pl.read_parquet(paths.clean("sample")).rows() == [("e", "0.5"), ("row-2", "0.5"), ("f", "0.5")]
+    told = capsys.readouterr().err
+    assert "test.csv: 2 rows have no id, and are numbered, or an id again, and are left out" in told
+    assert "sample_submission.csv: other ids than the test set's (7)" in told
+
+
 # --- test set --------------------------------------------------------------------------------------------------------
 
 
@@ -355,6 +464,11 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
         r"columns.toml: classes = \[1\]; expected id \(str\)",
     ),
     "no-toml": ({"train.csv": GOOD, "columns.toml": "label: x"}, r"columns.toml: not valid TOML"),
+    "no-column-names": (
+        {"train.csv": "a,ACGUACGUACGUACGUACGUACGU,x\n"},
+        r"the first line holds a sequence; expected column names. Next: begin with a line such as 'id,sequence,label'",
+    ),
+    "other-files": ({"train.xlsx": "x"}, r"no train.csv.*found train.xlsx"),
     "short-row": ({"train.csv": GOOD + "c,ACGU\n"}, r"train.csv: .*Expected 3 columns, got 2"),
     "no-letters": ({"train.csv": GOOD + "c,AC9U,x\n"}, r"train.csv: row 3 \(id c\): '9' in the sequence"),
     "empty-sequence": ({"train.csv": GOOD + "c,-,x\n"}, r"train.csv: row 3 \(id c\): empty sequence"),
@@ -392,6 +506,13 @@ def test_a_bad_set_is_refused_in_one_sentence_and_nothing_is_written(case, raw, 
     assert "Next: " in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list(paths.root.rglob("*.parquet"))
+
+
+def test_a_workbook_is_named(raw, run):
+    """Its bytes were "no UTF-8 text. Next: get the file again"."""
+    (raw / "train.csv").write_bytes(b"PK\x03\x04\xff\xfe\x80")
+    with pytest.raises(DataError, match=r"train.csv: an archive, or a workbook; expected text. Next: unpack it"):
+        run()
 
 
 def test_a_cut_archive_is_named(raw, run):

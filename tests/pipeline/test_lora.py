@@ -10,13 +10,14 @@ import torch
 
 from models.adapters import LowRank, merge_adapters, plain_state
 from models.encoder import RnaEncoder
+from models.heads import is_head
 from models.interface import RnaInputs, RnaOutputs
 from pipeline import embed, predict, train
 from pipeline.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from pipeline.errors import ConfigError, StoppedError
 from pipeline.paths import Paths
 from pipeline.training.checkpoint import CheckpointStore, load_weights
-from pipeline.training.initial import is_head, load_fitting
+from pipeline.training.initial import load_fitting
 from tests.pipeline import tiny
 
 NEXT = f"next.{tiny.SPLIT}"

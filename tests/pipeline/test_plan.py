@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from models.registry import create_model
 from pipeline import plan
 from pipeline.config import RunConfig, config_from_dict, load_config
 from pipeline.errors import StorageError
+from pipeline.measure import held_mib, peak_mib
 from pipeline.paths import REPOSITORY
 from pipeline.plan import Step, available_bytes, estimate, make_plan
 from pipeline.training.precision import Precision
@@ -230,12 +232,19 @@ def test_memory_is_available():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_estimate_is_the_allocators_peak_on_a_gpu():
+    """All of the process was compared: cuBLAS takes 32 MiB for itself, a fifth of this step, and tests leave theirs."""
     device, network = torch.device("cuda"), build("small_hyena")
     step = Step(micro_batch=32, length=177, gradient_checkpointing=0, accumulates=False)
     found = estimate(network, step, precision=FP32, device=device, averaged=False)
     model = network().to(device).train()
-    torch.cuda.reset_peak_memory_stats()
-    with device:
-        model(plan._inputs(step, with_bpp=model.uses_bpp)).values_BLC.sum().backward()
-    planned = found.weights + found.gradients + found.activations
-    assert planned == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+
+    def train(step: Step) -> None:
+        model.zero_grad()
+        with device:
+            model(plan._inputs(step, with_bpp=model.uses_bpp)).values_BLC.sum().backward()
+
+    train(replace(step, micro_batch=1, length=16))
+    model.zero_grad()
+    before = held_mib()
+    train(step)
+    assert (found.gradients + found.activations) / 2**20 == pytest.approx(peak_mib() - before, rel=0.15)

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.competitions.rna3d import RNA3D, RNA3D2, SENTINEL, read_teaching
+from pipeline.competitions.rna3d import RNA3D, RNA3D2, read_teaching
 from pipeline.errors import DataError
+from pipeline.schema import SENTINEL
 from pipeline.stage import sha256_file
 from pipeline.templates.gate import allowed
 

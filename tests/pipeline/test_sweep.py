@@ -71,6 +71,20 @@ def test_a_sweep_trains_every_cell_with_every_seed_and_the_second_time_nothing(s
     assert json.loads(first.outputs["results"].read_text())["cells"][0]["mean"] == best["mean"]
 
 
+def test_a_sweep_says_what_each_job_tries_and_what_to_do_with_the_best(small: Sweep, capsys: pytest.CaptureFixture):
+    """Its runs are named by a digest, and 'x+sweep-flip-530209db-s2026' told nobody which cell it was."""
+    report = sweep.run(
+        replace(small, overrides=("train.epochs=1",)),
+        [parse_axis("train.lr=[1e-2]"), parse_axis('train.schedule=["cosine"]')],
+    )
+    told = " ".join(capsys.readouterr().err.split())
+    assert "sweep lr: job 2 of 2: lr 0.01, schedule cosine, seed 2027, fold 0" in told
+    settings = 'train.epochs=1 train.lr=0.01 train.schedule="cosine"'
+    where = f"COMP=tiny MODEL={small.model} SPLIT={small.split}"
+    assert report.facts["next"] == f"make train-all {where} TAG=lr SET='{settings}'"
+    assert report.facts["next"] in " ".join(map(str, sweep.describe(report.facts)))
+
+
 def test_a_job_that_another_process_does_is_left_to_it(small: Sweep):
     job = small.jobs((("train.lr", 1e-3),))[0]
     with run_lock(small.paths.fold_dir(small.run_name(job), 0)):
@@ -288,7 +302,7 @@ def test_the_table_shows_what_a_study_proposed_in_four_digits():
     cell = (("train.lr", 0.00014017187955925534), ("train.batch_size", 16), ("train.precision", "bf16"))
     with shown.capture() as printed:
         cells = summarise({Job(cell=cell, seed=1, fold=0): 0.5})
-        shown.print(*sweep.describe({"cells": cells, "busy": 2, "metric": "MAE"}))
+        shown.print(*sweep.describe({"cells": cells, "busy": 2, "metric": "MAE", "next": ""}))
     assert "best MAE of each run in validation, lower is better" in printed.get()
     assert re.search(r"- +lr 0\.0001402, batch_size 16, precision bf16 +1 +0\.50000 +- +-", printed.get())
     assert "2 jobs are at work elsewhere" in " ".join(printed.get().split())

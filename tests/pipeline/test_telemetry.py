@@ -119,6 +119,20 @@ def test_the_time_left_goes_by_the_work_that_is_left(tmp_path):
         assert telemetry._state["eta_s"] == pytest.approx(3e6, rel=1e-3)
 
 
+def test_the_bar_on_a_terminal_tells_the_time_left_that_status_tells(tmp_path, monkeypatch):
+    """In short crops (train.length_stages) it went by steps, and plain lines and status by nucleotides."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(runlog, "console", console)
+    work = {0: 0.0, 1: 100.0, 2: 400.0}.__getitem__
+    with Telemetry(tmp_path, label="a", steps=2, first_step=0, metric="MAE", work=work) as telemetry:
+        telemetry._started -= 1e6
+        telemetry.step(step=1, epoch=0, loss=0.5, weight=1.0, norm=1.0, lr=1e-3, tokens=10)
+        console.print(telemetry._bar._progress.get_renderable())
+    told = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+    assert f" GiB, {duration(telemetry._state['eta_s'])} left" in told
+    assert "1/2 steps\n" in re.sub(" +\n", "\n", told), "and no clock of the bar's own behind it"
+
+
 def test_rows_that_a_full_disk_does_not_take_are_written_later_and_whole(tmp_path, capsys):
     """A write that is cut short, as on a full disk, made by the limit on the size of files."""
     path = tmp_path / "metrics.jsonl"

@@ -256,7 +256,9 @@ def test_features_are_finite_for_any_target(rng: np.random.Generator) -> None:
     library = undated_library()
     for length in (1, 3, 4, 11, 90):
         target = Target.of("query", "".join(rng.choice(list(ALPHABET), size=length)))
-        for match in find_matches(target, library, np.ones(12, dtype=bool)):
+        matches = list(find_matches(target, library, np.ones(12, dtype=bool)))
+        assert bool(matches) == (length > 1)
+        for match in matches:
             assert np.isfinite(match.features_F).all()
             assert np.isfinite(match.xyz_L3).all()
             assert match.xyz_L3.shape == (length, 3)

@@ -30,7 +30,7 @@ from pipeline.runlog import read_metrics
 from pipeline.stage import commit
 from pipeline.training import loop
 from pipeline.training.checkpoint import CheckpointStore, load_checkpoint
-from pipeline.training.stop import StopRequest, run_lock
+from pipeline.training.stop import SIGNALS, StopRequest, run_lock
 from tests.pipeline import tiny
 from tests.pipeline.clock import watched
 from tests.pipeline.tiny import at_calls, fit, rows_of
@@ -330,8 +330,8 @@ def test_a_restart_sets_the_earlier_run_aside(paths):
     [
         ({"model": {"widht": 3}}, r"\[model\] .*no argument 'widht'. Did you mean 'width'"),
         # were a traceback of torch when it was built, one in the first step, and the words of a TypeError
-        ({"model": {"width": -3}}, r"\[model\] kwargs: width: got -3; expected a whole number of at least 1"),
-        ({"model": {"width": 0}}, r"\[model\] kwargs: width: got 0; expected a whole number of at least 1"),
+        ({"model": {"width": -3}}, r"\[model\] model .*: width: got -3; expected 1 or more"),
+        ({"model": {"width": 0}}, r"\[model\] model .*: width: got 0; expected 1 or more"),
         ({"model": {"num_channels": 3}}, r"num_channels follows from the competition"),
         ({"model": {"use_bpp": True}}, "make bpp"),
         ({"data": {"min_signal_to_noise": 1e9}}, "leaves no training sequence"),
@@ -350,6 +350,37 @@ def test_weights_that_do_not_fit_are_refused(paths):
         wrong = replace(config, model=replace(config.model, init=init))
         with pytest.raises(ConfigError, match="expected a run's folder with this fold in it, or a checkpoint's"):
             fit(paths, wrong, run=f"wrong.{tiny.SPLIT}")
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["moved", "moved, and another run in its place"])
+def test_a_folder_that_is_moved_under_a_run_keeps_its_checkpoints_and_gets_no_double(paths, inject, tmp_path, replaced):
+    """Was: the rest of the training, and its status, went into a new folder of the old name, without its tables."""
+    fit(paths, run=f"whole.{tiny.SPLIT}")
+    whole, elsewhere = tiny.final_bytes(paths, f"whole.{tiny.SPLIT}"), replace(paths, root=tmp_path / "elsewhere")
+    folder, count = paths.fold_dir(tiny.RUN, 0), itertools.count(1)
+
+    def move(x_BLD: Tensor) -> Tensor:
+        if next(count) == 5:
+            paths.root.rename(elsewhere.root)
+            if replaced:
+                folder.mkdir(parents=True)
+                (folder / ".lock").touch()
+        return x_BLD
+
+    inject(move)
+    with pytest.raises(StorageError, match=r"fold0: moved, removed or replaced .*; step 6 is not saved"):
+        fit(paths)
+    inject(None)
+    assert replaced == paths.root.exists()
+    assert not (folder / "checkpoints").exists()
+    assert list(store_of(elsewhere).steps()) == [4, 3]
+    fit(elsewhere)
+    assert tiny.final_bytes(elsewhere) == whole
+
+
+def test_a_lock_that_somebody_deletes_ends_no_run(paths, inject):
+    inject(lambda x_BLD: (paths.fold_dir(tiny.RUN, 0) / ".lock").unlink(missing_ok=True) or x_BLD)
+    assert fit(paths).facts["steps"] == 12
 
 
 def test_a_second_run_in_the_same_folder_is_refused_by_pid(paths):
@@ -390,7 +421,7 @@ def test_a_spent_time_budget_stops_before_the_next_step(paths):
     fit(paths)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_in_a_step_stops_after_it(paths, inject, number, usual_signals):
     count = itertools.count(1)
 
@@ -436,6 +467,14 @@ def test_handlers_are_put_back_and_an_ignored_hang_up_stays_ignored():
     finally:
         signal.signal(signal.SIGHUP, before[2])
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == before
+
+
+def test_a_batch_systems_time_limit_that_is_told_every_second_counts_once():
+    with StopRequest() as stop:
+        assert stop.reason() is None
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGXCPU)
+        assert stop.reason() == "SIGXCPU"
 
 
 def test_a_signal_at_any_moment_leaves_the_handlers_as_they_were():
@@ -597,6 +636,7 @@ def in_child(place, number):
     return os.waitpid(pid, 0)[1]
 
 fit("whole.sim80_k2")
+assert "polars" not in sys.modules, "a child of its threads hangs"
 places = [("forward", 1), ("fsync", 1), ("rename", 1)]  # first batch, first save
 places += [("forward", n) for n in (2, 3, 5)] + [("fsync", n) for n in (3, 6, 7, 8, 9)]
 places += [("rename", n) for n in (1, 2)]

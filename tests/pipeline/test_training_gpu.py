@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 
 from models.interface import RnaInputs
 from models.registry import create_model
-from pipeline import predict
+from pipeline import inference, predict
 from pipeline.config import ModelConfig, load_config
 from pipeline.errors import StoppedError
 from pipeline.runlog import read_metrics
@@ -62,7 +62,7 @@ def test_what_was_trained_here_predicts_the_same_on_the_cpu(paths, monkeypatch):
     fit(paths, tiny.config(precision="fp16"))
     tables = []
     for device in ("cuda", "cpu"):
-        monkeypatch.setattr(predict, "choose_device", lambda device=device: torch.device(device))
+        monkeypatch.setattr(inference, "choose_device", lambda device=device: torch.device(device))
         report = predict.run(competition=tiny.TINY, paths=paths, run=tiny.RUN, fold=0, which=("oof",))
         tables.append(pq.read_table(report.outputs["oof"]))
         report.outputs["oof"].unlink()
@@ -80,7 +80,7 @@ def test_what_adapters_learned_here_predicts_the_same_on_the_cpu(paths, monkeypa
     fit(paths, replace(config, model=replace(model, init=str(first.outputs["checkpoint"]), lora_rank=2)))
     found = []
     for device in ("cuda", "cpu"):
-        monkeypatch.setattr(predict, "choose_device", lambda device=device: torch.device(device))
+        monkeypatch.setattr(inference, "choose_device", lambda device=device: torch.device(device))
         where = {"competition": tiny.TINY, "paths": paths, "run": tiny.RUN, "fold": 0}
         table = predict.run(which=("test",), **where).outputs["test"]
         columns = [pq.read_table(table)[name].to_pylist() for name in tiny.TARGETS]
@@ -152,7 +152,7 @@ from pathlib import Path
 import torch
 from models.registry import register_model
 from pipeline import train
-from pipeline.errors import StorageError
+from pipeline.errors import LostDeviceError
 from pipeline.paths import Paths
 from tests.pipeline import tiny
 
@@ -169,7 +169,7 @@ tiny.Fault.inject = staticmethod(fault)
 paths = Paths(comp="tiny", root=Path(sys.argv[1]))
 try:
     train.run(tiny.config(), competition=tiny.TINY, paths=paths, run=tiny.RUN, split=tiny.SPLIT, fold=0)
-except StorageError as err:
+except LostDeviceError as err:
     print(err, flush=True)
     import os
     os._exit(err.exit_code)
@@ -182,7 +182,7 @@ def test_a_device_side_assert_ends_the_run_with_a_sentence_and_the_rerun_resumes
     done = subprocess.run(
         command, cwd=root, env={**os.environ}, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 5, done.stderr
+    assert done.returncode == 75, done.stderr
     assert "failed at step 6 (CUDA error: device-side assert triggered)" in done.stdout
     assert CheckpointStore(paths.fold_dir(tiny.RUN, 0) / "checkpoints").newest_meta()["step"] == 4
     assert fit(paths, tiny.config()).facts["steps"] == 12

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -103,6 +104,14 @@ def test_folds_are_summed_up_as_mean_and_standard_deviation(paths):
 def test_clipping_predictions_helps_as_the_truth_is_clipped(paths):
     facts = score(paths, run=RUNS[1]).facts
     assert facts["score_clipped"] < facts["score"]
+
+
+def test_of_a_truth_without_a_range_nothing_is_said_of_clipping(paths):
+    """OpenVaccine's report said that clipped predictions would have the very same score."""
+    assert (
+        "score_clipped"
+        not in score(paths, comp=replace(RIBONANZA, target_range=None, error_power=2), run=RUNS[1]).facts
+    )
 
 
 def test_own_filter_counts_profiles_whose_partner_failed(paths):

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import polars as pl
 import pytest
+from rich.console import Console
 
 from folds import ensemble
 from pipeline.competitions import get_competition
@@ -16,6 +17,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.runlog import MetricsLog
 from pipeline.stage import write_json
 from submissions import evaluate, figures, page, report
+from submissions.subject import Subject
 from submissions.training_report import Training
 from submissions.values_report import _Gathered
 from tests.chain_tables import (
@@ -126,6 +128,39 @@ def structures(tmp_path_factory):
     ensemble.run(paths, competition=RNA3D, name="all", runs=["a.sim80_k3"], split=SPLIT)
     evaluate.run(paths, competition=RNA3D, name="all", split=SPLIT)
     return paths, report.run(paths, competition=RNA3D, name="all")
+
+
+@pytest.mark.parametrize(
+    ("competition", "told", "words", "size"),
+    [
+        (
+            RNA3D,
+            {"policy": {"spare": ["b"]}},
+            "Predicted by a, c. In reserve, as the five are better",
+            "2 runs × 1 fold",
+        ),
+        (RNA3D, {"policy": None}, "Predicted by a, b, c.", "3 runs × 1 fold"),
+        (
+            RIBONANZA,
+            {"weights": {"x": dict.fromkeys("abc", 1 / 3)}, "score": 0.19, "score_nested": 0.2},
+            "Predicted by a, b, c. That was chosen by this score, 0.1900 in the choice; for each fold by the others: ",
+            "3 runs × 1 fold",
+        ),
+        (
+            RIBONANZA,
+            {"weights": {"x": {"a": 0.5, "b": 0.0, "c": 0.5}, "y": {"a": 0.0, "b": 0.0, "c": 1.0}}},
+            "Predicted by a, c. Of weight 0: b.",
+            "2 runs × 1 fold, 1 more idle",
+        ),
+    ],
+)
+def test_runs_that_do_not_predict_are_named(tmp_path, competition, told, words, size):
+    """It said "3 runs × 5 folds" of five structures that two of them give, and a third where these have fewer."""
+    write_json(tmp_path / "weights.json", told)
+    scores = {"kind": "ensemble", "runs": dict.fromkeys("cab"), "folds": [0]}
+    subject = Subject(paths=make_paths(tmp_path), competition=competition, home=tmp_path, scores=scores)
+    assert report._roles(subject).startswith(words)
+    assert report._size(subject).startswith(size)
 
 
 def test_the_page_shows_score_floors_runs_and_folds(values):
@@ -302,6 +337,26 @@ def test_runs_without_a_network_lack_no_log_and_no_settings(tmp_path, rng):
     assert "(config.json) of a.sim80_k3" in told
     assert "denovo" not in told
     assert "never trained: denovo.sim80_k3" in visible(made.outputs["report"])
+
+
+def test_wherever_a_score_of_complexes_stands_it_is_called_an_upper_bound(tmp_path, rng):
+    """Page and terminal named the order of the copies alone, the log not even that: ours is never below part 2's."""
+    paths = make_paths(tmp_path, "rna3d")
+    train = write_structure_data(paths, rng)
+    twice = [each[: len(each) // 2] * 2 + each[len(each) // 2 * 2 :] for each in train["sequence"]]
+    lengths = [[len(each) // 2] * 2 + [1] * (len(each) % 2) for each in twice]
+    chains = pl.Series("chain_lengths", lengths, dtype=pl.List(pl.Int32))
+    edit(paths.clean("train"), train.with_columns(chains, pl.Series("sequence", twice)))
+    write_structure_run(paths, "a.sim80_k3", rng, confidences=(0.5, 0.4, 0.3, 0.2, 0.1))
+    ensemble.run(paths, competition=RNA3D, name="all", runs=["a.sim80_k3"], split=SPLIT)
+    scores = evaluate.run(paths, competition=RNA3D, name="all", split=SPLIT).facts
+    console = Console(width=300)
+    with console.capture() as terminal:
+        console.print(evaluate.describe(scores))
+    page_ = visible(report.run(paths, competition=RNA3D, name="all").outputs["report"])
+    for told in (terminal.get(), page_, paths.log.read_text()):
+        assert "6 of 6 targets have copies of a chain" in told
+        assert "an upper bound, as part 2's metric pairs them by shape (US-align -mm 1)" in told
 
 
 def test_every_structure_has_its_score_and_some_their_traces(structures):

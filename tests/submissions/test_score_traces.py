@@ -14,6 +14,7 @@ import pytest
 from pipeline.errors import ConfigError, DataError
 from submissions import bench_tm, score_traces, tmalign, usalign
 from submissions.align import tm_align
+from submissions.engines import batches
 from submissions.tm_score import tm_score
 from tests.submissions.trace_cases import folded, moved
 
@@ -76,8 +77,8 @@ def test_high_numbers_take_no_more_memory(traces: Path) -> None:
 
 
 def test_long_models_move_the_bar_one_by_one() -> None:
-    cases = [(np.zeros((0, 3)), np.zeros((0, 3)), "N" * length) for length in (2000, 2500, 100, 3000, *[10] * 65)]
-    assert [len(part) for part in score_traces._batches(cases)] == [1, 1, 2, 64, 1]
+    parts = batches([2000, 2500, 100, 3000, *[10] * 65], lambda length: length**2)
+    assert [len(part) for part in parts] == [1, 1, 2, 64, 1]
 
 
 @pytest.mark.parametrize("name", ["scores.csv", ""])

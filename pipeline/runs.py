@@ -1,0 +1,124 @@
+"""Runs by their names: what they are called after, how many folds they have, and which of them are finished."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.competitions import get_competition
+from pipeline.errors import ConfigError, DataError
+from pipeline.paths import Paths
+from pipeline.runlog import say, warn
+
+#: Runs without a network, of labelled sets too: how their names begin -> the target of make.
+STAGES = {"denovo": "denovo", "templates": "templates-predict", "words": "words"}
+
+
+def run_name(model: str, *, split: str, tag: str = "") -> str:
+    """Folder name of a run: config, variant and split.
+
+    Raises:
+        ConfigError: the variant's name is not fit for a folder.
+
+    >>> run_name("hyena", split="sim80_k5", tag="wide")
+    'hyena+wide.sim80_k5'
+    """
+    if tag and not re.fullmatch(r"[\w.-]{1,100}", tag):
+        raise ConfigError(f"TAG={tag!r} is no name for a folder. Next: at most 100 letters, digits and . _ - only.")
+    return f"{Path(model).stem}{'+' + tag if tag else ''}.{split}"
+
+
+def read_run_name(run: str) -> tuple[str, str, str]:
+    """Config, variant ("" = none) and split that a run is called after: the inverse of `run_name`.
+
+    >>> read_run_name("hyena+wide.sim80_k5")
+    ('hyena', 'wide', 'sim80_k5')
+    """
+    variant, _, split = run.rpartition(".")
+    model, _, tag = variant.partition("+")
+    return model, tag, split
+
+
+def is_stage(run: str) -> bool:
+    """Whether a run was made without a network.
+
+    >>> is_stage("denovo.sim80_k5"), is_stage("hyena+wide.sim80_k5")
+    (True, False)
+    """
+    return run.partition(".")[0] in STAGES
+
+
+def fold_count(split: str) -> int:
+    """How many folds a split has, by its name.
+
+    Raises:
+        ConfigError: no split is called so.
+
+    >>> fold_count("sim80_k5")
+    5
+    """
+    found = re.fullmatch(r"\w+_k([1-9]\d*)", split)
+    if not found:
+        raise ConfigError(f"SPLIT={split!r}: expected <kind>_k<folds>. Next: a name such as sim80_k5.")
+    return int(found.group(1))
+
+
+def check_fold(fold: int, split: str) -> int:
+    """A fold's number, if the split's name allows for it.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    count = fold_count(split)
+    if fold >= count:
+        raise ConfigError(f"FOLD={fold}: the folds of {split} are 0 to {count - 1}. Next: choose one of them.")
+    return fold
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether a folder of runs holds one: training left a checkpoint, or a stage without training its predictions."""
+    return any(folder.glob("fold*/checkpoints")) or any(folder.glob("fold*/oof.parquet"))
+
+
+def finished_runs(paths: Paths, split: str, *, partial: bool = False) -> list[str]:
+    """Runs of a split whose folds all (`partial`: at least one) have out-of-fold and test predictions, sorted by name.
+
+    Raises:
+        DataError: there is none.
+    """
+    begun = sorted(path.name for path in (paths.home / "runs").glob("*.*") if _is_begun(path))
+    runs = [run for run in begun if run.endswith(f".{split}") and "+sweep-" not in run]
+    tested = get_competition(paths.comp).has_test(paths)
+    complete = [
+        run
+        for run in runs
+        if (any if partial else all)(
+            paths.oof(run, k).is_file() and (paths.test(run, k).is_file() or not tested)
+            for k in range(fold_count(split))
+        )
+    ]
+    if not complete:
+        seen = ", ".join(runs or begun) or "no run at all"
+        others = sorted({read_run_name(run)[2] for run in begun} - {split})
+        advice = f"SPLIT={' or '.join(others)}, or " if others and not runs else ""
+        advice += f"make train-all COMP={paths.comp}, or make train FOLD=<k> for the folds that are missing"
+        advice += ", or PARTIAL=1 to do without them" if runs else ""
+        raise DataError(
+            f"{paths.home / 'runs'}: no run of {split} has predictions of all its folds (seen: {seen}). Next: {advice}."
+        )
+    for run in sorted(set(runs) - set(complete)):
+        say(f"{run}: left out, its folds are not complete")
+    return complete
+
+
+def warn_of_unfinished(paths: Paths, runs: Sequence[str]) -> None:
+    """Say which runs of an ensemble were predicted before their training was finished."""
+    from pipeline.jobs import predicted_unfinished
+
+    for run in runs:
+        folders = sorted(paths.run_dir(run).glob("fold*"))
+        early = [folder.name for folder in folders if predicted_unfinished(folder)]
+        if early:
+            warn(
+                f"{run}: {', '.join(early)} predicted before the training was finished; these predictions are used. "
+                "Next: make train goes on with it, then make ensemble again."
+            )

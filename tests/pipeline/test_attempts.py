@@ -1,0 +1,169 @@
+"""A run that always dies in the same place ends with a code and a sentence of its own, and nothing else is counted."""
+
+import faulthandler
+import itertools
+import os
+import re
+import shutil
+import signal
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import train_folds
+from pipeline.errors import CrashedError, LostDeviceError, PipelineError, StoppedError
+from pipeline.paths import Paths
+from pipeline.runlog import read_status
+from pipeline.training import attempts
+from pipeline.training.distributed import LostProcessError
+from tests.pipeline import tiny
+
+pytestmark = pytest.mark.usefixtures("known_model")
+
+
+def fit(paths: Paths, config=None, **options: Any) -> None:
+    settings = {"competition": tiny.TINY, "split": tiny.SPLIT, "show": lambda _: None, **options}
+    train_folds.run(config or tiny.config(), paths=paths, run=tiny.RUN, folds=(0,), **settings)
+
+
+def dies(number: int, *, at: int):
+    """What kills this process in one forward pass."""
+    count = itertools.count(1)
+
+    def inject(x_BLD: torch.Tensor) -> torch.Tensor:
+        if next(count) == at:
+            os.kill(os.getpid(), number)
+        return x_BLD
+
+    return inject
+
+
+def in_child(paths: Paths, number: int | None = None, *, at: int = 2, **options: Any) -> int:
+    """Train in a process of its own, which a signal ends; its exit code."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            faulthandler.disable()  # pytest's
+            tiny.Fault.inject = staticmethod(dies(number, at=at)) if number else None
+            fit(paths, **options)
+            code = 0
+        except PipelineError as err:
+            code = err.exit_code
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize(
+    ("number", "told", "next_step"),
+    [
+        (signal.SIGSEGV, r"SIGSEGV", "RNA_KERNELS=reference"),
+        (signal.SIGKILL, r"SIGKILL or power lost", r"see whether memory ran out \(dmesg\)"),
+    ],
+)
+def test_a_run_that_always_dies_of_one_signal_is_not_begun_a_fourth_time(paths, number, told, next_step):
+    """`until rna train; do :; done` began a run that a kernel's segmentation fault ends for ever, with not a word."""
+    assert [in_child(paths, number) for _ in range(3)] == [-number] * 3
+    folder = paths.fold_dir(tiny.RUN, 0)
+    with pytest.raises(
+        CrashedError, match="the last 3 attempts died with no newer checkpoint than that of step 0: "
+    ) as caught:
+        fit(paths)
+    said = str(caught.value)
+    assert caught.value.exit_code == 7
+    assert re.search(rf": {told} after step 0 \(3 times\).*\. Next: {next_step}", said), said
+    if number != signal.SIGKILL:
+        (trace,) = re.findall(r"; see (\S+\.txt)", said)
+        assert "in inject" in Path(trace).read_text(), "Python's stack"
+    status = read_status(folder)
+    assert (status["state"], status["exit_code"], status["message"]) == ("failed", 7, said)
+    assert in_child(paths, number) == 7, "nor a fifth time"
+
+
+def test_a_newer_checkpoint_begins_to_count_anew(paths):
+    """A machine that is taken away every so often is no fault of the run."""
+    codes = [in_child(paths, signal.SIGKILL, at=4) for _ in range(3)]  # step 3 is saved: no two die in the same place
+    assert codes == [-9, -9, -9]
+    assert in_child(paths) == 0
+    assert not (paths.fold_dir(tiny.RUN, 0) / attempts.FOLDER).exists()
+
+
+@pytest.mark.parametrize("cure", ["settings", "environment", "anew", "by hand"])
+def test_what_may_cure_it_is_tried(paths, cure, monkeypatch):
+    folder, config, options = paths.fold_dir(tiny.RUN, 0), tiny.config(), {}
+    with pytest.raises(StoppedError):
+        fit(paths, max_steps=1)
+    for _ in range(attempts.MOST):
+        if os.fork() == 0:
+            faulthandler.disable()
+            with attempts.counted(folder, config=config, processes=1, restart=False):
+                os.kill(os.getpid(), signal.SIGABRT)
+        os.wait()
+    with pytest.raises(CrashedError, match="SIGABRT"):
+        fit(paths)
+    if cure == "settings":
+        config, options = tiny.config(micro_batch=2), {"allow_changes": True}
+    elif cure == "environment":
+        monkeypatch.setenv("RNA_KERNELS", "reference")
+    elif cure == "anew":
+        options = {"restart": True}
+    else:
+        shutil.rmtree(folder / attempts.FOLDER)
+    fit(paths, config, **options)
+    assert read_status(folder)["state"] == "done"
+
+
+@pytest.mark.parametrize("error", [LostDeviceError, LostProcessError])
+def test_the_third_lost_device_or_process_in_the_same_place_is_not_resumable(paths, error, monkeypatch):
+    """A process of several that always dies ended the run with 75, resumable, at every start."""
+    monkeypatch.setattr(train_folds.train, "run", lambda *_, **__: (_ for _ in ()).throw(error("gone. Next: again.")))
+    for _ in range(2):
+        with pytest.raises(error, match="gone"):
+            fit(paths)
+    with pytest.raises(CrashedError, match=r"a lost \w+ before its first step \(3 times\)\. Next: "):
+        fit(paths)
+
+
+def test_the_signal_of_a_process_that_trains_with_this_one_is_named(tmp_path):
+    """The first of several writes; the others leave word of their own end."""
+
+    def attempt(error: type[Exception]) -> None:
+        with attempts.counted(tmp_path, config=tiny.config(), processes=2, restart=False):
+            pid = os.fork()
+            if pid == 0:
+                faulthandler.disable()
+                with attempts.traced(tmp_path):
+                    os.kill(os.getpid(), signal.SIGBUS)
+            os.waitpid(pid, 0)
+            raise error("process 0 of 2 has lost another one. Next: again.")
+
+    for _ in range(2):
+        with pytest.raises(StoppedError, match="has lost another one"):
+            attempt(LostProcessError)
+    with pytest.raises(CrashedError, match=r": SIGBUS before its first step \(3 times\)"):
+        attempt(StoppedError)  # by torchrun's SIGTERM
+
+
+def test_what_was_asked_to_stop_is_not_counted(paths):
+    for _ in range(attempts.MOST + 1):
+        with suppress(StoppedError):
+            fit(paths, max_steps=1)
+        assert not (paths.fold_dir(tiny.RUN, 0) / attempts.FOLDER).exists()
+    broken = replace(tiny.config(), model=replace(tiny.config().model, name="unknown"))
+    for _ in range(attempts.MOST + 1):
+        with pytest.raises(PipelineError) as caught:
+            fit(paths, broken)
+        assert not isinstance(caught.value, CrashedError)
+
+
+def test_a_damaged_count_is_none(tmp_path):
+    (tmp_path / attempts.FOLDER).mkdir()
+    (tmp_path / attempts.FOLDER / "count.json").write_text("{")
+    with attempts.counted(tmp_path, config=tiny.config(), processes=1, restart=False):
+        pass
+    assert not (tmp_path / attempts.FOLDER).exists()
