@@ -63,9 +63,10 @@ endif
 RNA := $(PY) -m pipeline
 GPU := models/test_kernels models/test_causal_conv models/test_ssd models/test_long_conv pipeline/test_plan models/test_triton_scan \
   pipeline/test_training_gpu models/test_contract models/test_compile
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 named = \( -name bench $(patsubst %,-o -name '%',$(1)) \)
 OWN := demo kernel-check wheels
-COMPETITIONS = $(shell sed -n 's/.*\bname="\([a-z0-9]*\)".*/\1/p' $(dir $(firstword $(MAKEFILE_LIST)))pipeline/competitions/*.py) labelled-*
+competitions = $(shell sed -n 's/.*\bname="\([a-z0-9]*\)".*/\1/p' $(dir $(firstword $(MAKEFILE_LIST)))pipeline/competitions/*.py) labelled-*
 AT := --comp "$(COMP)" --artifacts "$(ARTIFACTS)"
 NAMED := $(if $(MODEL),--model "$(MODEL)") --split "$(SPLIT)" $(if $(TAG),--tag $(TAG))
 RUN := $(NAMED) $(foreach item,$(SET),--set '$(item)')
@@ -120,9 +121,9 @@ doctor: $(ENVIRONMENT) ## say what this machine has and what will be used
 	@exec $(RNA) doctor --artifacts "$(ARTIFACTS)"
 demo: $(ENVIRONMENT) ## the whole chain on a small synthetic data set, on the CPU
 	@exec $(RNA) demo --artifacts "$(ARTIFACTS)/demo"
-test: $(ENVIRONMENT) ## lint, types and all tests that need no GPU
+test: $(ENVIRONMENT) ## lint, types and all tests that need no GPU, on up to four cores
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
-	@exec $(PY) -m pytest -q -m "not gpu"
+	@exec $(PY) -m pytest -q -m "not gpu" $(SIDE_BY_SIDE)
 test-floor: .venv-floor/.ready ## the same tests on the oldest packages that pyproject.toml allows (PYTHON=python3.11)
 	@exec .venv-floor/bin/python -m pytest -q -m "not gpu"
 .venv-floor/.ready: pyproject.toml .ci/floor-constraints.txt
@@ -236,9 +237,12 @@ bench-folds: $(ENVIRONMENT) ## our clustering beside MMseqs2 and cd-hit
 clean: ## remove the artefacts, trained runs too (not the environment, not submissions)
 	@here="$$(pwd -P)/"; there="$$(cd "$(ARTIFACTS)" 2>/dev/null && pwd -P || true)"; \
 	if [ "$${here#"$${there%/}/"}" != "$$here" ] && [ -n "$$there" ] || \
-	   [ -n "$$(find "$(ARTIFACTS)/" -mindepth 1 -maxdepth 1 ! \( -type d $(call named,$(OWN) $(COMPETITIONS) submissions) \) 2>/dev/null)" ] || \
+	   [ -n "$$(find "$(ARTIFACTS)/" -mindepth 1 -maxdepth 1 ! \( -type d $(call named,$(OWN) $(competitions) submissions) \) 2>/dev/null)" ] || \
 	   [ -n "$$(find "$(ARTIFACTS)/" -mindepth 1 -maxdepth 2 $(call named,$(OWN) submissions) -prune -o ! -type d -print 2>/dev/null)" ]; then \
 	  echo "ARTIFACTS=$(ARTIFACTS) holds more than artefacts; nothing removed. Next: remove by hand what is to go."; exit 2; fi
+	@busy="$$(command -v flock >/dev/null && find "$(ARTIFACTS)/" \( -name .lock -o -name .job \) \
+	  -exec sh -c '! flock -n "$$1" true' sh {} \; -print -quit 2>/dev/null || true)"; \
+	if [ -n "$$busy" ]; then echo "$${busy%/*}: at work now; nothing removed. Next: make stop, or wait for it."; exit 2; fi
 	@[ -d "$(ARTIFACTS)" ] || { echo "$(ARTIFACTS): no such folder, nothing to remove"; exit 0; }; \
 	find "$(ARTIFACTS)/" -mindepth 1 -maxdepth 1 ! -name submissions -exec rm -rf {} +; \
 	rmdir "$(ARTIFACTS)" 2>/dev/null || true; echo "removed: what the stages made below $(ARTIFACTS)"

@@ -217,9 +217,9 @@ def describe(facts: Mapping[str, Any]) -> Table:
         return _describe_structures(facts)
     targets = facts["targets"] if facts["task"] == "values" else []
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    table.add_column(f"{_folds(facts)} of {facts['split']}, {facts['metric']} out of fold")
+    table.add_column(f"{_folds(facts)} of {facts['split']}, {facts['metric']} out of fold", overflow="fold")
     for column in ("score", *targets):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for each, score in [
         *((run, facts["run_scores"][run]) for run in facts["runs"]),
         ("plain mean", facts["mean_score"]),
@@ -243,7 +243,7 @@ def _folds(facts: Mapping[str, Any]) -> str:
 
 def _describe_structures(facts: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(f"{_folds(facts)} of {facts['split']}")
+    table.add_column(f"{_folds(facts)} of {facts['split']}", overflow="fold")
     table.add_column("test candidates taken", justify="right")
     for source, count in sorted(facts["taken_from"].items()):
         table.add_row(source, f"{count:,}")

@@ -7,7 +7,7 @@ part outlives an interruption.
 This module is what the workers import: standard library, numpy and pyarrow, no polars (it hangs in copied processes)
 and no torch. A core folds 44 sequences of 170 nt a second.
 
-Letters: L length (nt), K pairs of one sequence, N sequences.
+Letters: N sequences, R rows of a group.
 """
 
 import contextlib

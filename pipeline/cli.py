@@ -6,6 +6,7 @@ Verbs import what they need when they run, so that `rna --help` and the stages w
 import atexit
 import contextlib
 import json
+import locale
 import os
 import re
 import sys
@@ -1018,6 +1019,10 @@ def main() -> NoReturn:
     The process ends before Python's own shutdown: there, a thread of Arrow that still has to let go of a Python object
     aborts it, with SIGABRT instead of the exit code, after a file that was refused.
     """
+    is_utf8 = sys.flags.utf8_mode or locale.getencoding().lower() == "utf-8"
+    if not is_utf8 and os.environ.get("PYTHONUTF8") != "1":  # our files are UTF-8 whatever the terminal is
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     # torch's threads wait by spinning, which beside another busy process made training 2 to 10 times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     code = 1  # of an exception that nobody expected

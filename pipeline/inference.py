@@ -1,6 +1,6 @@
 """A trained checkpoint at work on many sequences: which one, in which batches, both ways, in the memory there is.
 
-Letters: B batch, L length (nt).
+Letters: N sequences.
 """
 
 from collections import deque

@@ -67,7 +67,7 @@ def _forget(folder: Path) -> None:
     for fold in folder.glob("fold*"):
         with contextlib.suppress(BusyError), run_lock(fold, name=JOB):
             _forget(fold)
-    if any(path.name not in _TRACES for path in folder.iterdir()):
+    if not folder.is_dir() or any(path.name not in _TRACES for path in folder.iterdir()):  # it may have been moved
         return
     with contextlib.suppress(OSError):  # the first folder that is not empty stays, and all above it
         for name in _TRACES:

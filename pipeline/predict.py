@@ -1,7 +1,8 @@
 """Predictions of one fold: its held-out sequences (``oof``) and the test set, one row per sequence.
 
 In float32 whatever the training ran in, so that neither batch size nor padding moves a prediction by more than 1e-6.
-Letters: B batch, L length (nt), T nucleotides in a row, C target or class, K distance bin.
+Letters: B batch, L length (nt), T nucleotides in a row, C target or class, K distance bin, M candidate, N sequences or
+traces of a pool, 3 xyz.
 """
 
 import time
@@ -235,7 +236,7 @@ def _sampled_seconds(job: Job, model: RnaModel, device: torch.device) -> float:
         if is_structure:
             _structure_rows(job, model, device, int(job.positions[part[0]]))
             return time.monotonic() - started
-        fits = unless_out_of_memory(partial(_predict_values, job, model, device, job.positions[part])) is not None
+        fits = unless_out_of_memory(partial(predict_values, job, model, device, job.positions[part])) is not None
         if fits or len(part) == 1:
             return time.monotonic() - started
         return sum(timed(half) for half in np.array_split(part, 2))
@@ -269,7 +270,7 @@ def _write_values(job: Job, path: Path, *, label: str) -> None:
     offsets = np.concatenate([[0], np.cumsum(lengths_N)])
     predicted_TC = create_scratch(path.with_name(f"{path.name}.npy"), (int(offsets[-1]), len(names)))
     model, device = load_network(job)
-    for part, values in in_batches(job, partial(_predict_values, job, model, device), device=device, label=label):
+    for part, values in in_batches(job, partial(predict_values, job, model, device), device=device, label=label):
         for k, values_LC in zip(part, values, strict=True):
             if not np.isfinite(values_LC).all():
                 raise not_finite(job, job.positions[k])
@@ -285,7 +286,7 @@ def _write_values(job: Job, path: Path, *, label: str) -> None:
             writer.write_table(pa.Table.from_arrays([*keys, *lists], schema=schema), row_group_size=_ROWS)
 
 
-def _predict_values(job: Job, model: RnaModel, device: torch.device, positions: np.ndarray) -> list[np.ndarray]:
+def predict_values(job: Job, model: RnaModel, device: torch.device, positions: np.ndarray) -> list[np.ndarray]:
     """values_LC of each example; the mean with those of the reversed sequence if training reversed some.
 
     Of a labelled set the probabilities of its classes, [C, 1].

@@ -27,6 +27,25 @@ from rich.text import Text
 from pipeline.commands import complete
 from pipeline.stage import write_json
 
+
+def fill_standard_streams() -> None:
+    """Point standard streams that are closed (``>&-``) at nothing.
+
+    Otherwise the next file that is opened, a checkpoint say, gets the stream's number and all that is said to it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, so it may be the right one
+            os.dup2(null, number)
+            if null != number:
+                os.close(null)
+            else:
+                os.set_inheritable(number, True)
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 (stays open)
+
+
+fill_standard_streams()
+
 #: Everything a person reads goes through this console; tests and workers may replace it.
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -124,7 +143,8 @@ def warn(message: str) -> None:
 class Unbreakable:
     """A text stream whose reader may go: what is said to a closed terminal or a full disk is lost, the run is not.
 
-    Writing to a terminal that was closed raises OSError (EIO), also in a process that was told to survive that.
+    Writing to a terminal that was closed raises OSError (EIO), also in a process that was told to survive that. Of
+    letters that a stream's encoding does not have (±, …) the numbers are written.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -133,7 +153,10 @@ class Unbreakable:
     def write(self, text: str) -> int:
         """Write what can be written."""
         with contextlib.suppress(OSError):
-            self._stream.write(text)
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError as err:
+                self._stream.write(text.encode(err.encoding, "backslashreplace").decode(err.encoding))
         return len(text)
 
     def flush(self) -> None:

@@ -38,7 +38,7 @@ from pipeline.training.metrics import metric_name
 from pipeline.training.optim import learning_rate
 from pipeline.training.precision import choose_device, choose_precision, deterministic_algorithms
 from pipeline.training.recovery import REPORT
-from pipeline.training.resume import Change, environment, require_same, warn_of_other_environment
+from pipeline.training.resume import Change, environment, require_same, warn_of_other_environment, warn_of_other_folds
 from pipeline.training.state import Progress
 from pipeline.training.stop import StopRequest, run_lock
 from pipeline.training.telemetry import Silence, Telemetry, drop_rows_after, settle_status
@@ -115,6 +115,7 @@ def run(
         model = build_model(config.model, competition, classes)
         with world.main_first():  # arrays are built once
             data, digests = load_data(config, model, competition=competition, paths=paths, split=split, fold=fold)
+        auto_epochs = config.train.epochs == "auto"
         config = replace(config, train=config.train.settled(len(data.train)))
         meta = {"run": run, "competition": competition.name, "split": split, "fold": fold}
         meta |= {"data": digests, "config": resolved_config(config, model)}
@@ -125,6 +126,9 @@ def run(
         begun, changes = world.from_main(store.newest_meta), list[Change]()
         if begun is None and allow_changes:
             raise ConfigError(f"{folder}: no run was begun here that could be changed. Next: without --allow-changes.")
+        if begun is None and world.is_main:
+            told: dict[str, Any] = {"label": f"{run} fold{fold}", "auto_epochs": auto_epochs}
+            warn_of_other_folds(folder, {"config": meta["config"]}, **told)
         if begun is not None:
             unset = resolved_config(RunConfig(model=ModelConfig(name=config.model.name)), model)
             how = {"allow_changes": allow_changes, "defaults": {"config": unset}}

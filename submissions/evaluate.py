@@ -343,11 +343,11 @@ def describe(facts: Mapping[str, Any]) -> RenderableType:
     targets = facts["columns"] if facts["task"] != "structure" else []
     table = Table(box=None, pad_edge=False, header_style="bold")
     folds = f"{len(facts['folds'])} fold{'s' if len(facts['folds']) > 1 else ''}"
-    table.add_column(f"{facts['metric']}, {folds} of {facts['split']}, out of fold")
+    table.add_column(f"{facts['metric']}, {folds} of {facts['split']}, out of fold", overflow="fold")
     for column in ("score", *targets, "folds: mean ± sd"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     if facts.get("best_run"):
-        table.add_column("less the best run, 95 %", justify="right")
+        table.add_column("less the best run, 95 %", justify="right", overflow="fold")
     table.add_row(*_cells(facts["name"], facts, targets), style="bold")
     for each, scores in sorted(facts["runs"].items()):
         mark = ["best run"] if each == facts.get("best_run") else []

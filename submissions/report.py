@@ -134,9 +134,9 @@ def _roles(subject: Subject) -> str:
     nested = policy.get("best_of_five_nested", subject.joined.get("score_nested"))
     if nested is not None:
         score = policy["best_of_five"][str(policy["novelty"])] if policy else subject.joined["score"]
-        words += (
-            f" That was chosen by this score, {score:.4f} in the choice; for each fold by the others: {nested:.4f}."
-        )
+        where = " over the targets that teach" if policy else ""
+        words += f" The choice was made by this score ({score:.4f}{where}); made for each fold by the others, "
+        words += f"it gives {nested:.4f}."
     return words
 
 

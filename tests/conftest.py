@@ -36,6 +36,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         torch.backends.cudnn.allow_tf32 = False  # as `choose_device` leaves it: convolutions round to 10 bits otherwise
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where processes share the files, those with a slow test come first: none is begun when the others end."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Whoever draws without a generator of his own draws the same numbers in whatever order tests are run."""

@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipeline.paths import Paths
 from pipeline.runs import finished_runs, run_name
 from pipeline.stage import Report
 from pipeline.synthetic import write_ribonanza
+from pipeline.training.stop import run_lock
 from submissions import write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,12 +163,13 @@ def test_make_hands_settings_budget_and_folds_to_plan_and_sweep():
     assert "--set 'train.epochs=2'" in plan
 
 
-@pytest.mark.parametrize("comp", ["rna3d", "rna3d2", "ribonanza", "openvaccine"])
-def test_train_all_makes_the_runs_without_a_network_of_structures_alone(comp):
+@pytest.mark.parametrize("comp", ["rna3d", "rna3d2", "ribonanza", "openvaccine", "labelled", "labelled-mine"])
+def test_train_all_makes_the_runs_without_a_network_of_structures_and_classes_alone(comp):
     command = ["make", "-n", "train-all", f"COMP={comp}", "PY=python3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     verbs = re.findall(r"-m pipeline (\S+)", done)
-    assert verbs == [*(["denovo", "templates-predict"] if comp.startswith("rna3d") else []), "train"]
+    without = {"rna3d": ["denovo", "templates-predict"], "rna3d2": ["denovo", "templates-predict"]}
+    assert verbs == [*without.get(comp, ["words"] if comp.startswith("labelled") else []), "train"]
 
 
 @pytest.mark.parametrize("fmt", ["csv", "parquet"])
@@ -240,6 +243,19 @@ def test_make_clean_spares_a_home(tmp_path, there):
     command = ["make", "clean", f"ARTIFACTS={tmp_path}"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 2
     assert (tmp_path / there).is_file()
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="no flock: locks are not asked")
+def test_make_clean_spares_what_a_run_is_at_work_in(tmp_path):
+    """It was removed under the run, which went on into a new folder and found no tables for its predictions."""
+    fold = tmp_path / "ribonanza" / "runs" / "a.sim80_k5" / "fold0"
+    command = ["make", "clean", f"ARTIFACTS={tmp_path}"]
+    with run_lock(fold):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (done.returncode, fold.is_dir()) == (2, True)
+        assert f"{fold}: at work now; nothing removed. Next: make stop" in done.stdout
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    assert not fold.exists()
 
 
 def test_make_clean_spares_what_holds_the_checkout(tmp_path):
@@ -358,7 +374,7 @@ def test_error_of_the_system_is_a_sentence(tmp_path, capsys):
 
 def test_error_of_the_system_that_polars_met_is_a_sentence(tmp_path, capsys, monkeypatch):
     """make folds in a read-only folder gave a traceback: polars' PermissionError has no errno, only a text."""
-    absent = tmp_path / "absent" / "folds.parquet"
+    absent = Path("/proc/absent/folds.parquet")  # of a path longer than 88 characters polars shows the end alone
     monkeypatch.setattr("folds.assign.run", lambda *_, **__: pl.DataFrame({"fold": [0]}).write_parquet(absent))
     assert run_verb(["folds", "--artifacts", str(tmp_path)]) == 5
     said = " ".join(capsys.readouterr().err.split())
@@ -398,3 +414,14 @@ def test_interrupted_stage_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("folds.assign.run", interrupt)
     assert run_verb(["folds", "--artifacts", str(tmp_path)]) == 130
     assert "interrupted; nothing is half-written" in capsys.readouterr().err
+
+
+def test_our_files_are_read_as_utf8_whatever_the_locale(tmp_path):
+    """make evaluate ended in a UnicodeDecodeError on LOG.md; a line added in Latin-1 would spoil it for others."""
+    (tmp_path / "log").write_text("±", encoding="utf-8")
+    verb = "lambda: print(ascii(open('log').read())) or 0"
+    program = f"from pipeline import cli; cli.run_verb = {verb}; cli.main()"
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | locale, capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("'\\xb1'", 0), done.stderr

@@ -6,6 +6,7 @@ version) into ``$RNA_CACHE`` or ``~/.cache/rna-competition-pipeline``. Where tha
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 _SOURCES = Path(__file__).parent / "csrc"
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)  # a home that takes no file
 _FLAGS = ("-O3", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
 
 
@@ -28,7 +30,9 @@ def load(name: str) -> tuple[bool, str]:
         built = _built(name)
         torch.ops.load_library(str(built))
     except (OSError, RuntimeError, ImportError) as err:
-        return False, f"could not be compiled ({type(err).__name__}: {str(err).strip().splitlines()[0][:100]})"
+        told = f"could not be compiled ({type(err).__name__}: {str(err).strip().splitlines()[0][:100]})"
+        is_closed = isinstance(err, OSError) and err.errno in _CLOSED
+        return False, f"{told}; RNA_CACHE=<folder> names another place for it" if is_closed else told
     return True, f"compiled for this CPU, {built}"
 
 
@@ -37,7 +41,7 @@ def _built(name: str) -> Path:
     source = _SOURCES / f"{name}.cpp"
     flags = [*_FLAGS, "-march=native"] if platform.machine() in ("x86_64", "AMD64") else list(_FLAGS)
     key = hashlib.sha256("\0".join([source.read_text(), torch.__version__, _cpu(), *flags]).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("RNA_CACHE", Path.home() / ".cache" / "rna-competition-pipeline"))
+    cache = Path(os.environ.get("RNA_CACHE") or Path.home() / ".cache" / "rna-competition-pipeline")
     built = cache / f"{name}-{key}.so"
     if not built.exists():
         cache.mkdir(parents=True, exist_ok=True)

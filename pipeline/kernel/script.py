@@ -152,7 +152,7 @@ def train(inputs: Path, bundle: Path, work: Path, told: dict[str, Any]) -> dict[
             if code == _RESUMABLE and fold != told["fold_names"][0]:
                 continue  # the time was spent before its turn came
             fail(f"{folder}: the training left no checkpoint. Next: read the lines above.")
-        found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+        found = [path for path in sorted(folder.rglob("*")) if is_kept(path)]
         absent = sorted({"metrics.jsonl", "oof.parquet", "test.parquet"} - {path.name for path in found})
         if absent and code == 0:
             fail(f"{folder}: the training left no {', '.join(absent)}. Next: read the lines above.")
@@ -407,9 +407,14 @@ def beside(raw: Path, own: Path) -> Path:
 def copy_tree(source: Path, target: Path) -> None:
     """Copy files without their permissions: inputs are read-only."""
     for path in source.rglob("*"):
-        if path.is_file() and path.name != ".lock":
+        if is_kept(path):
             (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / path.relative_to(source))
+
+
+def is_kept(path: Path) -> bool:
+    """Whether a file is a result: locks and half-written files have a dot first, and mean nothing elsewhere."""
+    return path.is_file() and not path.name.startswith(".")
 
 
 def sha256(path: Path) -> str:

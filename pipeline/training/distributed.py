@@ -382,7 +382,11 @@ def _code(failed: Mapping[int, int]) -> int:
     told = [code for code in failed.values() if code > 0]
     killed = {rank: -code for rank, code in failed.items() if code < 0}
     if all(code == LostProcessError.exit_code for code in told) and killed:
-        rank, number = min(killed.items(), key=lambda one: (one[1] == signal.SIGTERM, one))
+        torchruns: dict[int, int] = {
+            signal.SIGKILL: 1,
+            signal.SIGTERM: 2,
+        }  # its means to end the others, the last first
+        rank, number = min(killed.items(), key=lambda one: (torchruns.get(one[1], 0), one))
         name = next((known.name for known in signal.Signals if known == number), f"signal {number}")
         raise LostProcessError(f"process {rank} of the run was ended by {name}. Next: {_GOES_ON}.")
     return next((code for code in told if code != LostProcessError.exit_code), told[0])

@@ -411,8 +411,10 @@ class Trainer:
             smaller = (
                 f"SET='train.micro_batch={size // 2}' ALLOW_CHANGES=1 makes the same optimiser steps in less memory"
             )
+        step, in_epoch = self.progress.step, self.progress.batch < self.source.batches
+        where = f"at step {step + 1}" if in_epoch else f"in the validation after step {step}"
         told = StorageError(
-            f"{self.device} is out of memory at step {self.progress.step + 1} with micro-batches of {size} sequences; "
+            f"{self.device} is out of memory {where} with micro-batches of {size} sequences; "
             f"{'the state is saved' if saves else 'the last checkpoint is intact'}. Next: {smaller}."
         )
         return self.world.agreed(told) if together else told

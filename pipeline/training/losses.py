@@ -102,7 +102,7 @@ class DistanceCrossEntropy:
             i_P, j_P = self._pairs(known)
             if len(i_P):
                 distance_P = (xyz_L3[i_P] - xyz_L3[j_P]).norm(dim=-1)
-                edges = distance_P.new_tensor(distance_bins(logits_LLK.shape[-1]).edges)
+                edges = torch.tensor(distance_bins(logits_LLK.shape[-1]).edges).to(distance_P, non_blocking=True)
                 bin_P = torch.bucketize(distance_P, edges, right=True)
                 total = total + cross_entropy(logits_LLK[i_P, j_P].float(), bin_P)
         return total

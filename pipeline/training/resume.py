@@ -1,6 +1,6 @@
 """Whether a run may go on as it is now: the same settings and data, or changes that were asked for and do no harm."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ import torch
 
 from pipeline.errors import ConfigError
 from pipeline.runlog import warn
+from pipeline.training.checkpoint import CheckpointStore
 
 #: Settings that a run may go on with after a change, and what the change does.
 _HARMLESS = {
@@ -62,25 +63,53 @@ def require_same(
     Raises:
         ConfigError: with every difference.
     """
-    now = dict(_leaves(wanted))
-    told = dict(_leaves({key: begun.get(key) for key in wanted}))
-    before = dict(_leaves(defaults)) | {key: value for key, value in told.items() if key in now or value}
-    missing = "(absent)"
-    keys = [key for key in sorted(now.keys() | before.keys()) if now.get(key, missing) != before.get(key, missing)]
-    changes = [Change(key, before.get(key, missing), now.get(key, missing), _HARMLESS.get(key, "")) for key in keys]
+    changes = _changes(wanted, begun, defaults)
     harmful = [change.key for change in changes if not _is_harmless(change)]
     if not harmful and (allow_changes or not changes):
         return changes
-    changed = "; ".join(f"{change.key} {change.before} -> {change.now}" for change in changes)
     repair = "make data folds if a table was damaged, " if any(key.startswith("data.") for key in harmful) else ""
     if not harmful:
         repair = "--allow-changes (make: ALLOW_CHANGES=1) to go on with the change, "
     elif allow_changes:
         repair += f"leave {', '.join(harmful)} as it was, since it would make the run another one, or "
     raise ConfigError(
-        f"{where}: this run was begun with other settings or data: {changed}. "
+        f"{where}: this run was begun with other settings or data: {_told(changes)}. "
         f"Next: {repair}TAG=<name> for a new run beside it, or --restart (make: RESTART=1) to begin this one anew."
     )
+
+
+def warn_of_other_folds(folder: Path, wanted: Mapping[str, Any], *, label: str, auto_epochs: bool) -> None:
+    """Say it if other folds of a run were trained with other settings: every score takes all of them as one network.
+
+    Args:
+        folder: of the fold that begins.
+        wanted: ``config`` of it.
+        label: of the fold, for the message.
+        auto_epochs: their number follows from the fold's size.
+    """
+    alike = _HARMLESS.keys() - {"config.model.init", *([] if auto_epochs else ["config.train.epochs"])}
+    for other in sorted(folder.parent.glob("fold*")):
+        begun = None if other == folder else CheckpointStore(other / "checkpoints").newest_meta()
+        changes = [change for change in _changes(wanted, begun, wanted) if change.key not in alike] if begun else []
+        if changes:
+            warn(
+                f"{label}: {other.name} of this run was trained with other settings: {_told(changes)}; scores and "
+                "ensembles take the folds as one network. Next: TAG=<name> keeps variants apart."
+            )
+
+
+def _changes(wanted: Mapping[str, Any], begun: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[Change]:
+    """What is another now; of `begun` only the parts that are wanted count, and what it lacks was at its default."""
+    now = dict(_leaves(wanted))
+    told = dict(_leaves({key: begun.get(key) for key in wanted}))
+    before = dict(_leaves(defaults)) | {key: value for key, value in told.items() if key in now or value}
+    missing = "(absent)"
+    keys = [key for key in sorted(now.keys() | before.keys()) if now.get(key, missing) != before.get(key, missing)]
+    return [Change(key, before.get(key, missing), now.get(key, missing), _HARMLESS.get(key, "")) for key in keys]
+
+
+def _told(changes: Iterable[Change]) -> str:
+    return "; ".join(f"{change.key} {change.before} -> {change.now}" for change in changes)
 
 
 def _is_harmless(change: Change) -> bool:

@@ -89,7 +89,8 @@ def _superposition(mobile_R3: Tensor, fixed_R3: Tensor, weight_R: Tensor) -> tup
     mobile_3, fixed_3 = (weight_R1 * mobile_R3).sum(0), (weight_R1 * fixed_R3).sum(0)
     covariance_33 = (weight_R1 * (mobile_R3 - mobile_3)).T @ (fixed_R3 - fixed_3)
     # a prediction that is not finite comes out as a loss that is not: the decomposition would raise an error
-    covariance_33 = torch.where(covariance_33.isfinite().all(), covariance_33, torch.eye(3).to(covariance_33))
+    unit_33 = torch.eye(3, dtype=covariance_33.dtype, device=covariance_33.device)
+    covariance_33 = torch.where(covariance_33.isfinite().all(), covariance_33, unit_33)
     left_33, _, right_33 = torch.linalg.svd(covariance_33)
     side = torch.ones_like(mobile_3)
     side[2] = torch.det(left_33 @ right_33).sign()

@@ -91,8 +91,10 @@ def armed(kill: Kill) -> Iterator[Competition]:
     yield competition
 
 
-def in_child(paths: Paths, run: str, config: RunConfig, kill: Kill) -> bool:
-    """Train in a forked process that is to die; whether it did, or had ended before.
+def in_child(paths: Paths, run: str, config: RunConfig, kill: Kill | None = None) -> bool:
+    """Train in a forked process that may have to die; whether it did, or had ended before.
+
+    The parent never trains: where torch is built for CUDA its gradients have threads, which no child can go on with.
 
     Raises:
         AssertionError: the process failed in some other way.
@@ -101,7 +103,7 @@ def in_child(paths: Paths, run: str, config: RunConfig, kill: Kill) -> bool:
     if pid == 0:
         code = 1
         try:
-            with armed(kill) as competition:
+            with armed(kill) if kill else contextlib.nullcontext(tiny.TINY) as competition:
                 fit(paths, run, config, competition=competition)
             code = 0
         finally:
@@ -121,7 +123,7 @@ def soak(paths: Paths, *, kills: int, seed: int) -> list[dict[str, Any]]:
     rng = random.Random(seed)
     rows = {name: {"run": name, "runs": 0, "kills": 0, "lost": 0, "mismatches": 0, "places": {}} for name in RUNS}
     for name in RUNS:
-        fit(paths, _whole(name), tiny.config(**RUNS[name]))
+        in_child(paths, _whole(name), tiny.config(**RUNS[name]))
     for number in itertools.count():
         name = list(RUNS)[number % len(RUNS)]
         row, run, config = rows[name], f"killed{number}.{tiny.SPLIT}", tiny.config(**RUNS[name])
@@ -136,7 +138,7 @@ def soak(paths: Paths, *, kills: int, seed: int) -> list[dict[str, Any]]:
             step = max(committed(store), default=-1)
             row["lost"] += step < newest
             newest = max(newest, step)
-        fit(paths, run, config)
+        in_child(paths, run, config)
         row["runs"] += 1
         row["mismatches"] += tiny.final_bytes(paths, run) != tiny.final_bytes(paths, _whole(name))
         shutil.rmtree(paths.fold_dir(run, 0))

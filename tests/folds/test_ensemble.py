@@ -488,6 +488,16 @@ def test_description_has_every_run_and_the_choice(paths):
         assert word in captured.get()
 
 
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_narrow_terminal_breaks_names_and_scores_and_cuts_none(paths, width):
+    from rich.console import Console
+
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(ensemble.describe(join(paths).facts))
+    assert "…" not in captured.get()
+
+
 # -- structures
 
 

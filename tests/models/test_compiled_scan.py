@@ -1,5 +1,6 @@
 """The compiled scan: built where there is a compiler, done without where there is none, and the same numbers."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import library
 
-from models.layers import compiled_scan
+from models.layers import compiled_scan, extension
 from models.layers.selective_scan import selective_scan, selective_scan_ref
 from tests.models.cases import check_threads_change_no_bit
 from tests.models.test_selective_scan import NAMES, arguments, relative
@@ -80,6 +81,27 @@ def test_without_a_compiler_everything_works_and_the_reason_is_said(tmp_path):
     assert reason.startswith("plain PyTorch; compiled: could not be compiled")
     assert float(total) == pytest.approx(selective_scan(*arguments(40)).double().abs().sum().item(), rel=1e-5)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_home_that_takes_no_file_is_said_with_the_variable_that_names_another_place(tmp_path, monkeypatch):
+    """In a container of another user's the slow path was taken, and nothing said how to get the fast one."""
+
+    def refuse(path: Path, **_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setenv("RNA_CACHE", str(tmp_path / "closed"))
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    built, why = extension.load.__wrapped__("selective_scan")
+    assert not built
+    assert why.endswith("; RNA_CACHE=<folder> names another place for it")
+
+
+def test_a_cache_that_is_named_needs_no_home(tmp_path, monkeypatch):
+    """Without HOME, and with a user that the system does not know, Path.home() fails."""
+    monkeypatch.setenv("RNA_CACHE", str(tmp_path))
+    monkeypatch.setattr(Path, "home", lambda: pytest.fail("asked for the home"))
+    monkeypatch.setattr(extension, "_compile", lambda source, built, flags: None)
+    assert extension._built("selective_scan").parent == tmp_path
 
 
 @needs_compiler

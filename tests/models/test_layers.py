@@ -138,6 +138,20 @@ def test_a_batch_that_is_none_is_refused_in_a_sentence(shape: tuple[int, int], d
         clean_inputs(inputs, needs_bpp=False)
 
 
+def test_a_letter_that_training_never_saw_adds_nothing_and_changes_no_other():
+    torch.manual_seed(0)
+    layer = InputEmbedding(8, use_bpp=False, stem_kernel=0)
+    tokens_BL = torch.tensor([[0, 3, 2, 1]])
+    mask_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
+    before = layer(RnaInputs(tokens_BL, mask_BL))
+    for _ in range(2):
+        layer.widen(5)
+        assert torch.equal(layer(RnaInputs(tokens_BL, mask_BL)), before)
+    assert not layer(RnaInputs(torch.full_like(tokens_BL, 4), mask_BL)).any()
+    layer.widen(3)
+    assert layer.tokens.num_embeddings == 5
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.0])
 def test_a_share_that_is_none_is_refused(share: float):
     with pytest.raises(ValueError, match="dropout"):

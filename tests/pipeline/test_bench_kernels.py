@@ -58,6 +58,19 @@ def test_contestants_in_turn_give_ratios_between_their_quartiles_and_lengths_a_s
     assert math.isfinite(bench_kernels.measure_cell(slope)["slope"])
 
 
+def test_what_a_gpu_compiles_is_no_part_of_a_time(monkeypatch):
+    """A first call above 0.6 s was the only one: at L 177 the scan would have taken as long as Triton's compiler."""
+    calls, now = iter([5.0, *[0.25] * 99]), [0.0]
+
+    def call():
+        now[0] += next(calls)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    assert measure.seconds(call) == 0.25
+
+
 def test_calls_in_turn_come_back_in_the_order_they_were_given():
     made: list[int] = []
     turns = measure.in_turn(*(partial(made.append, k) for k in range(2)), at_least=0.0, fewest=3)

@@ -217,7 +217,13 @@ def test_what_a_process_said_that_it_failed_with_is_the_launchers_exit_code(fail
 
 
 @pytest.mark.parametrize(
-    ("failed", "name"), [({1: -11}, "SIGSEGV"), ({0: -15, 1: -9}, "SIGKILL"), ({2: -40}, "signal 40")]
+    ("failed", "name"),
+    [
+        ({1: -11}, "SIGSEGV"),
+        ({0: -15, 1: -9}, "SIGKILL"),
+        ({0: -9, 1: -11}, "SIGSEGV"),  # was SIGKILL: by it torchrun ends one that does not hear SIGTERM
+        ({2: -40}, "signal 40"),
+    ],
 )
 def test_a_process_that_a_signal_ended_is_named_and_the_run_resumable(failed, name):
     with pytest.raises(distributed.LostProcessError, match=rf"process \d of the run was ended by {name}\. Next: "):

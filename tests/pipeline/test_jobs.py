@@ -444,6 +444,13 @@ def test_a_job_of_all_folds_that_has_ended_is_not_told_as_never_begun(tmp_path):
 # --- starts that are refused ---
 
 
+def test_a_failure_is_told_also_where_the_folder_is_gone_by_then(tmp_path):
+    """Its sentence was lost in a FileNotFoundError of the traces that were to be removed."""
+    with pytest.raises(DataError, match="why"), jobs.at_work(tmp_path / "fold0"):
+        (tmp_path / "fold0").rename(tmp_path / "elsewhere")
+        raise DataError("why")
+
+
 def refused(folder: Path) -> None:
     def start() -> None:
         with jobs.at_work(folder):

@@ -107,6 +107,7 @@ def test_a_training_notebook_declares_checkpoints_metrics_and_tables(trained: Tr
     for fold in (0, 1):
         names = {Path(file).name for file in told["files"] if f"/{RUN}/fold{fold}/" in file}
         assert {"model.safetensors", "meta.json", "metrics.jsonl", "oof.parquet", "test.parquet"} <= names
+        assert not [name for name in names if name.startswith(".")], "locks; what a service hides would be missed"
 
 
 def test_a_training_notebook_brings_the_weights_that_its_run_begins_with(trained: Trained, tmp_path: Path):

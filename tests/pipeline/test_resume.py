@@ -235,3 +235,23 @@ def test_make_hands_the_flag_on():
     done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True)
     assert "--set 'train.epochs=99'" in done.stdout
     assert "--allow-changes" in done.stdout
+
+
+def test_folds_of_one_run_with_different_settings_are_told_apart_as_the_second_begins(paths, said):
+    """SET changed between two folds and TAG did not: an ensemble took both as one network without a word."""
+    fit(paths, tiny.config(epochs=1))
+    fit(paths, tiny.config(epochs=1, save_every=0), fold=1)
+    assert not [line for line in said if "fold" in line and "other settings" in line]
+    fit(paths, tiny.config(epochs=2, lr=1e-3), fold=1, restart=True)
+    (line,) = [line for line in said if "other settings" in line]
+    assert line.startswith(f"{tiny.RUN} fold1: fold0 of this run was trained with other settings: config.train.epochs ")
+    assert "config.train.epochs 1 -> 2; config.train.lr 0.01 -> 0.001; scores and ensembles" in line
+
+
+def test_folds_whose_size_decides_their_epochs_differ_in_nothing_else(paths, said, monkeypatch):
+    monkeypatch.setattr("pipeline.config.AUTO_STEPS", 8)
+    monkeypatch.setattr("pipeline.config.AUTO_EPOCHS", 1)
+    fit(paths, tiny.config(epochs=1))
+    fit(paths, tiny.config(epochs="auto"), fold=1)
+    assert CheckpointStore(paths.fold_dir(tiny.RUN, 1) / "checkpoints").newest_meta()["config"]["train"]["epochs"] == 2
+    assert not [line for line in said if "other settings" in line]

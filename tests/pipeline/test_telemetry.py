@@ -3,8 +3,11 @@
 import importlib.util
 import io
 import math
+import os
 import re
 import resource
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -197,6 +200,36 @@ def test_a_stream_without_a_reader_swallows_what_it_is_told(tmp_path):
         assert stream.write("text") == 4
         stream.flush()
         assert stream.name == str(path)
+
+
+def test_letters_that_a_terminal_does_not_have_are_told_by_number():
+    """A table of scores with its ± ended in UnicodeEncodeError, exit code 1, after the work was done."""
+    latin = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    stream = Unbreakable(latin)
+    assert stream.write("0.387 ± 0.009") == 13
+    stream.flush()
+    assert latin.buffer.getvalue() == rb"0.387 \xb1 0.009"
+
+
+@pytest.mark.parametrize("closed", ["1", "2", "12", "012"])
+def test_what_is_said_to_a_closed_stream_gets_into_no_file_of_ours(closed, tmp_path):
+    """``make train >&-`` ended in an AttributeError; the file that was opened next took the stream's number."""
+    work = "from pipeline import runlog; import os; print(); number = os.open('file', os.O_CREAT | os.O_WRONLY); "
+    work += "os.write(1, b'noise'); os.write(2, b'noise'); os.write(number, b'ours'); os._exit(7)"
+    start = f"import os; [os.close(number) for number in {[int(number) for number in closed]}]; "
+    start += f"os.execv({sys.executable!r}, [{sys.executable!r}, '-c', {work!r}])"
+    environment = {**os.environ, "PYTHONPATH": str(Path(runlog.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", start], cwd=tmp_path, env=environment, capture_output=True, check=False
+    )
+    assert done.returncode == 7, done.stderr
+    assert (tmp_path / "file").read_bytes() == b"ours"
+
+
+def test_a_status_is_not_written_into_a_folder_that_went_away(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone"):
+        write_status(tmp_path / "gone", {"state": "running"})
+    assert not (tmp_path / "gone").exists()
 
 
 def test_durations_are_told_for_people():

@@ -533,6 +533,15 @@ def test_out_of_memory_saves_and_says_what_to_do(error, paths, inject):
     assert tiny.final_bytes(paths) == tiny.final_bytes(paths, f"whole.{tiny.SPLIT}")
 
 
+def test_out_of_memory_in_the_validation_is_not_told_as_a_step_beyond_the_last(paths):
+    def exhaust(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        raise MemoryError
+
+    with pytest.raises(StorageError, match=r"out of memory in the validation after step 4 with .*the state is saved"):
+        fit(paths, tiny.config(epochs=1), competition=replace(tiny.TINY, error_sums=exhaust))
+    fit(paths, tiny.config(epochs=1))
+
+
 def test_out_of_memory_between_the_passes_and_the_update_resumes_with_the_same_bits(paths, monkeypatch):
     """Was: saved with the random numbers of the failed step used up, so that the run went on with others."""
     count, measure = itertools.count(1), loop.gradients
@@ -629,13 +638,14 @@ def in_child(place, number):
     if pid == 0:
         if place == "twice":
             tiny.Fault.inject = staticmethod(lambda x_BLD: (twice(), x_BLD)[1])
-        else:
+        elif place:
             killed_at(place, number)
-        fit("killed.sim80_k2")
+        fit("killed.sim80_k2" if place else "whole.sim80_k2")
         os._exit(0)
     return os.waitpid(pid, 0)[1]
 
-fit("whole.sim80_k2")
+# in a child too: gradients of a torch that is built for CUDA have threads, which a child cannot go on with
+assert in_child("", 0) == 0
 assert "polars" not in sys.modules, "a child of its threads hangs"
 places = [("forward", 1), ("fsync", 1), ("rename", 1)]  # first batch, first save
 places += [("forward", n) for n in (2, 3, 5)] + [("fsync", n) for n in (3, 6, 7, 8, 9)]

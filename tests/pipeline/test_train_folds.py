@@ -94,13 +94,13 @@ def test_an_unfinished_run_on_a_read_only_disk_is_refused_by_the_system(paths, r
 def test_a_full_disk_is_told_with_its_place_and_a_run_that_did_not_begin_leaves_no_trace(paths, monkeypatch):
     """It said "No space left on device. Next: check the path", and did not say which, and left an empty run behind."""
     fit(paths)  # the arrays are there
-    write = Path.write_text
+    write = Path.write_bytes
 
-    def full(path: Path, text: str) -> int:
-        write(path, "")
+    def full(path: Path, data: bytes) -> int:
+        write(path, b"")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left on device") as caught:
         fit(paths, run=f"other.{tiny.SPLIT}")
     assert str(caught.value.filename).endswith("config.json")

@@ -16,9 +16,10 @@ from torch import Tensor, distributed
 
 from models.interface import RnaInputs
 from models.registry import create_model
-from pipeline import inference, predict
+from pipeline import inference, predict, train
 from pipeline.config import ModelConfig, load_config
 from pipeline.errors import StoppedError
+from pipeline.paths import Paths
 from pipeline.runlog import read_metrics
 from pipeline.training import sharding
 from pipeline.training.checkpoint import CheckpointStore
@@ -87,6 +88,19 @@ def test_what_adapters_learned_here_predicts_the_same_on_the_cpu(paths, monkeypa
         found.append(np.concatenate([row for column in columns for row in column]))
         table.unlink()
     np.testing.assert_allclose(*found, atol=1e-4)
+
+
+def test_structures_train_here_as_on_the_cpu(known_model, tmp_path, monkeypatch):
+    paths = Paths(comp="tiny3d", root=tmp_path)
+    tiny.write_structures(paths)
+    config = tiny.config(epochs=2, batch_size=4, precision="fp32", model={"coordinates": True, "dropout": 0.0})
+    losses = []
+    for device in ("cuda", "cpu"):
+        monkeypatch.setattr(train, "choose_device", lambda device=device: torch.device(device))
+        fit(paths, config, competition=tiny.TINY3D, run=f"{device}.{tiny.SPLIT}")
+        rows = read_metrics(paths.fold_dir(f"{device}.{tiny.SPLIT}", 0) / "metrics.jsonl")
+        losses.append([row.get("loss", row.get("metric")) for row in rows if row["event"] in ("step", "epoch")])
+    np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
 @pytest.fixture

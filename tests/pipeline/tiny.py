@@ -128,7 +128,7 @@ class TinyModel(RnaModel):
             found["distance_logits_BLLK"] = self.heads["distances"](x_BLD.unsqueeze(1) + x_BLD.unsqueeze(2)).float()
         if "placed" in self.heads:
             placed_BLK = self.heads["placed"](x_BLD).float() * mask_BL1
-            trace_L3 = torch.from_numpy(helix(x_BLD.shape[1])).float()
+            trace_L3 = torch.from_numpy(helix(x_BLD.shape[1])).to(placed_BLK)
             found |= {"c1_xyz_BL3": placed_BLK[..., :3] + trace_L3, "lddt_logits_BLK": placed_BLK[..., 3:]}
         return RnaOutputs(**found)
 

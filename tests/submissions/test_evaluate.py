@@ -263,6 +263,16 @@ def test_description_has_runs_and_floors_beside_the_score(paths):
     assert captured.get().splitlines()[-1] == facts["floor_notes"][0], "notes made the first column wide"
 
 
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_narrow_terminal_breaks_names_and_scores_and_cuts_none(paths, width):
+    """At 80 columns two runs were both called "tiny_ri…", at 40 every score was "0.…"."""
+    facts = score(paths).facts
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(evaluate.describe(facts | {"floor_notes": []}))
+    assert "…" not in captured.get()
+
+
 def test_structures_are_scored_beside_their_floors(tmp_path, rng):
     paths = make_paths(tmp_path, "rna3d")
     train = write_structure_data(paths, rng)

@@ -143,7 +143,7 @@ def structures(tmp_path_factory):
         (
             RIBONANZA,
             {"weights": {"x": dict.fromkeys("abc", 1 / 3)}, "score": 0.19, "score_nested": 0.2},
-            "Predicted by a, b, c. That was chosen by this score, 0.1900 in the choice; for each fold by the others: ",
+            "Predicted by a, b, c. The choice was made by this score (0.1900); made for each fold by the others, ",
             "3 runs × 1 fold",
         ),
         (

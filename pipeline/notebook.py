@@ -1,0 +1,138 @@
+"""A trained fold at hand in Python: its network, and predictions of any sequences, without a table or a command.
+
+Letters: L length (nt), C target or class.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import viennarna
+from pipeline.classes import Classes, letters_of, unknown_letter
+from pipeline.competitions import get_competition
+from pipeline.config import config_from_dict
+from pipeline.dataset import BppArrays, ExampleSet
+from pipeline.errors import ConfigError, DataError
+from pipeline.inference import Job, in_batches, load_network, not_finite
+from pipeline.predict import predict_values
+from pipeline.schema import decode, encode, normalise_sequence
+from pipeline.training.checkpoint import CheckpointStore, read_meta
+from pipeline.training.stop import StopRequest
+
+
+class Trained:
+    """The best checkpoint of a fold, which carries its own configuration.
+
+    >>> trained = Trained("artifacts/openvaccine/runs/small_hyena.sim80_k5/fold0")  # doctest: +SKIP
+    >>> trained.targets, trained.predict(["GGAAAC"])[0].shape  # doctest: +SKIP
+    (('reactivity', 'deg_Mg_pH10', 'deg_pH10', 'deg_Mg_50C', 'deg_50C'), (6, 5))
+
+    Attributes:
+        model: the network, ready to predict, on the best device there is.
+        targets: names of the values or classes that it predicts.
+        meta: what the checkpoint says of itself: step, progress, configuration, data.
+
+    Args:
+        fold: folder of a trained fold, wherever it lies.
+        batch_tokens: padded nucleotides of a batch; halved when memory runs out. Changes no prediction.
+
+    Raises:
+        ConfigError: the fold predicts structures, which take more than its network.
+        StorageError: there is no readable checkpoint.
+    """
+
+    def __init__(self, fold: str | Path, *, batch_tokens: int = 65_536) -> None:
+        path = CheckpointStore(Path(fold) / "checkpoints").best_folder()
+        self.meta = read_meta(path)
+        competition = get_competition(self.meta["competition"])
+        if competition.task == "structure":
+            raise ConfigError(
+                f"{fold}: predicts structures; expected values or classes. Next: make predict COMP={competition.name}."
+            )
+        self._classes = Classes.of(self.meta["classes"]) if "classes" in self.meta else None
+        self.targets = self._classes.names if self._classes else competition.targets
+        self._job = Job(
+            competition=competition,
+            config=config_from_dict(self.meta["config"], where=f"{path}/meta.json"),
+            checkpoint=path,
+            examples=self._examples([]),
+            positions=np.arange(0),
+            fold=None,
+            batch_tokens=batch_tokens,
+            stop=StopRequest(),
+        )
+        self.model, self._device = load_network(self._job)
+
+    def predict(self, sequences: Sequence[str]) -> list[np.ndarray]:
+        """Predict as `make predict` does: averaged over both directions where training saw both, in float32.
+
+        Networks that read base-pair probabilities get them from ViennaRNA.
+
+        Args:
+            sequences: RNA or DNA, or letters of the labelled set, odd ones among them.
+
+        Returns:
+            For each sequence its values, [L, C], or the probabilities of the classes, [C].
+
+        Raises:
+            ConfigError: ViennaRNA is needed and missing.
+            DataError: a sequence is empty or has a letter that is no nucleotide's.
+            DivergedError: a prediction is not finite.
+            StorageError: a single sequence does not fit into memory.
+        """
+        examples = self._examples([self._tokens(text, where=f"sequence {k}") for k, text in enumerate(sequences)])
+        job = replace(self._job, examples=examples, positions=np.arange(len(sequences)))
+        found = [np.empty(0)] * len(sequences)
+        compute = partial(predict_values, job, self.model, self._device)
+        for part, values in in_batches(job, compute, device=self._device, label="predict"):
+            for k, values_LC in zip(part, values, strict=True):
+                if not np.isfinite(values_LC).all():
+                    raise not_finite(job, k)
+                found[k] = values_LC[:, 0] if self._classes else values_LC
+        return found
+
+    def _tokens(self, text: str, *, where: str) -> np.ndarray:
+        """Of a labelled set odd letters are read as its unknown one, as its data stage does."""
+        if self._classes is None:
+            return encode(normalise_sequence(text, where=where))
+        clean = text.strip().upper()
+        if not clean:
+            raise DataError(f"{where}: empty; expected letters. Next: leave it out.")
+        letters, unknown = letters_of(self._classes.alphabet), unknown_letter(self._classes.alphabet)
+        clean = clean.replace("T", "U") if self._classes.is_nucleic else clean
+        return encode(re.sub(f"[^{letters}]", unknown, clean), self._classes.readable)
+
+    def _examples(self, tokens: Sequence[np.ndarray]) -> ExampleSet:
+        """Sequences as the arrays that the pipeline keeps of a table."""
+        return ExampleSet(
+            key="notebook",
+            tokens_T=np.concatenate([np.zeros(0, np.uint8), *tokens]),
+            offsets=_offsets(tokens),
+            ids_N=np.array([f"sequence {k}".encode() for k in range(len(tokens))], dtype="S32"),
+            bpp=_pair_probabilities(tokens) if "bpp" in self.meta["data"] else None,
+            classes=self._classes,
+            crop=self.meta["config"]["data"]["crop"],
+        )
+
+
+def _pair_probabilities(tokens: Sequence[np.ndarray]) -> BppArrays:
+    usable, why = viennarna.available()
+    if not usable:
+        raise ConfigError(f"the network reads base-pair probabilities: {why}.")
+    found = [viennarna.fold(decode(tokens_L)) for tokens_L in tokens]
+    pairs = [np.stack([one.i_K, one.j_K], axis=1) for one in found]
+    return BppArrays(
+        key="notebook",
+        row_N=np.arange(len(tokens)),
+        offsets=_offsets(pairs),
+        ij_K2=np.concatenate([np.zeros((0, 2), np.uint16), *pairs]),
+        p_K=np.concatenate([np.zeros(0, np.float32), *(one.p_K for one in found)]),
+    )
+
+
+def _offsets(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.cumsum([0, *map(len, parts)], dtype=np.int64)

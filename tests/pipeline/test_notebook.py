@@ -1,0 +1,90 @@
+"""A trained fold at hand in Python predicts what the commands predict; the lines that the READMEs show do run."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import bpp, notebook, predict
+from pipeline.competitions import get_competition
+from pipeline.errors import ConfigError, DataError, DivergedError, StorageError
+from pipeline.notebook import Trained
+from pipeline.paths import Paths
+from tests.pipeline import labelled_sets, tiny
+from tests.pipeline.test_classes import RUN, make_set, predict_one, train_one
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def known_competitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {competition.name: competition for competition in (tiny.TINY, tiny.TINY3D)}
+    monkeypatch.setattr(notebook, "get_competition", lambda name: own.get(name) or get_competition(name))
+
+
+def rows_by_sequence(paths: Paths, predicted: Path) -> dict[str, dict]:
+    """Sequence -> the row of the test table that `make predict` wrote."""
+    texts = pq.read_table(paths.clean("test")).to_pylist()
+    rows = {row["sequence_id"]: row for row in pq.read_table(predicted).to_pylist()}
+    return {row["sequence"]: rows[row["sequence_id"]] for row in texts}
+
+
+@pytest.mark.parametrize(
+    ("data", "model"),
+    [({}, {}), ({"flip": 0.5}, {}), ({}, {"use_bpp": True})],
+    ids=["as it is", "both directions", "pairing from ViennaRNA"],
+)
+def test_values_are_those_of_make_predict_in_any_order_and_spelling(paths, data, model):
+    if model:
+        pytest.importorskip("RNA")
+        bpp.run(paths, workers=1)
+    tiny.fit(paths, tiny.config(epochs=1, data=data, model=model))
+    report = predict.run(competition=tiny.TINY, paths=paths, run=tiny.RUN, fold=0)
+    rows = rows_by_sequence(paths, report.outputs["test"])
+    trained = Trained(paths.fold_dir(tiny.RUN, 0))
+    assert trained.targets == tiny.TARGETS
+    assert trained.predict([]) == []
+    found = trained.predict([text.lower().replace("u", "t") for text in reversed(rows)])
+    for row, values_LC in zip(reversed(rows.values()), found, strict=True):
+        expected_LC = np.array([row[name] for name in tiny.TARGETS]).T
+        np.testing.assert_allclose(values_LC, expected_LC, atol=1e-6)
+
+
+def test_classes_are_those_of_make_predict(tmp_path, rng):
+    table = labelled_sets.planted(rng, count=160)
+    paths = make_set(tmp_path, table, test=table.select("id", "sequence")[:9])
+    train_one(paths)
+    rows = rows_by_sequence(paths, predict_one(paths).outputs["test"])
+    trained = Trained(paths.fold_dir(RUN, 0))
+    assert len(trained.targets) == 2
+    for row, p_C in zip(rows.values(), trained.predict(list(rows)), strict=True):
+        np.testing.assert_allclose(p_C, row["probabilities"], atol=1e-6)
+    assert trained.predict(["ACGNNRYACGT"])[0].sum() == pytest.approx(1)
+    with pytest.raises(DataError, match="sequence 1: empty"):
+        trained.predict(["ACGU", " "])
+
+
+def test_what_it_cannot_do_is_said_in_a_sentence(paths, tmp_path, monkeypatch):
+    with pytest.raises(StorageError, match="no readable checkpoint"):
+        Trained(tmp_path / "nowhere")
+    tiny.fit(paths)
+    trained = Trained(paths.fold_dir(tiny.RUN, 0))
+    with pytest.raises(DataError, match="sequence 1: letter 'N' at position 2"):
+        trained.predict(["ACGU", "ANGU"])
+    monkeypatch.setattr(notebook, "predict_values", lambda *_: [np.full((4, 2), np.nan)])
+    with pytest.raises(DivergedError, match="'sequence 0' is not finite"):
+        trained.predict(["ACGU"])
+    solid = Paths(comp="tiny3d", root=tmp_path)
+    tiny.write_structures(solid)
+    tiny.fit(solid, tiny.config(epochs=1), competition=tiny.TINY3D)
+    with pytest.raises(ConfigError, match="predicts structures; expected values or classes"):
+        Trained(solid.fold_dir(tiny.RUN, 0))
+
+
+@pytest.mark.parametrize("name", ["models/README.md", "pipeline/README.md"])
+def test_the_python_that_a_readme_shows_runs(name, paths):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+    tiny.fit(paths)
+    exec(re.sub(r"artifacts/[^\"]*/fold0", str(paths.fold_dir(tiny.RUN, 0)), block), {})
