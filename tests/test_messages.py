@@ -19,6 +19,7 @@ MODULES = sorted(path for package in ("pipeline", "folds", "submissions") for pa
 ELSEWHERE = {
     "pipeline/bpp.py:_program_version": "the reason that available() gives",
     "pipeline/bpp.py:_build": "the reason that available() gives",
+    "pipeline/notebook.py:_pair_probabilities": "the reason that available() gives",
     "pipeline/arrays.py:_carried": "its callers' sentence",
     "pipeline/kaggle_cli.py:explain": "every entry of _MEANINGS",
 }

@@ -44,8 +44,9 @@ def causal_conv(x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor, *, reverse: bo
     Returns:
         [B, L, D], under autocast in its type.
     """
-    # theirs loads eight channels at a time
-    if weight_DK.shape[1] in _WIDTHS and x_BLD.shape[2] % 8 == 0 and x_BLD.dtype != torch.float64:
+    # theirs loads eight channels at a time, and refuses a single position for strides that mean nothing there
+    fits = weight_DK.shape[1] in _WIDTHS and x_BLD.shape[2] % 8 == 0 and x_BLD.shape[1] > 1
+    if fits and x_BLD.dtype != torch.float64:
         path = kernels.path("causal_conv1d", x_BLD.device)
         if path != "reference":
             return OPERATOR.kernels[path].run(x_BLD, weight_DK, bias_D, reverse=reverse)

@@ -12,6 +12,10 @@ from pipeline.config import list_configs, load_config
 #: coordinates are tens of Å: what counts as 1 in a comparison
 ANGSTROM = 10.0
 
+#: what torch's compiler warns of: float32 means float32 here; and its own modules, of 2.11, use what is deprecated
+TENSOR_CORES = "ignore:TensorFloat32 tensor cores"
+TORCH_ITSELF = "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
+
 Kwargs = dict[str, int | float | str | bool]
 
 #: arguments that make each registered network small

@@ -42,17 +42,18 @@ def test_a_position_sees_itself_and_one_side(reverse):
 
 
 @pytest.mark.parametrize(
-    ("width", "kernel", "dtype", "taken"),
+    ("length", "width", "kernel", "dtype", "taken"),
     [
-        (16, 4, torch.float32, True),
-        (16, 2, torch.bfloat16, True),
-        (12, 4, torch.float32, False),  # rows that it would load beyond their end
-        (16, 5, torch.float32, False),
-        (16, 4, torch.float64, False),
+        (9, 16, 4, torch.float32, True),
+        (9, 16, 2, torch.bfloat16, True),
+        (9, 12, 4, torch.float32, False),  # rows that it would load beyond their end
+        (9, 16, 5, torch.float32, False),
+        (9, 16, 4, torch.float64, False),
+        (1, 16, 4, torch.float32, False),  # "requires strides (dout.stride(0) and dout.stride(2)) to be multiples of 8"
     ],
 )
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_package_gets_what_it_can_take_and_nothing_else(width, kernel, dtype, taken, autocast, monkeypatch):
+def test_the_package_gets_what_it_can_take_and_nothing_else(length, width, kernel, dtype, taken, autocast, monkeypatch):
     """A stand-in for causal-conv1d, as on a GPU that has it; nothing noticed when it was given everything."""
     seen = []
 
@@ -64,7 +65,7 @@ def test_the_package_gets_what_it_can_take_and_nothing_else(width, kernel, dtype
     package.causal_conv1d_fn = theirs
     monkeypatch.setitem(sys.modules, "causal_conv1d", package)
     monkeypatch.setattr(kernels, "path", lambda *_: "causal-conv1d")
-    args = [x.detach() for x in arguments(9, width=width, kernel=kernel, dtype=dtype)]
+    args = [x.detach() for x in arguments(length, width=width, kernel=kernel, dtype=dtype)]
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         found = [causal_conv(*args, reverse=reverse) for reverse in (False, True)]
     assert seen == ([torch.bfloat16 if autocast else dtype] * 2 if taken else [])

@@ -9,13 +9,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from models.interface import RnaInputs, RnaModel
 from models.layers import kernels
-from tests.models.cases import Kwargs, batch, build, gradients, loss, outputs
+from tests.models.cases import TENSOR_CORES, TORCH_ITSELF, Kwargs, batch, build, gradients, loss, outputs
 
 pytestmark = [
     # the compiler makes an instance of Mamba-2's autograd function, of which torch itself warns
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    # torch 2.11's own modules use it: each test on a GPU ended with that
-    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings(TENSOR_CORES, TORCH_ITSELF),  # each test on a GPU ended with the second one
 ]
 
 LENGTHS = (33, 40, 47, 61, 64, 70)
@@ -66,7 +65,6 @@ def test_the_gradients_of_a_graph_are_those_of_the_network(case: str):
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # float32 means float32 here
 @pytest.mark.parametrize("case", GRAPHS)
 def test_on_a_gpu_compiled_kernels_give_the_gradients_of_the_network(case: str):
     device = torch.device("cuda")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, library
 
 from models.layers.selective_scan import selective_scan_ref
+from tests.models.cases import TENSOR_CORES, TORCH_ITSELF
 from tests.models.test_selective_scan import NAMES, arguments, relative
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,6 +121,7 @@ def test_on_a_gpu_the_same_input_gives_the_same_bits(shape):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings(TENSOR_CORES, TORCH_ITSELF)
 def test_on_a_gpu_it_compiles_into_one_graph_and_keeps_the_rules_of_operators():
     args = [x.detach().cuda().requires_grad_() for x in arguments(70, inner=40, state=16)]
     library.opcheck(torch.ops.rna_scan_triton.forward.default, (*args, True))

@@ -2,6 +2,7 @@
 
 import faulthandler
 import itertools
+import multiprocessing
 import os
 import re
 import shutil
@@ -24,6 +25,9 @@ from tests.pipeline import tiny
 
 pytestmark = pytest.mark.usefixtures("known_model")
 
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.pipeline.tiny", "pipeline.train_folds"])  # torch is imported once
+
 
 def fit(paths: Paths, config=None, **options: Any) -> None:
     settings = {"competition": tiny.TINY, "split": tiny.SPLIT, "show": lambda _: None, **options}
@@ -42,21 +46,25 @@ def dies(number: int, *, at: int):
     return inject
 
 
-def in_child(paths: Paths, number: int | None = None, *, at: int = 2, **options: Any) -> int:
-    """Train in a process of its own, which a signal ends; its exit code."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            faulthandler.disable()  # pytest's
-            tiny.Fault.inject = staticmethod(dies(number, at=at)) if number else None
-            fit(paths, **options)
-            code = 0
-        except PipelineError as err:
-            code = err.exit_code
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def train(paths: Paths, number: int | None, at: int) -> None:
+    """What a child does."""
+    tiny.register(pytest.MonkeyPatch())
+    tiny.Fault.inject = staticmethod(dies(number, at=at)) if number else None
+    try:
+        fit(paths)
+    except PipelineError as err:
+        raise SystemExit(err.exit_code) from err
+
+
+def in_child(paths: Paths, number: int | None = None, *, at: int = 2) -> int | None:
+    """Train in a process of its own, which a signal ends; its exit code.
+
+    No fork of this one: where torch is built for CUDA, gradients had threads here, and a child cannot go on with them.
+    """
+    process = SERVER.Process(target=train, args=(paths, number, at))
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 @pytest.mark.parametrize(

@@ -446,9 +446,15 @@ def test_a_job_of_all_folds_that_has_ended_is_not_told_as_never_begun(tmp_path):
 
 def test_a_failure_is_told_also_where_the_folder_is_gone_by_then(tmp_path):
     """Its sentence was lost in a FileNotFoundError of the traces that were to be removed."""
-    with pytest.raises(DataError, match="why"), jobs.at_work(tmp_path / "fold0"):
-        (tmp_path / "fold0").rename(tmp_path / "elsewhere")
-        raise DataError("why")
+    fold = tmp_path / "fold0"
+
+    def work() -> None:
+        with jobs.at_work(fold):
+            fold.rename(tmp_path / "elsewhere")
+            raise DataError("why")
+
+    with pytest.raises(DataError, match="why"):
+        work()
 
 
 def refused(folder: Path) -> None:

@@ -93,7 +93,9 @@ def test_what_adapters_learned_here_predicts_the_same_on_the_cpu(paths, monkeypa
 def test_structures_train_here_as_on_the_cpu(known_model, tmp_path, monkeypatch):
     paths = Paths(comp="tiny3d", root=tmp_path)
     tiny.write_structures(paths)
-    config = tiny.config(epochs=2, batch_size=4, precision="fp32", model={"coordinates": True, "dropout": 0.0})
+    # first steps of AdamW are as long as the rate, whatever the gradient: of rounding errors as well
+    how = {"epochs": 2, "batch_size": 4, "lr": 1e-4, "precision": "fp32"}
+    config = tiny.config(**how, model={"coordinates": True, "dropout": 0.0})
     losses = []
     for device in ("cuda", "cpu"):
         monkeypatch.setattr(train, "choose_device", lambda device=device: torch.device(device))
@@ -121,7 +123,8 @@ def test_a_group_of_one_trains_over_nccl_as_a_process_alone_does(paths, world, s
     rows = [read_metrics(paths.fold_dir(run, 0) / "metrics.jsonl") for run in (WHOLE, tiny.RUN)]
     alone, grouped = ([row["loss"] for row in found if row["event"] == "step"] for found in rows)
     assert len(alone) == 12
-    assert grouped == pytest.approx(alone, abs=1e-5)
+    # sharded, the norm that clips has another last bit, and half precision may round a weight to its other neighbour
+    assert grouped == pytest.approx(alone, abs=1e-5 if precision == "fp32" or sharding == "none" else 1e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
