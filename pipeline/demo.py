@@ -50,7 +50,7 @@ def run(folder: Path, *, seed: int = 0) -> None:
 def _chain(folder: Path, comp: str, *, models: Sequence[str], use_bpp: bool) -> dict[str, Any]:
     """data -> folds -> (bpp) -> train and predict -> ensemble -> submit and check -> evaluate -> report."""
     competition = get_competition(comp)
-    paths = Paths(comp=comp, root=folder, log=folder / "submissions" / "LOG.md")
+    paths = Paths(comp=comp, root=folder)
     _rule(competition.title)
     cleaned = preprocess.run(competition, folder / "raw" / comp, paths)
     show(cleaned, preprocess.describe(cleaned.facts))

@@ -42,7 +42,6 @@ class Paths:
     comp: str
     root: Path = Path("artifacts")
     submissions: Path | None = None  # folder of the submission files, where it is another than `csv_dir` says
-    log: Path = _HOME / "submissions" / "LOG.md"  # one line per evaluated run
 
     @property
     def home(self) -> Path:
@@ -92,8 +91,16 @@ class Paths:
         """``submissions/csv``; another artifacts folder has its own, where no other one's file is overwritten."""
         if self.submissions is not None:
             return self.submissions
-        usual = self.root.resolve() == (_HOME / "artifacts").resolve()
-        return _HOME / "submissions" / "csv" if usual else self.root / "submissions"
+        return _HOME / "submissions" / "csv" if self._usual else self.root / "submissions"
+
+    @property
+    def log(self) -> Path:
+        """One line per evaluated run: ``submissions/LOG.md``, or one of another artifacts folder's own."""
+        return (_HOME if self._usual else self.root) / "submissions" / "LOG.md"
+
+    @property
+    def _usual(self) -> bool:
+        return self.root.resolve() == (_HOME / "artifacts").resolve()
 
     def submission(self, name: str, *, suffix: str = "csv") -> Path:
         return self.csv_dir / f"{self.comp}-{name}.{suffix}"

@@ -471,6 +471,8 @@ def describe(facts: Mapping[str, Any]) -> list[Any]:
         table.add_row(rank, _label(row["cell"]), f"{row['n']}{lost}", *numbers, interval, p)
     notes = [f"best {facts['metric']} of each run in validation, lower is better"]
     notes += ["cells whose intervals overlap share a rank; - = one result is no interval, or a run diverged"]
+    if any(row["n"] == 2 for row in facts["cells"]):
+        notes.append("of two results an interval is 9 sd wide to each side, of three 2.5 (SEEDS=3), of five 1.2")
     if facts["next"]:
         notes.append(f"the first of them on all folds, with predictions: {facts['next']}")
     if facts["busy"]:

@@ -18,7 +18,7 @@ _UNMEASURED = 2  # nt at either end without a value
 
 
 def make_paths(folder: Path, comp: str = "ribonanza") -> Paths:
-    return Paths(comp=comp, root=folder / "artifacts", submissions=folder / "csv", log=folder / "LOG.md")
+    return Paths(comp=comp, root=folder / "artifacts", submissions=folder / "csv")
 
 
 def write(table: pl.DataFrame, path: Path) -> Path:

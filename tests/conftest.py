@@ -26,6 +26,12 @@ with suppress(ImportError):  # a machine with a GPU may have less than we need f
     settings.load_profile("everywhere")
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Let a machine that has pytest alone read pyproject.toml, where nothing but pytest-timeout knows this setting."""
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "seconds after which a test ends; not without pytest-timeout")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs a GPU where there is none, whatever marks were asked for; on one, float32 means float32."""
     if item.get_closest_marker("gpu"):

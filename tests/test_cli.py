@@ -356,7 +356,7 @@ def test_help_starts_without_torch():
 
 def test_no_verb_prints_the_help_and_no_empty_sentence(capsys):
     """`rna` alone ended with the line "error:  (exit code 2)"."""
-    assert run_verb([]) == 2
+    assert run_verb([]) in (0, 2)  # 0 by click 8.1
     printed = capsys.readouterr()
     assert "Commands" in printed.out
     assert "error" not in printed.err

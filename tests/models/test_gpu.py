@@ -65,7 +65,8 @@ def without_packages_for_tables(folder: Path, *arguments: str) -> str:
 
 @pytest.mark.slow
 def test_its_tests_are_found_without_the_packages_for_tables(tmp_path: Path):
-    options = ["-p", "without", "-p", "no:cacheprovider", "--collect-only", "-q", "-m", "gpu"]
+    # nor without pytest-timeout: "ERROR: Unknown config option: timeout"
+    options = ["-p", "without", "-p", "no:timeout", "-p", "no:cacheprovider", "--collect-only", "-q", "-m", "gpu"]
     found = without_packages_for_tables(tmp_path, "-m", "pytest", *options, *files())
     assert all(file in found for file in files())
 

@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,6 +132,20 @@ def test_the_machine_class_tells_no_name():
 @pytest.mark.parametrize(("bar", "met"), [(Bar("", 2, 1), True), (Bar("", 2, 1, True), False), (Bar("", 1, 1), True)])
 def test_bars_are_met_from_their_own_side(bar: Bar, met: bool):
     assert bar.met == met
+
+
+def test_a_measurement_finds_the_packages_that_its_parent_finds(monkeypatch):
+    """With mamba-ssm in a folder of PYTHONPATH, its cells ended in "No module named 'mamba_ssm'"."""
+    seen: dict[str, str] = {}
+
+    def run(*_, env: dict[str, str], **__):
+        seen.update(env)
+        return SimpleNamespace(returncode=0, stdout="{}")
+
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    monkeypatch.setattr(measure.subprocess, "run", run)
+    measure.spawn("module", {})
+    assert seen["PYTHONPATH"] == f"{REPOSITORY}{os.pathsep}elsewhere"
 
 
 def test_a_failed_measurement_says_what_failed():

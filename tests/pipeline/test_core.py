@@ -283,6 +283,8 @@ def test_another_artifacts_folder_has_its_own_submissions(tmp_path: Path, monkey
         assert Paths(comp="ribonanza", root=root).submission("all") == usual
     for root in (Path("artifacts/demo"), tmp_path):
         assert Paths(comp="ribonanza", root=root).submission("all") == root / "submissions" / "ribonanza-all.csv"
+        assert Paths(comp="ribonanza", root=root).log == root / "submissions" / "LOG.md"
+    assert Paths(comp="ribonanza").log == REPOSITORY / "submissions" / "LOG.md"
     assert Paths(comp="ribonanza", submissions=tmp_path).submission("all") == tmp_path / "ribonanza-all.csv"
 
 

@@ -308,6 +308,22 @@ def test_the_table_shows_what_a_study_proposed_in_four_digits():
     assert "2 jobs are at work elsewhere" in " ".join(printed.get().split())
 
 
+def test_intervals_of_two_results_are_said_to_be_wide():
+    """Two seeds apart by 0.02, with sd of 0.0006 and 0.005, shared a rank, and nothing said why."""
+    two = {
+        "cells": summarise(results(a=[0.2721, 0.2713], b=[0.2954, 0.2882])),
+        "busy": 0,
+        "metric": "MCRMSE",
+        "next": "",
+    }
+    assert [row["rank"] for row in two["cells"]] == [1, 1]
+    assert "9 sd wide" in " ".join(map(str, sweep.describe(two)))
+    row = summarise(results(a=[0.0, 1.0]))[0]
+    assert row["high"] - row["mean"] == pytest.approx(9 * row["sd"], rel=0.01)
+    three = {"cells": summarise(results(a=[0.1, 0.2, 0.3])), "busy": 0, "metric": "MCRMSE", "next": ""}
+    assert "sd wide" not in " ".join(map(str, sweep.describe(three)))
+
+
 def test_the_grid_is_every_combination():
     cells = grid([Axis(key="a", values=[1, 2]), Axis(key="b", values=["x"])])
     assert cells == [(("a", 1), ("b", "x")), (("a", 2), ("b", "x"))]

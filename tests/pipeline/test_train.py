@@ -485,7 +485,9 @@ def test_a_signal_at_any_moment_leaves_the_handlers_as_they_were():
         with StopRequest():
             len("")
 
-    for moment in range(1, watched(work) + 1):
+    with StopRequest():
+        moments = watched(work)
+    for moment in range(1, moments + 1):
         with StopRequest() as outer:
             with suppress(StoppedError):
                 watched(work, at=moment)
