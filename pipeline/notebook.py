@@ -27,9 +27,7 @@ from pipeline.training.stop import StopRequest
 class Trained:
     """The best checkpoint of a fold, which carries its own configuration.
 
-    >>> trained = Trained("artifacts/openvaccine/runs/small_hyena.sim80_k5/fold0")  # doctest: +SKIP
-    >>> trained.targets, trained.predict(["GGAAAC"])[0].shape  # doctest: +SKIP
-    (('reactivity', 'deg_Mg_pH10', 'deg_pH10', 'deg_Mg_50C', 'deg_50C'), (6, 5))
+    ``Trained("artifacts/openvaccine/runs/small_hyena.sim80_k5/fold0").predict(["GGAAAC"])`` is one array, [6, 5].
 
     Attributes:
         model: the network, ready to predict, on the best device there is.
