@@ -30,6 +30,7 @@ from pipeline.stage import Report, commit, read_result, run_stage
 from pipeline.tables import open_parquet
 from submissions import class_evaluation, log
 from submissions.class_evaluation import evaluate_classes, evaluate_test, has_test_labels
+from submissions.paired import tell_difference
 from submissions.value_scores import evaluate_values
 
 if TYPE_CHECKING:
@@ -376,14 +377,7 @@ def _cells(label: str, scores: Mapping[str, Any], targets: Sequence[str]) -> lis
         spread += f" ± {scores['fold_sd']:.4f}"
     cell = class_evaluation.tell if "accuracy" in targets else _number
     cells = [label, _number(scores["score"]), *(cell(scores["per_target"][target]) for target in targets), spread]
-    return [*cells, _difference(scores["difference"])] if "difference" in scores else cells
-
-
-def _difference(told: Mapping[str, float | None]) -> str:
-    """``-0.0053 [-0.0102, -0.0004]``; an interval needs two clusters."""
-    low, high = told["low"], told["high"]
-    interval = "" if low is None or high is None else f" [{low:+.4f}, {high:+.4f}]"
-    return f"{told['value']:+.4f}{interval}"
+    return [*cells, tell_difference(scores["difference"])] if "difference" in scores else cells
 
 
 def _number(value: float | None) -> str:

@@ -7,7 +7,7 @@ Letters: T positions, B blocks of clusters.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,3 +73,10 @@ def _interval(value: float, without_B: np.ndarray) -> dict[str, float]:
         error = math.sqrt((count - 1) / count * np.square(without_B - without_B.mean()).sum())
         half = float(stats.t.ppf((1 + _CONFIDENCE) / 2, count - 1)) * error
     return {"value": value, "low": value - half, "high": value + half}
+
+
+def tell_difference(told: Mapping[str, float | None]) -> str:
+    """``-0.0053 [-0.0102, -0.0004]``; an interval needs two clusters."""
+    low, high = told["low"], told["high"]
+    interval = "" if low is None or high is None else f" [{low:+.4f}, {high:+.4f}]"
+    return f"{told['value']:+.4f}{interval}"

@@ -15,12 +15,13 @@ from pipeline.stage import Report, read_result, run_stage
 from submissions import page
 from submissions.classes_report import classes_sections
 from submissions.page import Markup
+from submissions.paired import tell_difference
 from submissions.structure_report import structure_sections
 from submissions.subject import Subject, read_scores, score_cells, short_name
 from submissions.training_report import Training, duration, memory, read_training, training_section
 from submissions.values_report import values_sections
 
-VERSION = 4
+VERSION = 5
 _SAME = 0.0005  # a difference from a floor, relative to it, that is none
 
 
@@ -185,6 +186,7 @@ def _folds_section(subject: Subject) -> Markup:
     return page.join(
         page.table(["", scores["metric"], *names, "folds: mean ± sd"], means, classes=kinds),
         *notes,
+        _paired(everyone, scores),
         page.element("h3", f"{subject.name}, fold by fold"),
         page.table(["fold", scores["metric"], *names, counted], by_fold),
         _coverage(scores),
@@ -195,6 +197,18 @@ def _spread(told: Mapping[str, Any]) -> str | None:
     if told.get("fold_mean") is None:
         return None
     return f"{told['fold_mean']:.4f}" + (f" ± {told['fold_sd']:.4f}" if told.get("fold_sd") is not None else "")
+
+
+def _paired(everyone: Mapping[str, Mapping[str, Any]], scores: Mapping[str, Any]) -> Markup:
+    rows = [[name, tell_difference(told["difference"])] for name, told in everyone.items() if "difference" in told]
+    if not rows:
+        return page.join()
+    words = "On the same sequences; the 95 % interval is a jackknife's over clusters, without the spread over seeds."
+    return page.join(
+        page.element("h3", f"Difference from the best run, {scores['best_run']}"),
+        page.table(["", scores["metric"]], rows),
+        page.element("p", words, class_="note"),
+    )
 
 
 def _coverage(scores: Mapping[str, Any]) -> Markup:

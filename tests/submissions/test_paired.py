@@ -9,8 +9,8 @@ from scipy import stats
 from folds import ensemble
 from pipeline.competitions import get_competition
 from pipeline.tables import OofBatch
-from submissions import evaluate
-from submissions.paired import BLOCKS, Paired
+from submissions import evaluate, report
+from submissions.paired import BLOCKS, Paired, tell_difference
 from tests.chain_tables import SPLIT, TARGETS, make_paths, write_run, write_values_data
 
 RIBONANZA = get_competition("ribonanza")
@@ -96,6 +96,9 @@ def test_evaluation_compares_the_ensemble_and_every_run_with_the_best_run(tmp_pa
         console.print(evaluate.describe(facts))
     assert f"{poor['value']:+.4f} [{poor['low']:+.4f}, {poor['high']:+.4f}]" in captured.get()
     assert json.loads((paths.ensemble_dir("all") / "scores.json").read_text())["best_run"] == runs[0]
+    report.run(paths, competition=RIBONANZA, name="all")
+    page = (paths.ensemble_dir("all") / "report.html").read_text()
+    assert f'<td class="number">{tell_difference(poor)}</td>' in page
 
 
 def test_a_run_alone_is_compared_with_nothing(tmp_path, rng):
