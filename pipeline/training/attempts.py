@@ -1,7 +1,8 @@
 """Attempts that die without progress, counted: what a signal ends each time is not begun again for ever.
 
-A process that dies of a fault in a compiled kernel says nothing, and one that lost another leaves with 75, resumable: a
-loop around the command would go on until somebody looks.
+A process that dies of a fault in a compiled kernel says nothing, and one that lost its device leaves with 75: a loop
+around the command would go on until somebody looks. What is killed from outside (SIGKILL, power, a process of several
+that was) is warned of and begun again: that the machine is taken away is no fault of the run.
 """
 
 import contextlib
@@ -18,23 +19,18 @@ from typing import Any
 
 from pipeline.config import RunConfig
 from pipeline.errors import CrashedError, LostDeviceError
-from pipeline.runlog import read_status
+from pipeline.runlog import read_status, warn
 from pipeline.stage import versions, write_json
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.distributed import LostProcessError
 
 FOLDER = "attempts"  #: in a fold's, while an attempt is made or after one that died
-MOST = 3  #: attempts in a row that end without a newer checkpoint
+MOST = 3  #: attempts in a row that die of themselves without a newer checkpoint
 _ENVIRONMENT = ("RNA_", "CUDA_", "OMP_")  # beginnings of the variables that may cure it
 _FATAL = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 _NAMES = {signal.strsignal(number): number.name for number in _FATAL}
 _SILENT, _DEVICE, _PROCESS = "SIGKILL or power lost", "a lost device", "a lost process"
-_ADVICE = {
-    _SILENT: "see whether memory ran out (dmesg), and lower train.micro_batch; where machines are taken away, "
-    "train.save_every",
-    _DEVICE: "look for Xid lines in dmesg; CUDA_LAUNCH_BLOCKING=1 names the operation",
-}
-_ANY_ADVICE = "RNA_KERNELS=reference does without compiled kernels"
+_FROM_OUTSIDE = (_SILENT, _PROCESS)
 
 
 @contextlib.contextmanager
@@ -50,14 +46,19 @@ def counted(folder: Path, *, config: RunConfig, processes: int, restart: bool) -
         restart: an earlier run is set aside, and its attempts with it.
 
     Raises:
-        CrashedError: `MOST` attempts ended without a newer checkpoint, and without a sentence of their own.
+        CrashedError: `MOST` attempts died of themselves without a newer checkpoint.
     """
     home, setting = folder / FOLDER, _setting(config, processes)
     before = {} if restart else _read(home)
     is_same = before.get("setting") == setting and before.get("checkpoint") == _newest(folder)
     ends = [*before["ends"], *_unsaid(folder, before)] if is_same else []
-    if len(ends) >= MOST:
+    if _is_over(ends):
         raise _crashed(folder, ends)
+    if len(ends) >= MOST:
+        warn(
+            f"{_told(folder, ends)}. Next: see whether memory ran out (dmesg), and lower train.micro_batch; where "
+            "machines are taken away, train.save_every."
+        )
     here = {"setting": setting, "checkpoint": _newest(folder), "ends": ends}
     _begin(home, here | {"pid": os.getpid()})
     try:
@@ -71,7 +72,7 @@ def counted(folder: Path, *, config: RunConfig, processes: int, restart: bool) -
         ends.append(end)
         with contextlib.suppress(OSError):
             write_json(home / "count.json", here)
-        if len(ends) >= MOST:
+        if _is_over(ends):
             raise _crashed(folder, ends) from err
         raise
     shutil.rmtree(home, ignore_errors=True)
@@ -151,13 +152,28 @@ def _placed(folder: Path, kind: str, pid: int) -> str:
     return f"{kind} {seen}"
 
 
-def _crashed(folder: Path, ends: Sequence[str]) -> CrashedError:
+def _is_over(ends: Sequence[str]) -> bool:
+    return sum(not end.startswith(_FROM_OUTSIDE) for end in ends) >= MOST
+
+
+def _told(folder: Path, ends: Sequence[str]) -> str:
     told = ", ".join(f"{end} ({count} times)" if count > 1 else end for end, count in Counter(ends).items())
     logs = [*_traces(folder / FOLDER), *filter(Path.is_file, (folder / "run.log", folder.parent / "run.log"))]
     where = f"; see {', '.join(map(str, logs))}" if logs else ""
-    advice = next((text for kind, text in _ADVICE.items() if ends[-1].startswith(kind)), _ANY_ADVICE)
-    return CrashedError(
+    return (
         f"{folder}: the last {len(ends)} attempts died with no newer checkpoint than that of step "
-        f"{_newest(folder)[0]}: {told}{where}. Next: {advice}; with other settings or "
-        f"packages, or without the folder {folder / FOLDER}, it is tried again."
+        f"{_newest(folder)[0]}: {told}{where}"
+    )
+
+
+def _crashed(folder: Path, ends: Sequence[str]) -> CrashedError:
+    device = any(end.startswith(_DEVICE) for end in ends)
+    advice = (
+        "look for Xid lines in dmesg; CUDA_LAUNCH_BLOCKING=1 names the operation"
+        if device
+        else "RNA_KERNELS=reference does without compiled kernels"
+    )
+    return CrashedError(
+        f"{_told(folder, ends)}. Next: {advice}; with other settings or packages, or without the folder "
+        f"{folder / FOLDER}, it is tried again."
     )
