@@ -29,6 +29,7 @@ class _Interval:
     """What happened since the last "step" row."""
 
     started: float = field(default_factory=time.monotonic)
+    trained: float = field(default_factory=time.monotonic)  # when its last step ended
     loss_sum: float = 0.0
     loss_weight: float = 0.0
     tokens: int = 0
@@ -109,6 +110,7 @@ class Telemetry:
         interval.loss_sum += loss * weight
         interval.loss_weight += weight
         interval.tokens += tokens
+        interval.trained = time.monotonic()
         interval.grad_norm = max(interval.grad_norm, norm)
         if step % self._row_every == 0:
             self._write_row(step=step, epoch=epoch, lr=lr)
@@ -119,6 +121,7 @@ class Telemetry:
 
     def epoch(self, *, step: int, epoch: int, train_loss: float, metric: float, best: bool, **facts: Any) -> None:
         """Tell of a finished epoch; `facts` are the other values of the validation, and times."""
+        self._interval.started += time.monotonic() - self._interval.trained  # validation is no training
         memory = {"memory_mib": round(runlog.peak_memory_mib()), **gpu_memory()}
         row = {"step": step, "epoch": epoch, "train_loss": train_loss, "metric": metric, "best": best}
         self.log.write("epoch", **row, **facts, **memory)
@@ -135,12 +138,13 @@ class Telemetry:
         self._shown = max(step, self._shown)
 
     def _write_row(self, *, step: int, epoch: int, lr: float) -> None:
-        interval, now = self._interval, time.monotonic()
+        interval = self._interval
+        now = interval.trained
         mean = interval.loss_sum / interval.loss_weight if interval.loss_weight else 0.0
         rate = interval.tokens / max(now - interval.started, 1e-9)
         row = {"step": step, "epoch": epoch, "loss": mean, "lr": lr, "tokens_per_s": round(rate, 1)}
         self.log.write("step", **row, grad_norm=interval.grad_norm)
-        self._interval = _Interval(started=now)
+        self._interval = _Interval(started=now, trained=now)
         first, left = self._first_step, self._work(self._steps) - self._work(step)
         done = self._work(max(step, first + 1)) - self._work(first)  # a rollback may go back to before the first step
         eta = (now - self._started) * left / max(done, 1.0)
