@@ -329,9 +329,9 @@ def _count(table: pl.DataFrame, plan: Split) -> dict[str, Any]:
     }
 
 
-def describe(facts: Mapping[str, Any]) -> Table:
-    """Sequences of every fold, stratum by stratum, as a table for the terminal."""
-    table = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left", caption=_caption(facts))
+def describe(facts: Mapping[str, Any]) -> list[Any]:
+    """Sequences of every fold, stratum by stratum, as a table for the terminal, and lines below it."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(f"{facts['rows']:,} sequences by {facts['split']}")
     for fold in range(len(facts["counts"])):
         table.add_column(f"fold {fold}", justify="right")
@@ -343,7 +343,7 @@ def describe(facts: Mapping[str, Any]) -> Table:
         table.add_row(f"and {len(names) - _SHOWN:,} more", *("…" for _ in facts["counts"]), style="dim")
     table.add_row("all", *(f"[bold]{count:,}[/]" for count in facts["counts"]))
     table.add_row("lengths", *(f"{low}-{high}" if low < high else str(low) for low, high in facts["lengths"]))
-    return table
+    return [table, *_notes(facts)]
 
 
 def _by_length(stratum: str) -> tuple[str, int]:
@@ -361,7 +361,7 @@ def _data_set(stratum: str) -> str:
     return name if name.endswith(" nt") else f"{stratum} nt"
 
 
-def _caption(facts: Mapping[str, Any]) -> str:
+def _notes(facts: Mapping[str, Any]) -> list[str]:
     lines = [f"{facts['clusters']:,} clusters ({facts['method']}), the largest of {facts['largest_cluster']:,}"]
     lines[0] += f"; largest fold {facts['imbalance']:.2f} times the mean"
     if facts["giant"]:
@@ -369,5 +369,4 @@ def _caption(facts: Mapping[str, Any]) -> str:
             f"{facts['largest_cluster']:,} sequences are related and make a fold bigger than the others: cutting them "
             "apart would leave near-copies in two folds"
         )
-    lines.append(f"lock {facts['lock']}")
-    return "\n".join(lines)
+    return [*lines, f"lock {facts['lock']}"]

@@ -242,7 +242,8 @@ def _apply_override(tree: dict, item: str) -> None:
     try:
         (value,) = tomllib.loads(f"v = {raw}").values()
     except ValueError as err:  # no TOML, or more than one value
-        raise ConfigError(f"--set {item!r}: {raw!r} is no TOML value; quote strings. Next: correct it.") from err
+        advice = f"SET='{dotted}=\"{raw}\"'" if re.fullmatch(r"[\w./+-]+", raw) else "correct it"
+        raise ConfigError(f"--set {item!r}: {raw!r} is no TOML value; quote strings. Next: {advice}.") from err
     *parents, leaf = dotted.strip().split(".")
     node = tree
     for name in parents:

@@ -73,7 +73,7 @@ def with_best_checkpoint(
     for tries_left in reversed(range(_TRIES)):
         path = store.best_folder()
         try:
-            meta = _read(path)
+            meta = meta_of(path)
             if meta["competition"] != competition.name:
                 got = f"{path}: trained on {meta['competition']}"
                 raise ConfigError(f"{got}; expected {competition.name}. Next: COMP=….")
@@ -131,7 +131,8 @@ def classes_of(meta: dict[str, Any], paths: Paths, *, where: Path) -> Classes | 
     return classes
 
 
-def _read(path: Path) -> dict[str, Any]:
+def meta_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; StorageError where it is damaged."""
     try:
         return read_meta(path)
     except DamagedError as err:

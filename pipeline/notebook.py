@@ -17,10 +17,10 @@ from pipeline.competitions import get_competition
 from pipeline.config import config_from_dict
 from pipeline.dataset import BppArrays, ExampleSet
 from pipeline.errors import ConfigError, DataError
-from pipeline.inference import Job, in_batches, load_network, not_finite
+from pipeline.inference import Job, in_batches, load_network, meta_of, not_finite
 from pipeline.predict import predict_values
 from pipeline.schema import decode, encode, normalise_sequence
-from pipeline.training.checkpoint import CheckpointStore, read_meta
+from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.stop import StopRequest
 
 
@@ -40,12 +40,19 @@ class Trained:
 
     Raises:
         ConfigError: the fold predicts structures, which take more than its network.
-        StorageError: there is no readable checkpoint.
+        DataError: the folder is not that of a trained fold.
+        StorageError: there is no readable checkpoint, or the best one is damaged.
     """
 
     def __init__(self, fold: str | Path, *, batch_tokens: int = 65_536) -> None:
-        path = CheckpointStore(Path(fold) / "checkpoints").best_folder()
-        self.meta = read_meta(path)
+        store = CheckpointStore(Path(fold) / "checkpoints")
+        if not store.folder.is_dir():
+            raise DataError(
+                f"{fold}: no checkpoints in it; expected the folder of a fold that was trained. Next: make train, or "
+                "Trained('…/runs/<model>.<split>/fold<k>')."
+            )
+        path = store.best_folder()
+        self.meta = meta_of(path)
         competition = get_competition(self.meta["competition"])
         if competition.task == "structure":
             raise ConfigError(
@@ -78,10 +85,12 @@ class Trained:
 
         Raises:
             ConfigError: ViennaRNA is needed and missing.
-            DataError: a sequence is empty or has a letter that is no nucleotide's.
+            DataError: a sequence is empty or has a letter that is no nucleotide's, or it is a text instead of a list.
             DivergedError: a prediction is not finite.
             StorageError: a single sequence does not fit into memory.
         """
+        if isinstance(sequences, str):  # each of its letters would be a sequence
+            raise DataError("predict: got a single text; expected a list of sequences. Next: predict([text]).")
         examples = self._examples([self._tokens(text, where=f"sequence {k}") for k, text in enumerate(sequences)])
         job = replace(self._job, examples=examples, positions=np.arange(len(sequences)))
         found = [np.empty(0)] * len(sequences)

@@ -100,14 +100,21 @@ def finished_runs(paths: Paths, split: str, *, partial: bool = False) -> list[st
         seen = ", ".join(runs or begun) or "no run at all"
         others = sorted({read_run_name(run)[2] for run in begun} - {split})
         advice = f"SPLIT={' or '.join(others)}, or " if others and not runs else ""
-        advice += f"make train-all COMP={paths.comp}, or make train FOLD=<k> for the folds that are missing"
-        advice += ", or PARTIAL=1 to do without them" if runs else ""
+        advice += _how_to_make(paths.comp, runs[0]) if runs else f"make train-all COMP={paths.comp}"
+        advice += ", or PARTIAL=1 to do without the folds that are missing" if runs else ""
         raise DataError(
             f"{paths.home / 'runs'}: no run of {split} has predictions of all its folds (seen: {seen}). Next: {advice}."
         )
     for run in sorted(set(runs) - set(complete)):
         say(f"{run}: left out, its folds are not complete")
     return complete
+
+
+def _how_to_make(comp: str, run: str) -> str:
+    """The command that makes a run, which leaves the folds that it has."""
+    model, tag, _ = read_run_name(run)
+    target = STAGES.get(model, f"train-all MODEL={model}{' TAG=' + tag if tag else ''}")
+    return f"make {target} COMP={comp}"
 
 
 def warn_of_unfinished(paths: Paths, runs: Sequence[str]) -> None:

@@ -345,8 +345,11 @@ def tuned(floor: Floor, known: Known) -> np.ndarray:
 def learn_factor(floor: Floor, known: Known, fold: int) -> float:
     """How far evidence is to be believed in a fold: as is best on the others; the log loss is convex in it.
 
-    Its limit is below 1: what was always right on n sequences may be wrong once in n + 2.
+    Its limit is below 1: what was always right on n sequences may be wrong once in n + 2. It is 0 where the others have
+    no labels.
     """
+    if (known.fold_N == fold).all():
+        return 0.0
     rows_n, frequent_nK, evidence_nK = _told_by_the_rest(floor, known, fold)
     truth_nK = known.truth_NK[rows_n]
 

@@ -146,7 +146,8 @@ def _read_ensemble(paths: Paths, name: str, split: str) -> _Subject:
     facts = read_result(home / "weights.json", manifest=home / "ensemble.manifest.json", hint=hint)
     if facts["split"] != split:
         raise ConfigError(
-            f"ensemble {name!r} was made with split {facts['split']}; got SPLIT={split}. Next: SPLIT={facts['split']}."
+            f"ensemble {name!r} was made with split {facts['split']}; got SPLIT={split}. Next: make evaluate "
+            f"COMP={paths.comp} SPLIT={facts['split']}."
         )
     runs = {f"run {each}": [paths.oof(each, fold) for fold in facts["folds"]] for each in facts["runs"]}
     may_be_known = facts["task"] == "structure" or (facts["task"] == "classes" and has_test_labels(paths))

@@ -215,12 +215,28 @@ def test_runs_of_another_split_are_named_with_it(tmp_path):
         finished_runs(paths, "sim80_k5")
 
 
+@pytest.mark.parametrize(
+    ("run", "command"),
+    [
+        ("tiny_drsn+fast.sim80_k3", "make train-all MODEL=tiny_drsn TAG=fast COMP=rna3d"),
+        ("denovo.sim80_k3", "make denovo COMP=rna3d"),
+    ],
+)
+def test_the_run_that_was_begun_is_the_one_to_finish(tmp_path, run, command):
+    """`make ensemble` after one fold of a small network advised to train another one, which takes days on a CPU."""
+    paths = Paths(comp="rna3d", root=tmp_path)
+    paths.fold_dir(run, 0).mkdir(parents=True)
+    paths.oof(run, 0).touch()
+    with pytest.raises(DataError, match=re.escape(f"Next: {command}, or PARTIAL=1")):
+        finished_runs(paths, "sim80_k3")
+
+
 def test_an_ensemble_of_the_folds_there_are_is_asked_for(tmp_path):
     """After `make train FOLD=0` nothing could be submitted."""
     paths = Paths(comp="labelled", root=tmp_path)
     (paths.fold_dir("tiny_drsn.sim80_k3", 1) / "checkpoints").mkdir(parents=True)
     paths.oof("tiny_drsn.sim80_k3", 1).touch()
-    with pytest.raises(DataError, match="or PARTIAL=1 to do without them"):
+    with pytest.raises(DataError, match="or PARTIAL=1 to do without the folds that are missing"):
         finished_runs(paths, "sim80_k3")
     assert finished_runs(paths, "sim80_k3", partial=True) == ["tiny_drsn.sim80_k3"]
     command = ["make", "-n", "ensemble", "PARTIAL=1", "PY=python3"]

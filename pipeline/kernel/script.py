@@ -184,15 +184,15 @@ def predict(inputs: Path, bundle: Path, work: Path, told: dict[str, Any]) -> dic
 
     From the first file on nothing ends this script: Kaggle scores no notebook that failed.
     """
-    home = Path(tempfile.mkdtemp(prefix="rna-"))
-    place(bundle, told, home / told["competition"])
-    raw = beside(find_raw(inputs, told), home / told["competition"] / "raw")
-    at = ["--comp", told["competition"], "--artifacts", str(home)]
-    rows = os.environ.get("RNA_ROWS", "")
-    rna("data", *at, "--raw", str(raw), "--test-only", *(["--rows", rows] if rows else []))
-    desk = Desk(at=at, home=home, work=work, told=told)
-    done = predict_structures(desk, raw) if told["task"] == "structure" else predict_values(desk)
-    shutil.rmtree(home)
+    with tempfile.TemporaryDirectory(prefix="rna-", ignore_cleanup_errors=True) as folder:
+        home = Path(folder)
+        place(bundle, told, home / told["competition"])
+        raw = beside(find_raw(inputs, told), home / told["competition"] / "raw")
+        at = ["--comp", told["competition"], "--artifacts", str(home)]
+        rows = os.environ.get("RNA_ROWS", "")
+        rna("data", *at, "--raw", str(raw), "--test-only", *(["--rows", rows] if rows else []))
+        desk = Desk(at=at, home=home, work=work, told=told)
+        done = predict_structures(desk, raw) if told["task"] == "structure" else predict_values(desk)
     return {"state": "finished", "predicted": done, "files": ["submission.csv"]}
 
 

@@ -25,7 +25,7 @@ from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.distributed import LostProcessError
 
 FOLDER = "attempts"  #: in a fold's, while an attempt is made or after one that died
-MOST = 3  #: attempts in a row that die of themselves without a newer checkpoint
+MOST = 3  #: attempts that die of themselves without a newer checkpoint between them
 _ENVIRONMENT = ("RNA_", "CUDA_", "OMP_")  # beginnings of the variables that may cure it
 _FATAL = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 _NAMES = {signal.strsignal(number): number.name for number in _FATAL}
@@ -66,10 +66,10 @@ def counted(folder: Path, *, config: RunConfig, processes: int, restart: bool) -
             yield
     except BaseException as err:
         end = _end(folder, err)
-        if end is None or _newest(folder) != here["checkpoint"]:
+        ends += [end] if end else []
+        if not ends or _newest(folder) != here["checkpoint"]:
             shutil.rmtree(home, ignore_errors=True)
             raise
-        ends.append(end)
         with contextlib.suppress(OSError):
             write_json(home / "count.json", here)
         if _is_over(ends):

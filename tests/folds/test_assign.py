@@ -10,8 +10,9 @@ import pytest
 from folds import assign
 from folds.assign import length_label, parse_split
 from folds.edit_distance import pack, pair_distances
-from pipeline import runlog
+from pipeline import commands, runlog
 from pipeline.classes import Classes, write_classes
+from pipeline.cli import show
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.stage import sha256_file
@@ -121,7 +122,7 @@ def test_a_giant_cluster_is_said_and_is_no_error(rng, paths):
     report, _ = assigned(paths, "sim80_k5")
     assert report.facts["counts"] == [60, 10, 10, 10, 10]
     assert report.facts["largest_cluster"] == 60
-    assert "60 sequences are related" in str(assign.describe(report.facts).caption)
+    assert "60 sequences are related" in str(assign.describe(report.facts)[1:])
 
 
 def test_two_builds_are_byte_identical_and_the_second_run_is_current(rng, tmp_path):
@@ -223,9 +224,19 @@ def test_folds_are_described_in_a_table(rng, paths):
     save(library(rng), paths)
     report, _ = assigned(paths, "sim80_k2")
     with runlog.console.capture() as printed:
-        runlog.console.print(assign.describe(report.facts))
+        runlog.console.print(*assign.describe(report.facts))
     assert "short 49-64 nt" in printed.get()
     assert "lock absent: no ribonanza-sim80_k2-" in printed.get()
+
+
+def test_the_command_that_writes_the_lock_is_that_of_this_split(rng, paths, capsys):
+    """Copied as it was printed, `make folds RELOCK=1` assigned another competition's folds."""
+    save(library(rng), paths)
+    report, _ = assigned(paths, "sim80_k2")
+    with commands.scope():
+        commands.remember({"comp": "labelled-x", "split": "sim80_k2"}, verbs={"folds": ["comp", "split"]})
+        show(report, assign.describe(report.facts))
+    assert "make folds RELOCK=1 COMP=labelled-x SPLIT=sim80_k2 writes it" in capsys.readouterr().out
 
 
 def test_strata_are_described_in_the_order_of_their_lengths(rng, paths):
@@ -233,7 +244,7 @@ def test_strata_are_described_in_the_order_of_their_lengths(rng, paths):
     lengths, datasets = [150, 40, 20, 107], ["train", "train", "train", "107 nt"]
     sequences = [random_sequence(rng, length) for length in lengths for _ in range(4)]
     save(make_table(sequences, datasets=np.repeat(datasets, 4).tolist()), paths)
-    table = assign.describe(assigned(paths, "sim80_k2")[0].facts)
+    table, *_ = assign.describe(assigned(paths, "sim80_k2")[0].facts)
     bins = [f"train {bin_} nt" for bin_ in ("1-32", "33-48", "129-192")]
     assert list(table.columns[0].cells) == ["107 nt", *bins, "all", "lengths"]
 
@@ -295,7 +306,7 @@ def test_copies_of_a_protein_and_its_relatives_share_a_fold(rng, paths):
     assert report.facts["largest_cluster"] == 4
     assert folds.group_by("cluster").agg(pl.col("fold").n_unique())["fold"].max() == 1
     with runlog.console.capture() as shown:
-        runlog.console.print(assign.describe(report.facts))
+        runlog.console.print(*assign.describe(report.facts))
     assert "rarest " in shown.get()
 
 

@@ -176,6 +176,18 @@ def test_what_was_asked_to_stop_is_not_counted(paths):
         assert not isinstance(caught.value, CrashedError)
 
 
+def test_one_that_was_asked_to_stop_hides_none_of_those_that_died(paths, monkeypatch):
+    """Two deaths, a Ctrl-C before the first step, two more deaths, …: each Ctrl-C began to count anew."""
+    assert [in_child(paths, signal.SIGSEGV) for _ in range(2)] == [-signal.SIGSEGV] * 2
+    with monkeypatch.context() as patch:
+        patch.setattr(train_folds.train, "run", lambda *_, **__: (_ for _ in ()).throw(StoppedError("stopped.")))
+        with pytest.raises(StoppedError, match="stopped"):
+            fit(paths)
+    assert in_child(paths, signal.SIGSEGV) == -signal.SIGSEGV
+    with pytest.raises(CrashedError, match=r"SIGSEGV after step 0 \(3 times\)"):
+        fit(paths)
+
+
 def test_a_damaged_count_is_none(tmp_path):
     (tmp_path / attempts.FOLDER).mkdir()
     (tmp_path / attempts.FOLDER / "count.json").write_text("{")

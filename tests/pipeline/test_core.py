@@ -492,7 +492,7 @@ def test_overrides_are_toml_values(toml: Path):
         (['train.precision="fp8"'], "got 'fp8' .* expected 'auto' or 'bf16' or 'fp16' or 'fp32'"),
         (["train=3"], "train: got 3; expected a section"),
         (["train.lr"], "expected section.key=value"),
-        (["train.precision=fp32"], "is no TOML value; quote strings"),
+        (["train.precision=fp32"], "is no TOML value; quote strings. Next: SET='train.precision=\"fp32\"'."),
         (["train.lr.x=1"], "'lr' is a value, not a section"),
         (["train.epochs=1\ntrain.lr=3"], "is no TOML value"),
         (["train.epochs=three"], "is no TOML value"),

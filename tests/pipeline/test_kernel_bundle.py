@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import tomllib
 import zipfile
@@ -424,6 +425,14 @@ def test_a_fold_that_fails_beside_another_leaves_the_other_one(tmp_path: Path, m
     monkeypatch.setenv("RNA_PROCESSES", "2")
     monkeypatch.setattr(script, "rna", lambda *words, **_: 5 if words[4] == "0" else 0)
     assert list(script.predict_networks(desk)) == [[1]]
+
+
+def test_a_notebook_that_fails_leaves_nothing_among_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each rehearsal that failed left its tables and predictions in /tmp."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(KeyError, match="files"):  # a bundle that is not whole
+        script.predict(tmp_path / "input", tmp_path / "bundle", tmp_path, {"competition": "rna3d"})
+    assert not list(tmp_path.iterdir())
 
 
 def write_program(folder: Path, code: str) -> Path:

@@ -12,6 +12,7 @@ from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError, DivergedError, StorageError
 from pipeline.notebook import Trained
 from pipeline.paths import Paths
+from pipeline.training.checkpoint import CheckpointStore
 from tests.pipeline import labelled_sets, tiny
 from tests.pipeline.test_classes import RUN, make_set, predict_one, train_one
 
@@ -67,12 +68,21 @@ def test_classes_are_those_of_make_predict(tmp_path, rng):
 
 
 def test_what_it_cannot_do_is_said_in_a_sentence(paths, tmp_path, monkeypatch):
-    with pytest.raises(StorageError, match="no readable checkpoint"):
-        Trained(tmp_path / "nowhere")
     tiny.fit(paths)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(StorageError, match="no readable checkpoint"):
+        Trained(tmp_path)
+    with pytest.raises(DataError, match="no checkpoints in it; expected the folder of a fold"):
+        Trained(paths.run_dir(tiny.RUN))
     trained = Trained(paths.fold_dir(tiny.RUN, 0))
+    with pytest.raises(DataError, match=r"got a single text; expected a list of sequences\. Next: predict\(\[text\]"):
+        trained.predict("ACGU")
     with pytest.raises(DataError, match="sequence 1: letter 'N' at position 2"):
         trained.predict(["ACGU", "ANGU"])
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "best_folder", lambda _: tmp_path / "checkpoints")
+        with pytest.raises(StorageError, match=r"damaged: .*\. Next: remove this folder"):
+            Trained(paths.fold_dir(tiny.RUN, 0))
     monkeypatch.setattr(notebook, "predict_values", lambda *_: [np.full((4, 2), np.nan)])
     with pytest.raises(DivergedError, match="'sequence 0' is not finite"):
         trained.predict(["ACGU"])

@@ -76,6 +76,17 @@ def test_a_row_without_a_label_is_predicted_and_teaches_nothing(tmp_path, rng):
     assert all(np.allclose(after[name], values, atol=1e-6) for name, values in before.items())
 
 
+def test_where_one_fold_has_all_labels_there_is_nothing_to_learn_the_belief_from(tmp_path, rng):
+    """Two labelled sequences among many, both of fold 0, ended with a traceback."""
+    first = pl.col("id").is_in(["s000", "s001"])
+    table = planted(rng, count=20).with_columns(pl.when(first).then("label").otherwise(pl.lit("")).alias("label"))
+    paths, split = make(tmp_path, table, folds=2)
+    report = words.run(paths, competition=LABELLED, split=split)
+    assert report.facts["factors"][0] == 0
+    said = probabilities(paths.oof(f"words.{split}", 0))
+    assert set(map(tuple, said.values())) == {(0.5, 0.5)}
+
+
 def test_predictions_of_a_fold_know_nothing_of_its_labels(tmp_path, rng):
     table = planted(rng, count=80)
     paths, split = make(tmp_path, table)

@@ -236,7 +236,8 @@ def test_senseless_subjects_are_refused(paths, subject, kind, message):
 
 
 def test_ensemble_of_another_split_is_refused(paths):
-    with pytest.raises(ConfigError, match="made with split sim80_k3; got SPLIT=random_k5"):
+    told = r"made with split sim80_k3; got SPLIT=random_k5\. Next: make evaluate COMP=ribonanza SPLIT=sim80_k3\."
+    with pytest.raises(ConfigError, match=told):
         evaluate.run(paths, competition=RIBONANZA, name="all", split="random_k5")
 
 
