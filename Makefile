@@ -66,7 +66,7 @@ GPU := models/test_kernels models/test_causal_conv models/test_ssd models/test_l
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 named = \( -name bench $(patsubst %,-o -name '%',$(1)) \)
 OWN := demo kernel-check wheels
-competitions = $(shell sed -n 's/.*\bname="\([a-z0-9]*\)".*/\1/p' $(dir $(firstword $(MAKEFILE_LIST)))pipeline/competitions/*.py) labelled-*
+competitions = $(shell sed -n 's/.*[^a-z_]name="\([a-z0-9]*\)".*/\1/p' $(dir $(firstword $(MAKEFILE_LIST)))pipeline/competitions/*.py) labelled-*
 AT := --comp "$(COMP)" --artifacts "$(ARTIFACTS)"
 NAMED := $(if $(MODEL),--model "$(MODEL)") --split "$(SPLIT)" $(if $(TAG),--tag $(TAG))
 RUN := $(NAMED) $(foreach item,$(SET),--set '$(item)')
