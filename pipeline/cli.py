@@ -232,7 +232,7 @@ def audit(
     """Measure how much a split leaks: highest cross-fold identity, and the score of copying the nearest neighbour."""
     from folds import audit as stage
 
-    report = stage.run(_paths(comp, artifacts), splits=split or [_SPLIT], competition=_competition(comp))
+    report = stage.run(_paths(comp, artifacts), splits=split or [_SPLIT], competition=_competition(comp, artifacts))
     show(report, stage.describe(report.facts))
 
 
@@ -249,7 +249,7 @@ def templates(
 
     if not raw:
         raise ConfigError("templates: RAW is empty. Next: RAW=<folder> with mmCIF or PDB files.")
-    _competition(comp).require_structures("templates")
+    _competition(comp, artifacts).require_structures("templates")
     report = collection.run(_paths(comp, artifacts), raw=Path(raw).expanduser(), workers=workers)
     show(report, describe(report.facts))
 
@@ -279,7 +279,7 @@ def templates_predict(
     from submissions.tm_score import tm_scores
 
     seconds = _stage_seconds(time_budget, source)
-    paths, what = _paths(comp, artifacts), {"competition": _competition(comp), "split": split, "msa": msa}
+    paths, what = _paths(comp, artifacts), {"competition": _competition(comp, artifacts), "split": split, "msa": msa}
     if source is None:
         _pairing_first(paths, what["competition"])
         report = stage.run(paths, **what, score=tm_scores)
@@ -301,7 +301,7 @@ def denovo(
     from submissions.tm_score import tm_scores
 
     seconds = _stage_seconds(time_budget, source)
-    paths, what = _paths(comp, artifacts), {"competition": _competition(comp), "split": split}
+    paths, what = _paths(comp, artifacts), {"competition": _competition(comp, artifacts), "split": split}
     if source is None:
         _pairing_first(paths, what["competition"])
         report = stage.run(paths, **what, score=tm_scores)
@@ -317,7 +317,7 @@ def words(
     """Predict the classes of a labelled set by counting words (naive Bayes), as a run that ensemble takes."""
     from pipeline import words as stage
 
-    paths, what = _paths(comp, artifacts), {"competition": _competition(comp), "split": split}
+    paths, what = _paths(comp, artifacts), {"competition": _competition(comp, artifacts), "split": split}
     report = stage.run(paths, **what) if source is None else stage.apply(paths, **what, source=source)
     show(report, stage.describe(report.facts))
 
@@ -359,7 +359,7 @@ def train(
     from pipeline.training.stop import StopRequest
 
     config, run = _config(model, split=split, tag=tag, overrides=set_ or (), resumes=allow_changes)
-    competition, paths, seconds = _competition(comp), _paths(comp, artifacts), _seconds(time_budget)
+    competition, paths, seconds = _competition(comp, artifacts), _paths(comp, artifacts), _seconds(time_budget)
     indices = tuple(range(fold_count(split))) if all_folds else (check_fold(fold, split),)
     if background:
         folder = jobs.job_folder(paths, run, None if all_folds else fold)
@@ -475,7 +475,7 @@ def sweep(
     if not over:
         raise ConfigError("sweep: OVER is empty. Next: make sweep OVER='train.lr=[1e-3,2e-3]'.")
     run_name(model, split=split, tag=sweep_name)
-    budget, competition, paths = _seconds(time_budget), _competition(comp), _paths(comp, artifacts)
+    budget, competition, paths = _seconds(time_budget), _competition(comp, artifacts), _paths(comp, artifacts)
     folds = range(fold_count(split)) if all_folds else [check_fold(k, split) for k in fold or [0]]
     whole = stage.Sweep(
         name=sweep_name,
@@ -508,7 +508,7 @@ def replay(
 
     run = run_name(model, split=split, tag=tag)
     where: dict[str, Any] = {"run": run, "fold": check_fold(fold, split), "step": step, "precision": precision or None}
-    found = stage.run(competition=_competition(comp), paths=_paths(comp, artifacts), **where)
+    found = stage.run(competition=_competition(comp, artifacts), paths=_paths(comp, artifacts), **where)
     output.print(stage.describe(found.facts))
 
 
@@ -534,7 +534,7 @@ def predict(
 
         where: dict[str, Any] = {"paths": _paths(comp, artifacts), "run": run, "fold": check_fold(fold, split)}
         where |= {"which": ("test",)} if test_only else {}
-        show(stage.run(competition=_competition(comp), **where))
+        show(stage.run(competition=_competition(comp, artifacts), **where))
 
 
 @verb()
@@ -559,7 +559,7 @@ def embed(
         from pipeline import embed as stage
 
         where: dict[str, Any] = {"paths": _paths(comp, artifacts), "run": run, "fold": check_fold(fold, split)}
-        report = stage.run(file, competition=_competition(comp), per_nucleotide=per_nucleotide, **where)
+        report = stage.run(file, competition=_competition(comp, artifacts), per_nucleotide=per_nucleotide, **where)
     show(report, "sequences: {sequences:,}, of {nucleotides:,} nt, {width} numbers each".format(**report.facts))
 
 
@@ -587,13 +587,13 @@ def ensemble(
     paths = _paths(comp, artifacts)
     if weights is not None:
         which: dict[str, Any] = {"weights": weights, "folds": use or None, "partial_runs": partial}
-        report = stage.apply(paths, competition=_competition(comp), name=name, **which)
+        report = stage.apply(paths, competition=_competition(comp, artifacts), name=name, **which)
         show(report, f"{report.facts['test_rows']:,} test rows from folds {report.facts['folds']}")
         return
     runs = run or finished_runs(paths, split, partial=partial)
     warn_of_unfinished(paths, runs)
     which = {"name": name, "runs": runs, "split": split, "allow_partial": partial}
-    report = stage.run(paths, competition=_competition(comp), score=tm_scores, **which)
+    report = stage.run(paths, competition=_competition(comp, artifacts), score=tm_scores, **which)
     show(report, stage.describe(report.facts))
 
 
@@ -615,7 +615,7 @@ def submit(
     from submissions import write
 
     paths = replace(_paths(comp, artifacts), submissions=to)
-    report = write.run(paths, competition=_competition(comp), name=name, fmt=fmt, fill=fill)
+    report = write.run(paths, competition=_competition(comp, artifacts), name=name, fmt=fmt, fill=fill)
     show(report, write.describe(report.facts))
 
 
@@ -639,7 +639,7 @@ def submit_kaggle(
         )
     report = upload.run(
         _paths(comp, artifacts),
-        competition=_competition(comp),
+        competition=_competition(comp, artifacts),
         name=name,
         file=file,
         fmt=fmt,
@@ -674,7 +674,7 @@ def kernel(
     if mode == "train":
         _config(model, split=split, tag=tag, overrides=set_ or ())
     order = bundle.Order(
-        competition=_competition(comp),
+        competition=_competition(comp, artifacts),
         paths=_paths(comp, artifacts),
         owner=owner,
         mode=mode,  # type: ignore[arg-type]
@@ -752,7 +752,7 @@ def kernel_check(
         report = rehearsal.run(folder, python=python)
     else:
         home = paths.kernel_dir(_slug(paths, slug))
-        what: dict[str, Any] = {"home": home, "competition": _competition(comp), "raw": raw}
+        what: dict[str, Any] = {"home": home, "competition": _competition(comp, artifacts), "raw": raw}
         report = rehearsal.run_bundle(folder, python=python, **what, limit_s=_seconds(limit, option="LIMIT"))
     show(report, rehearsal.describe(report.facts))
 
@@ -762,7 +762,7 @@ def handover(comp: Comp = _COMP, artifacts: Artifacts = _ARTIFACTS, name: Name =
     """Write the files that Kaggle asks of winners, from the ensemble and the settings of its runs."""
     from pipeline import handover as stage
 
-    show(stage.run(_paths(comp, artifacts), competition=_competition(comp), name=name))
+    show(stage.run(_paths(comp, artifacts), competition=_competition(comp, artifacts), name=name))
 
 
 @verb()
@@ -777,7 +777,7 @@ def check(
 
     if file == Path():
         raise ConfigError("check: no file given; expected a submission. Next: make check FILE=my.csv.")
-    report = stage.run(_paths(comp, artifacts), competition=_competition(comp), file=file, sample=sample)
+    report = stage.run(_paths(comp, artifacts), competition=_competition(comp, artifacts), file=file, sample=sample)
     show(report, f"accepted: {report.facts['rows']:,} rows, every id in its place, every value finite and in range")
 
 
@@ -792,7 +792,8 @@ def evaluate(
     """Score the out-of-fold predictions by the organisers' metric, beside the trivial floors."""
     from submissions import evaluate as stage
 
-    report = stage.run(_paths(comp, artifacts), competition=_competition(comp), name=name, split=split, engine=engine)
+    which: dict[str, Any] = {"competition": _competition(comp, artifacts), "name": name, "split": split}
+    report = stage.run(_paths(comp, artifacts), engine=engine, **which)
     show(report, stage.describe(report.facts))
 
 
@@ -823,7 +824,7 @@ def structures(
     """Write predicted structures as PDB and mmCIF files, and a page that shows them, also offline."""
     from submissions import structure_files as stage
 
-    show(stage.run(_paths(comp, artifacts), competition=_competition(comp), name=name, table=table))
+    show(stage.run(_paths(comp, artifacts), competition=_competition(comp, artifacts), name=name, table=table))
 
 
 @verb()
@@ -831,7 +832,7 @@ def report(comp: Comp = _COMP, artifacts: Artifacts = _ARTIFACTS, name: Name = _
     """Write one self-contained HTML page: curves, calibration, errors, heat maps, configuration, hashes."""
     from submissions import report as stage
 
-    show(stage.run(_paths(comp, artifacts), competition=_competition(comp), name=name))
+    show(stage.run(_paths(comp, artifacts), competition=_competition(comp, artifacts), name=name))
 
 
 @verb()
@@ -852,7 +853,7 @@ def plan(
     from pipeline.config import load_config
     from pipeline.train import build_model
 
-    config, competition = load_config(model, set_ or ()), _competition(comp)
+    config, competition = load_config(model, set_ or ()), _competition(comp, artifacts)
     classes = read_classes(_paths(comp, artifacts)) if competition.task == "classes" else None
     length = length or planning.longest_sequence(table := _paths(comp, artifacts).clean("train"))
     if length is None:
@@ -930,10 +931,11 @@ def bench_folds(artifacts: Artifacts = _ARTIFACTS, comp: Comp = _COMP) -> None:
     output.print(bench.run(_paths(comp, artifacts), folder=artifacts / "bench"))
 
 
-def _competition(name: str) -> Any:
-    from pipeline.competitions import get_competition
+def _competition(name: str, artifacts: Path | None = None) -> Any:
+    """A competition; with what its clean tables below `artifacts` say of it, where they are given."""
+    from pipeline.competitions import competition_of, get_competition
 
-    return get_competition(name)
+    return get_competition(name) if artifacts is None else competition_of(_paths(name, artifacts))
 
 
 def _paths(comp: str, artifacts: Path) -> Paths:

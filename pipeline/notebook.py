@@ -53,7 +53,7 @@ class Trained:
             )
         path = store.best_folder()
         self.meta = meta_of(path)
-        competition = get_competition(self.meta["competition"])
+        competition = get_competition(self.meta["competition"], facts=self.meta.get("facts"))
         if competition.task == "structure":
             raise ConfigError(
                 f"{fold}: predicts structures; expected values or classes. Next: make predict COMP={competition.name}."

@@ -120,6 +120,7 @@ def run(
         meta = {"run": run, "competition": competition.name, "split": split, "fold": fold}
         meta |= {"data": digests, "config": resolved_config(config, model)}
         meta |= {"classes": classes.facts()} if classes else {}
+        meta |= {"facts": dict(competition.facts)} if competition.facts else {}
         store = CheckpointStore(folder / "checkpoints", is_held=is_held)
         if world.is_main:
             store.sweep()

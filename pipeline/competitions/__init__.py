@@ -4,8 +4,9 @@ import difflib
 import re
 from dataclasses import replace
 
-from pipeline.competitions.base import Competition
+from pipeline.competitions.base import Competition, Facts
 from pipeline.errors import ConfigError
+from pipeline.paths import Paths
 
 
 def competitions() -> dict[str, Competition]:
@@ -17,14 +18,28 @@ def competitions() -> dict[str, Competition]:
     return {comp.name: comp for comp in (RIBONANZA, OPENVACCINE, RNA3D, RNA3D2)}
 
 
-def get_competition(name: str) -> Competition:
+def competition_of(paths: Paths) -> Competition:
+    """The competition of a folder of artefacts, with what its clean tables say of it."""
+    competition = get_competition(paths.comp)
+    return competition.with_facts(competition.read_facts(paths))
+
+
+def get_competition(name: str, *, facts: Facts | None = None) -> Competition:
     """A competition by name; ``labelled`` and ``labelled-<name>`` are sets of sequences with classes.
 
     Such a set may be a competition of Kaggle's: then <name> is its name in Kaggle's addresses.
 
+    Args:
+        name: as COMP=… says it.
+        facts: what its data say, as a checkpoint keeps it; `competition_of` reads them from the clean tables.
+
     Raises:
         ConfigError: unknown name; the message lists the known ones.
     """
+    return _by_name(name).with_facts(facts or {})
+
+
+def _by_name(name: str) -> Competition:
     if re.fullmatch(r"labelled(-\w[\w.-]*)?", name):
         from pipeline.competitions.labelled import LABELLED
 

@@ -1,7 +1,7 @@
 """What the rest of the pipeline needs to know of a competition. One file beside this one describes each."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,8 @@ from pipeline.paths import Paths
 ErrorSums = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 #: (sums_C, counts_C) over all scored rows -> the competition's single number.
 Score = Callable[[np.ndarray, np.ndarray], float]
+#: What only the data of a set of one's own say, as JSON holds it; checkpoints keep it.
+Facts = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,15 @@ class Competition:
     test_tables: tuple[str, ...] = ()
     default_model: str = "ribonanza_mamba"  #: config that is trained unless another is named
     shown_range: tuple[float, float] = (0.0, 1.0)  #: of values in figures
+    #: of a set of one's own: what its clean tables say that this description cannot; {} where there are none yet
+    read_facts: Callable[[Paths], Facts] = lambda paths: {}
+    #: what these facts, never empty, make of the competition
+    apply_facts: Callable[["Competition", Facts], "Competition"] = lambda competition, facts: competition
+    facts: Facts = field(default_factory=dict)  #: those that were applied
+
+    def with_facts(self, facts: Facts) -> "Competition":
+        """The competition as its data say it is."""
+        return replace(self.apply_facts(self, facts), facts=facts) if facts else self
 
     def has_test(self, paths: Paths) -> bool:
         """Whether there is a test set, without which labelled sets may come."""

@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def known_competitions(monkeypatch: pytest.MonkeyPatch) -> None:
     own = {competition.name: competition for competition in (tiny.TINY, tiny.TINY3D)}
-    monkeypatch.setattr(notebook, "get_competition", lambda name: own.get(name) or get_competition(name))
+    monkeypatch.setattr(
+        notebook, "get_competition", lambda name, **more: own.get(name) or get_competition(name, **more)
+    )
 
 
 def rows_by_sequence(paths: Paths, predicted: Path) -> dict[str, dict]:
