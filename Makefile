@@ -1,16 +1,17 @@
 # From raw competition files to a checked, scored submission. `make help` lists the targets.
 #
-# Each target is one verb of the program `rna` (pipeline/cli.py), which decides by hash whether there is work to do:
+# Each target is one verb of the program `rna` (pipeline/cli/), which decides by hash whether there is work to do:
 # running a target twice is safe. make itself exits with 2 whatever a verb's exit code; the verb prints its own.
 
-COMP  ?= ribonanza#        competition: ribonanza, openvaccine, rna3d, rna3d2 (part 2), or labelled-<name>: a set of your own
-RAW   ?=#                  folder with the competition's files, or a labelled training file; empty = where download puts them
+COMP  ?= ribonanza#        competition: ribonanza, openvaccine, rna3d, rna3d2 (part 2), or a set of your own: labelled-<name>, profiles-<name>
+RAW   ?=#                  folder with the competition's files, or the training file of a set of your own; empty = where download puts them
 FILES ?=#                  names on Kaggle that download fetches; empty = what data reads, all = everything
-MODEL ?=#                  a config in pipeline/configs, or a path to a TOML file; empty = ribonanza_mamba, for rna3d small_structure
+MODEL ?=#                  a config in pipeline/configs, or a path to a TOML file; empty = ribonanza_mamba, for rna3d small_structure, for sets of your own a small one; predict and embed: also a run's folder, or reactivity-v1, weights that come along
 SPLIT ?= sim80_k5#         <kind><identity %>_k<folds>: sim80_k5, length_k5, random_k5
 FOLD  ?= 0#                fold to hold out, from 0
 NAME   = all#              name of an ensemble; unlike the others it is not taken from the environment
 RUNS  ?=#                  runs to ensemble; empty = every finished run of SPLIT
+RUN   ?=#                  for evaluate and report: a single run, <model>.<split>, instead of the ensemble NAME
 SET   ?=#                  overrides: SET="train.lr=1e-3 train.epochs=5" TAG=fast
 TAG   ?=#                  names a variant of MODEL
 OVER  ?=#                  what a sweep varies: OVER="train.lr=[1e-3,2e-3] train.batch_size=[32,64]"
@@ -19,7 +20,8 @@ TRIALS ?=#                 cells that Optuna proposes; empty = every combination
 NPROC ?= 1#                processes that train together, one for each GPU
 BUDGET ?=#                 time for training and predictions, such as 8h; empty = as long as it takes
 TRACK ?=#                  who else listens: tensorboard, wandb (offline)
-FILE  ?=#                  submission for make check and submit-kaggle, or sequences for make embed
+FILE  ?=#                  sequences of your own for make predict, structures and embed; submission for check and submit-kaggle
+SEQ   ?=#                  a single sequence of your own, for make predict and structures
 TRACES ?=#                 folder of C1' traces for score-tm and bench-tm: models, model_traces, native_traces.parquet
 OUT   ?= scores.parquet#   what score-tm writes
 ENGINE ?=#                 of TM-scores: usalign for the program, auto: it where installed; empty = built-in
@@ -38,17 +40,23 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
+# sequences of your own are predicted with every fold, unless one is said, and with an ensemble only where one is
+ONE_FOLD := $(if $(filter command environment,$(firstword $(origin FOLD))),--fold "$(strip $(FOLD))")
+ONE_NAME := $(if $(filter command,$(firstword $(origin NAME))),--name "$(strip $(NAME))")
 override COMP := $(strip $(COMP))
 override MODEL := $(strip $(MODEL))
 override SPLIT := $(strip $(SPLIT))
 override FOLD := $(strip $(FOLD))
 override NAME := $(strip $(NAME))
 override TAG := $(strip $(TAG))
-override ARTIFACTS := $(or $(strip $(ARTIFACTS)),artifacts)
+# a path as a recipe's double quotes hold it; spaces around one word are no part of it
+path = $(subst `,\`,$(subst ",\",$(subst $$,\$$,$(subst \,\\,$(if $(word 2,$(1)),$(1),$(strip $(1)))))))
+override ARTIFACTS := $(or $(call path,$(ARTIFACTS)),artifacts)
 override PYTHON := $(strip $(PYTHON))
 override PY := $(strip $(PY))
 override EXTRAS := $(strip $(EXTRAS))
-override RAW := $(strip $(RAW))
+override RAW := $(call path,$(RAW))
+override FILE := $(call path,$(FILE))
 
 # a variable in small letters is another one, and would be left out without a word
 SMALL := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
@@ -60,16 +68,19 @@ ifneq ($(and $(strip $(SET)),$(if $(TAG)$(ALLOW_CHANGES)$(filter plan sweep,$(MA
 $(error SET changes what a run is, so name the variant: add TAG=some-name)
 endif
 
-RNA := $(PY) -m pipeline
+# a sentence that ends with a command of make repeats an interpreter of one's own
+RNA := $(if $(filter-out .venv/bin/python,$(PY)),env RNA_PY=$(PY)) $(PY) -m pipeline
+NO_NETWORK := $(if $(filter rna3d%,$(COMP)),denovo templates-predict) $(if $(filter labelled%,$(COMP)),words)
 GPU := models/test_kernels models/test_causal_conv models/test_ssd models/test_long_conv pipeline/test_plan models/test_triton_scan \
   pipeline/test_training_gpu models/test_contract models/test_compile
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 named = \( -name bench $(patsubst %,-o -name '%',$(1)) \)
 OWN := demo kernel-check wheels
-competitions = $(shell sed -n 's/.*[^a-z_]name="\([a-z0-9]*\)".*/\1/p' $(dir $(firstword $(MAKEFILE_LIST)))pipeline/competitions/*.py) labelled-*
+competitions = $(shell sed -n 's/.*[^a-z_]name="\([a-z0-9]*\)".*/\1/p' $(dir $(firstword $(MAKEFILE_LIST)))pipeline/competitions/*.py) labelled-* profiles-*
 AT := --comp "$(COMP)" --artifacts "$(ARTIFACTS)"
 NAMED := $(if $(MODEL),--model "$(MODEL)") --split "$(SPLIT)" $(if $(TAG),--tag $(TAG))
-RUN := $(NAMED) $(foreach item,$(SET),--set '$(item)')
+VARIANT := $(NAMED) $(foreach item,$(SET),--set '$(item)')
+OWN_FILE := $(strip $(if $(FILE),"$(FILE)") $(if $(strip $(SEQ)),--sequence "$(strip $(SEQ))"))
 BUNDLE := $(if $(strip $(SLUG)),--slug $(strip $(SLUG)))
 JOB := $(if $(ALL),--all-folds,--fold "$(FOLD)")
 TRAIN := $(if $(RESTART),--restart) $(if $(ALLOW_CHANGES),--allow-changes) $(if $(strip $(BUDGET)),--time-budget $(strip $(BUDGET))) \
@@ -153,11 +164,11 @@ audit: $(ENVIRONMENT) ## measure how much of a split leaks (SPLITS="sim80_k5 ran
 plan: $(ENVIRONMENT) ## memory that training MODEL takes, and what would fit (LENGTH=<longest sequence>)
 	@exec $(RNA) plan $(AT) $(if $(MODEL),--model "$(MODEL)") $(foreach item,$(SET),--set '$(item)') $(if $(LENGTH),--length $(LENGTH)) --nproc $(strip $(NPROC))
 train: $(ENVIRONMENT) ## train one fold of MODEL and predict; starting again resumes (RESTART=1: anew; ALLOW_CHANGES=1: e.g. with more epochs)
-	@exec $(RNA) train $(AT) $(RUN) --fold "$(FOLD)" $(TRAIN)
-train-all: $(ENVIRONMENT) $(if $(filter rna3d%,$(COMP)),denovo templates-predict) $(if $(filter labelled%,$(COMP)),words) ## train every fold of SPLIT, one after the other; rna3d: after denovo and templates-predict, labelled: after words
-	@exec $(RNA) train $(AT) $(RUN) --all-folds $(TRAIN)
-train-bg: $(ENVIRONMENT) ## train in the background, also with the terminal closed (ALL=1 for every fold)
-	@exec $(RNA) train $(AT) $(RUN) $(JOB) $(TRAIN) --background
+	@exec $(RNA) train $(AT) $(VARIANT) --fold "$(FOLD)" $(TRAIN)
+train-all: $(ENVIRONMENT) $(NO_NETWORK) ## train every fold of SPLIT, one after the other; rna3d: after denovo and templates-predict, labelled: after words
+	@exec $(RNA) train $(AT) $(VARIANT) --all-folds $(TRAIN)
+train-bg: $(ENVIRONMENT) $(if $(ALL),$(NO_NETWORK)) ## train in the background, also with the terminal closed (ALL=1: as train-all)
+	@exec $(RNA) train $(AT) $(VARIANT) $(JOB) $(TRAIN) --background
 status: $(ENVIRONMENT) ## all runs: state, step, metric, tokens/s, time left, process (JSON=1 for programs)
 	@exec $(RNA) status --artifacts "$(ARTIFACTS)" $(if $(JSON),--json)
 logs: $(ENVIRONMENT) ## the last lines of a background run (FOLLOW=1 goes on until it ends)
@@ -170,15 +181,15 @@ sweep: $(ENVIRONMENT) ## compare settings: make sweep NAME=lr OVER="train.lr=[1e
 	  $(if $(strip $(BUDGET)),--time-budget $(strip $(BUDGET)))
 replay: $(ENVIRONMENT) ## run a batch that training left out again: where it breaks, what cures it (STEP=<step>)
 	@exec $(RNA) replay $(AT) $(NAMED) --fold "$(FOLD)" $(if $(STEP),--step $(strip $(STEP)))
-predict: $(ENVIRONMENT) ## out-of-fold and test predictions of one trained fold
-	@exec $(RNA) predict $(AT) $(RUN) --fold "$(FOLD)"
+predict: $(ENVIRONMENT) ## out-of-fold and test predictions of one trained fold; FILE or SEQ: those of sequences of your own, by all folds (NAME: an ensemble)
+	@exec $(RNA) predict $(AT) $(VARIANT) $(if $(OWN_FILE),$(OWN_FILE) $(ONE_FOLD) $(ONE_NAME),--fold "$(FOLD)")
 embed: $(ENVIRONMENT) ## last hidden layer of a trained fold for the sequences in FILE, FASTA or table (NUCLEOTIDES=1: of each one too)
 	@exec $(RNA) embed $(AT) $(NAMED) --fold "$(FOLD)" $(if $(NUCLEOTIDES),--per-nucleotide) "$(FILE)"
 templates-predict: $(ENVIRONMENT) ## candidates from templates, date-gated, as a run of SPLIT (MSA=<folder> uses alignments)
 	@exec $(RNA) templates-predict $(AT) --split "$(SPLIT)" $(if $(strip $(MSA)),--msa "$(strip $(MSA))")
 denovo: $(ENVIRONMENT) ## candidates from pairing and loops of known structures, no network, as a run of SPLIT
 	@exec $(RNA) denovo $(AT) --split "$(SPLIT)"
-words: $(ENVIRONMENT) ## classes of a labelled set by counting words (naive Bayes), no network, as a run of SPLIT
+words: $(ENVIRONMENT) ## classes (naive Bayes) or numbers (ridge) of a labelled set by counting words, no network, as a run of SPLIT
 	@exec $(RNA) words $(AT) --split "$(SPLIT)"
 ensemble: $(ENVIRONMENT) ## folds and models -> one prediction table, weights learned out of fold (PARTIAL=1: of the folds there are)
 	@exec $(RNA) ensemble $(AT) --split "$(SPLIT)" --name "$(NAME)" $(if $(PARTIAL),--partial) $(foreach run,$(RUNS),--run $(run))
@@ -189,17 +200,17 @@ submit-kaggle: $(ENVIRONMENT) ## send the submission to Kaggle once, and wait fo
 	@exec $(RNA) submit-kaggle $(AT) --name "$(NAME)" --format $(strip $(FORMAT)) $(if $(FILE),--file "$(FILE)") $(if $(KERNEL),--kernel $(strip $(KERNEL)) $(if $(strip $(VERSION)),--version $(strip $(VERSION))))
 check: $(ENVIRONMENT) ## check any submission file: make check FILE=my.csv
 	@exec $(RNA) check $(AT) "$(FILE)"
-evaluate: $(ENVIRONMENT) ## score out-of-fold predictions beside the trivial floors (ENGINE=usalign or auto: TM-scores by the program)
-	@exec $(RNA) evaluate $(AT) --split "$(SPLIT)" --name "$(NAME)" $(if $(ENGINE),--engine $(strip $(ENGINE)))
+evaluate: $(ENVIRONMENT) ## score out-of-fold predictions beside the trivial floors (RUN=<run>: of a single run; ENGINE=usalign or auto: TM-scores by the program)
+	@exec $(RNA) evaluate $(AT) --split "$(SPLIT)" --name "$(NAME)" $(if $(strip $(RUN)),--run $(strip $(RUN))) $(if $(ENGINE),--engine $(strip $(ENGINE)))
 score-tm: $(ENVIRONMENT) ## both TM-scores of a folder of C1' traces: make score-tm TRACES=<folder> OUT=scores.parquet (ENGINE=usalign)
 	@exec $(RNA) score-tm --traces "$(TRACES)" --out "$(strip $(OUT))" $(if $(ENGINE),--engine $(strip $(ENGINE)))
-structures: $(ENVIRONMENT) ## PDB and mmCIF files of an ensemble, and a page that shows them offline (TABLE=oof: training targets)
-	@exec $(RNA) structures $(AT) --name "$(NAME)" $(if $(TABLE),--table $(TABLE))
-report: $(ENVIRONMENT) ## one self-contained HTML page for the ensemble
-	@exec $(RNA) report $(AT) --name "$(NAME)"
+structures: $(ENVIRONMENT) ## PDB and mmCIF files of an ensemble, and a page that shows them offline (TABLE=oof: training targets; FILE or SEQ: RNAs of your own)
+	@exec $(RNA) structures $(AT) --name "$(NAME)" --split "$(SPLIT)" $(if $(TABLE),--table $(TABLE)) $(OWN_FILE)
+report: $(ENVIRONMENT) ## one self-contained HTML page for the ensemble (RUN=<run>: for a single run, after make evaluate RUN=<run>)
+	@exec $(RNA) report $(AT) --name "$(NAME)" $(if $(strip $(RUN)),--run $(strip $(RUN)))
 
 kernel: $(ENVIRONMENT) ## pack a Kaggle notebook without internet (KERNEL=train|predict OWNER=<user> LIMIT=9h ALL=1 RESUME=owner/slug)
-	@exec $(RNA) kernel $(AT) --owner "$(strip $(OWNER))" --mode $(or $(strip $(KERNEL)),train) $(RUN) $(JOB) --name "$(NAME)" \
+	@exec $(RNA) kernel $(AT) --owner "$(strip $(OWNER))" --mode $(or $(strip $(KERNEL)),train) $(VARIANT) $(JOB) --name "$(NAME)" \
 	  $(if $(LIMIT),--limit $(strip $(LIMIT))) $(if $(RESUME),--resume $(strip $(RESUME)))
 kernel-push: $(ENVIRONMENT) ## send the bundle to Kaggle, where the notebook starts to run
 	@exec $(RNA) kernel-push $(AT) $(BUNDLE)

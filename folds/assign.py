@@ -1,7 +1,7 @@
 """The folds stage: every training sequence gets a fold, relatives the same one.
 
-Letters: C clusters, F folds, S strata (data set and length; of a labelled set its classes), K entries of the sparse
-cluster × stratum table.
+Letters: C clusters, F folds, S strata (data set and length; of a labelled set its classes, or fifths of its numbers), K
+entries of the sparse cluster × stratum table.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ from rich.table import Table
 from folds.lock import LOCKS, digest_pairs, lock_path, verify_lock, write_lock
 from folds.similarity import MIN_PERCENT, find_clusters
 from folds.similarity import VERSION as CLUSTERS_VERSION
-from pipeline.classes import read_classes
 from pipeline.compiled import njit
 from pipeline.errors import ConfigError, DataError
+from pipeline.labels import read_classes, read_numbers
 from pipeline.paths import Paths
 from pipeline.runlog import warn
 from pipeline.stage import Report, run_stage
-from pipeline.tables import open_parquet
+from pipeline.tables import number_lists, open_parquet
 
 #: Raised when the same clusters give other folds, or other facts, than before.
 VERSION = 3
@@ -35,6 +35,7 @@ LENGTH_PERCENT = 80
 
 _COLUMNS = ("sequence_id", "sequence", "dataset_name", "group")
 _SHOWN = 40  # strata in the table for the terminal
+_SPREAD = 8  # most columns of numbers that are spread over the folds
 _PARQUET: dict[str, Any] = {"compression": "zstd", "row_group_size": 1 << 16, "statistics": True}
 
 
@@ -59,17 +60,17 @@ def parse_split(name: str) -> Split:
     found = re.fullmatch(r"(?:sim(\d{1,3})|(length|random))_k(\d{1,3})", name)
     if not found:
         raise ConfigError(
-            f"SPLIT={name!r}: expected sim<percent>_k<folds>, length_k<folds> or random_k<folds>. Next: sim80_k5, for "
-            "example."
+            f"SPLIT={name!r}: expected sim<percent>_k<folds>, length_k<folds> or random_k<folds>. Next: "
+            "SPLIT=sim80_k5, for example."
         )
     folds = int(found[3])
     if not 2 <= folds <= 255:
-        raise ConfigError(f"SPLIT={name!r}: {folds} folds; expected 2 to 255. Next: {name.partition('_')[0]}_k5.")
+        raise ConfigError(f"SPLIT={name!r}: {folds} folds; expected 2 to 255. Next: SPLIT={name.partition('_')[0]}_k5.")
     if found[1]:
         percent = int(found[1])
         if not MIN_PERCENT <= percent <= 100:
             raise ConfigError(
-                f"SPLIT={name!r}: expected {MIN_PERCENT} to 100 %; unrelated ones reach 60 %. Next: sim80_k{folds}."
+                f"SPLIT={name!r}: expected {MIN_PERCENT} to 100 %; unrelated ones reach 60 %. Next: SPLIT=sim80_k{folds}."
             )
         return Split(kind="sim", percent=percent, folds=folds)
     if found[2] == "length":
@@ -88,7 +89,7 @@ def run(
     """Write ``folds/<split>.parquet`` (sequence_id, fold, cluster), checked against the lock for these data.
 
     - ``sim80_k5``: relatives of at least 80 % identity (`folds.similarity`) share a fold; data sets and lengths, or the
-      classes of a labelled set, are spread evenly over five folds.
+      classes or numbers of a labelled set, are spread evenly over five folds.
     - ``length_k5``: fold 0 holds the longest fifth, with their relatives; the rest as above.
     - ``random_k5``: every sequence by itself. Scores of it leak; it exists to measure how much.
 
@@ -108,7 +109,9 @@ def run(
     made: dict[str, Any] = {"method": "none", "flanks": {}}
     clustering = 0.0
     if plan.kind == "random":
-        warn(f"{split}: relatives are in different folds, so its scores leak. Next: sim80_k{plan.folds} for real ones.")
+        warn(
+            f"{split}: relatives are in different folds, so its scores leak. Next: SPLIT=sim80_k{plan.folds} for real ones."
+        )
     else:
         clusters = _run_clusters(paths, percent=plan.percent)
         inputs["clusters"], made, clustering = clusters.outputs["clusters"], clusters.facts, clusters.seconds
@@ -117,6 +120,8 @@ def run(
         table = _read_train(inputs["train"])
         if "labels" in table.columns:
             table = table.with_columns(_class_names(table["labels"], read_classes(paths).names))
+        if "numbers" in table.columns:
+            table = table.with_columns(_fifths(table["numbers"], read_numbers(paths).names))
         cluster = pl.read_parquet(inputs["clusters"])["cluster"] if "clusters" in inputs else table["sequence_id"]
         table = assign_folds(table.with_columns(cluster.alias("cluster")), plan, seed=seed, where=split)
         facts = {"comp": paths.comp, "split": split, "seed": seed, "version": [CLUSTERS_VERSION, VERSION]}
@@ -172,7 +177,7 @@ def _run_clusters(paths: Paths, *, percent: int) -> Report:
 
 def _read_train(path: Path) -> pl.DataFrame:
     with open_parquet(path, _COLUMNS) as opened:
-        labels = [name for name in ("labels",) if name in opened.schema_arrow.names]
+        labels = [name for name in ("labels", "numbers") if name in opened.schema_arrow.names]
     table = pl.read_parquet(path, columns=[*_COLUMNS, *labels]).sort("sequence_id")
     if not table.height:
         raise DataError(f"{path}: no rows; expected training sequences. Next: make data.")
@@ -188,9 +193,25 @@ def _class_names(labels: pl.Series, names: Sequence[str]) -> pl.Series:
         .when(pl.col("labels").list.len() == 0)
         .then(pl.lit(["(none of them)"]))
         .otherwise(pl.col("labels").list.eval(name_of))
-        .alias("classes")
+        .alias("kinds")
     )
-    return found["classes"]
+    return found["kinds"]
+
+
+def _fifths(numbers: pl.Series, names: Sequence[str]) -> pl.Series:
+    """Which fifth of each column a sequence's numbers are in, as a list of words: what is spread evenly.
+
+    >>> _fifths(pl.Series([[3.0], [1.0], [2.0], None], dtype=pl.List(pl.Float64)), ["Tm"]).to_list()
+    [['Tm, fifth 5'], ['Tm, fifth 1'], ['Tm, fifth 3'], ['(not measured)']]
+    """
+    found: list[list[str]] = [[] for _ in range(len(numbers))]
+    for name, column_N in zip(names[:_SPREAD], number_lists(numbers, len(names)).T, strict=False):
+        measured = np.flatnonzero(np.isfinite(column_N))
+        if measured.size:
+            edges = np.quantile(column_N[measured], (0.2, 0.4, 0.6, 0.8))
+            for row, fifth in zip(measured, np.searchsorted(edges, column_N[measured]), strict=True):
+                found[row].append(f"{name}, fifth {fifth + 1}")
+    return pl.Series("kinds", [words or ["(not measured)"] for words in found])
 
 
 def length_label(length: int) -> str:
@@ -209,7 +230,8 @@ def assign_folds(table: pl.DataFrame, plan: Split, *, seed: int, where: str) -> 
     """Add the columns ``fold``, ``strata`` (a list) and ``length``; whole clusters share a fold.
 
     Args:
-        table: ``sequence_id, sequence, dataset_name, cluster``, and ``classes`` where these are to be spread evenly.
+        table: ``sequence_id, sequence, dataset_name, cluster``, and ``kinds``, lists of words such as classes, where
+            these are to be spread evenly.
         plan: how many folds, and whether the first holds the longest.
         seed: decides between equals.
         where: the split's name, for messages.
@@ -221,7 +243,7 @@ def assign_folds(table: pl.DataFrame, plan: Split, *, seed: int, where: str) -> 
     table = table.with_columns(pl.col("sequence").str.len_bytes().alias("length"))
     bin_ = pl.col("length").replace_strict(labels, return_dtype=pl.String)
     by_length = pl.concat_list(pl.concat_str("dataset_name", bin_, separator=" "))
-    table = table.with_columns((pl.col("classes") if "classes" in table.columns else by_length).alias("strata"))
+    table = table.with_columns((pl.col("kinds") if "kinds" in table.columns else by_length).alias("strata"))
     clusters = table.group_by("cluster").agg(pl.len().alias("size"), pl.col("length").max()).sort("cluster")
     if clusters.height < plan.folds:
         raise ConfigError(
@@ -320,7 +342,7 @@ def _count(table: pl.DataFrame, plan: Split) -> dict[str, Any]:
         "rows": table.height,
         "counts": counts,
         "strata": strata,
-        "by": "class" if "classes" in table.columns else "length",
+        "by": "kind" if "kinds" in table.columns else "length",
         "lengths": [list(row) for row in lengths.sort("fold").select("low", "high").iter_rows()],
         "clusters": table["cluster"].n_unique(),
         "largest_cluster": largest,

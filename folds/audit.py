@@ -29,15 +29,16 @@ from pipeline.competitions.base import Competition
 from pipeline.compiled import njit
 from pipeline.errors import ConfigError
 from pipeline.paths import Paths
-from pipeline.runlog import Bar, warn
+from pipeline.runlog import Bar, score_text, warn
 from pipeline.schema import ALPHABET, encode
 from pipeline.stage import Report, run_stage, write_json
-from pipeline.tables import flat_lists, open_parquet, read_folds
+from pipeline.tables import flat_lists, numbers_that_count, open_parquet, read_folds
 
 #: Raised when the same folds give other numbers than before.
 VERSION = 1
 
-#: Copied labels that are right this much more often on one split than on another, as a share, are told of.
+#: Copied labels that are right this much more often on one split than on another, as a share, are told of; and copied
+#: numbers whose error is by this share of the mean's smaller.
 LEAK = 0.05
 
 #: Cross-fold pairs are counted from these identities on, %.
@@ -96,8 +97,10 @@ def measure(
     most: int,
 ) -> dict[str, Any]:
     """The facts of `run`."""
-    columns = ["sequence_id", "sequence", "dataset_name", "scored"] + ["labels"] * (competition.task == "classes")
-    open_parquet(train, (*columns, *(competition.targets if competition.error_sums else ()))).close()
+    known = {"classes": ["labels"], "numbers": ["numbers"]}.get(competition.task, [])
+    columns = ["sequence_id", "sequence", "dataset_name", "scored", *known]
+    has_profiles = competition.task == "values" and competition.error_sums is not None
+    open_parquet(train, (*columns, *(competition.targets if has_profiles else ()))).close()
     table = pl.read_parquet(train, columns=columns)
     designs, _ = find_designs(table["sequence"].to_list(), table["dataset_name"].to_list())
     table = table.with_columns(pl.Series("design", designs))
@@ -117,7 +120,7 @@ def measure(
         "metric": competition.metric if competition.error_sums else None,
         "splits": {},
     }
-    is_measured = competition.error_sums is not None and table["scored"].any()
+    is_measured = has_profiles and table["scored"].any()
     truth = _read_truth(train, table, survey, queries, competition) if is_measured else None
     for place, split in enumerate(splits):
         facts["splits"][split] = _describe_split(survey, place, table["sequence_id"])
@@ -126,6 +129,9 @@ def measure(
             facts["splits"][split] |= _score_copies(table, folds_SN[place], near_N, truth, queries, competition)
         if competition.task == "classes":
             facts["splits"][split] |= _score_labels(table, folds_SN[place], survey.nearest_SN[place], queries)
+        if competition.task == "numbers":
+            near_N = survey.nearest_SN[place]
+            facts["splits"][split] |= _score_numbers(table, folds_SN[place], near_N, queries, competition)
     _tell_leaks(facts["splits"])
     return facts
 
@@ -324,8 +330,36 @@ def _score_labels(
     }
 
 
+def _score_numbers(
+    table: pl.DataFrame,
+    folds_N: np.ndarray,
+    nearest_N: np.ndarray,
+    queries: np.ndarray | None,
+    competition: Competition,
+) -> dict[str, Any]:
+    """Scores of the mean of the training sequences, and of the nearest one's numbers, the mean where it has none."""
+    assert competition.error_sums is not None
+    assert competition.score is not None
+    truth_NC = numbers_that_count(table, width=len(competition.targets))
+    known_N = np.isfinite(truth_NC).any(axis=1)
+    held = np.flatnonzero(known_N) if queries is None else queries[known_N[queries]]
+    if not held.size:
+        return {"scored": 0}
+    mean_NC = np.empty(truth_NC.shape)
+    for fold in np.unique(folds_N):
+        others_nC = truth_NC[folds_N != fold]
+        there_nC = np.isfinite(others_nC)
+        sums_C = np.where(there_nC, others_nC, 0.0).sum(axis=0)
+        mean_NC[folds_N == fold] = sums_C / np.maximum(there_nC.sum(axis=0), 1)
+    copied_NC = np.where((nearest_N >= 0)[:, None] & np.isfinite(truth_NC[nearest_N]), truth_NC[nearest_N], mean_NC)
+    return {"scored": len(held)} | {
+        f"{name}_score": competition.score(*competition.error_sums(said_NC[held], truth_NC[held]))
+        for name, said_NC in (("mean", mean_NC), ("copy", copied_NC))
+    }
+
+
 def _tell_leaks(splits: Mapping[str, Mapping[str, Any]]) -> None:
-    """Warn where copied labels are right far more often than on another split."""
+    """Warn where copied labels or numbers are right far more often, or nearer, than on another split."""
     found = {split: told["copy_accuracy"] for split, told in splits.items() if "copy_accuracy" in told}
     for split, share in found.items():
         tightest = min(found, key=lambda each: found[each])
@@ -333,6 +367,14 @@ def _tell_leaks(splits: Mapping[str, Mapping[str, Any]]) -> None:
             warn(
                 f"audit: the nearest training sequence has the same labels for {share:.1%} of the sequences on "
                 f"{split}, {found[tightest]:.1%} on {tightest}: scores on {split} are scores of memory"
+            )
+    near = {split: told["copy_score"] / told["mean_score"] for split, told in splits.items() if told.get("mean_score")}
+    for split, share in near.items():
+        tightest = max(near, key=lambda each: near[each])
+        if share < near[tightest] - LEAK:
+            warn(
+                f"audit: the nearest training sequence's numbers have {share:.0%} of the mean's error on {split}, "
+                f"{near[tightest]:.0%} on {tightest}: scores on {split} are scores of memory"
             )
 
 
@@ -385,7 +427,9 @@ def describe(facts: Mapping[str, Any]) -> Table:
     table.add_column("split")
     for name in ("highest", *(f">= {percent} %" for percent in PERCENTS)):
         table.add_column(name, justify="right")
-    scores = {"copy_score": "copied", "median_score": "median"} if facts["metric"] else {}
+    of_numbers = any("mean_score" in found for found in facts["splits"].values())
+    usual = {"mean_score": "mean"} if of_numbers else {"median_score": "median"}
+    scores = {"copy_score": "copied"} | usual if facts["metric"] else {}
     scores = {key: f"{facts['metric']} {name}" for key, name in scores.items()}
     of_labels = any("copy_accuracy" in found for found in facts["splits"].values())
     if of_labels:
@@ -395,11 +439,17 @@ def describe(facts: Mapping[str, Any]) -> Table:
     for split, found in facts["splits"].items():
         highest = "-" if found["highest_identity"] is None else f"{found['highest_identity']:.1%}"
         cells = [highest, *(f"{found['cross_pairs'][str(percent)]:,}" for percent in PERCENTS)]
-        table.add_row(escape(split), *cells, *(f"{found[key]:.4f}" if key in found else "-" for key in scores))
+        table.add_row(escape(split), *cells, *(score_text(found[key]) if key in found else "-" for key in scores))
     if of_labels:
         table.caption = (
             "copied: share of sequences with the same labels as the nearest training sequence; most frequent: as most "
             "of them.\nWhere copying is right much more often on one split, its scores are scores of memory."
+        )
+        table.caption_justify = "left"
+    elif of_numbers:
+        table.caption = (
+            "copied: the nearest training sequence's numbers; mean: that of the training sequences.\n"
+            "Where copying beats the mean by much, scores of the split are scores of memory."
         )
         table.caption_justify = "left"
     elif scores:

@@ -28,8 +28,9 @@ from folds.components import find_roots, unite_pairs
 from folds.edit_distance import Packed, pack
 from folds.similarity import find_designs, link
 from pipeline.errors import ConfigError, DataError
+from pipeline.memory import peak_memory_mib
 from pipeline.paths import REPOSITORY, Paths
-from pipeline.runlog import peak_memory_mib, say
+from pipeline.runlog import say
 from pipeline.schema import decode, encode
 from pipeline.stage import versions, write_json
 from pipeline.tables import open_parquet

@@ -1,10 +1,11 @@
-"""A weighted mean of values, or of probabilities, over folds and runs, its weights learned out of fold.
+"""A weighted mean of values, numbers or probabilities over folds and runs, its weights learned out of fold.
 
 The test prediction of a run is the mean of its folds; the ensemble is a weighted mean of its runs, one set of weights
 for each target. Its out-of-fold table is cross-fitted: a fold is joined with weights learned on the other folds, so
 its score is not flattered by the learning.
 
-Letters: T positions (of classes: every class of every sequence), C targets, M runs, F folds, K = M·F tables.
+Letters: T positions (of classes: every class of every sequence; of numbers: sequences), C targets, M runs, F folds,
+K = M·F tables.
 """
 
 import json
@@ -20,8 +21,8 @@ import pyarrow.parquet as pq
 
 from folds.job import Job, list_missing
 from folds.weights import Weights, learn_mixture, learn_weights
-from pipeline.classes import MIN_PROBABILITY
 from pipeline.errors import DataError
+from pipeline.labels import MIN_PROBABILITY
 from pipeline.runlog import Bar
 from pipeline.tables import OofBatch, as_lists, finite_values, read_batches
 
@@ -53,9 +54,10 @@ class _Totals:
         kept_F = np.arange(len(self.folds)) != without
         return float(self.competition.score(self.sums_FC[kept_F].sum(axis=0), self.counts_FC[kept_F].sum(axis=0)))
 
-    def named(self) -> dict[str, float]:
+    def named(self) -> dict[str, float | None]:
         errors_C = self.competition.target_errors(self.sums_FC.sum(axis=0), self.counts_FC.sum(axis=0))
-        return {"score": self.score()} | dict(zip(self.competition.targets, errors_C.tolist(), strict=True))
+        told_C = [None if np.isnan(error) else float(error) for error in errors_C]  # a number nowhere measured
+        return {"score": self.score()} | dict(zip(self.competition.targets, told_C, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,7 @@ def _survey(job: Job) -> tuple[_Sample, dict[str, _Totals], dict[str, Any]]:
             missing[each] += batch.rows["sequence_id"].filter(pl.Series(batch.missing[each])).to_list()
         stacked_TMC = np.stack([batch.predictions[each] for each in job.runs], axis=1)
         truth_TC = job.truth(batch)
-        there_T = np.isfinite(stacked_TMC[:, :, 0]).all(axis=1) & np.isfinite(truth_TC[:, 0])
+        there_T = np.isfinite(stacked_TMC[:, :, 0]).all(axis=1) & np.isfinite(truth_TC).any(axis=1)
         fold_T = batch.spread(batch.rows["fold"].to_numpy())
         scored_N = batch.rows["scored"].to_numpy()
         turn_N = seen + np.cumsum(scored_N) - 1
@@ -168,7 +170,7 @@ def _survey(job: Job) -> tuple[_Sample, dict[str, _Totals], dict[str, Any]]:
 
 
 def _stride(job: Job) -> int:
-    values = pl.lit(len(job.classes.names)) * pl.len() if job.classes else pl.col("sequence").str.len_bytes().sum()
+    values = pl.lit(job.width) * pl.len() if job.width else pl.col("sequence").str.len_bytes().sum()
     scored = pl.scan_parquet(job.paths.clean("train")).filter("scored").select(values).collect().item()
     return max(1, -(-int(scored) // SAMPLE_POSITIONS))
 
@@ -211,10 +213,16 @@ def _learn(job: Job, sample: _Sample) -> tuple[np.ndarray, _FoldWeights, float]:
 
 
 def _fit(job: Job, predictions_TM: np.ndarray, truth_T: np.ndarray) -> Weights:
-    """Weights with the least error of one target."""
+    """Weights with the least error of one target; equal ones where it was not measured."""
+    measured_T = np.isfinite(truth_T)
+    predictions_TM, truth_T = predictions_TM[measured_T], truth_T[measured_T]
+    if not len(truth_T):
+        return Weights(values_M=np.full(len(job.runs), 1.0 / len(job.runs)), loss=0.0, gap=0.0)
     if job.classes is None:
         low, high = job.scoring.target_range or (-np.inf, np.inf)
-        return learn_weights(predictions_TM, np.clip(truth_T, low, high), power=job.scoring.error_power)
+        unit = truth_T.std() or 1.0 if job.width else 1.0  # numbers may be thousands or thousandths
+        truth_T = np.clip(truth_T, low, high)
+        return learn_weights(predictions_TM / unit, truth_T / unit, power=job.scoring.error_power)
     true_T = truth_T > 0.5
     right_TM = np.where(true_T[:, None], predictions_TM, 1.0 - predictions_TM)
     return learn_mixture(np.clip(right_TM[true_T] if job.classes.exclusive else right_TM, MIN_PROBABILITY, 1.0))
@@ -237,7 +245,7 @@ def _score_weights(job: Job, candidates: Sequence[_FoldWeights]) -> list[_Totals
         truth_TC, fold_T = job.truth(batch), batch.spread(batch.rows["fold"].to_numpy())
         for total, weights in zip(totals, candidates, strict=True):
             mean_TC = _combine(job, batch, weights)
-            there_T = np.isfinite(mean_TC[:, 0]) & np.isfinite(truth_TC[:, 0])
+            there_T = np.isfinite(mean_TC[:, 0]) & np.isfinite(truth_TC).any(axis=1)
             total.add(mean_TC[there_T], truth_TC[there_T], fold_T[there_T])
     return totals
 
@@ -251,41 +259,48 @@ def _open_writer(path: Path, targets: Sequence[str], *, fold: bool) -> pq.Parque
 def _write_oof(job: Job, weights: _FoldWeights, path: Path) -> int:
     """Write the cross-fitted out-of-fold table; returns its rows."""
     written = 0
-    with _open_writer(path, job.scoring.targets, fold=True) as writer:
+    with _open_writer(path, job.columns, fold=True) as writer:
         for batch in job.batches(label="write oof"):
             mean_TC = _combine(job, batch, weights)
             keep_N = ~np.any([batch.missing[each] for each in job.runs], axis=0)
             mean_TC = mean_TC[batch.spread(keep_N)]
             rows = batch.rows.filter(pl.Series(keep_N))
             keys = [pa.array(rows["sequence_id"].to_list(), pa.string()), pa.array(rows["fold"].to_numpy(), pa.uint8())]
-            lists = [as_lists(mean_TC[:, place], batch.lengths_N[keep_N]) for place in range(mean_TC.shape[1])]
+            lists = _lists(job, mean_TC, batch.lengths_N[keep_N])
             if rows.height:
                 writer.write_table(pa.Table.from_arrays([*keys, *lists], schema=writer.schema))
             written += rows.height
     return written
 
 
+def _lists(job: Job, values_TC: np.ndarray, lengths_N: np.ndarray) -> list[pa.Array]:
+    """Columns of a prediction table: a list for each target, or, of numbers, one of all."""
+    if job.competition.task == "numbers":
+        return [as_lists(values_TC.reshape(-1), np.full(len(values_TC), values_TC.shape[1]))]
+    return [as_lists(values_TC[:, place], lengths_N) for place in range(values_TC.shape[1])]
+
+
 def _write_test(job: Job, weights_CM: np.ndarray, path: Path) -> int:
     """Write the test table, in the order that all test tables share; returns its rows."""
-    targets, written = job.scoring.targets, 0
+    columns, written = job.columns, 0
     tables = [job.paths.test(each, fold) for each in job.runs for fold in job.folds]
     weights_KC = np.repeat(weights_CM.T / len(job.folds), len(job.folds), axis=0)  # K tables, runs before folds
     total = pq.read_metadata(tables[0]).num_rows
-    streams = [read_batches(table, ["sequence_id", *targets]) for table in tables]
-    with _open_writer(path, targets, fold=False) as writer, Bar("write test", total=total, unit="sequences") as bar:
+    streams = [read_batches(table, ["sequence_id", *columns]) for table in tables]
+    with _open_writer(path, columns, fold=False) as writer, Bar("write test", total=total, unit="sequences") as bar:
         while (first := next(streams[0], None)) is not None:
             others = [_same_rows(stream, first, tables[0], table) for stream, table in _rest(streams, tables)]
-            lengths_N = first[targets[0]].list.len().fill_null(0).to_numpy().astype(np.int64)
-            if job.classes:
-                lengths_N = np.full(first.height, len(job.classes.names))
+            lengths_N = first[columns[0]].list.len().fill_null(0).to_numpy().astype(np.int64)
+            if job.width:
+                lengths_N = np.full(first.height, job.width)
             none_N = np.zeros(first.height, dtype=bool)
-            mean_TC = np.zeros((int(lengths_N.sum()), len(targets)))
+            mean_TC = np.zeros(int(lengths_N.sum()) * len(columns)).reshape(-1, weights_KC.shape[1])
             for batch, table, weights_C in zip([first, *others], tables, weights_KC, strict=True):
                 where = str(table)
-                values_TC = finite_values(batch, lengths_N, targets=targets, missing_N=none_N, where=where)
+                values_TC = finite_values(batch, lengths_N, targets=columns, missing_N=none_N, where=where)
                 job.check(values_TC, batch["sequence_id"], where=where)
-                mean_TC += weights_C * values_TC
-            lists = [as_lists(mean_TC[:, place], lengths_N) for place in range(len(targets))]
+                mean_TC += weights_C * values_TC.reshape(mean_TC.shape)
+            lists = _lists(job, mean_TC, lengths_N)
             keys = pa.array(first["sequence_id"].to_list(), pa.string())
             writer.write_table(pa.Table.from_arrays([keys, *lists], schema=writer.schema))
             written += first.height

@@ -15,11 +15,11 @@ from rich.table import Table
 from folds.blend import blend, blend_test
 from folds.candidates import Scorer, choose, choose_test
 from folds.job import Job
-from pipeline.classes import Classes, read_classes
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
+from pipeline.labels import Classes, read_classes
 from pipeline.paths import Paths
-from pipeline.runlog import warn
+from pipeline.runlog import score_text, warn
 from pipeline.runs import STAGES, read_run_name
 from pipeline.stage import Report, read_result, run_stage
 from pipeline.tables import open_parquet
@@ -44,7 +44,7 @@ def run(
 
     Args:
         paths: where the artefacts of the competition live.
-        competition: decides between values, classes and structures, and gives the metric.
+        competition: decides between values, classes, numbers and structures, and gives the metric.
         name: of the ensemble.
         runs: names below ``runs/``, each trained on `split`.
         split: whose fold table says what is out of fold.
@@ -125,7 +125,9 @@ def apply(
     _check_names(name, ("any",))
     told = read_result(weights, hint="make ensemble")
     if told.get("competition") != competition.name:
-        raise ConfigError(f"{weights}: of {told.get('competition')}; expected {competition.name}. Next: COMP=….")
+        raise ConfigError(
+            f"{weights}: of {told.get('competition')}; expected {competition.name}. Next: COMP={told.get('competition')}."
+        )
     chosen = list(told["folds"] if folds is None else folds)
     if not chosen or not set(chosen) <= set(told["folds"]):
         raise ConfigError(f"FOLD={chosen}: the folds of {weights} are {told['folds']}. Next: choose some of them.")
@@ -134,6 +136,11 @@ def apply(
     classes = Classes.of(told["classes"]) if competition.task == "classes" else None
     what: dict[str, Any] = {"runs": runs, "split": told["split"], "folds": chosen, "skipped": left_out}
     job = Job(paths=paths, competition=competition, classes=classes, **what)
+    if list(job.scoring.targets) != told["targets"]:
+        raise ConfigError(
+            f"{weights}: weights of {', '.join(told['targets'])}; expected those of "
+            f"{', '.join(job.scoring.targets)}. Next: make ensemble of these data."
+        )
     is_structure = competition.task == "structure"
     if partial_runs and not is_structure:
         raise ConfigError(f"ensemble: a mean of {competition.name} needs every run. Next: leave --partial out.")
@@ -185,13 +192,13 @@ def _find_folds(
         if not each.endswith(f".{split}"):
             known = ", ".join(sorted(path.name for path in (paths.home / "runs").glob(f"*.{split}"))) or "none"
             own = read_run_name(each)[2] if paths.run_dir(each).is_dir() else ""
-            advice = f"SPLIT={own}" if own else "RUNS= of these, or no RUNS"
+            advice = f"SPLIT={own}" if own else "name some of these in RUNS, or leave it out"
             raise ConfigError(f"RUNS={each}: no run of {split}; there are: {known}. Next: {advice}.")
         more = f" ({len(lacking)} folds are missing over all runs)" if len(lacking) > 1 else ""
         if allow_partial and len(runs) > 1:
             raise ConfigError(
                 f"ensemble: no fold of {split} is predicted by all {len(runs)} runs; {each!r} lacks fold {fold}{more}. "
-                "Next: RUNS= of those that share a fold."
+                "Next: name in RUNS those that share a fold."
             )
         raise ConfigError(
             f"run {each!r} has no predictions of fold {fold} of split {split}{more}. "
@@ -215,7 +222,7 @@ def describe(facts: Mapping[str, Any]) -> Table:
     """Scores of the runs, of their mean and of the learned weights, as a table for the terminal."""
     if facts["task"] == "structure":
         return _describe_structures(facts)
-    targets = facts["targets"] if facts["task"] == "values" else []
+    targets = facts["targets"] if len(facts["targets"]) > 1 else []  # of a single one the score tells all
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
     table.add_column(f"{_folds(facts)} of {facts['split']}, {facts['metric']} out of fold", overflow="fold")
     for column in ("score", *targets):
@@ -224,17 +231,21 @@ def describe(facts: Mapping[str, Any]) -> Table:
         *((run, facts["run_scores"][run]) for run in facts["runs"]),
         ("plain mean", facts["mean_score"]),
     ]:
-        table.add_row(each, f"{score['score']:.4f}", *(f"{score[target]:.4f}" for target in targets))
+        table.add_row(each, _score(score["score"]), *(_score(score[target]) for target in targets))
     if facts["learned"]:
-        table.add_row("learned, cross-fitted", f"{facts['learned']['score_cross_fitted']:.4f}")
-        table.add_row("learned, in sample (optimistic)", f"{facts['learned']['score_in_sample']:.4f}")
-    table.add_row(f"used: {facts['chosen']}", f"[bold]{facts['score']:.4f}[/]")
+        table.add_row("learned, cross-fitted", _score(facts["learned"]["score_cross_fitted"]))
+        table.add_row("learned, in sample (optimistic)", _score(facts["learned"]["score_in_sample"]))
+    table.add_row(f"used: {facts['chosen']}", f"[bold]{_score(facts['score'])}[/]")
     if facts["score_nested"] is not None:
-        table.add_row("used where each fold has what the others choose", f"{facts['score_nested']:.4f}")
+        table.add_row("used where each fold has what the others choose", _score(facts["score_nested"]))
     for each in facts["runs"] if len(facts["runs"]) > 1 else ():
         weights = [f"{facts['weights'][target][each]:.3f}" for target in facts["targets"]]
         table.add_row(f"weight of {each}", *(["", *weights] if targets else weights))
     return table
+
+
+def _score(value: float | None) -> str:
+    return "" if value is None else score_text(value)
 
 
 def _folds(facts: Mapping[str, Any]) -> str:

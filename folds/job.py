@@ -9,11 +9,18 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 
-from pipeline.classes import Classes, log_losses
 from pipeline.competitions.base import Competition
+from pipeline.labels import Classes, log_losses
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, warn
-from pipeline.tables import OofBatch, check_probabilities, labels_that_count, out_of_fold, truth_that_counts
+from pipeline.tables import (
+    OofBatch,
+    check_probabilities,
+    labels_that_count,
+    numbers_that_count,
+    out_of_fold,
+    truth_that_counts,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +28,7 @@ class Job:
     """Runs of one split, and the folds of it that every run has predicted (`skipped` are the others).
 
     Classes are blended as one target, ``probabilities``, whose T values are those of every class, one sequence after
-    the other.
+    the other; of numbers each column is a target, and T is the number of sequences.
     """
 
     paths: Paths
@@ -42,6 +49,18 @@ class Job:
         return replace(
             self.competition, **kept, error_sums=sums, score=lambda sums_C, counts_C: sums_C[0] / counts_C[0]
         )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """List columns of the prediction tables."""
+        return ("numbers",) if self.competition.task == "numbers" else self.scoring.targets
+
+    @property
+    def width(self) -> int | None:
+        """Values in each list, if it is not one a nucleotide."""
+        if self.competition.task == "numbers":
+            return len(self.scoring.targets)
+        return len(self.classes.names) if self.classes else None
 
     def facts(self) -> dict[str, Any]:
         """The job as ``weights.json`` records it."""
@@ -64,28 +83,30 @@ class Job:
             truth: read what `truth` needs as well.
             label: of the progress bar.
         """
-        measured = ("labels",) if self.classes else self.scoring.targets
+        measured = ("labels",) if self.classes else self.columns
         stream = out_of_fold(
             self.paths.clean("train"),
             fold_table=self.paths.fold_table(self.split),
             folds=self.folds,
             sources={each: [self.paths.oof(each, fold) for fold in self.folds] for each in self.runs},
-            targets=self.scoring.targets,
+            targets=self.columns,
             columns=("scored", *measured) if truth else (),
-            width=len(self.classes.names) if self.classes else None,
+            width=self.width,
         )
         with Bar(label, total=pq.read_metadata(self.paths.clean("train")).num_rows, unit="sequences") as bar:
             for batch in stream:
                 for each, values_TC in batch.predictions.items():
                     self.check(values_TC, batch.rows["sequence_id"], where=each)
-                yield batch
+                yield batch.by_column(len(self.scoring.targets)) if self.competition.task == "numbers" else batch
                 bar.advance(batch.rows.height)
 
     def truth(self, batch: OofBatch) -> np.ndarray:
         """[T, C] float32: what the metric compares predictions with, NaN where it does not look."""
-        if self.classes is None:
-            return truth_that_counts(batch, self.scoring.targets)
-        return labels_that_count(batch.rows, width=len(self.classes.names)).reshape(-1, 1)
+        if self.classes:
+            return labels_that_count(batch.rows, width=len(self.classes.names)).reshape(-1, 1)
+        if self.competition.task == "numbers":
+            return numbers_that_count(batch.rows, width=len(self.scoring.targets))
+        return truth_that_counts(batch, self.scoring.targets)
 
     def check(self, values_TC: np.ndarray, ids: pl.Series, *, where: str) -> None:
         """See that predictions of classes are probabilities.

@@ -127,12 +127,12 @@ def find_clusters(table: pl.DataFrame, *, percent: int, method: Method = "auto")
 def _check_options(percent: int, method: str) -> None:
     if method not in get_args(Method):
         raise ConfigError(
-            f"folds: method {method!r} is not known; expected one of {', '.join(get_args(Method))}. Next: auto."
+            f"folds: method {method!r} is not known; expected one of {', '.join(get_args(Method))}. Next: take auto."
         )
     if not MIN_PERCENT <= percent <= 100:
         raise ConfigError(
             f"identity threshold {percent} %: expected {MIN_PERCENT} to 100, as unrelated sequences reach 60 %. "
-            "Next: sim80 is the usual one."
+            "Next: take 80, the usual one."
         )
 
 

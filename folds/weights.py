@@ -16,6 +16,8 @@ import numpy as np
 #: Residuals below this count as squares (Huber), in units of the target. The loss differs from the mean absolute
 #: error by at most half of it times the share of such residuals.
 SMOOTHING = 1e-3
+_STEPS, _LOG_STEPS = 300, 100  # at most so many; each costs T·M² operations and T·M·8 bytes
+_ENOUGH = 1e-7  # gap at which they end: no weights can be better by more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +29,13 @@ class Weights:
     gap: float  #: no weights have a (smoothed) loss lower by more than this
 
 
-def learn_weights(
-    predictions_TM: np.ndarray, truth_T: np.ndarray, *, power: Literal[1, 2] = 1, steps: int = 300, gap: float = 1e-7
-) -> Weights:
+def learn_weights(predictions_TM: np.ndarray, truth_T: np.ndarray, *, power: Literal[1, 2] = 1) -> Weights:
     """Weights of the mean of predictions with the least mean absolute (power 1) or square (2) error.
 
     Args:
         predictions_TM: [T, M], finite.
         truth_T: [T], finite.
         power: of the absolute residuals.
-        steps: at most so many; each costs T·M² operations and T·M·8 bytes.
-        gap: stop when no weights can be better by more than this.
 
     Source:
         Majorisation of |r|: Hunter and Lange 2004, Am. Stat. 58:30, section 3; here on the simplex.
@@ -45,8 +43,8 @@ def learn_weights(
     residuals_TM = predictions_TM.astype(np.float64) - truth_T.astype(np.float64)[:, None]
     count, width = residuals_TM.shape
     weights_M = np.full(width, 1.0 / width)
-    for _ in range(steps):
-        if _gap(residuals_TM, weights_M, power) <= gap:
+    for _ in range(_STEPS):
+        if _gap(residuals_TM, weights_M, power) <= _ENOUGH:
             break
         size_T = np.maximum(np.abs(residuals_TM @ weights_M), SMOOTHING)
         weights_M = least_square_on_simplex((residuals_TM * (size_T ** (power - 2))[:, None]).T @ residuals_TM / count)
@@ -63,21 +61,19 @@ def _gap(residuals_TM: np.ndarray, weights_M: np.ndarray, power: int) -> float:
     return float(max(0.0, gradient_M @ weights_M - gradient_M.min()))
 
 
-def learn_mixture(right_TM: np.ndarray, *, steps: int = 100, gap: float = 1e-7) -> Weights:
+def learn_mixture(right_TM: np.ndarray) -> Weights:
     """Weights of the mean of probabilities with the least log loss, mean -log(P w).
 
     Near w the loss is, but for a constant, mean ((p / (p·w) - 2)·v)² / 2 for weights v: a square error on the simplex.
 
     Args:
         right_TM: [T, M] in (0, 1], what each prediction gave to what came true.
-        steps: at most so many.
-        gap: stop when no weights can be better by more than this.
     """
     right_TM = right_TM.astype(np.float64)
     weights_M = np.full(right_TM.shape[1], 1.0 / right_TM.shape[1])
-    for _ in range(steps):
+    for _ in range(_LOG_STEPS):
         relative_TM = right_TM / (right_TM @ weights_M)[:, None]
-        if _mixture_gap(relative_TM) <= gap:
+        if _mixture_gap(relative_TM) <= _ENOUGH:
             break
         target_M = least_square_on_simplex((relative_TM - 2.0).T @ (relative_TM - 2.0) / len(right_TM))
         weights_M = _downhill(right_TM, weights_M, target_M)

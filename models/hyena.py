@@ -2,7 +2,7 @@
 
 HyenaDNA's own ``bidirectional`` option pads and crops such that no position sees its neighbourhood; here two filters,
 one over what came before and one over what comes after, go through one transform. Letters: B batch, L length (nt),
-D width, N order (long convolutions + 1), F features of a time point, T time point.
+D width, N long convolutions of a block (its order - 1), F features of a time point, T time point.
 
 Source: Hyena Hierarchy (Poli et al. 2023), HyenaDNA (Nguyen et al. 2023). Where this differs: time features are
 computed for the length at hand, so that a sequence longer than `l_max` continues the filter beyond its last trained
@@ -76,7 +76,7 @@ class HyenaFilter(nn.Module):
 
 
 class HyenaOperator(nn.Module):
-    """Gates and long convolutions in turn, as a mixer for `EncoderBlock`."""
+    """Gates and long convolutions in turn, as a mixer for `EncoderBlock`; arguments as of `Hyena`."""
 
     operators = ("long_conv",)
 

@@ -21,7 +21,7 @@ class RnaOutputs(NamedTuple):
 
     values_BLC: Tensor | None = None  # float32, one value per nucleotide and channel
     distance_logits_BLLK: Tensor | None = None  # float32, symmetric: bins of the C1'–C1' distance
-    class_logits_BC: Tensor | None = None  # float32, one value per sequence and class
+    class_logits_BC: Tensor | None = None  # float32, one value per sequence and class, or measured number
     c1_xyz_BL3: Tensor | None = None  # float32, Å, zero where padded; centred on the real positions, frame arbitrary
     lddt_logits_BLK: Tensor | None = None  # float32, with c1_xyz: bins of how right each nucleotide's surroundings are
 

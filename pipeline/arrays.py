@@ -2,9 +2,9 @@
 
 Letters: N examples, L length (nt), T all nucleotides of a table in a row, C target or class, K stored pairs.
 
-``arrays/<table>-<key>/`` holds tokens, offsets, ids and, for the train table, targets or labels, weights and scored;
-``arrays/bpp-<key>/`` the base-pair probabilities of all tables, found by the sequence. A key is a hash of the input
-file, so that a changed table never meets arrays of the old one.
+``arrays/<table>-<key>/`` holds tokens, offsets, ids and, for the train table, targets or labels (classes or numbers of
+whole sequences), weights and scored; ``arrays/bpp-<key>/`` the base-pair probabilities of all tables, found by the
+sequence. A key is a hash of the input file, so that a changed table never meets arrays of the old one.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.classes import Classes
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError, StorageError
+from pipeline.labels import Classes, Labels
 from pipeline.paths import Paths
 from pipeline.schema import ALPHABET, encode
 from pipeline.stage import DISK_FULL, Report, fsync, is_alive, sha256_file, write_json
@@ -30,8 +30,8 @@ _ROWS = 4096  # of a table in memory at a time
 Table = Literal["train", "test"]
 
 
-def build_arrays(competition: Competition, *, paths: Paths, table: Table, classes: Classes | None = None) -> Report:
-    """Turn a clean table into ``arrays/<table>-<key>/``, unless it is there; `classes` are those of a labelled set.
+def build_arrays(competition: Competition, *, paths: Paths, table: Table, labels: Labels | None = None) -> Report:
+    """Turn a clean table into ``arrays/<table>-<key>/``, unless it is there; `labels` are those of a labelled set.
 
     Raises:
         DataError: the table is missing, damaged, or breaks its schema (the row's id is named).
@@ -40,9 +40,9 @@ def build_arrays(competition: Competition, *, paths: Paths, table: Table, classe
     if not clean.is_file():
         return _carried(paths, table, missing=f"{clean}: no clean table. Next: make data COMP={paths.comp}.")
     is_train = table == "train"
-    targets = competition.targets if is_train else ()
+    targets = competition.targets if is_train and not labels else ()
     params = {"version": _VERSION, "targets": targets, "signal_to_noise": competition.signal_to_noise or ()}
-    params |= {"classes": classes.facts()} if classes else {}
+    params |= {labels.kind: labels.identity()} if labels else {}
 
     def write(folder: Path) -> dict[str, Any]:
         facts = _write_table(
@@ -50,14 +50,15 @@ def build_arrays(competition: Competition, *, paths: Paths, table: Table, classe
             folder,
             targets=targets,
             signal_to_noise=competition.signal_to_noise,
-            alphabet=classes.readable if classes else ALPHABET,
+            alphabet=labels.readable if labels else ALPHABET,
             sorted_by_id=is_train,
         )
-        if classes and is_train:
-            _write_labels(clean, folder, count=len(classes.names))
+        if labels and is_train:
+            write_truth = _write_labels if isinstance(labels, Classes) else _write_numbers
+            write_truth(clean, folder, count=len(labels.names))
         return facts
 
-    return _build_set(paths.arrays_dir, table, source=clean, params=params, write=write)
+    return build_set(paths.arrays_dir, table, source=clean, params=params, write=write)
 
 
 def build_bpp(paths: Paths) -> Report:
@@ -79,7 +80,7 @@ def build_bpp(paths: Paths) -> Report:
     def write(folder: Path) -> dict[str, Any]:
         return _write_bpp(paths.bpp, folder)
 
-    return _build_set(paths.arrays_dir, "bpp", source=paths.bpp, params={"version": _VERSION}, write=write)
+    return build_set(paths.arrays_dir, "bpp", source=paths.bpp, params={"version": _VERSION}, write=write)
 
 
 def create_mapped(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
@@ -111,10 +112,21 @@ def _carried(paths: Paths, kind: str, *, missing: str) -> Report:
     return Report(stage="arrays", status="current", outputs={"arrays": found[0], "meta": found[0] / "meta.json"})
 
 
-def _build_set(
+def build_set(
     home: Path, kind: str, *, source: Path, params: dict[str, Any], write: Callable[[Path], dict[str, Any]]
 ) -> Report:
-    """Write one folder of arrays aside and rename it when complete; older sets of its kind are superseded."""
+    """Write one folder of arrays aside and rename it when complete; older sets of its kind are superseded.
+
+    Args:
+        home: of all sets.
+        kind: how the folder's name begins; its key follows.
+        source: whose sha256 the key holds.
+        params: JSON-able, what else the arrays depend on.
+        write: takes the folder to fill, returns facts for its ``meta.json``.
+
+    Raises:
+        StorageError: the disk is full.
+    """
     started = time.monotonic()
     identity = {"kind": kind, "input": sha256_file(source), "params": params}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -168,14 +180,14 @@ def _write_table(
         scored_N = np.zeros(len(ids), dtype=bool)
         columns += ["scored", *targets, *(signal_to_noise or ()), *_optional(clean, "teaches")]
     row = 0
-    for batch in _batches(clean, columns):
+    for batch in read_batches(clean, columns):
         rows = slice(row, row + batch.num_rows)
         span = slice(offsets[row], offsets[row := rows.stop])
         tokens_T[span] = encode("".join(batch["sequence"].to_pylist()), alphabet)
         if targets:
             scored_N[rows] = batch["scored"].to_numpy(zero_copy_only=False)
             for c, name in enumerate(targets):
-                targets_TC[span, c] = _flat_values(batch, name, lengths[rows], where=clean)
+                targets_TC[span, c] = flat_values(batch, name, lengths[rows], where=clean)
             for c, name in enumerate(signal_to_noise or ()):
                 weights_NC[rows, c] = batch[name].to_numpy(zero_copy_only=False)
             if "teaches" in columns:
@@ -189,7 +201,7 @@ def _write_table(
 def _write_labels(clean: Path, folder: Path, *, count: int) -> None:
     """``labels`` [N, C], ``weights`` [N, 1] (1, NaN = not labelled) and ``scored``."""
     places, known = [], []
-    for batch in _batches(clean, ["labels"]):
+    for batch in read_batches(clean, ["labels"]):
         lists = batch["labels"]
         places.append(lists.flatten().to_numpy())  # without those of null lists
         known.append(np.where(lists.is_valid(), np.diff(lists.offsets.to_numpy()), -1))
@@ -198,6 +210,19 @@ def _write_labels(clean: Path, folder: Path, *, count: int) -> None:
     labels_NC[np.repeat(np.arange(len(known_N)), known_N.clip(min=0)), np.concatenate(places)] = True
     np.save(folder / "scored.npy", known_N >= 0)
     np.save(folder / "weights.npy", np.where(known_N >= 0, 1, np.nan).astype(np.float32)[:, None])
+
+
+def _write_numbers(clean: Path, folder: Path, *, count: int) -> None:
+    """``labels`` [N, C] float64 (NaN = not measured), ``weights`` [N, 1] (1, NaN = nothing measured) and ``scored``."""
+    parts = []
+    for batch in read_batches(clean, ["sequence_id", "numbers"]):
+        lengths = np.full(batch.num_rows, count)
+        parts.append(flat_values(batch, "numbers", lengths, where=clean, dtype=np.float64).reshape(-1, count))
+    number_NC = np.concatenate(parts)
+    scored_N = ~np.isnan(number_NC).all(axis=1)
+    np.save(folder / "labels.npy", number_NC)
+    np.save(folder / "scored.npy", scored_N)
+    np.save(folder / "weights.npy", np.where(scored_N, 1, np.nan).astype(np.float32)[:, None])
 
 
 def _optional(path: Path, name: str) -> list[str]:
@@ -211,7 +236,7 @@ def _ids_and_lengths(clean: Path, *, sorted_by_id: bool) -> tuple[np.ndarray, np
 
     ids: list[str] = []
     lengths = []
-    for batch in _batches(clean, ["sequence_id", "sequence"]):
+    for batch in read_batches(clean, ["sequence_id", "sequence"]):
         ids += batch["sequence_id"].to_pylist()
         lengths.append(pc.binary_length(batch["sequence"]).to_numpy())
     if not ids:
@@ -229,8 +254,14 @@ def _as_bytes(ids: Sequence[str]) -> np.ndarray:
     return np.array([name.encode() for name in ids])
 
 
-def _flat_values(batch: Any, name: str, lengths: np.ndarray, *, where: Path) -> np.ndarray:
-    """Values of a list column in a row, NaN for null lists and null values; lists must fit their sequences."""
+def flat_values(
+    batch: Any, name: str, lengths: np.ndarray, *, where: Path, dtype: type[np.floating] = np.float32
+) -> np.ndarray:
+    """Values of a list column in a row, NaN for null lists and null values.
+
+    Raises:
+        DataError: a list does not fit its sequence.
+    """
     lists = batch[name]
     given = lists.is_valid().to_numpy(zero_copy_only=False)
     got = np.where(given, np.diff(lists.offsets.to_numpy()), lengths)
@@ -240,7 +271,7 @@ def _flat_values(batch: Any, name: str, lengths: np.ndarray, *, where: Path) -> 
             f"{where}: {name} of {batch['sequence_id'][row].as_py()!r} has {got[row]} values; expected "
             f"{lengths[row]}, one per nucleotide. Next: make data."
         )
-    flat = np.full(int(lengths.sum()), np.nan, dtype=np.float32)
+    flat = np.full(int(lengths.sum()), np.nan, dtype=dtype)
     flat[np.repeat(given, lengths)] = lists.flatten().to_numpy(zero_copy_only=False)
     return flat
 
@@ -250,7 +281,7 @@ def _write_bpp(source: Path, folder: Path) -> dict[str, Any]:
 
     digests: list[int] = []
     counts = []
-    for batch in _batches(source, ["sequence", "i"]):
+    for batch in read_batches(source, ["sequence", "i"]):
         digests += [digest(encode(sequence, f"{ALPHABET}N").tobytes()) for sequence in batch["sequence"].to_pylist()]
         counts.append(pc.list_value_length(batch["i"]).to_numpy())
     if len(set(digests)) != len(digests) or not digests:
@@ -259,7 +290,7 @@ def _write_bpp(source: Path, folder: Path) -> dict[str, Any]:
     ij_K2 = create_mapped(folder / "ij.npy", np.uint16, (offsets[-1], 2))
     p_K = create_mapped(folder / "p.npy", np.float32, (offsets[-1],))
     row = 0
-    for batch in _batches(source, ["sequence", "i", "j", "p"]):
+    for batch in read_batches(source, ["sequence", "i", "j", "p"]):
         span = slice(offsets[row], offsets[row := row + batch.num_rows])
         counts_B = np.diff(offsets[row - batch.num_rows : row + 1])
         lengths = np.repeat(pc.binary_length(batch["sequence"]).to_numpy(), counts_B)
@@ -277,8 +308,12 @@ def digest(tokens: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest(), "little")
 
 
-def _batches(path: Path, columns: list[str]) -> Iterator[Any]:
-    """Record batches of some columns, in the file's order, a few thousand rows in memory at a time."""
+def read_batches(path: Path, columns: list[str]) -> Iterator[Any]:
+    """Record batches of some columns, in the file's order, a few thousand rows in memory at a time.
+
+    Raises:
+        DataError: no such column, or the file is damaged.
+    """
     import pyarrow.parquet as pq
 
     file = read_parquet(path, lambda: pq.ParquetFile(path, page_checksum_verification=True))

@@ -28,7 +28,7 @@ class RnaBatch(NamedTuple):
     weight_BC: Tensor | None = None  # float32 >= 0, NaN = no such profile
     pairs_3K: Tensor | None = None  # int32: position in the batch, i, j, each pair once; until `to` made bpp_BLL of it
     p_K: Tensor | None = None  # float32
-    label_BC: Tensor | None = None  # bool
+    label_BC: Tensor | None = None  # bool, or float32 or float64, see `RnaExample`
 
     def to(self, device: torch.device) -> "RnaBatch":
         """The same batch on a device, its pairs as matrices there; from pinned memory without waiting."""

@@ -44,7 +44,7 @@ reactivity = [name for name in names if name.startswith("reactivity_0")]
 error = [name for name in names if name.startswith("reactivity_error_")]
 """
 _FINISH = """
-from pipeline.runlog import peak_memory_mib
+from pipeline.memory import peak_memory_mib
 print(peak_memory_mib())
 """
 #: what -> (package, program)

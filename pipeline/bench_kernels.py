@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline import measure
-from pipeline.measure import Bar
+from pipeline.measure import Promise
 from pipeline.training.precision import choose_device
 
 _BATCH, _INNER, _STATE = 8, 512, 16
@@ -46,7 +46,7 @@ _SCANS = {
     "mamba.py pscan": ("mamba_py", "auto", "peers"),
     "transformers, slow path": ("transformers", "auto", "peers"),
 }
-#: pure PyTorch, and not of this project: what the bars compare with
+#: pure PyTorch, and not of this project: what the promises compare with
 _PURE_PYTORCH = ("unbind loop", "associative scan", "mamba.py pscan", "transformers, slow path")
 _CUDA_SCANS = {
     _OURS: ("ours", "auto", ""),
@@ -58,7 +58,7 @@ _CUDA_SCANS = {
 
 
 def run(*, size: Size = "full", rounds: int = 2, record: Path | None = None) -> list[dict[str, Any]]:
-    """Measure, print a table and the bars, and write both as JSON.
+    """Measure, print a table and the promises, and write both as JSON.
 
     Args:
         size: "tiny" shows in a few seconds that everything works.
@@ -73,10 +73,10 @@ def run(*, size: Size = "full", rounds: int = 2, record: Path | None = None) -> 
     results = measure.interleave(cells, module="pipeline.bench_kernels", rounds=rounds, pythons=_PYTHONS)
     found = [(cell, result) for cell, result in zip(cells, results, strict=True) if result is not None]
     rows = _compare(found)
-    bars = [*_scan_bars(rows), *_conv_bars(rows), *_slope_bars(found)]
+    promises = [*_scan_promises(rows), *_conv_promises(rows), *_slope_promises(found)]
     measure.print_table(rows)
-    measure.print_bars(bars)
-    measure.record(record or measure.RECORDS / f"kernels-{measure.machine_class()}.json", rows=rows, bars=bars)
+    measure.print_promises(promises)
+    measure.record(record or measure.RECORDS / f"kernels-{measure.machine_class()}.json", rows=rows, promises=promises)
     return rows
 
 
@@ -322,47 +322,47 @@ def _shape(cell: Cell) -> str:
     return f"B{_batch(length)} L{length} E{_INNER}" + (f" N{_STATE}" if cell["what"] == "scan" else "")
 
 
-def _scan_bars(rows: Sequence[dict[str, Any]]) -> list[Bar]:
-    bars = []
+def _scan_promises(rows: Sequence[dict[str, Any]]) -> list[Promise]:
+    promises = []
     scans = [row for row in rows if row["what"] == "scan, forward + backward"]
     for threads in sorted({row["threads"] for row in scans}):
         for shape in dict.fromkeys(row["shape"] for row in scans):
             here = [row for row in scans if row["shape"] == shape and row["threads"] == threads]
             where = _where(shape, threads)
-            bars += _cuda_scan_bars(here, where) if threads == 0 else _cpu_scan_bars(here, where)
-    return bars
+            promises += _cuda_scan_promises(here, where) if threads == 0 else _cpu_scan_promises(here, where)
+    return promises
 
 
-def _cpu_scan_bars(rows: Sequence[dict[str, Any]], where: str) -> list[Bar]:
+def _cpu_scan_promises(rows: Sequence[dict[str, Any]], where: str) -> list[Promise]:
     pure = [row for row in rows if row["peer_name"] in _PURE_PYTORCH]
     if not pure:
         return []
     fastest = min(pure, key=lambda row: row["peer"])
     wanted = 10.0 if int(where.split()[1][1:]) >= 512 else 1.0
-    bars = [Bar(f"scan at {where}, times as fast as {fastest['peer_name']}", fastest["ratio"], wanted)]
+    promises = [Promise(f"scan at {where}, times as fast as {fastest['peer_name']}", fastest["ratio"], wanted)]
     if wanted > 1:
         share = fastest["peak_mib"] / max(fastest["peer_peak_mib"], 1)
-        bars.append(Bar(f"scan at {where}, share of that peer's memory", share, 0.2, at_most=True))
-    return bars
+        promises.append(Promise(f"scan at {where}, share of that peer's memory", share, 0.2, at_most=True))
+    return promises
 
 
-def _cuda_scan_bars(rows: Sequence[dict[str, Any]], where: str) -> list[Bar]:
+def _cuda_scan_promises(rows: Sequence[dict[str, Any]], where: str) -> list[Promise]:
     peaks = {row["peer_name"]: row["peer"] for row in rows}
     if not {"ours, triton", "mamba-ssm"} <= peaks.keys():
         return []
     wanted = 0.8 if " L177 " in where else 1 / 1.5
-    return [Bar(f"own scan at {where}, speed over mamba-ssm's", peaks["mamba-ssm"] / peaks["ours, triton"], wanted)]
+    return [Promise(f"own scan at {where}, speed over mamba-ssm's", peaks["mamba-ssm"] / peaks["ours, triton"], wanted)]
 
 
-def _conv_bars(rows: Sequence[dict[str, Any]]) -> list[Bar]:
+def _conv_promises(rows: Sequence[dict[str, Any]]) -> list[Promise]:
     return [
-        Bar(f"{row['what']} at {_where(row['shape'], row['threads'])}, times as fast as {_RFFT}", row["ratio"], 1.0)
+        Promise(f"{row['what']} at {_where(row['shape'], row['threads'])}, times as fast as {_RFFT}", row["ratio"], 1.0)
         for row in rows
         if row["peer_name"] == _RFFT and row["ratio"]
     ]
 
 
-def _slope_bars(found: Sequence[tuple[Cell, dict[str, Any]]]) -> list[Bar]:
+def _slope_promises(found: Sequence[tuple[Cell, dict[str, Any]]]) -> list[Promise]:
     """Exponent of time in length, over the top octave and from 65,536 on: of the convolution; on a GPU, of the scan."""
     slopes = [
         (_where("conv", c["threads"]), c["start"], c["length"], r["slope"]) for c, r in found if c["who"] == _SLOPE
@@ -377,7 +377,7 @@ def _slope_bars(found: Sequence[tuple[Cell, dict[str, Any]]]) -> list[Bar]:
         starts = sorted({octave, 2**16} & times.keys() - {long})
         slopes += [("scan", n, long, math.log(times[long] / times[n]) / math.log(long / n)) for n in starts]
     return [
-        Bar(f"slope of our time, {what}, from L {short:,} to {long:,}", slope, 1.15, at_most=True)
+        Promise(f"slope of our time, {what}, from L {short:,} to {long:,}", slope, 1.15, at_most=True)
         for what, short, long, slope in slopes
     ]
 

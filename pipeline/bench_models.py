@@ -17,7 +17,8 @@ from models.interface import RnaInputs
 from models.registry import create_model
 from pipeline import measure
 from pipeline.config import load_config
-from pipeline.measure import Bar
+from pipeline.measure import Promise
+from pipeline.memory import free_bytes
 from pipeline.training.optim import make_optimizer
 from pipeline.training.precision import choose_device, choose_precision
 
@@ -28,6 +29,7 @@ _THREADS = 2
 _BASES = ("ribonanza_mamba", "transformer_sepconv", "hyena", "drsn")
 _SMALL = tuple(f"small_{name}" for name in _BASES)
 _PEER_GIB = 5.4  # that a sequence takes in training, in fp32
+_SHARE = "memory a sequence in training, share of the peer's"
 _MILLION = 1_000_000
 
 Size = Literal["full", "tiny"]
@@ -35,7 +37,7 @@ Cell = dict[str, Any]
 
 
 def run(*, size: Size = "full", rounds: int = 2, record: Path | None = None) -> list[dict[str, Any]]:
-    """Measure, print a table and the bars, and write both as JSON.
+    """Measure, print a table and the promises, and write both as JSON.
 
     Args:
         size: "tiny" shows in a few seconds that everything works.
@@ -50,11 +52,11 @@ def run(*, size: Size = "full", rounds: int = 2, record: Path | None = None) -> 
     cells = _tiny_cells() if size == "tiny" else _cuda_cells() if on_gpu else _cpu_cells()
     results = measure.interleave(cells, module="pipeline.bench_models", rounds=rounds, slow=45.0, pythons={})
     rows = [_row(cell, result) for cell, result in zip(cells, results, strict=True)]
-    bars = _cuda_bars(rows) if on_gpu else _cpu_bars(rows)
+    promises = _cuda_promises(rows) if on_gpu else _cpu_promises(rows)
     measure.print_table(rows)
-    measure.print_bars(bars)
+    measure.print_promises(promises)
     path = record or measure.RECORDS / f"models-{measure.machine_class()}.json"
-    measure.record(path, rows=rows, bars=bars, threads=None if on_gpu else _THREADS)
+    measure.record(path, rows=rows, promises=promises, threads=None if on_gpu else _THREADS)
     return rows
 
 
@@ -91,9 +93,7 @@ def _cell(
 
 def _peer_batch() -> int:
     """Two sequences, or one where there is no memory for two."""
-    from pipeline.plan import available_bytes  # draws tables with rich, which a GPU machine may not have
-
-    return 2 if available_bytes(torch.device("cpu")) > 2.2 * _PEER_GIB * 2**30 else 1
+    return 2 if free_bytes().size > 2.2 * _PEER_GIB * 2**30 else 1
 
 
 # --- one measurement, in its own process ---
@@ -173,31 +173,31 @@ def _find(rows: list[dict[str, Any]], model: str, **wanted: Any) -> dict[str, An
     return next((row for row in fitting if row["train"] is not None), None)
 
 
-def _cpu_bars(rows: list[dict[str, Any]]) -> list[Bar]:
+def _cpu_promises(rows: list[dict[str, Any]]) -> list[Promise]:
     ours, small, peer = (_find(rows, name, precision="fp32") for name in (_BASES[0], _SMALL[0], PEER))
-    bars = [] if small is None else [Bar("small_ribonanza_mamba trains, tokens/s", small["train"], 1500)]
+    promises = [] if small is None else [Promise("small_ribonanza_mamba trains, tokens/s", small["train"], 1500)]
     if ours is None or peer is None:
-        return bars
+        return promises
     return [
-        Bar(f"ribonanza_mamba trains, times {PEER}'s tokens/s", ours["train"] / peer["train"], 20),
-        Bar(f"ribonanza_mamba predicts, times {PEER}'s tokens/s", ours["forward"] / peer["forward"], 10),
-        Bar("memory a sequence in training, share of the peer's", ours["peak_mib"] / peer["peak_mib"], 0.1, True),
-        *bars,
+        Promise(f"ribonanza_mamba trains, times {PEER}'s tokens/s", ours["train"] / peer["train"], 20),
+        Promise(f"ribonanza_mamba predicts, times {PEER}'s tokens/s", ours["forward"] / peer["forward"], 10),
+        Promise(_SHARE, ours["peak_mib"] / peer["peak_mib"], 0.1, True),
+        *promises,
     ]
 
 
-def _cuda_bars(rows: list[dict[str, Any]]) -> list[Bar]:
+def _cuda_promises(rows: list[dict[str, Any]]) -> list[Promise]:
     ours, again = (_find(rows, _BASES[0], batch=64, checkpointing=every) for every in (0, 1))
-    peer, bars = _find(rows, PEER), []
+    peer, promises = _find(rows, PEER), []
     if ours and peer:
-        bars = [
-            Bar(f"ribonanza_mamba trains, times {PEER}'s tokens/s", ours["train"] / peer["train"], 5),
-            Bar("memory a sequence in training, share of the peer's", ours["peak_mib"] / peer["peak_mib"], 0.5, True),
+        promises = [
+            Promise(f"ribonanza_mamba trains, times {PEER}'s tokens/s", ours["train"] / peer["train"], 5),
+            Promise(_SHARE, ours["peak_mib"] / peer["peak_mib"], 0.5, True),
         ]
     if ours and again:
-        bars.append(Bar("gradient checkpointing, extra time", ours["train"] / again["train"] - 1, 0.35, True))
+        promises.append(Promise("gradient checkpointing, extra time", ours["train"] / again["train"] - 1, 0.35, True))
     million = _find(rows, "hyena", length=_MILLION, checkpointing=1)
-    return [*bars, Bar("hyena trains at a million nt, tokens/s", million["train"] if million else 0, 1)]
+    return [*promises, Promise("hyena trains at a million nt, tokens/s", million["train"] if million else 0, 1)]
 
 
 if __name__ == "__main__":

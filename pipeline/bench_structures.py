@@ -59,7 +59,7 @@ def run(paths: Paths, *, split: str, network: str) -> None:
                 row |= {f"{stage}, s": found.get("seconds"), f"{stage}, MiB": found.get("peak_mib")}
             rows.append(row)
     measure.print_table(rows)
-    measure.record(measure.RECORDS / f"structures-{measure.machine_class()}.json", rows=rows, bars=[], threads=1)
+    measure.record(measure.RECORDS / f"structures-{measure.machine_class()}.json", rows=rows, promises=[], threads=1)
 
 
 def write_target(own: Paths, *, like: Paths, length: int) -> None:

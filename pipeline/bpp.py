@@ -30,8 +30,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from pipeline import viennarna
-from pipeline.classes import read_classes
 from pipeline.errors import ConfigError, DataError, PipelineError, StoppedError, StorageError
+from pipeline.labels import read_labels
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, say
 from pipeline.stage import Report, read_manifest, run_stage, sha256_file
@@ -121,10 +121,12 @@ def _program_version(paths: Paths) -> str:
 
 
 def _foldable(paths: Paths, tables: Sequence[str]) -> Sequence[str]:
-    """The tables to fold: a labelled set may have no test set, and must not be of proteins."""
-    if not paths.clean("classes").is_file():
+    """The tables to fold: a set of one's own may have no test set, and must not be of proteins."""
+    if paths.clean("profiles").is_file():
+        return [table for table in tables if table != "test" or paths.clean(table).is_file()]
+    if not any(paths.clean(kind).is_file() for kind in ("classes", "numbers")):
         return tables
-    if not read_classes(paths).is_nucleic:
+    if not read_labels(paths).is_nucleic:
         raise ConfigError(f"bpp: {paths.comp} holds proteins; expected RNA or DNA. Next: use_bpp = false.")
     return [table for table in tables if table != "test" or paths.clean(table).is_file()]
 

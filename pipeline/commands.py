@@ -5,6 +5,7 @@ some of these and repeat some; here, at the door, the rest is put in: where a ve
 """
 
 import contextlib
+import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,8 +20,10 @@ VARIABLES = {
     "tag": ("TAG", ""),
     "set_": ("SET", ""),
     "name": ("NAME", "all"),
+    "single_run": ("RUN", ""),
     "slug": ("SLUG", ""),
     "artifacts": ("ARTIFACTS", "artifacts"),
+    "py": ("PY", ".venv/bin/python"),  # of no verb: the Makefile leaves word of it
 }
 _VALUE = r"""(?:<[^>]*>|'[^']*'|"[^"]*"|[^\s'"<])+?"""
 _END = r"(?=[.,;:)`]*(?:\s|$))"  # a sentence may go on after it
@@ -47,6 +50,7 @@ def remember(given: Mapping[str, object], *, verbs: Mapping[str, Iterable[str]])
         verbs: verb -> its parameters. Two targets are no verbs: train-bg is train with ALL=1 or a fold, train-all has
             neither.
     """
+    given = {**given, "py": os.environ.get("RNA_PY")}
     _given.update(
         (variable, text)
         for name, (variable, preset) in VARIABLES.items()
@@ -54,7 +58,9 @@ def remember(given: Mapping[str, object], *, verbs: Mapping[str, Iterable[str]])
     )
     if "ALL" in _given:
         _given.pop("FOLD", None)
-    _takes.update((verb, {VARIABLES[name][0] for name in names if name in VARIABLES}) for verb, names in verbs.items())
+    _takes.update(
+        (verb, {VARIABLES[name][0] for name in ("py", *names) if name in VARIABLES}) for verb, names in verbs.items()
+    )
     train = _takes.get("train", set())
     _takes.update({"train": train - {"ALL"}, "train-bg": train, "train-all": train - {"ALL", "FOLD"}})
 

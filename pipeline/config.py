@@ -30,6 +30,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "crop": (0, math.inf),
     "flip": (0, 1),
     "length_bucket": (0, math.inf),
+    "pseudo_weight": (0, math.inf),
     "seed": (0, 2**63 - 1),
     "epochs": (1, math.inf),
     "batch_size": (1, math.inf),
@@ -81,6 +82,9 @@ class DataConfig:
     weighting: typing.Literal["log1p_sn", "uniform"] = "log1p_sn"  # of a profile in the loss
     flip: float = 0.0  # probability of reversing a training sequence 5'-3'
     length_bucket: int = 64  # batches that are sorted by length together; 0 = no bucketing
+    # runs whose predictions of the test set train too, commas between: for each fold its own networks'; "" = none
+    pseudo: str = ""
+    pseudo_weight: float = 0.5  # of each such sequence in the loss, as a share of a training profile's mean; 0 = none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +99,7 @@ class TrainConfig:
     batch_size: int = 64  # sequences an optimiser step, over all devices
     # sequences a forward pass: 0 = batch_size, less = gradient accumulation, "auto" = halved when memory runs out
     micro_batch: int | typing.Literal["auto"] = 0
-    # "adamw", or the name of another of timm's, whose best lr is its own ("muon", "lion", …)
+    # "adamw", "muon", or the name of another of timm's, whose best lr is its own ("nadamw", "lion", …)
     optimizer: str = "adamw"
     lr: float = 2e-3
     # of what model.init began: its learning rate as a share of the new heads' lr; 0 keeps it as it was loaded
@@ -132,12 +136,12 @@ class TrainConfig:
         if not re.fullmatch(r"([1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*)?", self.length_stages):
             raise ConfigError(
                 f"[train] length_stages: got {self.length_stages!r}; expected <nt>x<epochs>, with commas between. "
-                "Next: '64x1,128x2', for example."
+                "Next: write '64x1,128x2', for example."
             )
         if self.sharding == "fsdp2" and self.optimizer != "adamw":
             raise ConfigError(
                 f"[train] optimizer: got {self.optimizer!r} with sharding = 'fsdp2', which knows 'adamw' alone. Next: "
-                "one of the two, not both."
+                "leave one of the two out."
             )
 
     def settled(self, sequences: int) -> "TrainConfig":
@@ -208,8 +212,8 @@ def find_config(name: str) -> Path:
         near = difflib.get_close_matches(name, list_configs(), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"MODEL={name!r} is not known; expected one of {', '.join(list_configs())}.{hint} Next: one of "
-            "these, or the path of a TOML file."
+            f"MODEL={name!r} is not known; expected one of {', '.join(list_configs())}.{hint} Next: name one "
+            "of these, or give the path of a TOML file."
         )
     return path
 
@@ -249,7 +253,7 @@ def _apply_override(tree: dict, item: str) -> None:
     for name in parents:
         node = node.setdefault(name, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"--set {item!r}: {name!r} is a value, not a section. Next: section.key=value.")
+            raise ConfigError(f"--set {item!r}: {name!r} is a value, not a section. Next: write section.key=value.")
     node[leaf] = value
 
 
@@ -259,14 +263,14 @@ def _build(cls: type, tree: dict, *, where: str) -> typing.Any:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ConfigError(f"{where}: unknown key {key!r}{hint} Next: one of {', '.join(sorted(known))}.")
+            raise ConfigError(f"{where}: unknown key {key!r}{hint} Next: write one of {', '.join(sorted(known))}.")
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in tree.items():
         kind, spot = hints[key], f"{where}: {key}"
         if is_dataclass(kind):
             if not isinstance(value, dict):
-                raise ConfigError(f"{spot}: got {value!r}; expected a section. Next: [{key}] and its settings below.")
+                raise ConfigError(f"{spot}: got {value!r}; expected a section. Next: write [{key}] and its settings below.")
             values[key] = _build(typing.cast(type, kind), value, where=spot)
         else:
             values[key] = _check(value, kind, where=spot)

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.arrays import Table, build_arrays, build_bpp, digest, read_parquet
-from pipeline.classes import Classes, read_classes
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
+from pipeline.labels import Labels, read_labels
 from pipeline.paths import Paths, how_to_make
 from pipeline.schema import ALPHABET, decode, folds_of_other_data
 
@@ -31,7 +31,8 @@ class RnaExample(NamedTuple):
     weight_C: np.ndarray | None = None  # float32
     bpp_ij_K2: np.ndarray | None = None  # uint16
     bpp_p_K: np.ndarray | None = None  # float32 in (0, 1]
-    label_C: np.ndarray | None = None  # bool, whether the sequence is of each class
+    #: bool, whether the sequence is of each class; float32 = how probably; numbers float64, NaN = not measured
+    label_C: np.ndarray | None = None
 
 
 def crop(example: RnaExample, *, start: int, length: int) -> RnaExample:
@@ -98,21 +99,25 @@ class ExampleSet(_Mapped):
     weights_NC: np.ndarray | None = None
     scored_N: np.ndarray | None = None  # bool: counts in the organisers' metric
     bpp: BppArrays | None = None
-    labels_NC: np.ndarray | None = None  # bool
-    classes: Classes | None = None  # of a labelled set, for the test table too
+    labels_NC: np.ndarray | None = None  # bool; of numbers float64, of pseudo-labels float32
+    labels: Labels | None = None  # what they are, of a labelled set, for the test table too
     crop: int = 0  # nt; only the middle of each example is seen, as its length too; 0 = all of it
+    more: "ExampleSet | None" = None  # whose positions follow those of this set
 
     def __len__(self) -> int:
-        return len(self.ids_N)
+        return len(self.ids_N) + (len(self.more) if self.more is not None else 0)
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """Nucleotides of each example: [N] int64."""
         whole_N = np.diff(self.offsets)
-        return np.minimum(whole_N, self.crop) if self.crop else whole_N
+        own_N = np.minimum(whole_N, self.crop) if self.crop else whole_N
+        return own_N if self.more is None else np.concatenate([own_N, self.more.lengths])
 
     def example(self, index: int) -> RnaExample:
         """One example; its arrays are views of the files and cannot be written to."""
+        if self.more is not None and index >= len(self.ids_N):
+            return self.more.example(index - len(self.ids_N))
         start, stop = self.offsets[index], self.offsets[index + 1]
         example = RnaExample(
             self.ids_N[index].decode(),
@@ -135,7 +140,7 @@ def open_examples(
     paths: Paths,
     table: Table,
     bpp: bool = False,
-    classes: Classes | None = None,
+    labels: Labels | None = None,
     crop: int = 0,
 ) -> ExampleSet:
     """Memory-map the arrays of a clean table, and build them first if they are missing or of other data.
@@ -147,24 +152,24 @@ def open_examples(
         paths: where the tables and arrays are.
         table: ``train`` (with targets) or ``test``.
         bpp: also open the base-pair probabilities.
-        classes: of a labelled set, where they are not on this machine; None = as the data stage found them.
+        labels: of a labelled set, where they are not on this machine; None = as the data stage found them.
         crop: show the middle of each sequence, so many nt, alone; 0 = all of it.
 
     Raises:
         DataError: no clean table, or one that does not keep its schema; a sequence without a middle.
         ConfigError: base-pair probabilities are asked for and were not computed, or make no sense.
     """
-    if competition.task == "classes":
-        classes = classes or read_classes(paths)
-        if bpp and not classes.is_nucleic:
+    if competition.has_labels:
+        labels = labels or read_labels(paths)
+        if bpp and not labels.is_nucleic:
             raise ConfigError(
                 f"{paths.comp}: base-pair probabilities of proteins; expected RNA or DNA. "
                 "Next: SET='model.kwargs.use_bpp=false'."
             )
-    folder = build_arrays(competition, paths=paths, table=table, classes=classes).outputs["arrays"]
-    truth = ("labels" if classes else "targets", "weights", "scored") if table == "train" else ()
+    folder = build_arrays(competition, paths=paths, table=table, labels=labels).outputs["arrays"]
+    truth = ("labels" if labels else "targets", "weights", "scored") if table == "train" else ()
     names = ("tokens", "offsets", "ids", *truth)
-    arrays = _open_arrays(folder, names)
+    arrays = open_arrays(folder, names)
     examples = ExampleSet(
         key=folder.name,
         tokens_T=arrays["tokens"],
@@ -175,7 +180,7 @@ def open_examples(
         scored_N=arrays.get("scored"),
         bpp=_open_bpp(arrays["tokens"], arrays["offsets"], paths=paths) if bpp else None,
         labels_NC=arrays.get("labels"),
-        classes=classes,
+        labels=labels,
         crop=crop,
     )
     if crop and table == "train":  # a hidden test sequence is predicted from what is nearest to its middle
@@ -240,7 +245,7 @@ def fold_members(fold_N: np.ndarray, fold: int, *, where: str) -> np.ndarray:
     return fold_N == fold
 
 
-def _open_arrays(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+def open_arrays(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Name -> memory map.
 
     Raises:
@@ -258,7 +263,7 @@ def _open_arrays(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 def _open_bpp(tokens_T: np.ndarray, offsets: np.ndarray, *, paths: Paths) -> BppArrays:
     """Base-pair probabilities for every sequence of a table."""
     folder = build_bpp(paths).outputs["arrays"]
-    digests_M, starts, ij_K2, p_K = _open_arrays(folder, ("digests", "offsets", "ij", "p")).values()
+    digests_M, starts, ij_K2, p_K = open_arrays(folder, ("digests", "offsets", "ij", "p")).values()
     pairs = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
     wanted_N = np.fromiter((digest(tokens_T[i:j].tobytes()) for i, j in pairs), np.uint64, len(offsets) - 1)
     order = np.argsort(digests_M)

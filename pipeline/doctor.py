@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from pipeline.memory import free_bytes
+
 _KAGGLE_FILES = ("kaggle.json", "access_token", "access_token.txt")
 _KAGGLE_VARIABLES = ("KAGGLE_API_TOKEN", "KAGGLE_KEY")
 
@@ -39,7 +41,7 @@ def examine(artifacts: Path) -> list[Finding]:
         _python(),
         *_torch(),
         *_fast_kernels(),
-        _package("timm", "timm", "train.optimizer knows AdamW alone"),
+        _package("timm", "timm", "train.optimizer knows AdamW and Muon alone"),
         _viennarna(),
         _program("mmseqs", "make bench-folds compares with it", "make bench-folds does without it"),
         _program("USalign", "TM-scores can be checked with US-align", "the built-in TM-score is used"),
@@ -111,8 +113,9 @@ def _resources(artifacts: Path) -> Iterator[Finding]:
     usage = shutil.disk_usage(folder)
     free, total = usage.free / 2**30, usage.total / 2**30
     yield Finding("disk", "ok" if free > 10 else "problem", f"{free:.0f} GiB free of {total:.0f} at {folder}")
-    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    yield Finding("memory", "ok", f"{pages * size / 2**30:.0f} GiB")
+    pages, size, room = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE"), free_bytes()
+    limit = f" (limit: {room.limit})" if room.limit else ""
+    yield Finding("memory", "ok", f"{room.size / 2**30:.1f} GiB free{limit} of {pages * size / 2**30:.0f}")
 
 
 def _kaggle() -> Iterator[Finding]:

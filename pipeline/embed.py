@@ -21,20 +21,20 @@ from models.interface import RnaModel
 from pipeline import bpp
 from pipeline.arrays import create_scratch
 from pipeline.competitions.base import Competition
-from pipeline.competitions.labelled import read_sequences
 from pipeline.config import config_from_dict
 from pipeline.dataset import open_examples
-from pipeline.errors import ConfigError, DataError
 from pipeline.inference import (
     Job,
+    as_trained,
     both_ways,
-    classes_of,
     in_batches,
     inputs_of,
     load_network,
     not_finite,
+    require_labels,
     with_best_checkpoint,
 )
+from pipeline.own_file import read, require_file
 from pipeline.paths import Paths
 from pipeline.schema import ALPHABET
 from pipeline.stage import Report, run_stage
@@ -50,7 +50,7 @@ def run(
     *,
     competition: Competition,
     paths: Paths,
-    run: str,
+    run: str | Path,
     fold: int,
     per_nucleotide: bool = False,
     batch_tokens: int = 65_536,
@@ -65,7 +65,7 @@ def run(
         source: FASTA, CSV, TSV or parquet, see `pipeline.competitions.labelled.read_sequences`.
         competition: the one that the run was trained on.
         paths: where runs are; below ``embeddings/<name of the file>/`` all is written.
-        run: name of the run.
+        run: name of the run, or its folder where that lies elsewhere.
         fold: trained fold.
         per_nucleotide: also write an embedding of every nucleotide.
         batch_tokens: padded nucleotides of a batch; halved when memory runs out. Changes no embedding.
@@ -80,10 +80,7 @@ def run(
         StorageError: every checkpoint is damaged, or a single sequence does not fit into memory.
         StoppedError: asked to stop; nothing is left half-written.
     """
-    if source == Path():
-        raise ConfigError("embed: no file given; expected sequences. Next: make embed FILE=my.fasta.")
-    if not source.is_file():
-        raise DataError(f"{source}: no such file. Next: make embed FILE=<FASTA, CSV, TSV or parquet>.")
+    require_file(source, verb="embed")
     work = partial(
         _run, source, competition=competition, paths=paths, per_nucleotide=per_nucleotide, batch_tokens=batch_tokens
     )
@@ -102,16 +99,17 @@ def _run(
     batch_tokens: int,
 ) -> Report:
     config = config_from_dict(meta["config"], where=f"{checkpoint}/meta.json")
-    classes = classes_of(meta, paths, where=checkpoint)
+    competition = as_trained(competition, meta)
+    labels = require_labels(meta, paths, where=checkpoint)
     folder = paths.embeddings_dir(Path(source.name.removesuffix(".gz")).stem)
     own = replace(paths, root=folder)  # the file is the test set of a competition of its own
-    alphabet = classes.alphabet if classes else ALPHABET
-    read = _read(source, own, alphabet=alphabet)
+    alphabet = labels.alphabet if labels else ALPHABET
+    odd_letters = read(source, own, alphabet=alphabet).facts["odd_letters"]
     uses_bpp = "bpp" in meta["data"]
     if uses_bpp:
         bpp.run(own, tables=("test",))
     crop = config.data.crop
-    examples = open_examples(competition, paths=own, table="test", bpp=uses_bpp, classes=classes, crop=crop)
+    examples = open_examples(competition, paths=own, table="test", bpp=uses_bpp, labels=labels, crop=crop)
     params = {"version": _VERSION, "flipped": config.data.flip > 0, "per_nucleotide": per_nucleotide}
     params |= {"unfinished": True} if unfinished else {}
     label = f"{meta['run']}.fold{meta['fold']}"
@@ -133,27 +131,13 @@ def _run(
             with in_one_sentence(f"embeddings by {label}"):
                 _write(job, parts["embeddings"], label=label, width=width, per_nucleotide=per_nucleotide)
             facts = {"sequences": len(examples), "nucleotides": int(examples.lengths.sum()), "width": width}
-            return facts | {"odd_letters": read.facts["odd_letters"], "step": meta["step"]}
+            return facts | {"odd_letters": odd_letters, "step": meta["step"]}
 
         table = folder / f"{label}.parquet"
         kept: dict[str, Any] = {"manifest": table.with_suffix(".manifest.json"), "params": params}
         return run_stage(
             "embed", inputs=inputs_of(checkpoint, examples, own), outputs={"embeddings": table}, build=build, **kept
         )
-
-
-def _read(source: Path, own: Paths, *, alphabet: str) -> Report:
-    """The file's sequences as a clean test table."""
-
-    def build(parts: dict[str, Path]) -> dict[str, Any]:
-        frame, odd = read_sequences(source, alphabet=alphabet)
-        frame.write_parquet(parts["test"], compression="zstd")
-        return {"sequences": frame.height, "odd_letters": odd}
-
-    columns = source.with_name("columns.toml")
-    inputs = {"sequences": source} | ({"columns": columns} if columns.is_file() else {})
-    params = {"version": _VERSION, "alphabet": alphabet}
-    return run_stage("embed-sequences", inputs=inputs, outputs={"test": own.clean("test")}, params=params, build=build)
 
 
 def _write(job: Job, path: Path, *, label: str, width: int, per_nucleotide: bool) -> None:

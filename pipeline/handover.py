@@ -79,6 +79,7 @@ def _trained(paths: Paths, run: str, fold: int) -> dict[str, Any]:
     return {key: starts[-1].get(key, "") for key in kept} | {
         "config": meta["config"],
         "initial": meta.get("initial"),
+        "pseudo": list(meta["data"].get("pseudo", {}).get("runs", ())),
         "steps": meta["step"],
         "finished": meta["progress"]["finished"],
         "seconds": _seconds(rows),
@@ -184,7 +185,7 @@ def _readme(
             )
     stages = [run for run in told["runs"] if is_stage(run)]
     if stages:
-        how = "by counting words" if competition.task == "classes" else "from pairing and known structures"
+        how = "by counting words" if competition.has_labels else "from pairing and known structures"
         lines += ["", *(f"{run}: without a network, {how}." for run in stages)]
     if spare := policy.get("spare"):
         lines += ["", *(f"{run}: in reserve, used where the others have fewer than five." for run in spare)]
@@ -196,6 +197,10 @@ def _readme(
     ]
     if began:
         lines += ["", "## Weights that runs began with (model.init); train those runs first", "", *began]
+    learned = [f"- {run}: {', '.join(taught)}" for run, folds in trained.items() if (taught := folds[0]["pseudo"])]
+    if learned:
+        title = "Predictions that runs learned from (data.pseudo); train these runs, and predict the test set, first"
+        lines += ["", f"## {title}", "", *learned]
     lines += ["", "## Settings of the runs", ""]
     for run, folds in trained.items():
         lines += [f"{run}:", "", "```json", json.dumps(folds[0]["config"], indent=2, sort_keys=True), "```", ""]

@@ -18,14 +18,15 @@ from models.interface import RnaInputs, RnaModel
 from models.layers.embedding import InputEmbedding
 from pipeline.augment import flip
 from pipeline.batch import make_batch
-from pipeline.classes import Classes, read_classes
 from pipeline.competitions.base import Competition
 from pipeline.config import RunConfig
 from pipeline.dataset import ExampleSet
 from pipeline.errors import ConfigError, DataError, DivergedError, StoppedError, StorageError
+from pipeline.labels import Labels, labels_of, read_labels
 from pipeline.packing import STRUCTURE_PAIRS, plan_by_tokens
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, say, warn
+from pipeline.runs import SWEEP
 from pipeline.stage import Report
 from pipeline.train import build_model
 from pipeline.training.checkpoint import CheckpointStore, DamagedError, load_weights, read_meta
@@ -52,7 +53,12 @@ class Job:
 
 
 def with_best_checkpoint(
-    work: Callable[[Path, dict[str, Any], bool], Report], *, competition: Competition, paths: Paths, run: str, fold: int
+    work: Callable[[Path, dict[str, Any], bool], Report],
+    *,
+    competition: Competition,
+    paths: Paths,
+    run: str | Path,
+    fold: int,
 ) -> Report:
     """Do something with the best checkpoint of a fold; again where a training at work replaced it meanwhile.
 
@@ -60,7 +66,7 @@ def with_best_checkpoint(
         work: takes the checkpoint's folder, its meta, and whether its training is unfinished.
         competition: the one that the run has to be of.
         paths: where runs are.
-        run: name of the run.
+        run: name of the run, or its folder where that lies elsewhere.
         fold: trained fold.
 
     Raises:
@@ -76,7 +82,7 @@ def with_best_checkpoint(
             meta = meta_of(path)
             if meta["competition"] != competition.name:
                 got = f"{path}: trained on {meta['competition']}"
-                raise ConfigError(f"{got}; expected {competition.name}. Next: COMP=….")
+                raise ConfigError(f"{got}; expected {competition.name}. Next: COMP={meta['competition']}.")
             return work(path, meta, _is_unfinished(store, meta))
         except (DataError, StorageError):
             if path.is_dir() or not tries_left:
@@ -100,7 +106,7 @@ def _require_begun(store: CheckpointStore, paths: Paths) -> None:
         return
     trained: dict[str, list[str]] = {}
     for folder in sorted({path.parents[1] for path in paths.home.glob("runs/*/fold*/checkpoints/step-*")}):
-        if "+sweep-" not in folder.parent.name:
+        if f"+{SWEEP}" not in folder.parent.name:
             trained.setdefault(folder.parent.name, []).append(folder.name)
     there = ", ".join(f"{run} ({', '.join(folds)})" for run, folds in trained.items()) or "no run at all"
     raise DataError(
@@ -117,18 +123,33 @@ def inputs_of(checkpoint: Path, examples: ExampleSet, paths: Paths) -> dict[str,
     return {"checkpoint": checkpoint / "meta.json"} | metas
 
 
-def classes_of(meta: dict[str, Any], paths: Paths, *, where: Path) -> Classes | None:
-    """The classes that a checkpoint was trained on, which must be those of the data, where these are here."""
-    if "classes" not in meta:
-        return None
-    classes = Classes.of(meta["classes"])
-    changed = classes.difference(read_classes(paths)) if paths.clean("classes").is_file() else ""
-    if changed:
+def as_trained(competition: Competition, meta: dict[str, Any]) -> Competition:
+    """The competition as the data of a checkpoint said that it is, where no clean tables here say so.
+
+    Raises:
+        ConfigError: they have other targets; of labels `require_labels` says more.
+    """
+    trained = competition.with_facts(meta.get("facts") or {})
+    if competition.facts and not competition.has_labels and competition.targets != trained.targets:
         raise ConfigError(
-            f"{where}: trained on other data than those of {paths.clean('classes')}: {changed}. Next: train again, or "
-            f"make data COMP={paths.comp} with the earlier files."
+            f"{meta['run']} fold{meta['fold']}: trained on {', '.join(trained.targets)}; the data have "
+            f"{', '.join(competition.targets)}. Next: train again, or make data COMP={competition.name} with the "
+            "earlier files."
         )
-    return classes
+    return competition if competition.facts else trained
+
+
+def require_labels(meta: dict[str, Any], paths: Paths, *, where: Path) -> Labels | None:
+    """Classes or numbers that a checkpoint was trained on, which must be those of the data, where these are here."""
+    labels = labels_of(meta)
+    if labels and any(paths.clean(kind).is_file() for kind in ("classes", "numbers")):
+        changed = labels.difference(read_labels(paths))
+        if changed:
+            raise ConfigError(
+                f"{where}: trained on other data than those in {paths.clean('train').parent}: {changed}. Next: train "
+                f"again, or make data COMP={paths.comp} with the earlier files."
+            )
+    return labels
 
 
 def meta_of(path: Path) -> dict[str, Any]:
@@ -146,22 +167,22 @@ def _damaged(path: Path, err: DamagedError) -> StorageError:
 def load_network(job: Job) -> tuple[RnaModel, torch.device]:
     """The network with the weights that predict, on the best device."""
     device = choose_device()
-    model = build_model(job.config.model, job.competition, job.examples.classes)
+    model = build_model(job.config.model, job.competition, job.examples.labels)
     try:
         model.load_state_dict(load_weights(job.checkpoint))
     except DamagedError as err:
         raise _damaged(job.checkpoint, err) from err
     merge_adapters(model)
-    if job.examples.classes:
-        take_unknown_letters(model, job.examples.classes)
+    if job.examples.labels:
+        take_unknown_letters(model, job.examples.labels)
     return model.to(device).eval(), device
 
 
-def take_unknown_letters(model: RnaModel, classes: Classes) -> None:
+def take_unknown_letters(model: RnaModel, labels: Labels) -> None:
     """Let a network read the letters of test sequences that no training sequence had, as nothing."""
     for module in model.modules():
         if isinstance(module, InputEmbedding):
-            module.widen(len(classes.readable))
+            module.widen(len(labels.readable))
 
 
 def in_batches(

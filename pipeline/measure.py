@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pipeline.errors import PipelineError
+from pipeline.memory import peak_memory_mib, resident_mib
 from pipeline.paths import REPOSITORY
 from pipeline.stage import versions, write_json
 
@@ -29,10 +30,11 @@ RECORDS = REPOSITORY / "tests" / "benchmarks"
 #: The interpreter of the environment that holds the peers; `make bench-kernels` creates it.
 PEER_PYTHON = REPOSITORY / ".venv-bench" / "bin" / "python"
 
+_MOST_CALLS, _MOST_TURNS = 30, 200  # however short they are
 _OUT_OF_MEMORY = 3  # exit code of a measurement that did not fit
 
 
-class Bar(NamedTuple):
+class Promise(NamedTuple):
     """A number that the project promises, and what was found."""
 
     what: str
@@ -145,7 +147,7 @@ def _median(results: list[dict[str, Any] | None]) -> dict[str, Any] | None:
     return {key: statistics.median(result[key] for result in kept) for key in kept[0]}
 
 
-def seconds(call: Callable[[], Any], *, at_least: float = 0.6, most: int = 30) -> float:
+def seconds(call: Callable[[], Any], *, at_least: float = 0.6) -> float:
     """Median wall seconds of a call; the first one is left out unless it alone takes `at_least` seconds.
 
     On a GPU it is left out whatever it takes: kernels are compiled in it.
@@ -153,12 +155,12 @@ def seconds(call: Callable[[], Any], *, at_least: float = 0.6, most: int = 30) -
     times: list[float] = []
     if torch.cuda.is_available():
         _once(call)
-    while not times or (sum(times) < at_least and len(times) < most):
+    while not times or (sum(times) < at_least and len(times) < _MOST_CALLS):
         times.append(_once(call))
     return statistics.median(times[1:] or times)
 
 
-def in_turn(*calls: Callable[[], Any], at_least: float = 3.0, fewest: int = 5, most: int = 200) -> list[list[float]]:
+def in_turn(*calls: Callable[[], Any], at_least: float = 3.0, fewest: int = 5) -> list[list[float]]:
     """Wall seconds of calls that are made in turn, after one that is left out: ratios within a turn see one machine.
 
     Returns:
@@ -167,7 +169,7 @@ def in_turn(*calls: Callable[[], Any], at_least: float = 3.0, fewest: int = 5, m
     turns: list[list[float]] = []
     for call in calls:
         call()
-    while len(turns) < fewest or (sum(map(sum, turns)) < at_least and len(turns) < most):
+    while len(turns) < fewest or (sum(map(sum, turns)) < at_least and len(turns) < _MOST_TURNS):
         step = 1 if len(turns) % 2 else -1
         turns.append([_once(call) for call in calls[::step]][::step])
     return turns
@@ -187,30 +189,19 @@ def held_mib() -> float:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
-    return _status_mib("VmRSS")
+    return resident_mib()
 
 
 def peak_mib() -> float:
     """The most memory that was in use; on the GPU since the last `held_mib`."""
-    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else _status_mib("VmHWM")
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else peak_memory_mib()
 
 
-def _status_mib(key: str) -> float:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:  # not Linux: the peak of the process is all there is
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / (1024**2 if sys.platform == "darwin" else 1024)
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
-
-
-def record(path: Path, *, rows: Sequence[dict[str, Any]], bars: Iterable[Bar], **header: Any) -> None:
+def record(path: Path, *, rows: Sequence[dict[str, Any]], promises: Iterable[Promise], **header: Any) -> None:
     """Write the rows below a header that says when, on what and with what they were measured."""
-    told = [bar._asdict() | {"found": round(bar.found, 3), "met": bar.met} for bar in bars]
+    told = [promise._asdict() | {"found": round(promise.found, 3), "met": promise.met} for promise in promises]
     head = {"date": datetime.now(UTC).date().isoformat(), "machine": machine_class(), "versions": versions()}
-    write_json(path, head | header | {"bars": told, "rows": list(rows)})
+    write_json(path, head | header | {"promises": told, "rows": list(rows)})
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
@@ -221,11 +212,12 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def print_bars(bars: Iterable[Bar]) -> None:
+def print_promises(promises: Iterable[Promise]) -> None:
     """Every promise with what was found."""
-    for bar in bars:
-        sign = "at most" if bar.at_most else "at least"
-        print(f"{'pass' if bar.met else 'FAIL'}  {bar.what}: {bar.found:.3g} ({sign} {bar.wanted:g} wanted)")
+    for promise in promises:
+        sign = "at most" if promise.at_most else "at least"
+        kept = "pass" if promise.met else "FAIL"
+        print(f"{kept}  {promise.what}: {promise.found:.3g} ({sign} {promise.wanted:g} wanted)")
 
 
 def _shown(value: Any) -> str:

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import viennarna
-from pipeline.classes import Classes, letters_of, unknown_letter
 from pipeline.competitions import get_competition
 from pipeline.config import config_from_dict
 from pipeline.dataset import BppArrays, ExampleSet
 from pipeline.errors import ConfigError, DataError
 from pipeline.inference import Job, in_batches, load_network, meta_of, not_finite
+from pipeline.labels import labels_of, letters_of, unknown_letter
 from pipeline.predict import predict_values
 from pipeline.schema import decode, encode, normalise_sequence
 from pipeline.training.checkpoint import CheckpointStore
@@ -31,7 +31,7 @@ class Trained:
 
     Attributes:
         model: the network, ready to predict, on the best device there is.
-        targets: names of the values or classes that it predicts.
+        targets: names of the values, classes or numbers that it predicts.
         meta: what the checkpoint says of itself: step, progress, configuration, data.
 
     Args:
@@ -56,10 +56,10 @@ class Trained:
         competition = get_competition(self.meta["competition"], facts=self.meta.get("facts"))
         if competition.task == "structure":
             raise ConfigError(
-                f"{fold}: predicts structures; expected values or classes. Next: make predict COMP={competition.name}."
+                f"{fold}: predicts structures; expected anything else. Next: make predict COMP={competition.name}."
             )
-        self._classes = Classes.of(self.meta["classes"]) if "classes" in self.meta else None
-        self.targets = self._classes.names if self._classes else competition.targets
+        self._labels = labels_of(self.meta)
+        self.targets = self._labels.names if self._labels else competition.targets
         self._job = Job(
             competition=competition,
             config=config_from_dict(self.meta["config"], where=f"{path}/meta.json"),
@@ -81,7 +81,7 @@ class Trained:
             sequences: RNA or DNA, or letters of the labelled set, odd ones among them.
 
         Returns:
-            For each sequence its values, [L, C], or the probabilities of the classes, [C].
+            For each sequence its values, [L, C], or of a labelled set [C]: probabilities of classes, or numbers.
 
         Raises:
             ConfigError: ViennaRNA is needed and missing.
@@ -99,19 +99,19 @@ class Trained:
             for k, values_LC in zip(part, values, strict=True):
                 if not np.isfinite(values_LC).all():
                     raise not_finite(job, k)
-                found[k] = values_LC[:, 0] if self._classes else values_LC
+                found[k] = values_LC[:, 0] if self._labels else values_LC
         return found
 
     def _tokens(self, text: str, *, where: str) -> np.ndarray:
         """Of a labelled set odd letters are read as its unknown one, as its data stage does."""
-        if self._classes is None:
+        if self._labels is None:
             return encode(normalise_sequence(text, where=where))
         clean = text.strip().upper()
         if not clean:
             raise DataError(f"{where}: empty; expected letters. Next: leave it out.")
-        letters, unknown = letters_of(self._classes.alphabet), unknown_letter(self._classes.alphabet)
-        clean = clean.replace("T", "U") if self._classes.is_nucleic else clean
-        return encode(re.sub(f"[^{letters}]", unknown, clean), self._classes.readable)
+        letters, unknown = letters_of(self._labels.alphabet), unknown_letter(self._labels.alphabet)
+        clean = clean.replace("T", "U") if self._labels.is_nucleic else clean
+        return encode(re.sub(f"[^{letters}]", unknown, clean), self._labels.readable)
 
     def _examples(self, tokens: Sequence[np.ndarray]) -> ExampleSet:
         """Sequences as the arrays that the pipeline keeps of a table."""
@@ -121,8 +121,8 @@ class Trained:
             offsets=_offsets(tokens),
             ids_N=np.array([f"sequence {k}".encode() for k in range(len(tokens))], dtype="S32"),
             bpp=_pair_probabilities(tokens) if "bpp" in self.meta["data"] else None,
-            classes=self._classes,
-            crop=self.meta["config"]["data"]["crop"],
+            labels=self._labels,
+            crop=self.meta["config"]["data"].get("crop", 0),  # of older checkpoints, none
         )
 
 

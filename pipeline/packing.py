@@ -25,7 +25,7 @@ class Packed(NamedTuple):
     weight_BC: np.ndarray | None = None  # float32
     pairs_3K: np.ndarray | None = None  # int32: position in the batch, i, j, with i < j
     p_K: np.ndarray | None = None  # float32
-    label_BC: np.ndarray | None = None  # bool
+    label_BC: np.ndarray | None = None  # see `RnaExample`
 
 
 def plan_epoch(lengths_N: np.ndarray, *, batch_size: int, bucket: int, seed: int, epoch: int) -> list[np.ndarray]:

@@ -7,6 +7,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 #: False of an installed package, whose submissions and their log belong where one works, not among packages.
 IS_CHECKOUT = (REPOSITORY / "pyproject.toml").is_file()
+#: Weights that come with the program: a folder for each, laid out like a run's, its card in it.
+PRETRAINED = REPOSITORY / "models" / "pretrained"
 _HOME = REPOSITORY if IS_CHECKOUT else Path()
 
 #: Folder of a competition's artefacts -> the make target that fills it.
@@ -36,7 +38,7 @@ def how_to_make(path: Path) -> str:
 class Paths:
     """Files of one competition below one artifacts folder.
 
-    ``artifacts/<comp>/raw|clean|bpp|arrays|folds|runs/<run>/fold<k>|embeddings/<file>|ensembles/<name>``
+    ``artifacts/<comp>/raw|clean|bpp|arrays|folds|runs/<run>/fold<k>|embeddings/<file>|predictions/<file>|ensembles/<name>``
     """
 
     comp: str
@@ -65,10 +67,10 @@ class Paths:
     def fold_table(self, split: str) -> Path:
         return self.home / "folds" / f"{split}.parquet"
 
-    def run_dir(self, run: str) -> Path:
-        return self.home / "runs" / run
+    def run_dir(self, run: str | Path) -> Path:
+        return self.home / "runs" / run  # the path of one that lies elsewhere, absolute, stays as it is
 
-    def fold_dir(self, run: str, fold: int) -> Path:
+    def fold_dir(self, run: str | Path, fold: int) -> Path:
         return self.run_dir(run) / f"fold{fold}"
 
     def oof(self, run: str, fold: int) -> Path:
@@ -79,6 +81,9 @@ class Paths:
 
     def embeddings_dir(self, name: str) -> Path:
         return self.home / "embeddings" / name  # of one file of sequences
+
+    def predictions_dir(self, name: str) -> Path:
+        return self.home / "predictions" / name  # likewise
 
     def ensemble_dir(self, name: str) -> Path:
         return self.home / "ensembles" / name

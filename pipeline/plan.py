@@ -10,9 +10,9 @@ eight networks of 0.1 to 12 million parameters, batches of 4 to 32, L 177 to 500
 checkpointing, held 5 to 43 % (median 19 %) of what the forward pass allocates on top of the live tensors.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -28,12 +28,14 @@ from models.interface import RnaInputs, RnaModel
 from models.layers import kernels
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, StorageError
+from pipeline.memory import Free, free_bytes
+from pipeline.training.optim import make_optimizer
 from pipeline.training.precision import Precision, choose_device, choose_precision
 
 _HEAP_SHARE, _HEAP_LEAST = 0.18, 20 * 2**20  # of what a forward pass allocates, and whatever that is
 _HEAP_LARGEST = 32 * 2**20  # larger blocks go back to the system: glibc's M_MMAP_THRESHOLD after it has grown
 _MARGIN = 0.1  # of what is free, left alone: 22.2 GiB of 22.4 GiB were let go, and took it all
-_MOMENTS = 2  # that AdamW keeps of every parameter
+_MOMENTS = 2  # of every parameter, if an optimiser needs real numbers to tell: most keep as many as AdamW
 _SMALL = 128  # nt; longer sequences are not run for real
 _MOST_OPERATIONS = 60_000  # on fake tensors, about two seconds; a scan in a Python loop needs more
 _SHORTEST = 32  # nt that are still suggested
@@ -94,14 +96,14 @@ class Plan:
 
     step: Step
     need: Need
-    available: int  # bytes, to each process
+    available: Free  # to each process
     precision: Precision
     device: torch.device
     fitting: tuple[Step, Need] | None = None  # None: the plan itself fits, or nothing does
 
     @property
     def fits(self) -> bool:
-        return self.need.total <= _room(self.available)
+        return self.need.total <= _room(self.available.size)
 
     def line(self) -> str:
         """One line: need, of what, for what."""
@@ -109,7 +111,8 @@ class Plan:
         each = f" in each of {step.processes} processes" if step.processes > 1 else ""
         part = f"1/{step.processes} of the network, " if step.sharded else ""
         return (
-            f"needs about {_gib(self.need.total)} of {_gib(self.available)} free on {self.device.type}{each}: {part}"
+            f"needs about {_gib(self.need.total)} of {_gib(self.available.size)} free on {self.device.type}{each}"
+            f"{f' (limit: {self.available.limit})' if self.available.limit else ''}: {part}"
             f"{step.micro_batch:,} sequences of {step.length:,} nt, {self.precision.name}"
             f"{f', gradient checkpointing every {checkpointing}' if checkpointing else ''}"
         )
@@ -124,7 +127,7 @@ class Plan:
             return
         line = f"plan: {self.line()}; {_MARGIN:.0%} of what is free is spared"
         if self.fitting is None:
-            raise StorageError(f"{line}, and nothing smaller fits. Next: a smaller network, or more memory.")
+            raise StorageError(f"{line}, and nothing smaller fits. Next: take a smaller network, or a machine with more memory.")
         step, need = self.fitting
         settings = {"data.max_length": step.length} if step.length < self.step.length else {}
         for name in ("micro_batch", "gradient_checkpointing"):
@@ -139,14 +142,15 @@ class Plan:
         table.add_column(justify="left")
         table.add_column(justify="right")
         table.add_row("parameters", f"{self.need.parameters:,}")
-        names = {"optimizer": "optimiser (two moments)", "average": "averaged weights", "heap": "heap that stays"}
+        names = {"optimizer": "optimiser", "average": "averaged weights", "heap": "heap that stays"}
         names |= {"together": "blocks that are whole at one time"}
         for part, size in asdict(self.need).items():
             if part != "parameters" and size:
                 table.add_row(names.get(part, part), _gib(size))
         table.add_row("[bold]needs about[/]", f"[bold]{_gib(self.need.total)}[/]")
         each = f", to each of {self.step.processes} processes" if self.step.processes > 1 else ""
-        table.add_row(f"free ({self.device.type}{each})", _gib(self.available))
+        limit = f"; limit: {self.available.limit}" if self.available.limit else ""
+        table.add_row(f"free ({self.device.type}{each}{limit})", _gib(self.available.size))
         return table
 
 
@@ -158,7 +162,7 @@ def make_plan(
     sequences: int | None = None,
     processes: int = 1,
     device: torch.device | None = None,
-    available: int | None = None,
+    available: Free | None = None,
 ) -> Plan:
     """Count what a run needs, and look for settings that fit if there is less.
 
@@ -169,27 +173,25 @@ def make_plan(
         sequences: that train, which no batch exceeds; None = more than a batch.
         processes: that train together; what is counted is one's need.
         device: where it trains; None = where `choose_device` would.
-        available: bytes that one process may take, less a margin; None = what is free, a machine's memory shared by
-            them all.
+        available: what one process may take, less a margin; None = what is free now.
 
     Raises:
         ConfigError: the network cannot take gradient checkpointing of that kind.
     """
     device = device or choose_device()
     precision = choose_precision(config.train.precision, device)
-    averaged = config.train.ema_decay > 0
-    if available is None:
-        available = available_bytes(device) // (processes if device.type == "cpu" else 1)
+    kept: dict[str, Any] = {"optimizer": config.train.optimizer, "averaged": config.train.ema_decay > 0}
+    available = available or free_on(device, processes=processes)
 
     def count(step: Step) -> Need:
-        return estimate(build, step, precision=precision, device=device, averaged=averaged)
+        return estimate(build, step, precision=precision, device=device, **kept)
 
     step = Step.of(config, length=length or config.data.max_length, sequences=sequences, processes=processes)
     plan = Plan(step=step, need=count(step), available=available, precision=precision, device=device)
     if plan.fits:
         return plan
     smaller = ((candidate, count(candidate)) for candidate in _smaller(step))
-    return replace(plan, fitting=next((found for found in smaller if found[1].total <= _room(available)), None))
+    return replace(plan, fitting=next((found for found in smaller if found[1].total <= _room(available.size)), None))
 
 
 def check(config: RunConfig, build: Build, *, length: int, sequences: int, processes: int, device: torch.device) -> str:
@@ -226,7 +228,9 @@ def _smaller(step: Step) -> Iterator[Step]:
         length //= 2
 
 
-def estimate(build: Build, step: Step, *, precision: Precision, device: torch.device, averaged: bool) -> Need:
+def estimate(
+    build: Build, step: Step, *, precision: Precision, device: torch.device, averaged: bool, optimizer: str = "adamw"
+) -> Need:
     """Count the memory of one training step.
 
     Args:
@@ -235,26 +239,44 @@ def estimate(build: Build, step: Step, *, precision: Precision, device: torch.de
         precision: that it computes in.
         device: that it trains on.
         averaged: whether averaged weights are kept.
+        optimizer: by name.
 
     Raises:
-        ConfigError: the network cannot take gradient checkpointing of that kind.
+        ConfigError: the network cannot take gradient checkpointing of that kind, or there is no such optimiser.
     """
     # planning leaves the run's random numbers alone, and anomaly mode is no business of fake numbers
     forked = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(forked), torch.autograd.set_detect_anomaly(False):
         counted = _count(build, step, precision=precision, device=device)
+        moments = _moment_bytes(build, optimizer, device=device, otherwise=_MOMENTS * counted.gradients)
     parts = step.processes if step.sharded else 1
     weights, gradients = -(-counted.weights // parts), -(-counted.gradients // parts)
     return Need(
         parameters=counted.parameters,
         weights=weights,
         gradients=gradients,
-        optimizer=_MOMENTS * gradients,
+        optimizer=-(-moments // parts),
         average=weights if averaged else 0,
         together=2 * counted.together if step.sharded else 0,
         activations=counted.activations,
         heap=_HEAP_LEAST + int(_HEAP_SHARE * counted.allocated) if device.type == "cpu" else 0,
     )
+
+
+@lru_cache(maxsize=1)  # however many steps are tried for a run, it is one optimiser
+def _moment_bytes(build: Build, optimizer: str, *, device: torch.device, otherwise: int) -> int:
+    """What an optimiser keeps after a step on fake tensors; `otherwise`, if it or the network needs real ones."""
+    try:
+        with FakeTensorMode(), device:
+            model = build()
+            made = make_optimizer(model, lr=1e-3, weight_decay=0.0, name=optimizer)
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            made.step()
+    except (RuntimeError, AssertionError):
+        return otherwise
+    kept = [x for state in made.state.values() for x in state.values() if isinstance(x, Tensor) and x.ndim]
+    return sum(moment.numel() * moment.element_size() for moment in kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,49 +424,25 @@ class _LiveBytes(TorchDispatchMode):
         self.allocated += size if size <= _HEAP_LARGEST else 0
 
 
-def available_bytes(device: torch.device) -> int:
-    """Memory that a new run could take: of the GPU, or of the machine within its container's limit."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min([_machine_bytes(), *_container_bytes(Path("/sys/fs/cgroup"))])
-
-
-def _machine_bytes() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-
-
-def _container_bytes(root: Path) -> Iterator[int]:
-    """What the control group of this process has left, by either version of the interface."""
-    for folder, limit, used, files in (
-        (root, "memory.max", "memory.current", "inactive_file"),
-        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        try:
-            most, now = (folder / limit).read_text().strip(), int((folder / used).read_text())
-            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):  # no such interface here
-            continue
-        if most != "max":
-            yield int(most) - now + int(statistics.get(files, 0))
+def free_on(device: torch.device, *, processes: int = 1) -> Free:
+    """Memory that each process of a new run could take: of its GPU, or its share of the machine's, within limits."""
+    if device.type != "cuda":
+        return free_bytes(processes=processes)
+    free, _ = torch.cuda.mem_get_info(device)
+    return Free(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), "")
 
 
 def _room(available: int) -> int:
     return int((1 - _MARGIN) * available)
 
 
-def longest_sequence(table: Path) -> int | None:
-    """Of a clean table, in nt; None where there is none yet."""
+def longest_sequence(*tables: Path) -> int | None:
+    """Of clean tables, in nt; None where there is none yet."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    if not table.is_file():
-        return None
-    return pc.max(pc.utf8_length(pq.read_table(table, columns=["sequence"])["sequence"])).as_py()
+    there = [pq.read_table(table, columns=["sequence"])["sequence"] for table in tables if table.is_file()]
+    return max((pc.max(pc.utf8_length(column)).as_py() for column in there), default=None)
 
 
 def _gib(size: int) -> str:

@@ -22,24 +22,25 @@ from models.interface import RnaInputs, RnaModel, RnaOutputs
 from pipeline.arrays import create_scratch
 from pipeline.augment import central_crop
 from pipeline.batch import make_batch
-from pipeline.classes import Classes, read_classes
 from pipeline.competitions.base import Competition
 from pipeline.config import RunConfig, config_from_dict
 from pipeline.dataset import ExampleSet, RnaExample, dense_bpp, fold_members, open_examples, read_folds
 from pipeline.errors import DataError, StorageError
 from pipeline.inference import (
     Job,
+    as_trained,
     both_ways,
-    classes_of,
     in_batches,
     inputs_of,
     load_network,
     not_finite,
     poll_stop,
+    require_labels,
     take_unknown_letters,
     unless_out_of_memory,
     with_best_checkpoint,
 )
+from pipeline.labels import Labels, read_labels
 from pipeline.packing import plan_by_tokens
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, say, warn
@@ -47,11 +48,11 @@ from pipeline.schema import CANDIDATES, decode
 from pipeline.stage import Report, run_stage, sha256_file
 from pipeline.train import build_model
 from pipeline.training.failures import in_one_sentence
-from pipeline.training.losses import class_probabilities
+from pipeline.training.losses import label_values
 from pipeline.training.precision import choose_device
 from pipeline.training.stop import StopRequest
 
-_VERSION = {"values": 1, "structure": 2, "classes": 1}
+_VERSION = {"values": 1, "structure": 2, "classes": 1, "numbers": 1}
 _ROWS = 8192  # of a row group of value predictions
 _STRUCTURE_ROWS = 320  # of a row group of structures: 64 sequences
 _SAMPLES, _SAMPLE_S = 5, 10.0  # batches of a table that an estimate times, and seconds after which it takes no more
@@ -92,11 +93,11 @@ def run(
         StorageError: every checkpoint is damaged, or a single sequence does not fit into memory.
         StoppedError: asked to stop, or the device is lost; nothing is left half-written.
     """
-    work = partial(_run, competition=competition, paths=paths, which=which, batch_tokens=batch_tokens)
+    work = partial(apply, competition=competition, paths=paths, which=which, batch_tokens=batch_tokens)
     return with_best_checkpoint(work, competition=competition, paths=paths, run=run, fold=fold)
 
 
-def _run(
+def apply(
     path: Path,
     meta: dict[str, Any],
     unfinished: bool,
@@ -104,8 +105,10 @@ def _run(
     competition: Competition,
     paths: Paths,
     which: Sequence[Which],
-    batch_tokens: int,
+    batch_tokens: int = 65_536,
 ) -> Report:
+    """What `run` does with one checkpoint, wherever that lies: `with_best_checkpoint` says the first three."""
+    competition = as_trained(competition, meta)
     if not competition.has_test(paths):
         which = [table for table in which if table == "oof"]
         if not which:
@@ -137,8 +140,8 @@ def _run_table(
     unfinished: bool,
 ) -> Report:
     config = config_from_dict(meta["config"], where=f"{checkpoint}/meta.json")
-    classes = classes_of(meta, paths, where=checkpoint)
-    sees: dict[str, Any] = {"uses_bpp": "bpp" in meta["data"], "classes": classes, "crop": config.data.crop}
+    labels = require_labels(meta, paths, where=checkpoint)
+    sees: dict[str, Any] = {"uses_bpp": "bpp" in meta["data"], "labels": labels, "crop": config.data.crop}
     examples = _open(table, competition, paths, **sees)
     run, split, fold = meta["run"], meta["split"], meta["fold"]
     inputs = inputs_of(checkpoint, examples, paths)
@@ -172,12 +175,12 @@ def _run_table(
 
 
 def _open(
-    table: Which, competition: Competition, paths: Paths, *, uses_bpp: bool, classes: Classes | None, crop: int
+    table: Which, competition: Competition, paths: Paths, *, uses_bpp: bool, labels: Labels | None, crop: int
 ) -> ExampleSet:
     """Examples of a table, with base-pair probabilities where network or structures are made from them."""
     bpp = uses_bpp or (competition.task == "structure" and paths.bpp.is_file())
     name: Any = "train" if table == "oof" else "test"
-    return open_examples(competition, paths=paths, table=name, bpp=bpp, classes=classes, crop=crop)
+    return open_examples(competition, paths=paths, table=name, bpp=bpp, labels=labels, crop=crop)
 
 
 def _members(table: Which, examples: ExampleSet, paths: Paths, *, split: str, fold: int) -> np.ndarray:
@@ -198,10 +201,10 @@ def estimate(
     A sample of the very batches, by length, goes through an untrained network: validation, whose time is known
     sooner, runs in another precision and without what is done for structures.
     """
-    classes = read_classes(paths) if competition.task == "classes" else None
-    model, device = build_model(config.model, competition, classes).eval(), choose_device()
-    if classes:
-        take_unknown_letters(model, classes)
+    labels = read_labels(paths) if competition.has_labels else None
+    model, device = build_model(config.model, competition, labels).eval(), choose_device()
+    if labels:
+        take_unknown_letters(model, labels)
     model.to(device)
     seconds = 0.0
     with StopRequest() as stop:
@@ -209,7 +212,7 @@ def estimate(
         for table, number in tables.items():
             if table == "test" and not competition.has_test(paths):
                 continue
-            sees: dict[str, Any] = {"uses_bpp": model.uses_bpp, "classes": classes, "crop": config.data.crop}
+            sees: dict[str, Any] = {"uses_bpp": model.uses_bpp, "labels": labels, "crop": config.data.crop}
             examples = _open(table, competition, paths, **sees)
             positions = _members(table, examples, paths, split=split, fold=fold)
             job = Job(
@@ -259,14 +262,14 @@ def _require_trained_on(meta: dict[str, Any], examples: ExampleSet, fold_table: 
         )
 
 
-# --- values per nucleotide, probabilities of classes ---
+# --- values per nucleotide, probabilities of classes, numbers ---
 
 
 def _write_values(job: Job, path: Path, *, label: str) -> None:
-    """Lists of values, one for each target and nucleotide; of a labelled set one list, with a value for each class."""
+    """Lists of values, one for each target and nucleotide; of a labelled set a list of one for each class or number."""
     lengths_N, names = job.examples.lengths[job.positions], job.competition.targets
-    if job.examples.classes:
-        lengths_N, names = np.full(len(lengths_N), len(job.examples.classes.names)), ("probabilities",)
+    if labels := job.examples.labels:
+        lengths_N, names = np.full(len(lengths_N), len(labels.names)), (labels.column,)
     offsets = np.concatenate([[0], np.cumsum(lengths_N)])
     predicted_TC = create_scratch(path.with_name(f"{path.name}.npy"), (int(offsets[-1]), len(names)))
     model, device = load_network(job)
@@ -289,10 +292,10 @@ def _write_values(job: Job, path: Path, *, label: str) -> None:
 def predict_values(job: Job, model: RnaModel, device: torch.device, positions: np.ndarray) -> list[np.ndarray]:
     """values_LC of each example; the mean with those of the reversed sequence if training reversed some.
 
-    Of a labelled set the probabilities of its classes, [C, 1].
+    Of a labelled set the probabilities of its classes, or its numbers in their units, [C, 1].
     """
-    if job.examples.classes:
-        return _predict_classes(job, model, device, positions)
+    if job.examples.labels:
+        return _predict_labels(job, model, device, positions)
 
     def pick(outputs: RnaOutputs, b: int, length: int) -> np.ndarray:
         assert outputs.values_BLC is not None
@@ -301,20 +304,20 @@ def predict_values(job: Job, model: RnaModel, device: torch.device, positions: n
     return both_ways(job, model, device, positions, pick=pick, turn=lambda values_LC: values_LC[::-1])
 
 
-def _predict_classes(job: Job, model: RnaModel, device: torch.device, positions: np.ndarray) -> list[np.ndarray]:
-    """[C, 1] probabilities of each example; of a test sequence that is too long for the memory, those of its middle.
+def _predict_labels(job: Job, model: RnaModel, device: torch.device, positions: np.ndarray) -> list[np.ndarray]:
+    """[C, 1] for each example; of a test sequence that is too long for the memory, what its middle gives.
 
     A notebook that a competition runs again must not end with one hidden sequence.
     """
-    assert job.examples.classes is not None
-    exclusive, longest = job.examples.classes.exclusive, int(job.examples.lengths[positions].max())
+    labels, longest = job.examples.labels, int(job.examples.lengths[positions].max())
+    assert labels is not None
 
     def compute(change: Callable[[RnaExample, int], RnaExample] | None) -> list[np.ndarray]:
         with torch.no_grad():
             logits_BC = model(make_batch(job.examples, positions, change=change).to(device).inputs).class_logits_BC
             assert logits_BC is not None
-            p_BC = class_probabilities(logits_BC, exclusive=exclusive)
-        return list(p_BC.float().unsqueeze(-1).cpu().numpy())
+            found_BC = label_values(logits_BC, labels)
+        return list(found_BC.float().unsqueeze(-1).cpu().numpy())
 
     if len(positions) > 1 or job.fold is not None:
         return compute(None)
@@ -415,7 +418,7 @@ def _predict_traces(
     [M, L, 3] Å and [M]; M is 0 where there is no such head. Sequences are not read backwards here: of coordinates in
     arbitrary frames there is no mean.
     """
-    from pipeline.structure.geometry import relax
+    from pipeline.structure.rigid import relax
 
     if not job.config.model.kwargs.get("coordinates"):
         return np.zeros((0, job.examples.lengths[position], 3)), np.zeros(0)

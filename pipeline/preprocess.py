@@ -14,7 +14,7 @@ from pipeline.schema import split_id
 from pipeline.stage import Report, run_stage
 
 #: Raised when the same raw files give other tables than before.
-VERSION = 4
+VERSION = 5
 
 _MOST_VALUES = 24  # side by side in one line
 _MOST_ITEMS = 6  # of a list
@@ -55,8 +55,7 @@ def run(
     tables, params = competition.tables, {"version": VERSION, "competition": competition.name}
     if test_only:
         files = {label: path for label, path in files.items() if label.partition("/")[0] in competition.test_inputs}
-        if "classes" in competition.tables and paths.clean("classes").is_file():  # what the checkpoints know
-            files["classes"] = paths.clean("classes")
+        files |= {table: path for table in competition.either if (path := paths.clean(table)).is_file()}  # known so far
         tables, params = competition.test_tables, params | {"test_only": True, "rows": rows}
     given = {label.partition("/")[0] for label in files}
     tables = tuple(table for table in tables if table not in competition.optional or table in given)
@@ -74,7 +73,9 @@ def run(
 
     outputs = {table: paths.clean(table) for table in tables}
     notes = {"raw": str(raw.resolve())}
-    return run_stage("data", inputs=files, outputs=outputs, params=params, build=build, notes=notes, force=force)
+    either = [table for table in competition.either if table in outputs]
+    told: dict[str, Any] = {"params": params, "notes": notes, "force": force}
+    return run_stage("data", inputs=files, outputs=outputs, build=build, either=either, **told)
 
 
 def _keep_first(competition: Competition, parts: Mapping[str, Path], rows: int) -> None:

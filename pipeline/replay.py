@@ -14,10 +14,11 @@ from rich.table import Table
 
 from models.interface import RnaModel
 from pipeline.batch import RnaBatch
-from pipeline.classes import Classes
 from pipeline.competitions.base import Competition
 from pipeline.config import config_from_dict
 from pipeline.errors import ConfigError, DataError
+from pipeline.inference import as_trained
+from pipeline.labels import labels_of
 from pipeline.paths import Paths
 from pipeline.stage import Report
 from pipeline.train import build_model
@@ -66,12 +67,16 @@ def run(
         LostDeviceError: the device failed.
     """
     if precision not in (None, *_RUNGS):
-        raise ConfigError(f"--precision: got {precision!r}; expected {', '.join(_RUNGS)}. Next: one of these, or none.")
+        raise ConfigError(
+            f"--precision: got {precision!r}; expected {', '.join(_RUNGS)}. Next: give one of these, or none."
+        )
     path = _choose(paths, run=run, fold=fold, step=step)
     bad = load_bad_batch(path)
     if bad.meta["competition"] != competition.name:
-        raise ConfigError(f"{path}: of {bad.meta['competition']}; expected {competition.name}. Next: COMP=….")
-    device = choose_device()
+        raise ConfigError(
+            f"{path}: of {bad.meta['competition']}; expected {competition.name}. Next: COMP={bad.meta['competition']}."
+        )
+    competition, device = as_trained(competition, bad.meta), choose_device()
     model = _network(bad, competition, where=str(path)).to(device)
     rungs = [precision] if precision else sorted(_RUNGS, key=lambda name: name != bad.precision)
     facts = {
@@ -154,7 +159,7 @@ def _choose(paths: Paths, *, run: str, fold: int, step: int | None) -> Any:
 
 
 def _network(bad: BadBatch, competition: Competition, *, where: str) -> RnaModel:
-    model = build_model(config_from_dict(bad.meta["config"], where=where).model, competition, _classes(bad))
+    model = build_model(config_from_dict(bad.meta["config"], where=where).model, competition, labels_of(bad.meta))
     try:
         model.load_state_dict(dict(bad.weights))
     except RuntimeError as err:
@@ -165,16 +170,12 @@ def _network(bad: BadBatch, competition: Competition, *, where: str) -> RnaModel
     return model.train()
 
 
-def _classes(bad: BadBatch) -> Classes | None:
-    return Classes.of(bad.meta["classes"]) if "classes" in bad.meta else None
-
-
 def _observe(
     model: RnaModel, bad: BadBatch, competition: Competition, precision: Precision, device: torch.device
 ) -> dict[str, Any]:
     """One forward and backward pass with the random numbers of training."""
     settings = config_from_dict(bad.meta["config"], where="the saved batch").train
-    loss, scaler = training_loss(competition, settings, _classes(bad)), precision.scaler(device)
+    loss, scaler = training_loss(competition, settings, labels_of(bad.meta)), precision.scaler(device)
     if precision.name == bad.precision:
         scaler.load_state_dict({**scaler.state_dict(), "scale": bad.scale})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # the scaler unscales gradients through one

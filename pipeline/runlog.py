@@ -120,11 +120,9 @@ class _NotedProgress(Progress):
                 yield Text(f"  {task.fields['note']}", overflow="ellipsis", no_wrap=True)
 
 
-def track(items: Iterable[_Item], label: str, *, total: int | None = None, unit: str = "") -> Iterator[_Item]:
-    """Iterate with a progress bar."""
-    if total is None and isinstance(items, Sized):
-        total = len(items)
-    with Bar(label, total=total, unit=unit) as bar:
+def track(items: Iterable[_Item], label: str, *, unit: str = "") -> Iterator[_Item]:
+    """Iterate with a progress bar; `items` without a length are counted up."""
+    with Bar(label, total=len(items) if isinstance(items, Sized) else None, unit=unit) as bar:
         for item in items:
             yield item
             bar.advance()
@@ -261,6 +259,16 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def score_text(value: float, digits: int = 4) -> str:
+    """A score for people: so many decimals, or, of one that is all but lost in them, significant digits.
+
+    >>> score_text(0.19604), score_text(12.5), score_text(0.00003142)
+    ('0.1960', '12.5000', '3.142e-05')
+    """
+    fixed = f"{value:,.{digits}f}"
+    return f"{value:.{digits}g}" if 0 < abs(value) < 10 ** (1 - digits) else fixed
+
+
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
     clean: dict[str, Any] = {}
     for key, value in values.items():
@@ -271,16 +279,3 @@ def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             clean[key] = value
     return clean
-
-
-def peak_memory_mib() -> float:
-    """Largest resident memory of this process so far, MiB."""
-    import resource
-
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux ru_maxrss begins with the peak of the process that started this one
-        high_water = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
-        if high_water:
-            return int(high_water.split()[1]) / 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 if sys.platform != "darwin" else 1024**2)

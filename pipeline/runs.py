@@ -6,11 +6,13 @@ from pathlib import Path
 
 from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError
-from pipeline.paths import Paths
+from pipeline.paths import PRETRAINED, Paths
 from pipeline.runlog import say, warn
 
 #: Runs without a network, of labelled sets too: how their names begin -> the target of make.
 STAGES = {"denovo": "denovo", "templates": "templates-predict", "words": "words"}
+#: How the tags of a sweep's runs begin, <config>+sweep-<name>-<cell>-s<seed>.<split>: ensembles leave them out.
+SWEEP = "sweep-"
 
 
 def run_name(model: str, *, split: str, tag: str = "") -> str:
@@ -23,8 +25,20 @@ def run_name(model: str, *, split: str, tag: str = "") -> str:
     'hyena+wide.sim80_k5'
     """
     if tag and not re.fullmatch(r"[\w.-]{1,100}", tag):
-        raise ConfigError(f"TAG={tag!r} is no name for a folder. Next: at most 100 letters, digits and . _ - only.")
+        raise ConfigError(f"TAG={tag!r} is no name for a folder. Next: take letters, digits and . _ - only, 100 at most.")
     return f"{Path(model).stem}{'+' + tag if tag else ''}.{split}"
+
+
+def find_run(model: str, *, split: str, tag: str = "") -> str | Path:
+    """The run that MODEL means where it is used: its name, or a folder with trained folds, shipped ones by their name.
+
+    >>> find_run("hyena", split="sim80_k5"), find_run("reactivity-v1", split="sim80_k5").parent.name
+    ('hyena.sim80_k5', 'pretrained')
+    """
+    for folder in (PRETRAINED / model, Path(model)):
+        if any(folder.glob("fold*/checkpoints")):
+            return folder.resolve()
+    return run_name(model, split=split, tag=tag)
 
 
 def read_run_name(run: str) -> tuple[str, str, str]:
@@ -58,7 +72,7 @@ def fold_count(split: str) -> int:
     """
     found = re.fullmatch(r"\w+_k([1-9]\d*)", split)
     if not found:
-        raise ConfigError(f"SPLIT={split!r}: expected <kind>_k<folds>. Next: a name such as sim80_k5.")
+        raise ConfigError(f"SPLIT={split!r}: expected <kind>_k<folds>. Next: SPLIT=sim80_k5, for example.")
     return int(found.group(1))
 
 
@@ -86,7 +100,7 @@ def finished_runs(paths: Paths, split: str, *, partial: bool = False) -> list[st
         DataError: there is none.
     """
     begun = sorted(path.name for path in (paths.home / "runs").glob("*.*") if _is_begun(path))
-    runs = [run for run in begun if run.endswith(f".{split}") and "+sweep-" not in run]
+    runs = [run for run in begun if run.endswith(f".{split}") and f"+{SWEEP}" not in run]
     tested = get_competition(paths.comp).has_test(paths)
     complete = [
         run

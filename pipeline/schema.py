@@ -19,6 +19,9 @@ AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 #: Watson–Crick and wobble pairs, in both directions.
 CANONICAL_PAIRS = ("AU", "UA", "CG", "GC", "GU", "UG")
 
+#: What a network reads in a test sequence where a letter is none of these: every row is to get a prediction.
+ODD_LETTER_AS = "A"
+
 #: ``experiment_type`` in the order of the submission's columns, everywhere.
 PROBES = ("DMS_MaP", "2A3_MaP")
 
@@ -97,7 +100,7 @@ def split_id(row_id: str) -> tuple[str, int]:
     """
     target_id, _, resid = row_id.rpartition("_")
     if not target_id or not resid.isdigit():
-        raise DataError(f"ID {row_id!r}: expected <target_id>_<residue number>. Next: R1107_1, for example.")
+        raise DataError(f"ID {row_id!r}: expected <target_id>_<residue number>. Next: write it like R1107_1.")
     return target_id, int(resid)
 
 

@@ -47,6 +47,7 @@ def run_stage(
     outputs: Mapping[str, Path],
     params: Mapping[str, Any],
     build: Callable[[dict[str, Path]], dict[str, Any]],
+    either: Sequence[str] = (),
     manifest: Path | None = None,
     notes: Mapping[str, Any] | None = None,
     force: bool = False,
@@ -59,6 +60,7 @@ def run_stage(
         outputs: label -> final path.
         params: JSON-able settings that the outputs depend on, a ``version`` of the stage's code among them.
         build: takes label -> temporary path for every output, writes them all, returns JSON-able facts.
+        either: labels of outputs of which it writes one; what an earlier build wrote under the others is removed.
         manifest: where the manifest goes, if not beside the first output.
         notes: JSON-able, kept in the manifest; the outputs do not depend on them.
         force: build even if current.
@@ -84,13 +86,14 @@ def run_stage(
     }
     if not force:
         done = read_manifest(manifest)
-        if done and all(done.get(key) == wanted[key] for key in wanted) and _intact(done, outputs):
+        if done and all(done.get(key) == wanted[key] for key in wanted) and _intact(done, outputs, either):
             if done.get("notes", {}) != (notes or {}):
                 with contextlib.suppress(OSError):  # on a read-only disk it is current all the same
                     _write_manifest(manifest, done | {"notes": notes})
-            return Report(stage=name, status="current", outputs=dict(outputs), facts=done["facts"])
+            return Report(stage=name, status="current", outputs=_written(outputs, either), facts=done["facts"])
     started = time.monotonic()
-    facts = _build(outputs, build)
+    facts = _build(outputs, build, either)
+    outputs = _written(outputs, either)
     record = wanted | {
         "outputs": {label: sha256_file(path) for label, path in sorted(outputs.items())},
         "facts": json.loads(json.dumps(facts, allow_nan=False)),
@@ -100,7 +103,12 @@ def run_stage(
         "seconds": round(time.monotonic() - started, 3),
     }
     _write_manifest(manifest, record)
-    return Report(stage=name, status="built", outputs=dict(outputs), facts=record["facts"], seconds=record["seconds"])
+    return Report(stage=name, status="built", outputs=outputs, facts=record["facts"], seconds=record["seconds"])
+
+
+def _written(outputs: Mapping[str, Path], either: Sequence[str]) -> dict[str, Path]:
+    """The outputs that there are, all but those of which another one was written."""
+    return {label: path for label, path in outputs.items() if label not in either or path.is_file()}
 
 
 def _write_manifest(path: Path, record: Mapping[str, Any]) -> None:
@@ -108,7 +116,9 @@ def _write_manifest(path: Path, record: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
-def _build(outputs: Mapping[str, Path], build: Callable[[dict[str, Path]], dict[str, Any]]) -> dict[str, Any]:
+def _build(
+    outputs: Mapping[str, Path], build: Callable[[dict[str, Path]], dict[str, Any]], either: Sequence[str]
+) -> dict[str, Any]:
     parts = {}
     for label, path in outputs.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,12 +126,16 @@ def _build(outputs: Mapping[str, Path], build: Callable[[dict[str, Path]], dict[
         _sweep(path)
     try:
         facts = build(dict(parts))
-        for label, part in parts.items():
+        written = _written(parts, either)
+        for label, part in written.items():
             if not part.is_file():
                 raise AssertionError(f"the stage promised {label} and did not write it")
             fsync(part)
         for label, path in outputs.items():
-            parts[label].replace(path)
+            if label in written:
+                parts[label].replace(path)
+            else:
+                path.unlink(missing_ok=True)
         return facts
     except OSError as err:
         if err.errno in DISK_FULL:
@@ -167,10 +181,10 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return done if isinstance(done, dict) and isinstance(done.get("facts"), dict) else None
 
 
-def _intact(done: Mapping[str, Any], outputs: Mapping[str, Path]) -> bool:
-    recorded = done.get("outputs", {})
-    return set(recorded) == set(outputs) and all(
-        path.is_file() and sha256_file(path) == recorded[label] for label, path in outputs.items()
+def _intact(done: Mapping[str, Any], outputs: Mapping[str, Path], either: Sequence[str]) -> bool:
+    recorded, there = done.get("outputs", {}), _written(outputs, either)
+    return set(recorded) == set(there) and all(
+        path.is_file() and sha256_file(path) == recorded[label] for label, path in there.items()
     )
 
 

@@ -4,7 +4,7 @@ Letters: N sequences of a batch, T their nucleotides one after the other, C targ
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +144,7 @@ def flat_lists(column: pl.Series, lengths_N: np.ndarray, *, ids: pl.Series, wher
         row = wrong[0]
         raise DataError(
             f"{where}: {ids[int(row)]}: {int(got_N[row])} values of {column.name}; expected {lengths_N[row]}, one a "
-            "nucleotide or one a class. Next: the table belongs to other data; run its stage again."
+            "nucleotide, a class or a number. Next: run the table's stage again, it is of other data."
         )
     filled = column.filter(column.list.len() > 0)  # an empty list explodes to a null in polars 1, to nothing in 2
     values = filled.explode().cast(pl.Float32).to_numpy()
@@ -166,7 +166,7 @@ class OofBatch:
     """Some training sequences, in the order of their ids, and what was predicted for each by every source."""
 
     rows: pl.DataFrame  #: columns of the clean train table, and ``fold``
-    lengths_N: np.ndarray  #: [N] int64, predicted values of each: its length in nt, or the number of classes
+    lengths_N: np.ndarray  #: [N] int64, predicted values of each: its length in nt, or the number of classes or columns
     predictions: dict[str, np.ndarray]  #: source -> [T, C] float32; a sequence without prediction is NaN throughout
     missing: dict[str, np.ndarray]  #: source -> [N] bool: no prediction
 
@@ -179,6 +179,11 @@ class OofBatch:
     def spread(self, per_sequence_N: np.ndarray) -> np.ndarray:
         """A value per sequence repeated for its nucleotides, [T]."""
         return np.repeat(per_sequence_N, self.lengths_N)
+
+    def by_column(self, width: int) -> "OofBatch":
+        """The same where the only target lists a number for each of `width` columns: these are the C, and T is N."""
+        wide = {source: values_TC.reshape(-1, width) for source, values_TC in self.predictions.items()}
+        return replace(self, lengths_N=np.ones(self.rows.height, dtype=np.int64), predictions=wide)
 
 
 def truth_that_counts(batch: OofBatch, targets: Sequence[str]) -> np.ndarray:
@@ -214,6 +219,38 @@ def labels_that_count(rows: pl.DataFrame, *, width: int) -> np.ndarray:
     truth_NK[owner_L, place_L] = 1.0
     truth_NK[~(rows["scored"] & rows["labels"].is_not_null()).to_numpy()] = np.nan
     return truth_NK
+
+
+def number_lists(numbers: pl.Series, width: int) -> np.ndarray:
+    """Lists of `width` numbers as [N, C] float64, NaN = not measured.
+
+    >>> number_lists(pl.Series([[1.0, None], None], dtype=pl.List(pl.Float64)), 2).tolist()
+    [[1.0, nan], [nan, nan]]
+    """
+    columns = [numbers.list.get(place, null_on_oob=True).cast(pl.Float64).to_numpy() for place in range(width)]
+    return np.stack(columns, axis=1).astype(np.float64)
+
+
+def numbers_that_count(rows: pl.DataFrame, *, width: int) -> np.ndarray:
+    """Measured numbers of sequences as [N, C] float64, NaN where not measured; a row of NaN where none is scored.
+
+    Args:
+        rows: ``sequence_id``, ``numbers`` (one for each column; null = not measured) and ``scored``.
+        width: number of columns.
+
+    Raises:
+        DataError: numbers of other columns.
+    """
+    count_N = rows["numbers"].list.len()
+    wrong = rows.filter((count_N != width).fill_null(False))
+    if wrong.height:
+        raise DataError(
+            f"clean table: {wrong['sequence_id'][0]} has {len(wrong['numbers'][0])} numbers; expected {width}, one a "
+            "column. Next: make data."
+        )
+    truth_NC = number_lists(rows["numbers"], width)
+    truth_NC[~rows["scored"].to_numpy()] = np.nan
+    return truth_NC
 
 
 def check_probabilities(probability_NK: np.ndarray, ids: pl.Series, *, exclusive: bool, where: str) -> None:

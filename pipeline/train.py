@@ -20,23 +20,24 @@ from models.interface import RnaModel
 from models.layers import kernels
 from models.registry import create_model, model_arguments
 from pipeline import plan
-from pipeline.classes import Classes, read_classes
 from pipeline.competitions.base import Competition
 from pipeline.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from pipeline.dataset import fold_members, open_examples, read_folds
+from pipeline.dataset import ExampleSet, fold_members, open_examples, read_folds
 from pipeline.errors import ConfigError, DataError, StorageError
+from pipeline.labels import Classes, Labels, Numbers, read_labels
 from pipeline.paths import Paths
 from pipeline.runlog import say, warn
 from pipeline.stage import Report, commit, sha256_file, versions, write_json
 from pipeline.training.checkpoint import CheckpointStore, DamagedError, initial_checkpoint, load_weights, read_meta
 from pipeline.training.distributed import ALONE, World, load_newest
 from pipeline.training.failures import in_one_sentence
-from pipeline.training.initial import load_fitting
+from pipeline.training.initial import has_seen, load_fitting, trained_on
 from pipeline.training.loop import Trainer, TrainingData
 from pipeline.training.losses import label_weights, profile_weights
 from pipeline.training.metrics import metric_name
 from pipeline.training.optim import learning_rate
 from pipeline.training.precision import choose_device, choose_precision, deterministic_algorithms
+from pipeline.training.pseudo import find_teachers, with_pseudo_labels
 from pipeline.training.recovery import REPORT
 from pipeline.training.resume import Change, environment, require_same, warn_of_other_environment, warn_of_other_folds
 from pipeline.training.state import Progress
@@ -47,15 +48,19 @@ from pipeline.training.trackers import OpenTracker
 #: Bins of the C1'–C1' distance, for the structure task: 1.9 Å wide between 4 and 60 Å.
 NUM_DISTANCE_BINS = 32
 _HEADS = ("num_channels", "num_distance_bins", "num_classes")  # a network's arguments that follow from the competition
-_ANSWERS = {"values": "values are", "structure": "structures are", "classes": "classes are"}
+_ANSWERS = {"values": "values are", "structure": "structures are", "classes": "classes are", "numbers": "numbers are"}
 _COORDINATES = "coordinates"  # a head that a structure competition's configuration may have, and others leave out
 #: Settings that say something of other tasks only, by their section.
 _IDLE: dict[str, dict[str, tuple[str, ...]]] = {
     "values": {"data": ("crop",), "train": ("focal_gamma", "class_balance")},
-    "structure": {"data": ("crop",), "train": ("focal_gamma", "class_balance")},
+    "structure": {"data": ("crop", "pseudo"), "train": ("focal_gamma", "class_balance")},
     "classes": {
         "data": ("min_signal_to_noise", "weighting", "flip"),  # read backwards it is another sequence
         "train": ("frame_weight", "tm_weight", "confidence_weight"),
+    },
+    "numbers": {
+        "data": ("min_signal_to_noise", "weighting", "flip"),
+        "train": ("frame_weight", "tm_weight", "confidence_weight", "focal_gamma", "class_balance"),
     },
 }
 #: In a fold's folder when its run is set aside: of the process.
@@ -111,22 +116,22 @@ def run(
             set_aside(folder)
         torch.manual_seed(config.train.seed)
         refuse_idle(config, competition)
-        classes = read_classes(paths) if competition.task == "classes" else None
-        model = build_model(config.model, competition, classes)
+        model = build_model(config.model, competition, read_labels(paths) if competition.has_labels else None)
         with world.main_first():  # arrays are built once
             data, digests = load_data(config, model, competition=competition, paths=paths, split=split, fold=fold)
         auto_epochs = config.train.epochs == "auto"
         config = replace(config, train=config.train.settled(len(data.train)))
         meta = {"run": run, "competition": competition.name, "split": split, "fold": fold}
         meta |= {"data": digests, "config": resolved_config(config, model)}
-        meta |= {"classes": classes.facts()} if classes else {}
+        labels = data.examples.labels
+        meta |= {labels.kind: labels.facts()} if labels else {}
         meta |= {"facts": dict(competition.facts)} if competition.facts else {}
         store = CheckpointStore(folder / "checkpoints", is_held=is_held)
         if world.is_main:
             store.sweep()
         begun, changes = world.from_main(store.newest_meta), list[Change]()
         if begun is None and allow_changes:
-            raise ConfigError(f"{folder}: no run was begun here that could be changed. Next: without --allow-changes.")
+            raise ConfigError(f"{folder}: no run was begun here that could be changed. Next: leave out ALLOW_CHANGES.")
         if begun is None and world.is_main:
             told: dict[str, Any] = {"label": f"{run} fold{fold}", "auto_epochs": auto_epochs}
             warn_of_other_folds(folder, {"config": meta["config"]}, **told)
@@ -152,7 +157,9 @@ def run(
 def refuse_idle(config: RunConfig, competition: Competition) -> None:
     """ConfigError for a setting that is not at its default and means nothing to the competition's task."""
     if config.data.crop and config.data.crop % 2 == 0:
-        raise ConfigError(f"[data] crop: got {config.data.crop}; expected an odd number. Next: {config.data.crop + 1}.")
+        raise ConfigError(
+            f"[data] crop: got {config.data.crop}; expected an odd number. Next: crop = {config.data.crop + 1}."
+        )
     if config.data.crop and config.train.length_stages:
         raise ConfigError(
             f"[train] length_stages = {config.train.length_stages!r} crops anywhere, and [data] crop = "
@@ -174,6 +181,11 @@ def refuse_idle(config: RunConfig, competition: Competition) -> None:
             f"[model] lora_rank = {config.model.lora_rank} with lora_alpha = {config.model.lora_alpha:g} and "
             f"backbone_lr_share = {share:g}: adapters learn nothing where either is 0. Next: leave that one out."
         )
+    if config.data.pseudo and config.train.focal_gamma:
+        raise ConfigError(
+            f"[data] pseudo with [train] focal_gamma = {config.train.focal_gamma:g}: probabilities hold no right "
+            "answer that a network could be sure of; expected one of the two. Next: leave one out."
+        )
     defaults = {"data": DataConfig(), "train": TrainConfig()}
     for section, names in _IDLE[competition.task].items():
         for name in names:
@@ -185,28 +197,28 @@ def refuse_idle(config: RunConfig, competition: Competition) -> None:
                 )
 
 
-def build_model(config: ModelConfig, competition: Competition, classes: Classes | None = None) -> RnaModel:
+def build_model(config: ModelConfig, competition: Competition, labels: Labels | None = None) -> RnaModel:
     """The network of a configuration, with the heads that the competition's task asks for.
 
     Args:
         config: name and arguments.
         competition: what is predicted.
-        classes: of a labelled set: they give the number of logits, and the token table a row for every letter at least.
+        labels: of a labelled set: they give the number of logits, and the token table a row for every letter at least.
 
     Raises:
         ConfigError: the model or one of its arguments is unknown or makes no sense.
     """
     is_structure = competition.task == "structure"
-    channels, bins = (0, NUM_DISTANCE_BINS) if is_structure else (len(competition.targets), 0)
+    channels, bins = (0, NUM_DISTANCE_BINS) if is_structure else (0 if labels else len(competition.targets), 0)
     heads = {"num_channels": channels, "num_distance_bins": bins} | (
-        {"num_classes": len(classes.names)} if classes else {}
+        {"num_classes": len(labels.names)} if labels else {}
     )
     kwargs = {key: value for key, value in config.kwargs.items() if is_structure or key != _COORDINATES}
     if not kwargs.get("num_classes", 1):  # a checkpoint's settings name the default
         del kwargs["num_classes"]
     rows = kwargs.get("vocabulary", 0)
-    if classes and type(rows) is int and rows < len(classes.alphabet):
-        kwargs["vocabulary"] = len(classes.alphabet)
+    if labels and type(rows) is int and rows < len(labels.alphabet):
+        kwargs["vocabulary"] = len(labels.alphabet)
     for key in _HEADS:
         if key in kwargs:
             raise ConfigError(f"[model] kwargs: {key} follows from the competition. Next: leave it out.")
@@ -237,6 +249,7 @@ def load_data(
     """Open examples and fold table, and decide who trains and who validates.
 
     Profiles that weigh nothing do not train; only scored examples validate, and those that teach nothing do neither.
+    Pseudo-labelled ones train, and never validate.
 
     Returns:
         The data, and the digests by which a resumed run knows that they are the same.
@@ -259,16 +272,40 @@ def load_data(
         if not len(members):
             raise DataError(
                 f"{table}: fold {fold} leaves no {name} sequence (training needs a profile with signal_to_noise of at "
-                f"least {config.data.min_signal_to_noise}, validation a scored one). Next: another fold or threshold."
+                f"least {config.data.min_signal_to_noise}, validation a scored one). Next: give another fold or "
+                "threshold."
             )
-    if examples.classes and config.train.class_balance:
+    if isinstance(examples.labels, Numbers):
+        examples = replace(examples, labels=_over_training(examples, train, where=f"{table}: fold {fold}"))
+    if isinstance(examples.labels, Classes) and config.train.class_balance:
         assert examples.labels_NC is not None
-        how: dict[str, Any] = {"exclusive": examples.classes.exclusive, "beta": config.train.class_balance}
+        how: dict[str, Any] = {"exclusive": examples.labels.exclusive, "beta": config.train.class_balance}
         weights_NC = weights_NC * label_weights(examples.labels_NC, train, **how)
-    digests = {"examples": examples.key, "folds": sha256_file(table)}
+    digests: dict[str, Any] = {"examples": examples.key, "folds": sha256_file(table)}
     if examples.bpp is not None:
         digests["bpp"] = examples.bpp.key
-    return TrainingData(examples=replace(examples, weights_NC=weights_NC), train=train, valid=valid), digests
+    examples = replace(examples, weights_NC=weights_NC)
+    if config.data.pseudo and config.data.pseudo_weight:
+        learner = {"competition": competition.name, "split": split, "fold": fold, "data": digests}
+        teachers = find_teachers(learner, config.data, paths=paths)
+        where: dict[str, Any] = {"competition": competition, "paths": paths}
+        examples, train = with_pseudo_labels(examples, train, teachers, data=config.data, **where)
+        digests["pseudo"] = teachers.facts
+    return TrainingData(examples=examples, train=train, valid=valid), digests
+
+
+def _over_training(examples: ExampleSet, train: np.ndarray, *, where: str) -> Numbers:
+    """The numbers with mean and deviation over the sequences that train: no other one says how they are scaled."""
+    assert isinstance(examples.labels, Numbers)
+    assert examples.labels_NC is not None
+    numbers = examples.labels.over(examples.labels_NC[train])
+    for name, count in zip(numbers.names, numbers.counts, strict=True):
+        if not count:
+            raise DataError(
+                f"{where} leaves no training sequence of which {name} was measured. Next: give another split, or data "
+                "without that column."
+            )
+    return numbers
 
 
 def set_aside(folder: Path) -> None:
@@ -307,7 +344,7 @@ def _train(
     plan.set_gradient_checkpointing(model, config.train.gradient_checkpointing)
     _check_sharding(config.train, world)
     size = {"length": int(data.examples.lengths[data.train].max()), "sequences": len(data.train)}
-    build = partial(build_model, config.model, competition, data.examples.classes)
+    build = partial(build_model, config.model, competition, data.examples.labels)
     needs = plan.check(config, build, **size, device=device, processes=world.size)
     trainer = Trainer(
         model.to(device),
@@ -349,6 +386,8 @@ def _announce(trainer: Trainer, facts: dict[str, Any], *, needs: str, goes_on: b
     """Say what begins: who trains, where, in which memory, from which step, and what of the network is held back."""
     state, config, first = trainer.state, trainer.config, trainer.progress.step
     say(f"{label}: {facts['train']:,} sequences train, {facts['valid']:,} validate; {facts['parameters']:,} parameters")
+    if facts["pseudo"]:
+        say(f"{label}: {facts['pseudo']:,} of them with what was predicted for them: {config.data.pseudo}")
     processes = trainer.world.size
     devices = f"{processes} processes, each on {trainer.device}" if processes > 1 else str(trainer.device)
     say(f"{label}: {devices}, {state.precision.name} ({state.precision.reason})")
@@ -412,6 +451,7 @@ def _describe(trainer: Trainer, meta: dict[str, Any]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "parameters": sum(parameter.numel() for parameter in trainer.state.model.parameters()),
         "train": len(trainer.data.train),
+        "pseudo": int((trainer.data.train >= len(trainer.data.examples.ids_N)).sum()),
         "valid": len(trainer.data.valid),
         "versions": versions(),
         "commit": commit(),
@@ -439,9 +479,9 @@ def _load_initial(model: RnaModel, config: ModelConfig, meta: dict[str, Any]) ->
             "in it, or a checkpoint's (…/checkpoints/step-…), of a network with the same [model], heads aside. Next: "
             "correct the path."
         ) from err
-    trained_on = [*(source.get("initial") or {}).get("trained_on", []), _trained_on(source)]
-    for each in trained_on:
-        if each["competition"] == meta["competition"] and each != _trained_on(meta):
+    seen = has_seen(source)
+    for each in seen:
+        if each["competition"] == meta["competition"] and each != trained_on(meta):
             warn(
                 f"model.init = {config.init!r} was trained with fold {each['fold']} of {each['split']!r} held out, so "
                 f"it has seen sequences of fold {meta['fold']}: scores of this run are not out of fold"
@@ -449,14 +489,7 @@ def _load_initial(model: RnaModel, config: ModelConfig, meta: dict[str, Any]) ->
     facts = found.facts()
     told = "; ".join(f"{fate} {', '.join(facts[fate]) or 'nothing'}" for fate in ("loaded", "fresh", "ignored"))
     say(f"initial weights of {source.get('run')} fold{source.get('fold')}: {found.share:.0%} of the backbone; {told}")
-    return {key: source.get(key) for key in ("run", "fold", "step")} | facts | {"trained_on": trained_on}
-
-
-def _trained_on(meta: dict[str, Any]) -> dict[str, Any]:
-    """All but one fold of a competition's split: which, and the digest of its table."""
-    return {key: meta.get(key) for key in ("competition", "split", "fold")} | {
-        "folds": (meta.get("data") or {}).get("folds")
-    }
+    return {key: source.get(key) for key in ("run", "fold", "step")} | facts | {"trained_on": seen}
 
 
 def _merged(weights: dict[str, Tensor], model: dict[str, Any]) -> dict[str, Tensor]:
@@ -474,7 +507,7 @@ def _check_sharding(settings: TrainConfig, world: World) -> None:
     elif settings.micro_batch == "auto":
         raise ConfigError(
             "[train] micro_batch = 'auto' with sharding = 'fsdp2': a process whose memory runs out cannot call the "
-            "others out of the pass that they share. Next: a number (make plan finds one), or sharding = 'none'."
+            "others out of the pass that they share. Next: give a number (make plan finds one), or sharding = 'none'."
         )
 
 

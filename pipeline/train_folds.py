@@ -142,7 +142,7 @@ class _Fold:
             what = f"{label}: {duration(budget.left())} of the time budget are left, and predictions alone may take "
             what += duration(kept)
             if kept >= budget.seconds:
-                raise ConfigError(f"{what}. Next: a larger BUDGET (--time-budget), or none.")
+                raise ConfigError(f"{what}. Next: give a larger BUDGET (--time-budget), or none.")
             raise StoppedError(f"{what}; it is not begun. Next: the same command again begins with it.")
         until = duration(budget.seconds - kept)
         say(f"{label}: training until {until}, {duration(kept)} kept for predictions (expected: {prediction_s:.1f} s)")

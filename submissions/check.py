@@ -42,6 +42,7 @@ from submissions.layout import (
     read_layout,
     submission_columns,
 )
+from submissions.number_rows import read_number_layout
 
 #: C1'-C1' distances of neighbours that are believed, Å: 99.5 % of those in 182 chains of the PDB.
 _STEPS = (3.5, 10.0)
@@ -78,6 +79,8 @@ def run(paths: Paths, *, competition: Competition, file: Path, sample: Path | No
 def _expected(paths: Paths, competition: Competition, sample: Path | None) -> Layout:
     if competition.task == "classes":
         return read_class_layout(paths, sample)
+    if competition.task == "numbers":
+        return read_number_layout(paths, competition, sample)
     test = paths.clean("test" if competition.task == "values" else "sample")
     if sample is None:
         return read_layout(paths, competition)

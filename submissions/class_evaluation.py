@@ -3,25 +3,22 @@
 Letters: N sequences, K classes.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.classes import Classes, log_losses, read_classes
-from pipeline.errors import DataError
+from pipeline.labels import Classes, log_losses, read_classes
 from pipeline.paths import Paths
-from pipeline.runlog import track, warn
-from pipeline.tables import check_probabilities, labels_that_count, out_of_fold
-from submissions import class_scores
-from submissions.breakdown import LENGTH_STEP
+from pipeline.tables import check_probabilities, labels_that_count
+from submissions import class_scores, whole_scores
 from submissions.class_floors import predict_floors
+from submissions.whole_scores import Answers, Predicted, by_length, read_known, read_test, summarise, warn_missing
 
 #: Most classes of which all confusions are kept and drawn.
 MOST_CONFUSED = 60
@@ -32,80 +29,46 @@ _SHOWN = 30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predicted:
-    """Scored sequences that have a prediction, in the order of their ids, and what was said of them."""
+class ClassesPredicted(Predicted):
+    """Scored sequences, their classes and the probabilities that were predicted of each."""
 
-    ids: pl.Series
-    sequences: pl.Series
-    fold_N: np.ndarray
-    truth_NK: np.ndarray  #: bool
-    probability_NK: np.ndarray  #: float32
     classes: Classes
-    counts: dict[str, int]  #: coverage: how many are in the folds, predicted, scored, without label
-    missing: list[str]  #: ids of scored sequences without prediction
+
+    def truth(self) -> np.ndarray:
+        """[N, K] bool."""
+        return self.truth_NK > 0.5
 
     def thresholds(self) -> np.ndarray:
         """[N, K]: thresholds learned on the other folds."""
-        return class_scores.crossed_thresholds(self.probability_NK, self.truth_NK, self.fold_N)
+        return class_scores.crossed_thresholds(self.said_NK, self.truth(), self.fold_N)
 
     def decided(self) -> np.ndarray:
         """[N, K] bool: the classes decided for."""
-        return _decide(self.probability_NK, self)
+        return _decide(self.said_NK, self)
+
+
+def answers_of(classes: Classes) -> Answers:
+    """How labels and probabilities are read."""
+    width, exclusive = len(classes.names), classes.exclusive
+    return Answers(
+        known="labels",
+        said="probabilities",
+        width=width,
+        truth=partial(labels_that_count, width=width),
+        check=lambda said_NK, ids, where: check_probabilities(said_NK, ids, exclusive=exclusive, where=where),
+    )
 
 
 def read_predicted(
     paths: Paths, *, split: str, folds: Sequence[int], tables: Sequence[Path], name: str, classes: Classes
-) -> Predicted:
+) -> ClassesPredicted:
     """Out-of-fold predictions of one source beside the truth.
 
     Raises:
         DataError: predictions not out of fold, no probabilities, or of other data; or none of them is scored.
     """
-    rows, truths, probabilities, missing = [], [], [], list[str]()
-    counts = {"in_folds": 0, "predicted": 0, "scored": 0, "without_label": 0}
-    for batch in track(_batches(paths, split, folds, {name: tables}, classes), f"read {name}", unit="batches"):
-        truth_NK = labels_that_count(batch.rows, width=len(classes.names))
-        probability_NK = batch.predictions[name].reshape(truth_NK.shape)
-        check_probabilities(probability_NK, batch.rows["sequence_id"], exclusive=classes.exclusive, where=name)
-        scored_N, lost_N = ~np.isnan(truth_NK[:, 0]), batch.missing[name]
-        seen = {"in_folds": len(lost_N), "predicted": (~lost_N).sum(), "scored": scored_N.sum()}
-        for kind, number in (seen | {"without_label": batch.rows["labels"].null_count()}).items():
-            counts[kind] += int(number)
-        missing += batch.rows["sequence_id"].filter(pl.Series(scored_N & lost_N)).to_list()
-        here_N = scored_N & ~lost_N
-        rows.append(batch.rows.select("sequence_id", "sequence", "fold").filter(pl.Series(here_N)))
-        truths.append(truth_NK[here_N] > 0.5)
-        probabilities.append(probability_NK[here_N])
-    table = pl.concat(rows)
-    if not table.height:
-        raise DataError(
-            f"evaluate: no scored sequence has a prediction of {name}; expected out-of-fold predictions of labelled "
-            "sequences. Next: see that data and predictions belong together."
-        )
-    return Predicted(
-        ids=table["sequence_id"],
-        sequences=table["sequence"],
-        fold_N=table["fold"].to_numpy(),
-        truth_NK=np.concatenate(truths),
-        probability_NK=np.concatenate(probabilities),
-        classes=classes,
-        counts=counts | {"scored_without_prediction": len(missing)},
-        missing=missing,
-    )
-
-
-def _batches(
-    paths: Paths, split: str, folds: Sequence[int], sources: Mapping[str, Sequence[Path]], classes: Classes
-) -> Any:
-    return out_of_fold(
-        paths.clean("train"),
-        fold_table=paths.fold_table(split),
-        folds=folds,
-        sources=sources,
-        targets=("probabilities",),
-        columns=("scored", "labels"),
-        width=len(classes.names),
-    )
+    own = whole_scores.read_predicted(paths, answers_of(classes), split=split, folds=folds, tables=tables, name=name)
+    return ClassesPredicted(**vars(own), classes=classes)
 
 
 def evaluate_classes(
@@ -130,13 +93,8 @@ def evaluate_classes(
     others = {}
     for name, tables in reversed(list(sources.items())):  # the first one last, to be told in full
         own = read_predicted(paths, split=split, folds=folds, tables=tables, name=name, classes=classes)
-        others[name] = _summary(own, own.probability_NK)
-    if own.missing:
-        some = ", ".join(own.missing[:3]) + (" …" if len(own.missing) > 3 else "")
-        warn(
-            f"evaluate: {len(own.missing):,} scored sequences have no prediction of {name}: {some}; the score is of "
-            "the others, and scores.json lists them"
-        )
+        others[name] = _summary(own, own.said_NK)
+    warn_missing(own, name)
     floors = {floor: _summary(own, values_NK) for floor, values_NK in _floors_of(paths, split, own).items()}
     summary = others.pop(name)
     return {
@@ -150,38 +108,31 @@ def evaluate_classes(
     }
 
 
-def _floors_of(paths: Paths, split: str, own: Predicted) -> dict[str, np.ndarray]:
+def _floors_of(paths: Paths, split: str, own: ClassesPredicted) -> dict[str, np.ndarray]:
     """Floors fitted on all scored sequences outside a fold, whether predicted or not, at the sequences of `own`."""
-    table = pl.read_parquet(paths.fold_table(split), columns=["fold"])
-    folds = table["fold"].unique().sort().to_list()
-    rows = pl.concat([batch.rows for batch in _batches(paths, split, folds, {}, own.classes)])
-    truth_NK = labels_that_count(rows, width=len(own.classes.names))
-    rows, truth_NK = rows.filter(pl.Series(~np.isnan(truth_NK[:, 0]))), truth_NK[~np.isnan(truth_NK[:, 0])] > 0.5
+    rows, truth_NK = read_known(paths, answers_of(own.classes), split=split)
     here_N = rows["sequence_id"].is_in(own.ids.to_list()).to_numpy()
-    found = predict_floors(rows["sequence"].to_list(), truth_NK, rows["fold"].to_numpy(), own.classes)
+    fold_N, cluster_N = (rows[name].to_numpy() for name in ("fold", "cluster"))
+    found = predict_floors(rows["sequence"].to_list(), truth_NK > 0.5, fold_N, cluster_N, own.classes)
     return {name: values_NK[here_N] for name, values_NK in found.items()}
 
 
-def _decide(probability_NK: np.ndarray, own: Predicted) -> np.ndarray:
+def _decide(probability_NK: np.ndarray, own: ClassesPredicted) -> np.ndarray:
     if own.classes.exclusive:
         return class_scores.decide(probability_NK, exclusive=True)
-    thresholds_NK = class_scores.crossed_thresholds(probability_NK, own.truth_NK, own.fold_N)
+    thresholds_NK = class_scores.crossed_thresholds(probability_NK, own.truth(), own.fold_N)
     return class_scores.decide(probability_NK, exclusive=False, thresholds=thresholds_NK)
 
 
-def _summary(own: Predicted, probability_NK: np.ndarray) -> dict[str, Any]:
+def _summary(own: ClassesPredicted, probability_NK: np.ndarray) -> dict[str, Any]:
     """Log loss and `class_scores.in_short` of all sequences and of every fold; mean and deviation over the folds."""
     decided_NK = _decide(probability_NK, own)
 
     def scores(here_N: np.ndarray) -> dict[str, Any]:
-        parts = (probability_NK[here_N], own.truth_NK[here_N], decided_NK[here_N])
+        parts = (probability_NK[here_N], own.truth()[here_N], decided_NK[here_N])
         return _scores(*parts, exclusive=own.classes.exclusive)
 
-    by_fold = [{"fold": int(fold)} | scores(own.fold_N == fold) for fold in np.unique(own.fold_N)]
-    losses = np.array([row["score"] for row in by_fold])
-    spread = float(losses.std(ddof=1)) if len(losses) > 1 else math.nan
-    whole = scores(np.ones(len(own.fold_N), dtype=bool))
-    return whole | {"per_fold": by_fold, "fold_mean": float(losses.mean()), "fold_sd": spread}
+    return summarise(own, scores)
 
 
 def _scores(
@@ -192,15 +143,15 @@ def _scores(
     return {"score": float(loss), "per_target": told, "scored": len(truth_NK)}
 
 
-def _in_full(own: Predicted) -> dict[str, Any]:
+def _in_full(own: ClassesPredicted) -> dict[str, Any]:
     """What is told of the first source beside its summary."""
     names, exclusive = own.classes.names, own.classes.exclusive
     decided_NK, thresholds_NK = own.decided(), own.thresholds()
-    found = class_scores.per_class(own.probability_NK, own.truth_NK, decided_NK, thresholds_NK)
-    found["threshold"] = class_scores.learn_thresholds(own.probability_NK, own.truth_NK)
-    averages = class_scores.averages(class_scores.count(decided_NK, own.truth_NK))
+    found = class_scores.per_class(own.said_NK, own.truth(), decided_NK, thresholds_NK)
+    found["threshold"] = class_scores.learn_thresholds(own.said_NK, own.truth())
+    averages = class_scores.averages(class_scores.count(decided_NK, own.truth()))
     averages["macro"] |= {kind: class_scores.mean_defined(found[kind]) for kind in _ALSO_AVERAGED}
-    bins = class_scores.stated_and_right(own.probability_NK, own.truth_NK, exclusive=exclusive)
+    bins = class_scores.stated_and_right(own.said_NK, own.truth(), exclusive=exclusive)
     keep = exclusive and len(names) <= MOST_CONFUSED
     return {
         "classes": {"names": list(names), "exclusive": exclusive},
@@ -214,7 +165,7 @@ def _in_full(own: Predicted) -> dict[str, Any]:
             for kind, values_K in found.items()
             if (lost := [name for name, value in zip(names, values_K, strict=True) if np.isnan(value)])
         },
-        "confusion": class_scores.confusion(decided_NK, own.truth_NK).tolist() if keep else None,
+        "confusion": class_scores.confusion(decided_NK, own.truth()).tolist() if keep else None,
         "calibration": {"error": class_scores.calibration_error(bins), "bins": bins},
         "by_length": _by_length(own, decided_NK),
         "sequences": own.counts,
@@ -222,21 +173,14 @@ def _in_full(own: Predicted) -> dict[str, Any]:
     }
 
 
-def _by_length(own: Predicted, decided_NK: np.ndarray) -> list[dict[str, Any]]:
-    losses_N = log_losses(own.probability_NK, own.truth_NK, exclusive=own.classes.exclusive)
-    right_N = (decided_NK == own.truth_NK).all(axis=1)
-    length_N = own.sequences.str.len_bytes().to_numpy().astype(np.int64)
-    rows = []
-    for low in np.unique(length_N - length_N % LENGTH_STEP):
-        here_N = length_N - length_N % LENGTH_STEP == low
-        label = {"label": f"{low}-{low + LENGTH_STEP - 1}", "sequences": int(here_N.sum())}
-        rows.append(label | {"score": float(losses_N[here_N].mean()), "accuracy": float(right_N[here_N].mean())})
-    return rows
+def _by_length(own: ClassesPredicted, decided_NK: np.ndarray) -> list[dict[str, Any]]:
+    losses_N = log_losses(own.said_NK, own.truth(), exclusive=own.classes.exclusive)
+    right_N = (decided_NK == own.truth()).all(axis=1)
 
+    def score(here_N: np.ndarray) -> dict[str, Any]:
+        return {"score": float(losses_N[here_N].mean()), "accuracy": float(right_N[here_N].mean())}
 
-def has_test_labels(paths: Paths) -> bool:
-    """Whether the classes of test sequences are known."""
-    return paths.clean("test").is_file() and "labels" in pl.read_parquet_schema(paths.clean("test"))
+    return by_length(own, score)
 
 
 def evaluate_test(paths: Paths, *, predictions: Path, thresholds: Sequence[float]) -> dict[str, Any]:
@@ -254,16 +198,9 @@ def evaluate_test(paths: Paths, *, predictions: Path, thresholds: Sequence[float
         DataError: a test sequence has no prediction, or none of probabilities.
     """
     classes = read_classes(paths)
-    known = pl.read_parquet(paths.clean("test")).filter(pl.col("labels").is_not_null())
-    said = pl.read_parquet(predictions, columns=["sequence_id", "probabilities"])
-    table = known.join(said, on="sequence_id", how="left", maintain_order="left", validate="1:1")
-    if table["probabilities"].null_count():
-        raise DataError(f"{predictions}: not of this test set. Next: make predict, then make ensemble.")
-    probability_NK = np.array(table["probabilities"].to_list(), dtype=np.float32)
-    check_probabilities(probability_NK, table["sequence_id"], exclusive=classes.exclusive, where=str(predictions))
-    truth_NK = labels_that_count(table.with_columns(scored=True), width=len(classes.names)) > 0.5
+    probability_NK, truth_NK = read_test(paths, answers_of(classes), predictions)
     decided_NK = class_scores.decide(probability_NK, exclusive=classes.exclusive, thresholds=np.array(thresholds))
-    return _scores(probability_NK, truth_NK, decided_NK, exclusive=classes.exclusive)
+    return _scores(probability_NK, truth_NK > 0.5, decided_NK, exclusive=classes.exclusive)
 
 
 def describe(facts: Mapping[str, Any]) -> Table:

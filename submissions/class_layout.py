@@ -10,35 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 
-from pipeline.classes import Classes, read_classes
 from pipeline.errors import DataError
+from pipeline.labels import Classes, read_classes
 from pipeline.paths import Paths
-from pipeline.tables import open_parquet
 from submissions.layout import Kind, Layout
+from submissions.whole_rows import SequenceKeys, free_key, read_sample_rows, read_test_ids
 
 #: Stands between the labels of one sequence.
 SEPARATOR = ";"
-
-
-class SequenceKeys:
-    """Ids of the sequences, in order, under the name that their column has."""
-
-    kinds: tuple[Kind, ...] = ("text",)
-
-    def __init__(self, ids: pl.Series, name: str) -> None:
-        self.names: tuple[str, ...] = (name,)
-        self.rows = len(ids)
-        self._ids = ids.to_numpy()
-        self._row = {key: row for row, key in enumerate(ids.to_list())}
-
-    def block(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        return {self.names[0]: self._ids[start:stop]}
-
-    def row_of(self, key: object) -> int | None:
-        return self._row.get(key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,58 +61,17 @@ def read_class_layout(paths: Paths, sample: Path | None = None) -> ClassLayout:
     Raises:
         DataError: there is no test set, or the sample submission is of other sequences or classes.
     """
-    classes, test = read_classes(paths), paths.clean("test")
-    if not test.is_file():
-        raise DataError(
-            f"{paths.comp}: there is no test set, so there is nothing to submit; make evaluate scores what is there. "
-            f"Next: put test.csv beside the training file, then make data COMP={paths.comp}."
-        )
-    ids = pl.read_parquet(test, columns=["sequence_id"])["sequence_id"]
-    if sample is None and not paths.clean("sample").is_file():
-        names = classes.names
-        key = "id" if "id" not in names else "sequence_id"
-        return _layout((key, *names), ids, classes, values=names, of_values=tuple(range(len(names))))
-    where, table = _read_sample(paths.clean("sample") if sample is None else sample)
-    first = table[table.columns[0]]
-    _check_ids(first, ids, where=where)
-    return _from_sample(table, classes, where=where)
+    classes, ids = read_classes(paths), read_test_ids(paths)
+    found = read_sample_rows(paths, ids, sample)
+    if found:
+        return _from_sample(found[1], classes, where=found[0])
+    names = classes.names
+    return _layout((free_key(names), *names), ids, classes, values=names, of_values=tuple(range(len(names))))
 
 
 def _layout(header: Sequence[str], ids: pl.Series, classes: Classes, **columns: Any) -> ClassLayout:
     keys = SequenceKeys(ids, header[0])
     return ClassLayout(keys=keys, low=0.0, high=1.0, header=tuple(header), classes=classes, **columns)
-
-
-def _read_sample(path: Path) -> tuple[str, pl.DataFrame]:
-    """Name for messages, and all columns as text."""
-    if path.suffix == ".parquet":
-        open_parquet(path).close()
-        table = pl.read_parquet(path)
-    else:
-        try:
-            table = pl.read_csv(path, infer_schema=False)
-        except (pl.exceptions.PolarsError, OSError) as err:
-            told = str(err).splitlines()[0]
-            raise DataError(f"{path}: no readable CSV ({told}). Next: give the set's own sample submission.") from err
-    if not table.height or table.width < 2:
-        raise DataError(
-            f"{path}: {table.height} rows of {', '.join(table.columns)[:80]}; expected ids and at least one column "
-            "beside them. Next: give the set's own sample submission."
-        )
-    return str(path), table.select(pl.all().cast(pl.String))
-
-
-def _check_ids(first: pl.Series, ids: pl.Series, *, where: str) -> None:
-    twice = first.filter(first.is_duplicated())
-    if twice.len():
-        raise DataError(f"{where}: {first.name} {twice[0]!r} twice; expected each once. Next: repair the file.")
-    unknown, lost = first.filter(~first.is_in(ids.to_list())), ids.filter(~ids.is_in(first.to_list()))
-    for these, what in ((unknown, "is not in the test set"), (lost, "of the test set is not in it")):
-        if these.len():
-            raise DataError(
-                f"{where}: {first.name} {these[0]!r} {what} ({these.len():,} such); expected the same sequences. "
-                "Next: give the sample submission of these data."
-            )
 
 
 def _from_sample(table: pl.DataFrame, classes: Classes, *, where: str) -> ClassLayout:

@@ -3,7 +3,7 @@
 What has no value is NaN, "undefined" in words: recall, F1, AUROC and average precision of a class without positives,
 AUROC and average precision of one without negatives, precision of a class that is never decided for, MCC where all
 answers or all truths are the same. Averages over classes are over those that are defined. The log loss itself is
-`pipeline.classes.log_losses`.
+`pipeline.labels.log_losses`.
 
 Letters: N sequences, K classes, T decisions, P points of a curve, B bins.
 """
@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from submissions.number_scores import average_ranks
 
 #: Bins of equal width in which probabilities are compared with frequencies.
 BINS = 15
@@ -177,9 +179,7 @@ def auroc(score_N: np.ndarray, truth_N: np.ndarray) -> float:
     negatives = len(truth_N) - positives
     if not positives or not negatives:
         return math.nan
-    _, place_N, many_P = np.unique(score_N, return_inverse=True, return_counts=True)
-    rank_P = np.cumsum(many_P) - (many_P - 1) / 2
-    return float((rank_P[place_N][truth_N].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    return float((average_ranks(score_N)[truth_N].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 def average_precision(score_N: np.ndarray, truth_N: np.ndarray) -> float:

@@ -3,21 +3,19 @@
 Letters: N sequences, K classes.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from pipeline.classes import log_losses, read_classes
+from pipeline.labels import log_losses, read_classes
 from submissions import class_scores, figures, page
-from submissions.class_evaluation import MOST_CONFUSED, Predicted, read_predicted
+from submissions.class_evaluation import MOST_CONFUSED, ClassesPredicted, read_predicted
 from submissions.page import Markup
-from submissions.subject import Subject
+from submissions.subject import Subject, beginning, test_table, without_prediction
 
 _WRITTEN = 16  # most classes whose confusions are written as numbers
 _MISTAKES = 12
 _POINTS = 240  # of a curve
-_SHOWN = 48  # letters of a sequence
 _PADDING = "padding: .34rem .7rem"
 _UPRIGHT = "writing-mode: vertical-rl; transform: rotate(180deg); text-align: left"
 
@@ -71,29 +69,15 @@ def _classes_section(subject: Subject) -> Markup:
         page.element("p", words, class_="note"),
         page.table(["class", "sequences", "decided", *head.values()], rows, classes=kinds),
         *(page.element("p", note, class_="note") for note in notes),
-        _test_table(scores),
+        test_table(scores),
     )
 
 
-def _test_table(scores: Mapping[str, Any]) -> Markup:
-    """Scores of the test set, where its classes are known."""
-    if "test" not in scores:
-        return page.join()
-    told, columns = scores["test"], scores["columns"]
-    cells = [f"{told['scored']:,}", page.number(told["score"]), *(_score(told["per_target"][name]) for name in columns)]
-    words = "Its classes are known; nothing was chosen by them, neither epochs nor weights nor thresholds."
-    return page.join(
-        page.element("h3", "The test set"),
-        page.element("p", words, class_="note"),
-        page.table(["sequences", scores["metric"], *columns], [cells], words=0),
-    )
-
-
-def _confusion_section(subject: Subject, own: Predicted, decided_NK: np.ndarray) -> Markup:
+def _confusion_section(subject: Subject, own: ClassesPredicted, decided_NK: np.ndarray) -> Markup:
     names = own.classes.names
     if len(names) > MOST_CONFUSED:
         return subject.without(f"{len(names)} classes are too many to draw against each other.")
-    truth_NK = own.truth_NK
+    truth_NK = own.truth()
     if not own.classes.exclusive:
         names = (*names, "(none)")
         truth_NK, decided_NK = (np.column_stack([each_NK, ~each_NK.any(axis=1)]) for each_NK in (truth_NK, decided_NK))
@@ -128,15 +112,15 @@ def _numbers(counts_KK: np.ndarray, share_KK: np.ndarray, names: tuple[str, ...]
     return page.element("div", table, class_="scroll")
 
 
-def _curves_section(own: Predicted) -> Markup:
+def _curves_section(own: ClassesPredicted) -> Markup:
     """ROC and precision-recall curves of the classes that have positives and negatives, the most frequent first."""
-    support_K = own.truth_NK.sum(axis=0)
+    support_K = own.truth().sum(axis=0)
     places = [int(k) for k in np.argsort(-support_K, kind="stable") if 0 < support_K[k] < len(own.ids)]
     if own.classes.exclusive and len(own.classes.names) == 2:
         places = [k for k in places if k == 1]  # the other's is its mirror image
     if not places:
         return page.missing("No class has both positives and negatives: there is nothing to rank.")
-    found = [class_scores.curve(own.probability_NK[:, k], own.truth_NK[:, k]) for k in places]
+    found = [class_scores.curve(own.said_NK[:, k], own.truth()[:, k]) for k in places]
     roc = [_thin(np.append(0.0, each["false_positive_rate"]), np.append(0.0, each["recall"])) for each in found]
     steps = [_thin(each["recall"], each["precision"]) for each in found]
     share = float(support_K[places[0]] / len(own.ids))
@@ -174,7 +158,7 @@ def _calibration_section(subject: Subject) -> Markup:
     return page.join(page.element("p", words, class_="note"), keys, page.figure(drawing, wide=True))
 
 
-def _errors_section(subject: Subject, own: Predicted, decided_NK: np.ndarray) -> Markup:
+def _errors_section(subject: Subject, own: ClassesPredicted, decided_NK: np.ndarray) -> Markup:
     parts = []
     rows = subject.scores["by_length"]
     if len(rows) > 1:
@@ -190,25 +174,21 @@ def _errors_section(subject: Subject, own: Predicted, decided_NK: np.ndarray) ->
         parts += [page.figure(drawing, title="Accuracy by length", wide=True)]
         parts += [page.details("By length, in numbers", table)]
     parts += [page.element("h3", "The surest mistakes"), _mistakes(own, decided_NK)]
-    if lost := subject.scores["without_prediction"]:
-        parts += [page.details(f"{len(lost):,} sequences without prediction", ", ".join(lost))]
-    return page.join(*parts)
+    return page.join(*parts, without_prediction(subject.scores))
 
 
-def _mistakes(own: Predicted, decided_NK: np.ndarray) -> Markup:
+def _mistakes(own: ClassesPredicted, decided_NK: np.ndarray) -> Markup:
     """Sequences whose true classes were given the least probability."""
-    losses_N = log_losses(own.probability_NK, own.truth_NK, exclusive=own.classes.exclusive)
-    wrong_N = np.flatnonzero((decided_NK != own.truth_NK).any(axis=1))
+    losses_N = log_losses(own.said_NK, own.truth(), exclusive=own.classes.exclusive)
+    wrong_N = np.flatnonzero((decided_NK != own.truth()).any(axis=1))
     if not wrong_N.size:
         return page.element("p", "None: every sequence got its classes.", class_="note")
     names = np.array(own.classes.names, dtype=object)
     rows = []
     for at in wrong_N[np.argsort(-losses_N[wrong_N], kind="stable")][:_MISTAKES]:
-        sequence = own.sequences[int(at)]
-        shown = sequence if len(sequence) <= _SHOWN else f"{sequence[:_SHOWN]}… ({len(sequence):,})"
-        true, said = (", ".join(names[flags_NK[at]]) or "none" for flags_NK in (own.truth_NK, decided_NK))
+        true, said = (", ".join(names[flags_NK[at]]) or "none" for flags_NK in (own.truth(), decided_NK))
         loss = page.number(losses_N[at], 2)
-        rows.append([own.ids[int(at)], true, said, page.element("code", shown), loss, int(own.fold_N[at])])
+        rows.append([own.ids[int(at)], true, said, beginning(own.sequences[int(at)]), loss, int(own.fold_N[at])])
     return page.join(
         page.element("p", "The highest losses among the sequences with a wrong answer.", class_="note"),
         page.table(["sequence", "true", "decided", "begins", "loss, nats", "fold"], rows, words=4),

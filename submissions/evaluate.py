@@ -3,7 +3,7 @@
 ``scores.json`` holds the total and the same by target, fold, length, signal-to-noise, data set and position; every
 number is a sum over positions divided by their count, never a mean of means.
 
-`submissions.value_scores`, `submissions.class_evaluation` and `submissions.structure_scores` compute them, one for each
+`submissions.value_scores`, `class_evaluation`, `number_evaluation` and `structure_scores` compute them, one for each
 task.
 """
 
@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,18 +25,21 @@ from rich.text import Text
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
-from pipeline.runlog import warn
+from pipeline.runlog import score_text, warn
 from pipeline.stage import Report, commit, read_result, run_stage
 from pipeline.tables import open_parquet
-from submissions import class_evaluation, log
-from submissions.class_evaluation import evaluate_classes, evaluate_test, has_test_labels
+from submissions import class_evaluation, log, number_evaluation
+from submissions.class_evaluation import evaluate_classes
+from submissions.number_evaluation import evaluate_numbers
+from submissions.number_scores import tell
 from submissions.paired import tell_difference
 from submissions.value_scores import evaluate_values
+from submissions.whole_scores import has_test_truth
 
 if TYPE_CHECKING:
     from submissions.engines import Engine
 
-VERSION = 4
+VERSION = 5
 
 
 def run(
@@ -70,9 +73,10 @@ def run(
     extra = {
         "values": {"bpp": paths.bpp},
         "classes": {"classes": paths.clean("classes"), "test": paths.clean("test")},
+        "numbers": {"numbers": paths.clean("numbers"), "test": paths.clean("test")},
         "structure": {"references": paths.clean("references"), "test": paths.clean("test")},
     }[competition.task]
-    needed = ("references", "classes")
+    needed = ("references", "classes", "numbers")
     inputs |= {label: path for label, path in extra.items() if label in needed or path.is_file()}
     if not is_structure and engine != "built-in":
         raise ConfigError(f"evaluate: ENGINE={engine} is for structures. Next: leave out ENGINE.")
@@ -150,7 +154,7 @@ def _read_ensemble(paths: Paths, name: str, split: str) -> _Subject:
             f"COMP={paths.comp} SPLIT={facts['split']}."
         )
     runs = {f"run {each}": [paths.oof(each, fold) for fold in facts["folds"]] for each in facts["runs"]}
-    may_be_known = facts["task"] == "structure" or (facts["task"] == "classes" and has_test_labels(paths))
+    may_be_known = facts["task"] == "structure" or (facts["task"] in ("classes", "numbers") and has_test_truth(paths))
     sources = {name: [home / "oof.parquet"]} | runs
     return _Subject(
         name=name,
@@ -165,6 +169,9 @@ def _read_ensemble(paths: Paths, name: str, split: str) -> _Subject:
 
 
 def _find_run(paths: Paths, run: str, split: str) -> _Subject:
+    if not paths.run_dir(run).is_dir():
+        known = ", ".join(sorted(path.name for path in (paths.home / "runs").glob("*.*"))) or "none"
+        raise ConfigError(f"RUN={run}: no such run; there are: {known}. Next: name one of these.")
     table = paths.fold_table(split)
     open_parquet(table, ["sequence_id", "fold"]).close()
     every = pl.read_parquet(table, columns=["fold"])["fold"].unique().sort().to_list()
@@ -195,14 +202,20 @@ def _without_nan(value: Any) -> Any:
 
 
 def _score_predictions(paths: Paths, competition: Competition, subject: _Subject) -> dict[str, Any]:
-    evaluate = evaluate_classes if competition.task == "classes" else partial(evaluate_values, competition=competition)
-    scored = evaluate(paths, split=subject.split, folds=subject.folds, sources=subject.sources)
+    evaluators: dict[str, Callable[..., dict[str, Any]]] = {
+        "classes": evaluate_classes,
+        "numbers": partial(evaluate_numbers, competition=competition),
+        "values": partial(evaluate_values, competition=competition),
+    }
+    scored = evaluators[competition.task](paths, split=subject.split, folds=subject.folds, sources=subject.sources)
     others, paired = scored.pop("others"), scored.pop("paired", None)
-    if subject.test:
+    if subject.test and competition.task == "numbers":
+        scored["test"] = number_evaluation.evaluate_test(paths, competition=competition, predictions=subject.test)
+    elif subject.test:
         thresholds = [row["threshold"] for row in scored["per_class"]]
-        scored["test"] = evaluate_test(paths, predictions=subject.test, thresholds=thresholds)
+        scored["test"] = class_evaluation.evaluate_test(paths, predictions=subject.test, thresholds=thresholds)
     if paired:
-        scored["best_run"] = subject.members[paired["best"]]
+        scored["best_run"] = subject.members.get(paired["best"], subject.name)
         for source, difference in paired["differences"].items():
             others.get(source, scored)["difference"] = difference
     return (
@@ -285,7 +298,7 @@ def _structure_folds(paths: Paths, subject: _Subject, targets: list[dict[str, An
 def _log(paths: Paths, subject: _Subject, report: Report, *, note: str) -> None:
     facts = report.facts
     manifest = json.loads((subject.home / "evaluate.manifest.json").read_text())
-    floors = ", ".join(f"{name} {value:.4f}" for name, value in _floors(facts).items())
+    floors = ", ".join(f"{name} {score_text(value)}" for name, value in _floors(facts).items())
     entry = log.LogEntry(
         date=log.today(),
         comp=facts["competition"],
@@ -293,7 +306,7 @@ def _log(paths: Paths, subject: _Subject, report: Report, *, note: str) -> None:
         split=facts["split"],
         folds=",".join(map(str, facts["folds"])),
         metric=facts["metric"],
-        score=f"{facts['score']:.5f}",
+        score=score_text(facts["score"], 5),
         floors=floors,
         data=manifest["inputs"]["train"][:10],
         config=_config_digest(paths, subject),
@@ -357,13 +370,13 @@ def describe(facts: Mapping[str, Any]) -> RenderableType:
     for name, score in _floors(facts).items():
         details = facts.get("floor_details", {}).get(name, {"score": score})
         table.add_row(*_cells(f"floor: {name}", details, targets), style="dim")
-    if facts["task"] == "classes" and "test" in facts:
+    if facts["task"] != "structure" and "test" in facts:
         table.add_row(*_cells(f"test set, {facts['test']['scored']:,} sequences", facts["test"], targets))
     parts: list[RenderableType] = [table, *(Text(note, style="dim") for note in facts["floor_notes"])]
-    if facts["task"] == "values":
-        return Group(*parts)
-    if facts["task"] == "classes":
-        return Group(*parts, Text(), class_evaluation.describe(facts))
+    of_parts = {"classes": class_evaluation.describe, "numbers": number_evaluation.describe}
+    if facts["task"] != "structure":
+        more = of_parts[facts["task"]](facts) if facts["task"] in of_parts else None
+        return Group(*parts, Text(), more) if more else Group(*parts)
     from submissions import structure_scores  # numba is slow to import
 
     parts.append(Text(structure_scores.describe(dict(facts))))
@@ -375,11 +388,11 @@ def describe(facts: Mapping[str, Any]) -> RenderableType:
 def _cells(label: str, scores: Mapping[str, Any], targets: Sequence[str]) -> list[str]:
     spread = _number(scores.get("fold_mean"))
     if scores.get("fold_sd") is not None:
-        spread += f" ± {scores['fold_sd']:.4f}"
-    cell = class_evaluation.tell if "accuracy" in targets else _number
-    cells = [label, _number(scores["score"]), *(cell(scores["per_target"][target]) for target in targets), spread]
+        spread += f" ± {score_text(scores['fold_sd'])}"
+    told = (tell(scores["per_target"][target], target) for target in targets)
+    cells = [label, _number(scores["score"]), *told, spread]
     return [*cells, tell_difference(scores["difference"])] if "difference" in scores else cells
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else score_text(value)

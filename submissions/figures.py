@@ -182,6 +182,59 @@ def calibration(counts_BB: np.ndarray, *, low: float, high: float, unit: str, co
 _MERGE = 5  # fine bins of a point on the calibration line
 
 
+def points(predicted_N: np.ndarray, measured_N: np.ndarray, *, unit: str, colour: int) -> Markup:
+    """Measured against predicted, a dot for each sequence: for so few that a density would say nothing.
+
+    Args:
+        predicted_N: [N].
+        measured_N: [N].
+        unit: of both axes.
+        colour: of the dots, place in the series.
+    """
+    low = float(min(predicted_N.min(), measured_N.min()))
+    high = float(max(predicted_N.max(), measured_N.max()))
+    room = 0.04 * (high - low) or 0.5
+    ends = (low - room, high + room)
+    with canvas(4.2, 3.7) as made:
+        axes = made.axes
+        axes.plot(ends, ends, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
+        axes.plot(predicted_N, measured_N, "o", color=SERIES[colour % len(SERIES)], markersize=3.2, alpha=0.55, mew=0)
+        axes.set(xlim=ends, ylim=ends, xlabel=f"predicted, {unit}", ylabel=f"measured, {unit}")
+        axes.set_aspect("equal")
+    return made.drawing
+
+
+def residuals(x_N: np.ndarray, residual_N: np.ndarray, *, xlabel: str, ylabel: str, colour: int) -> Markup:
+    """What is measured beyond what is predicted: median, and the middle half and nine tenths, along a property.
+
+    Args:
+        x_N: [N] the property of each sequence; groups of it hold about equally many.
+        residual_N: [N].
+        xlabel: with unit.
+        ylabel: with unit.
+        colour: place in the series.
+    """
+    edges = np.unique(np.quantile(x_N, np.linspace(0, 1, min(_GROUPS, max(2, len(x_N) // 12)) + 1)[1:], method="lower"))
+    of_N = np.searchsorted(edges, x_N)
+    groups = [residual_N[of_N == group] for group in range(len(edges))]
+    at = [float(x_N[of_N == group].mean()) for group in range(len(edges))]
+    low, quarter, middle, three, high = np.array(
+        [np.quantile(group, (0.05, 0.25, 0.5, 0.75, 0.95)) for group in groups]
+    ).T
+    with canvas(4.6, 2.9) as made:
+        axes = made.axes
+        axes.axhline(0.0, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
+        axes.fill_between(at, low, high, color=SERIES[colour % len(SERIES)], alpha=0.12, linewidth=0)
+        axes.fill_between(at, quarter, three, color=SERIES[colour % len(SERIES)], alpha=0.22, linewidth=0)
+        axes.plot(at, middle, color=SERIES[colour % len(SERIES)], linewidth=2, marker="o", markersize=3.5)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.margins(x=0.02)
+    return made.drawing
+
+
+_GROUPS = 12  # along the x axis of residuals
+
+
 def grouped_bars(
     labels: Sequence[str], values: Sequence[Sequence[float]], *, xlabel: str, ylabel: str, notes: Sequence[str] = ()
 ) -> Markup:

@@ -9,6 +9,8 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.runlog import score_text
+
 #: Nothing may be loaded and nothing may run but a page's own script; pictures are part of the page.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
@@ -158,7 +160,7 @@ def table(
     return element("div", whole, class_="scroll")
 
 
-def bars(rows: Sequence[tuple[str, float, bool]], *, digits: int = 4) -> Markup:
+def bars(rows: Sequence[tuple[str, float, bool]]) -> Markup:
     """Horizontal bars with their numbers: (label, value, whether it is the subject of the page)."""
     largest = max((value for _, value, _ in rows), default=1.0) or 1.0
     lines = [
@@ -166,7 +168,7 @@ def bars(rows: Sequence[tuple[str, float, bool]], *, digits: int = 4) -> Markup:
             "div",
             element("span", label, class_="label"),
             element("span", element("i", class_="bar", style=f"width: {100 * value / largest:.1f}%"), class_="track"),
-            element("span", number(value, digits), class_="number"),
+            element("span", score_text(value), class_="number"),
             class_="own" if own else "",
         )
         for label, value, own in rows

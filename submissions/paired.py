@@ -3,7 +3,7 @@
 Its interval is the jackknife's over blocks of whole clusters of the fold table: relatives err alike, and intervals
 over single sequences would be too narrow. The spread over seeds is not in it.
 
-Letters: T positions, B blocks of clusters.
+Letters: T positions (of numbers: sequences), B blocks of clusters.
 """
 
 import math
@@ -40,12 +40,12 @@ class Paired:
         self._groups = {source: Groups(competition) for source in sources}
 
     def add(self, batch: OofBatch, truth_TC: np.ndarray) -> None:
-        """Add a batch; `truth_TC` is NaN where the metric does not look."""
+        """Add a batch; `truth_TC` is NaN where the metric does not look: of numbers, perhaps at some of the targets."""
         rows = batch.rows.select("sequence_id").join(
             self._blocks, on="sequence_id", how="left", validate="1:1", maintain_order="left"
         )
         missing_N = np.any([batch.missing[source] for source in self._groups], axis=0)
-        there_T = batch.spread(~missing_N) & np.isfinite(truth_TC[:, 0])
+        there_T = batch.spread(~missing_N) & np.isfinite(truth_TC).any(axis=1)
         block_T = batch.spread(rows["block"].to_numpy())[there_T]
         for source, groups in self._groups.items():
             groups.add_positions(block_T, batch.predictions[source][there_T], truth_TC[there_T])
@@ -76,7 +76,12 @@ def _interval(value: float, without_B: np.ndarray) -> dict[str, float]:
 
 
 def tell_difference(told: Mapping[str, float | None]) -> str:
-    """``-0.0053 [-0.0102, -0.0004]``; an interval needs two clusters."""
+    """``-0.0053 [-0.0102, -0.0004]``; an interval needs two clusters.
+
+    >>> tell_difference({"value": -3.14e-5, "low": None, "high": None})
+    '-3.1e-05'
+    """
     low, high = told["low"], told["high"]
-    interval = "" if low is None or high is None else f" [{low:+.4f}, {high:+.4f}]"
-    return f"{told['value']:+.4f}{interval}"
+    style = "+.2g" if 0 < max(abs(each) for each in told.values() if each is not None) < 5e-4 else "+.4f"
+    interval = "" if low is None or high is None else f" [{low:{style}}, {high:{style}}]"
+    return f"{told['value']:{style}}{interval}"

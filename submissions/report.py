@@ -11,9 +11,11 @@ from typing import Any
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError
 from pipeline.paths import Paths
+from pipeline.runlog import score_text
 from pipeline.stage import Report, read_result, run_stage
 from submissions import page
 from submissions.classes_report import classes_sections
+from submissions.numbers_report import numbers_sections
 from submissions.page import Markup
 from submissions.paired import tell_difference
 from submissions.structure_report import structure_sections
@@ -56,7 +58,12 @@ def run(paths: Paths, *, competition: Competition, name: str | None = None, run:
 
 def _write(subject: Subject, path: Path) -> dict[str, Any]:
     training = read_training(subject)
-    draw = {"values": values_sections, "classes": classes_sections, "structure": structure_sections}
+    draw = {
+        "values": values_sections,
+        "classes": classes_sections,
+        "numbers": numbers_sections,
+        "structure": structure_sections,
+    }
     middle = draw[subject.competition.task](subject)
     sections = {
         "folds": ("Scores by fold", _folds_section(subject)),
@@ -97,7 +104,7 @@ def _header(subject: Subject, training: Mapping[tuple[str, int], Training]) -> M
         page.element(
             "div",
             page.element("div", f"{scores['metric']}, {direction}", class_="kicker"),
-            page.element("div", page.number(scores["score"]), class_="score"),
+            page.element("div", score_text(scores["score"]), class_="score"),
         ),
         page.bars(rows),
         class_="hero",
@@ -115,13 +122,15 @@ def _header(subject: Subject, training: Mapping[tuple[str, int], Training]) -> M
 
 def _verdict(subject: Subject) -> str:
     name, floor = subject.best_floor
+    if not floor:
+        return f"The best floor, {name}, is without error: there is nothing to be better at."
     change = subject.scores["score"] / floor - 1
     if abs(change) < _SAME:
-        return f"As good as the best floor, {name} ({floor:.4f})."
+        return f"As good as the best floor, {name} ({score_text(floor)})."
     better = (change > 0) == subject.higher_is_better
     where = "above" if change > 0 else "below"
     judgement = "better" if better else "worse; the model has learned less than the floor knows"
-    return f"{abs(change):.1%} {where} the best floor, {name} ({floor:.4f}): {judgement}."
+    return f"{abs(change):.1%} {where} the best floor, {name} ({score_text(floor)}): {judgement}."
 
 
 def _roles(subject: Subject) -> str:
@@ -136,8 +145,8 @@ def _roles(subject: Subject) -> str:
     if nested is not None:
         score = policy["best_of_five"][str(policy["novelty"])] if policy else subject.joined["score"]
         where = " over the targets that teach" if policy else ""
-        words += f" The choice was made by this score ({score:.4f}{where}); made for each fold by the others, "
-        words += f"it gives {nested:.4f}."
+        words += f" The choice was made by this score ({score_text(score)}{where}); made for each fold by the others, "
+        words += f"it gives {score_text(nested)}."
     return words
 
 
@@ -149,7 +158,7 @@ def _headline_facts(subject: Subject, training: Mapping[tuple[str, int], Trainin
     else:
         told["targets scored"] = f"{len(scores['targets']):,}"
     if scores["fold_sd"] is not None:
-        told["mean ± sd over folds"] = f"{scores['fold_mean']:.4f} ± {scores['fold_sd']:.4f}"
+        told["mean ± sd over folds"] = f"{score_text(scores['fold_mean'])} ± {score_text(scores['fold_sd'])}"
     if training:
         told["training, all folds"] = duration(sum(each.seconds for each in training.values()))
         told["peak memory"] = memory(max(each.memory_mib for each in training.values()))
@@ -196,7 +205,8 @@ def _folds_section(subject: Subject) -> Markup:
 def _spread(told: Mapping[str, Any]) -> str | None:
     if told.get("fold_mean") is None:
         return None
-    return f"{told['fold_mean']:.4f}" + (f" ± {told['fold_sd']:.4f}" if told.get("fold_sd") is not None else "")
+    spread = "" if told.get("fold_sd") is None else f" ± {score_text(told['fold_sd'])}"
+    return score_text(told["fold_mean"]) + spread
 
 
 def _paired(everyone: Mapping[str, Mapping[str, Any]], scores: Mapping[str, Any]) -> Markup:

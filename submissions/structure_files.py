@@ -50,7 +50,15 @@ class Structure:
     confidence_M: np.ndarray  # expected TM-score
 
 
-def run(paths: Paths, *, competition: Competition, name: str, table: str = "test") -> Report:
+def run(
+    paths: Paths,
+    *,
+    competition: Competition,
+    name: str,
+    table: str = "test",
+    home: Path | None = None,
+    title: str = "",
+) -> Report:
     """Write ``ensembles/<name>/structures-<table>/``: ``<target>.pdb``, ``<target>.cif`` and ``viewer.html``.
 
     Args:
@@ -58,6 +66,8 @@ def run(paths: Paths, *, competition: Competition, name: str, table: str = "test
         competition: one whose task is a structure.
         name: of the ensemble.
         table: its test candidates, or the out-of-fold ones of the training targets.
+        home: another folder to write to, which is all this stage's.
+        title: of the page; "" = what the ensemble and its table are called.
 
     Raises:
         ConfigError: the competition is not about structures, or there is no such table.
@@ -71,11 +81,15 @@ def run(paths: Paths, *, competition: Competition, name: str, table: str = "test
     inputs = {"predictions": predictions, "sequences": clean, "script": _SCRIPT, "library": _LIBRARY}
     if paths.clean("references").is_file():
         inputs["references"] = paths.clean("references")
-    home = paths.ensemble_dir(name) / f"structures-{table}"
+    home = home or paths.ensemble_dir(name) / f"structures-{table}"
+    which = "test targets" if table == "test" else "training targets, out of fold"
+    title = title or f"{name}: {which}"
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
         found = read_structures(predictions, clean)
-        home.mkdir(parents=True, exist_ok=True)
+        for ending in ("pdb", "cif"):  # of targets that there are no more
+            for path in home.glob(f"*.{ending}"):
+                path.unlink()
         skipped = []
         for structure in found:
             (home / f"{structure.name}.cif").write_text(to_cif(structure), encoding="ascii")
@@ -84,8 +98,7 @@ def run(paths: Paths, *, competition: Competition, name: str, table: str = "test
             else:
                 (home / f"{structure.name}.pdb").write_text(to_pdb(structure), encoding="ascii")
         known = read_traces(inputs["references"], member="conformer", finite=False) if "references" in inputs else {}
-        which = "test targets" if table == "test" else "training targets, out of fold"
-        text = viewer_page(found, known, title=f"{name}: {which}", above=competition.title)
+        text = viewer_page(found, known, title=title, above=competition.title)
         parts["viewer"].write_text(text, encoding="utf-8")
         facts = {"targets": len(found), "with_reference": sum(each.name in known for each in found)}
         return facts | ({"too_long_for_pdb": skipped} if skipped else {})
@@ -94,7 +107,7 @@ def run(paths: Paths, *, competition: Competition, name: str, table: str = "test
         "structures",
         inputs=inputs,
         outputs={"viewer": home / "viewer.html"},
-        params={"version": VERSION, "table": table},
+        params={"version": VERSION, "table": table, "title": title},
         build=build,
     )
 

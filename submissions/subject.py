@@ -11,16 +11,19 @@ from pipeline.paths import Paths
 from pipeline.runs import is_stage
 from pipeline.stage import read_result
 from submissions import page
+from submissions.number_scores import tell
 from submissions.page import Markup
+
+_SHOWN = 48  # letters of a sequence
 
 
 def read_scores(home: Path, *, comp: str) -> dict[str, Any]:
-    """Scores of a competition's ensemble that `evaluate` left in its folder.
+    """Scores of a competition's ensemble, or run, that `evaluate` left in its folder.
 
     Raises:
         DataError: there are none, or not those that it left.
     """
-    hint = f"make evaluate COMP={comp} NAME={home.name}"
+    hint = f"make evaluate COMP={comp} {'RUN' if home.parent.name == 'runs' else 'NAME'}={home.name}"
     return read_result(home / "scores.json", manifest=home / "evaluate.manifest.json", hint=hint)
 
 
@@ -40,8 +43,8 @@ class Subject:
 
     @property
     def title(self) -> str:
-        """The competition's, and of labelled sets which it is."""
-        which = self.competition.name.partition("-")[2] if self.competition.task == "classes" else ""
+        """The competition's, and of sets of one's own which it is."""
+        which = self.competition.name.partition("-")[2]
         return ", ".join(filter(None, (self.competition.title, which)))
 
     @property
@@ -124,7 +127,7 @@ class Subject:
         inputs |= {f"predictions/{place}": path for place, path in enumerate(self.predictions)}
         if (self.home / "weights.json").is_file():
             inputs["weights"] = self.home / "weights.json"
-        truth = {"structure": "references", "classes": "classes"}
+        truth = {"structure": "references", "classes": "classes", "numbers": "numbers"}
         if self.competition.task in truth:
             inputs[truth[self.competition.task]] = self.paths.clean(truth[self.competition.task])
         for name in ("metrics.jsonl", "config.json"):
@@ -148,5 +151,33 @@ def short_name(target: str) -> str:
 
 def score_cells(told: Mapping[str, Any], targets: Sequence[str], *, lost: str | None = None) -> list[Markup]:
     """Cells of a table: score, and mean error of every target, or `lost` (a dash) where there is none."""
-    values = [told["per_target"][target] for target in targets]
-    return [page.number(told["score"]), *(page.text(lost) if each is None else page.number(each) for each in values)]
+    values = {"": told["score"]} | {target: told["per_target"][target] for target in targets}
+    return [page.text(lost if value is None else tell(value, name)) for name, value in values.items()]
+
+
+def test_table(scores: Mapping[str, Any]) -> Markup:
+    """Scores of the test set, where its classes or numbers are known."""
+    if "test" not in scores:
+        return page.join()
+    told, columns = scores["test"], scores["columns"]
+    cells = [f"{told['scored']:,}", *score_cells(told, columns, lost="undefined")]
+    words = "Its answers are known; nothing was chosen by them, neither epochs nor weights nor thresholds."
+    return page.join(
+        page.element("h3", "The test set"),
+        page.element("p", words, class_="note"),
+        page.table(["sequences", scores["metric"], *columns], [cells], words=0),
+    )
+
+
+def beginning(sequence: str) -> Markup:
+    """A sequence, or its first letters and how many there are."""
+    shown = sequence if len(sequence) <= _SHOWN else f"{sequence[:_SHOWN]}… ({len(sequence):,})"
+    return page.element("code", shown)
+
+
+def without_prediction(scores: Mapping[str, Any]) -> Markup:
+    """Ids of the scored sequences that no prediction is of."""
+    lost = scores["without_prediction"]
+    if not lost:
+        return page.join()
+    return page.details(f"{len(lost):,} sequences without prediction", ", ".join(lost))

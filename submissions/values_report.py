@@ -88,6 +88,7 @@ def _calibration_section(gathered: _Gathered) -> Markup:
     drawings = []
     for place, (target, counts_BB) in enumerate(zip(gathered.competition.targets, gathered.counts_CBB, strict=True)):
         unit = "degradation" if target.startswith("deg_") else "reactivity"
+        unit = target if gathered.competition.is_own else unit
         drawing = figures.calibration(counts_BB, low=gathered.low, high=gathered.high, unit=unit, colour=place)
         drawings.append(page.figure(drawing, title=short_name(target)))
     words = (

@@ -26,8 +26,9 @@ from rich.table import Table
 
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
+from pipeline.memory import peak_memory_mib
 from pipeline.paths import Paths
-from pipeline.runlog import Bar, peak_memory_mib, say
+from pipeline.runlog import Bar, say
 from pipeline.schema import CANDIDATES, split_id
 from pipeline.stage import Report, run_stage
 from pipeline.tables import finite_values, read_batches
@@ -45,6 +46,7 @@ from submissions.layout import (
     read_test_index,
     value_columns,
 )
+from submissions.number_rows import number_inputs, write_numbers
 from submissions.structure_scores import trivial_shapes
 
 VERSION = 1
@@ -65,7 +67,7 @@ def run(paths: Paths, *, competition: Competition, name: str, fmt: str = "csv", 
 
     Args:
         paths: where the artefacts are and where submissions go.
-        competition: columns, range, and whether values, classes or structures are submitted.
+        competition: columns, range, and whether values, classes, numbers or structures are submitted.
         name: of the ensemble.
         fmt: "csv" or "parquet".
         fill: of structures, complete what is not predicted with hairpin, helix and random walks; the ensemble may be
@@ -77,7 +79,7 @@ def run(paths: Paths, *, competition: Competition, name: str, fmt: str = "csv", 
             Nothing is left under the final name then that was not there before.
     """
     if fmt not in ("csv", "parquet"):
-        raise ConfigError(f"FORMAT={fmt!r}: expected csv or parquet. Next: one of these.")
+        raise ConfigError(f"FORMAT={fmt!r}: expected csv or parquet. Next: FORMAT=csv.")
     home = paths.ensemble_dir(name)
     inputs = {"predictions": home / "test.parquet", "test": paths.clean("test")}
     if competition.task == "structure":
@@ -86,6 +88,8 @@ def run(paths: Paths, *, competition: Competition, name: str, fmt: str = "csv", 
         raise ConfigError(f"submit: {competition.name} has no shapes to fill in. Next: leave --fill out.")
     if competition.task == "classes":
         inputs |= class_inputs(paths, name)
+    if competition.task == "numbers":
+        inputs |= number_inputs(paths, competition)
     build = partial(_build, paths, competition, inputs["predictions"], fmt=fmt, fill=fill)
     if fill and not inputs["predictions"].is_file():
         del inputs["predictions"]
@@ -109,6 +113,8 @@ def _build(
         layout, facts = _write_structures(paths, competition, predictions, part, fmt=fmt, fill=fill)
     elif competition.task == "classes":
         layout, facts = write_classes(paths, predictions, part, fmt=fmt)
+    elif competition.task == "numbers":
+        layout, facts = write_numbers(paths, competition, predictions, part, fmt=fmt)
     else:
         layout, facts = _write_values(paths, competition, predictions, part, fmt=fmt)
     rows, seconds = layout.keys.rows, time.monotonic() - started
@@ -141,7 +147,8 @@ def _write_values(
         clipped = _write_csv(chunks, layout, part) if fmt == "csv" else _write_parquet(chunks, layout, part)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return layout, {"sequences": len(index.ids), "clipped_values": clipped}
+    facts = {"clipped_values": clipped} if competition.target_range else {}  # without a range nothing is cut
+    return layout, {"sequences": len(index.ids), **facts}
 
 
 def _deal(

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from pipeline.classes import Classes, write_classes
+from pipeline.labels import Classes, write_labels
 from pipeline.paths import Paths
 from pipeline.schema import ALPHABET, PROBES
 
@@ -212,7 +212,7 @@ def write_class_data(
     )
     write(train, paths.clean("train"))
     counts = tuple(int(count) for count in chosen[known].sum(axis=0))
-    write_classes(paths.clean("classes"), Classes(CLASSES, counts, exclusive, ALPHABET))
+    write_labels(paths.clean("classes"), Classes(CLASSES, counts, exclusive, ALPHABET))
     fold = pl.Series("fold", [number % FOLDS for number in range(sequences)], dtype=pl.UInt8)
     write(train.select("sequence_id", fold, cluster=pl.col("sequence_id")), paths.fold_table(SPLIT))
     ids = [f"t{number:04d}" for number in rng.permutation(tests)]

@@ -39,6 +39,17 @@ def test_every_verb_explains_itself_and_each_of_its_options(verb, capsys):
         assert option.name == "help" or option.help, f"{verb} {option.name} has no help"
 
 
+def test_the_help_lists_the_verbs_below_what_their_modules_are_about(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert call("--help") == 0
+    panels = capsys.readouterr().out.split("╭─ ")[2:]  # behind the program's own options
+    found = {panel.partition(" ─")[0]: re.findall(r"^│ ([a-z-]+) ", panel, re.MULTILINE) for panel in panels}
+    assert sorted(verb for verbs in found.values() for verb in verbs) == VERBS
+    assert found["From raw files to clean tables and folds"] == ["download", "data", "bpp", "folds", "audit"]
+    homes = {command.callback.__module__ for command in typer.main.get_command(app).commands.values()}
+    assert len(found) == len(homes) > 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
@@ -62,8 +73,8 @@ def test_every_verb_explains_itself_and_each_of_its_options(verb, capsys):
         (["train", "--model", "tiny_hyena", "--fold", "7"], 2, "FOLD=7: the folds of sim80_k5 are 0 to 4"),
         (["train", "--model", "tiny_hyena", "--split", "sim80k5"], 2, "SPLIT='sim80k5'"),
         (["train", "--model", "tiny_hyena", "--tag", "a/b"], 2, "TAG='a/b'"),
-        (["train", "--model", "tiny_hyena", "--tag", "x" * 101], 2, "at most 100 letters"),  # "File name too long"
-        (["train", "--model", "tiny_hyena", "--tag", "sweep-x"], 2, "left out of ensembles. Next: another TAG"),
+        (["train", "--model", "tiny_hyena", "--tag", "x" * 101], 2, "100 at most"),  # "File name too long"
+        (["train", "--model", "tiny_hyena", "--tag", "sweep-x"], 2, "left out of ensembles. Next: give another TAG"),
         (
             ["train", "--model", "tiny_hyena", "--tag", "x", "--set", "train.workers=500"],
             2,
@@ -205,6 +216,24 @@ def test_make_takes_folders_with_blanks(tmp_path):
     where = [f"PY={sys.executable}", f"RAW={tmp_path / 'raw data'}", f"ARTIFACTS={tmp_path / 'to come'}"]
     subprocess.run(["make", "data", *where], cwd=ROOT, check=True, capture_output=True)
     assert (tmp_path / "to come" / "ribonanza" / "clean" / "train.parquet").is_file()
+
+
+@pytest.mark.parametrize("name", ['a "b"', "a  b", "a'b", "a\\b", "a`b`", "пример", "$$x y"])
+def test_make_takes_a_folder_of_any_name(tmp_path, name):
+    """RAW='/tmp/a "b"' was looked for in /tmp/a b, where make clean would have removed it; so was one of two blanks."""
+    where = [f"RAW={tmp_path / name}", f"ARTIFACTS={tmp_path / name}", f"FILE={tmp_path / name}", "PY=echo"]
+    for verb in ("data", "check"):
+        done = subprocess.run(["make", verb, *where], cwd=ROOT, capture_output=True, text=True, check=True)
+        said = done.stdout.removesuffix("\n")
+        folder = str(tmp_path / name.replace("$$", "$"))
+        assert said.count(folder) == 2, said
+        assert said.endswith(folder)
+    held, other = tmp_path / name.replace("$$", "$"), tmp_path / name.replace('"', "").replace("  ", " ")
+    for folder in {held, other}:
+        (folder / "ribonanza" / "clean").mkdir(parents=True, exist_ok=True)
+    subprocess.run(["make", "clean", f"ARTIFACTS={tmp_path / name}"], cwd=ROOT, check=True, capture_output=True)
+    assert not held.exists()
+    assert other == held or other.exists()
 
 
 def test_runs_of_another_split_are_named_with_it(tmp_path):
@@ -361,8 +390,11 @@ def test_a_plan_is_for_the_longest_sequence_of_the_clean_table(tmp_path, capsys)
     table = tmp_path / "ribonanza" / "clean" / "train.parquet"
     table.parent.mkdir(parents=True)
     pl.DataFrame({"sequence": ["ACGU", "ACGUACGUA"]}).write_parquet(table)
-    assert call("plan", "--model", "tiny_hyena", "--artifacts", str(tmp_path)) == 0
-    assert "sequences of 9 nt" in capsys.readouterr().out
+    pl.DataFrame({"sequence": ["ACGUACGUACGU"]}).write_parquet(table.with_name("test.parquet"))
+    for pseudo, longest in (("", 9), ("teacher.sim80_k5", 12)):  # whose predictions of the test set train too
+        words = ["--model", "tiny_hyena", "--set", f'data.pseudo="{pseudo}"']
+        assert call("plan", *words, "--artifacts", str(tmp_path)) == 0
+        assert f"sequences of {longest} nt" in capsys.readouterr().out
 
 
 def test_help_starts_without_torch():
@@ -374,7 +406,7 @@ def test_no_verb_prints_the_help_and_no_empty_sentence(capsys):
     """`rna` alone ended with the line "error:  (exit code 2)"."""
     assert run_verb([]) in (0, 2)  # 0 by click 8.1
     printed = capsys.readouterr()
-    assert "Commands" in printed.out
+    assert "tables and folds" in printed.out
     assert "error" not in printed.err
 
 
@@ -436,7 +468,7 @@ def test_our_files_are_read_as_utf8_whatever_the_locale(tmp_path):
     """make evaluate ended in a UnicodeDecodeError on LOG.md; a line added in Latin-1 would spoil it for others."""
     (tmp_path / "log").write_text("±", encoding="utf-8")
     verb = "lambda: print(ascii(open('log').read())) or 0"
-    program = f"from pipeline import cli; cli.run_verb = {verb}; cli.main()"
+    program = f"from pipeline.cli import process; process.run_verb = {verb}; process.main()"
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | locale, capture_output=True, text=True, check=False)

@@ -24,6 +24,16 @@ ELSEWHERE = {
     "pipeline/kaggle_cli.py:explain": "every entry of _MEANINGS",
 }
 
+#: What a sentence may tell to do: a verb, a command, an option, a variable or a setting with its value, what goes on by
+#: itself, or what another sentence says.
+DOING = re.compile(
+    r"(accept|add|begin|build|check|choose|close|compare|copy|correct|cure|do|download|fill|find|fix|free|give|install|join|"
+    r"keep|leave|log|look|lower|make|move|name|normalise|number|paste|pip|predict|put|read|remove|rename|repair|replay|restore|rna|"
+    r"run|save|say|see|set|take|train|try|unpack|use|wait|write)\b"
+    r"|the same (command|make)\b|--[a-z]|[A-Z]+=(?![\s.…])|[\w.]+ = |\{\}|…",
+    re.IGNORECASE,
+)
+
 
 def kinds_of(tree: ast.Module) -> set[str]:
     """Names of the failures of `pipeline.errors`, and of those that a module derives from them."""
@@ -60,7 +70,7 @@ def silent(source: str) -> Iterator[tuple[str, int]]:
         for child in ast.iter_child_nodes(node):
             name = child.name if isinstance(child, ast.FunctionDef) else function
             is_failure = isinstance(child, ast.Call) and isinstance(child.func, ast.Name) and child.func.id in kinds
-            if is_failure and not any("Next:" in text for text in texts(child, variables)):
+            if is_failure and not any("Next:" in text or "Next, if" in text for text in texts(child, variables)):
                 yield name, child.lineno
             yield from visit(child, name)
 
@@ -98,6 +108,23 @@ def test_what_to_do_next_can_be_done():
     found = {str(path.relative_to(ROOT)): unknown(path.read_text()) for path in MODULES}
     assert {path: names for path, names in found.items() if names} == {}
     assert unknown("f'{x}: no. Next: make nothing METHOD={y} COMP=rna3d.'") == {"nothing", "METHOD"}
+
+
+def vague(source: str) -> list[str]:
+    """What a module tells to do next that is neither a verb nor to be copied: a noun, a variable without a value."""
+    told = [advice for text in sentences(source) for advice in text.split("Next: ")[1:]]
+    return [advice for advice in told if advice and not DOING.match(advice)]
+
+
+def test_what_to_do_next_is_a_verb_or_can_be_copied():
+    """It said "Next: COMP=….", "Next: auto.", "Next: another one."."""
+    found = {str(path.relative_to(ROOT)): vague(path.read_text()) for path in MODULES}
+    assert {path: advice for path, advice in found.items() if advice} == {}
+    assert vague("'Next: COMP=….', 'Next: auto.', f'no. Next: COMP={x}.', 'Next: make data.', 'Next: RUNS= of'") == [
+        "COMP=….",
+        "auto.",
+        "RUNS= of",
+    ]
 
 
 def test_one_thing_has_one_name():

@@ -80,9 +80,13 @@ def _run(x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor, *, reverse: bool) -> 
     kind = x_BLD.device.type
     if torch.is_autocast_enabled(kind):
         x_BLD = x_BLD.to(torch.get_autocast_dtype(kind))
-    x_BLD = x_BLD.flip(1) if reverse else x_BLD.contiguous()
-    y_BLD = causal_conv1d_fn(x_BLD.transpose(1, 2), weight_DK.contiguous(), bias_D).transpose(1, 2)
-    return y_BLD.flip(1) if reverse else y_BLD
+
+    def convolve(x_BLD: Tensor) -> Tensor:
+        x_BLD = x_BLD.flip(1) if reverse else x_BLD.contiguous()
+        y_BLD = causal_conv1d_fn(x_BLD.transpose(1, 2), weight_DK.contiguous(), bias_D).transpose(1, 2)
+        return y_BLD.flip(1) if reverse else y_BLD
+
+    return kernels.over_batch(convolve, x_BLD, size=x_BLD.shape[1] * x_BLD.shape[2])
 
 
 def _example() -> dict[str, Tensor]:

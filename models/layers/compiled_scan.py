@@ -8,6 +8,8 @@ from torch import Tensor, library
 
 from models.layers import extension
 
+_CHUNK, _LANES = 32, 16  # positions and channels of a block of kept states: kChunk and kLanes of the C++
+
 
 @functools.cache
 def load() -> tuple[bool, str]:
@@ -23,8 +25,8 @@ def _register() -> None:
 
     @library.register_fake("rna_scan::forward")
     def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-        chunks, blocks = -(-u.shape[1] // 32), -(-u.shape[2] // 16)
-        return torch.empty_like(u), u.new_empty(u.shape[0], chunks, blocks, A.shape[1], 16)
+        chunks, blocks = -(-u.shape[1] // _CHUNK), -(-u.shape[2] // _LANES)
+        return torch.empty_like(u), u.new_empty(u.shape[0], chunks, blocks, A.shape[1], _LANES)
 
     @library.register_fake("rna_scan::backward")
     def _(dy: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *_: Any) -> Any:

@@ -24,6 +24,8 @@ HOMES = {
     "causal_conv1d": "models.layers.causal_conv",
     "long_conv": "models.layers.long_conv",
 }
+#: Numbers of one array within which a kernel with 32-bit offsets finds its way.
+ADDRESSED = 2**31
 _BOTH_DIRECTIONS = ({"reverse": False}, {"reverse": True})
 _TOLERANCE = 1e-4  # largest difference to the definition, over its largest number
 _LOG = logging.getLogger("models.kernels")
@@ -105,6 +107,36 @@ def describe(model: nn.Module, device: torch.device) -> str:
     used = sorted({name for module in model.modules() for name in getattr(module, "operators", ())})
     choices = {name: choose(name, device) for name in used}
     return "; ".join(f"{name}: {choice.path} ({choice.reason})" for name, choice in choices.items())
+
+
+def over_batch(run: Callable[..., Tensor], *arrays: Tensor, size: int) -> Tensor:
+    """What a kernel with 32-bit offsets gives, for as many sequences at a time as it can address.
+
+    Source: mamba-ssm's selective_scan_fwd_kernel.cuh and causal-conv1d's causal_conv1d_fwd.cu multiply the number of a
+    sequence by its stride, or by its number of states, as 32-bit integers, and say nothing when these are exceeded.
+
+    Args:
+        run: of some sequences.
+        arrays: [B, …] each, which `run` takes.
+        size: numbers of one sequence in the largest array that the kernel reads or writes.
+
+    Raises:
+        ValueError: a single sequence is too large.
+    """
+    at_once, batch = ADDRESSED // size, arrays[0].shape[0]
+    if batch <= at_once:
+        return run(*arrays)
+    if not at_once:
+        raise ValueError(
+            f"a sequence of {size:,} numbers; the kernel addresses {ADDRESSED:,}. Next: RNA_KERNELS=reference."
+        )
+    _tell_parts(at_once)
+    return torch.cat([run(*parts) for parts in zip(*(x.split(at_once) for x in arrays), strict=True)])
+
+
+@functools.cache
+def _tell_parts(at_once: int) -> None:
+    _LOG.info("%d sequences at a time: the kernel's offsets have 32 bits", at_once)
 
 
 def _one_name(device: torch.device) -> torch.device:

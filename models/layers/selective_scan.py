@@ -22,6 +22,7 @@ from models.layers.precision import at_least_float32
 
 _LOG2_E = 1 / math.log(2)
 _CHUNK = 16  # positions whose states are kept at a time in the backward pass
+_MAMBA_SSM_CHUNK = 2048  # positions for which mamba-ssm keeps one state
 _MOST_STATES = 256  # of the compiled kernel's and mamba-ssm's channels; more take plain PyTorch
 
 
@@ -207,10 +208,16 @@ def _run_mamba_ssm(*args: Tensor, reverse: bool) -> Tensor:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     u_BLE, delta_BLE, A_EN, B_BLN, C_BLN, D_E = (x.float() for x in args)
-    columns = ((x.flip(1) if reverse else x).transpose(1, 2).contiguous() for x in (u_BLE, delta_BLE, B_BLN, C_BLN))
-    u_BEL, delta_BEL, B_BNL, C_BNL = columns
-    y_BLE = selective_scan_fn(u_BEL, delta_BEL, A_EN.contiguous(), B_BNL, C_BNL, D_E.contiguous()).transpose(1, 2)
-    return y_BLE.flip(1) if reverse else y_BLE.contiguous()
+
+    def scan(*rows: Tensor) -> Tensor:
+        columns = ((x.flip(1) if reverse else x).transpose(1, 2).contiguous() for x in rows)
+        u_BEL, delta_BEL, B_BNL, C_BNL = columns
+        y_BLE = selective_scan_fn(u_BEL, delta_BEL, A_EN.contiguous(), B_BNL, C_BNL, D_E.contiguous()).transpose(1, 2)
+        return y_BLE.flip(1) if reverse else y_BLE.contiguous()
+
+    length, (inner, states) = u_BLE.shape[1], A_EN.shape
+    kept = 2 * states * -(-length // _MAMBA_SSM_CHUNK)  # numbers a channel that theirs keeps for the backward pass
+    return kernels.over_batch(scan, u_BLE, delta_BLE, B_BLN, C_BLN, size=inner * max(length, kept))
 
 
 def _example() -> dict[str, Tensor]:

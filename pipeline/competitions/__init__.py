@@ -1,4 +1,4 @@
-"""Kaggle competitions, one file each, and labelled sets of any origin."""
+"""Kaggle competitions, one file each, and sets of any origin: labelled sequences, numbers per nucleotide."""
 
 import difflib
 import re
@@ -25,7 +25,7 @@ def competition_of(paths: Paths) -> Competition:
 
 
 def get_competition(name: str, *, facts: Facts | None = None) -> Competition:
-    """A competition by name; ``labelled`` and ``labelled-<name>`` are sets of sequences with classes.
+    """A competition by name; ``labelled-<name>`` and ``profiles-<name>`` (or without -<name>) are sets of one's own.
 
     Such a set may be a competition of Kaggle's: then <name> is its name in Kaggle's addresses.
 
@@ -39,16 +39,21 @@ def get_competition(name: str, *, facts: Facts | None = None) -> Competition:
     return _by_name(name).with_facts(facts or {})
 
 
-def _by_name(name: str) -> Competition:
-    if re.fullmatch(r"labelled(-\w[\w.-]*)?", name):
-        from pipeline.competitions.labelled import LABELLED
+def _own_sets() -> dict[str, Competition]:
+    from pipeline.competitions.labelled import LABELLED
+    from pipeline.competitions.profiles import PROFILES
 
-        slug = re.fullmatch(r"labelled-([a-z\d][a-z\d-]*)", name)
-        return replace(LABELLED, name=name, slug=slug[1] if slug else "")
+    return {own.name: own for own in (LABELLED, PROFILES)}
+
+
+def _by_name(name: str) -> Competition:
+    if own := re.fullmatch(r"(labelled|profiles)(-\w[\w.-]*)?", name):
+        slug = re.fullmatch(r"\w+-([a-z\d][a-z\d-]*)", name)
+        return replace(_own_sets()[own[1]], name=name, slug=slug[1] if slug else "")
     known = competitions()
     if name not in known:
-        near = difflib.get_close_matches(name, [*known, "labelled"], n=1)
+        near = difflib.get_close_matches(name, [*known, "labelled", "profiles"], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        expected = f"{', '.join(known)}, labelled or labelled-<name>"
+        expected = f"{', '.join(known)}, labelled-<name> or profiles-<name>"
         raise ConfigError(f"COMP={name!r} is not known; expected one of {expected}.{hint} Next: correct COMP.")
     return known[name]

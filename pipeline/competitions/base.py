@@ -30,28 +30,30 @@ class Competition:
       not everything may be learned from, ``teaches`` (bool).
     - test: ``sequence_id, sequence``, and what the submission needs (``id_min, id_max``).
 
-    Of classes, train holds ``labels`` instead of targets: places in the class names, null = not known.
+    Of classes, train holds ``labels`` instead of targets: places in the class names, null = not known. Of numbers, of
+    which each sequence has one for each target, it holds ``numbers``: lists in their order, null = not measured.
     """
 
     name: str  #: COMP=… and the folder below artifacts/
     title: str  #: as Kaggle calls it
     slug: str  #: in Kaggle's addresses
     files: tuple[str, ...]  #: names on Kaggle of what the data stage reads
-    #: values per nucleotide, C1' coordinates, or classes of whole sequences (`pipeline.classes`)
-    task: Literal["values", "structure", "classes"]
+    #: values per nucleotide, C1' coordinates, or classes or numbers of whole sequences (`pipeline.labels`)
+    task: Literal["values", "structure", "classes", "numbers"]
     #: the submission's first column: running numbers, ``<sequence_id>_<position from 0>``, ``<target>_<resid>``, or
     #: the id of the sequence itself
     row_key: Literal["id", "id_seqpos", "ID", "sequence_id"]
     targets: tuple[str, ...]  #: list columns of the clean train table, in the submission's column order
     target_range: tuple[float, float] | None  #: truth is clipped to it in loss and metric, predictions on the way out
     signal_to_noise: tuple[str, ...] | None  #: float column per target that weights its loss
-    metric: str  #: name of the organisers' metric, lower is better for "values"
+    metric: str  #: name of the organisers' metric, lower is better for "values" and "numbers"
     #: the metric's errors are absolute differences to this power, and a target's error is that root of their mean
     error_power: Literal[1, 2] = 1
     error_sums: ErrorSums | None  #: None for structures and classes, which are scored in other ways
     score: Score | None
     tables: tuple[str, ...]  #: clean tables that `clean` writes, as ``clean/<table>.parquet``
     optional: tuple[str, ...] = ()  #: those of them that are written only where a raw file has that label
+    either: tuple[str, ...] = ()  #: and those of which one is, whichever the raw files hold
     #: raw folder -> label -> raw file: the inputs of the data stage; DataError if one that is needed is missing
     raw_files: Callable[[Path], dict[str, Path]]
     #: (label -> raw file, table -> temporary parquet path) -> JSON-able facts: the validation report
@@ -71,16 +73,27 @@ class Competition:
         """The competition as its data say it is."""
         return replace(self.apply_facts(self, facts), facts=facts) if facts else self
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether it is of whole sequences that classes or numbers are asked, and `pipeline.labels` says which."""
+        return self.task in ("classes", "numbers")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a set of one's own, of which only its data say what it is."""
+        return not self.files
+
     def has_test(self, paths: Paths) -> bool:
-        """Whether there is a test set, without which labelled sets may come."""
+        """Whether there is a test set, without which sets of one's own may come."""
         return "test" not in self.optional or paths.clean("test").is_file()
 
     def require_kaggle(self, stage: str) -> None:
         """ConfigError, in the name of a stage, unless the competition is one of Kaggle's."""
         if not self.slug:
+            kind = self.name.partition("-")[0]
             raise ConfigError(
                 f"{stage}: {self.name} is a set of your own; expected a competition of Kaggle's. Next: "
-                "COMP=labelled-<its name in Kaggle's addresses>, if it is one; the other targets (make help) need none."
+                f"COMP={kind}-<its name in Kaggle's addresses>, if it is one; the other targets (make help) need none."
             )
 
     @property
@@ -117,12 +130,22 @@ def positions_that_count(prediction_LC: np.ndarray, truth_LC: np.ndarray, *, tar
         DataError: a prediction is NaN or infinite, measured position or not.
         ValueError: the shapes differ.
     """
-    if prediction_LC.shape != truth_LC.shape:
-        raise ValueError(f"error_sums: prediction {prediction_LC.shape} and truth {truth_LC.shape} differ in shape.")
-    if not np.isfinite(prediction_LC).all():
-        position, channel = np.argwhere(~np.isfinite(prediction_LC))[0]
+    require_finite(prediction_LC, truth_LC, targets=targets, place="position")
+    return ~np.isnan(truth_LC).any(axis=1)
+
+
+def require_finite(prediction_NC: np.ndarray, truth_NC: np.ndarray, *, targets: tuple[str, ...], place: str) -> None:
+    """Look at predictions before they are scored; `place` is what a row of them is called.
+
+    Raises:
+        DataError: one is NaN or infinite.
+        ValueError: the shapes differ.
+    """
+    if prediction_NC.shape != truth_NC.shape:
+        raise ValueError(f"error_sums: prediction {prediction_NC.shape} and truth {truth_NC.shape} differ in shape.")
+    if not np.isfinite(prediction_NC).all():
+        row, channel = np.argwhere(~np.isfinite(prediction_NC))[0]
         raise DataError(
-            f"prediction of {targets[channel]} is {prediction_LC[position, channel]} at position {position + 1}; "
+            f"prediction of {targets[channel]} is {prediction_NC[row, channel]} at {place} {row + 1}; "
             "expected finite values. Next: predict again, and look into the run's log for non-finite values."
         )
-    return ~np.isnan(truth_LC).any(axis=1)

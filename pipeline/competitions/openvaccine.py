@@ -6,6 +6,7 @@ Source: eternagame/DegScore and DasLab/KaggleOpenVaccine (MIT); Wayment-Steele e
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.competitions.base import Competition, length_counts, positions_that_count
-from pipeline.competitions.raw import column_names, find_table, need_table, read_batches, read_json_lines
+from pipeline.competitions.raw import (
+    column_names,
+    find_table,
+    need_table,
+    read_batches,
+    read_json_lines,
+    replace_odd_letters,
+)
 from pipeline.errors import DataError
 from pipeline.schema import normalise_sequence
 
@@ -92,14 +100,19 @@ def clean(files: dict[str, Path], parts: dict[str, Path]) -> dict[str, Any]:
     Raises:
         DataError: a raw file is not what it should be.
     """
-    test = [_read_test(record, where) for where, record in _records(files["test"], "test")]
+    records = _records(files["test"], "test")
+    if "train" not in parts:
+        texts = pa.array([str(record.get("sequence", "")) for _, record in records], pa.string())
+        clean = replace_odd_letters(texts, where=files["test"].name).to_pylist()
+        records = [(where, record | {"sequence": text}) for (where, record), text in zip(records, clean, strict=True)]
+    test = [_read_test(record, where) for where, record in records]
     first = 0
     for row in test:
         row |= {"id_min": first, "id_max": first + len(row["sequence"]) - 1}
         first = row["id_max"] + 1
     facts: dict[str, Any] = {"test": {"sequences": len(test), "positions": first, "lengths": _lengths(test)}}
     if "sample" in files:
-        facts["test"]["sample_submission_rows"] = _check_sample(files["sample"], test)
+        facts["test"]["sample_submission_rows"] = check_sample(files["sample"], test)
     _write(parts["test"], test, _test_schema())
     if "train" not in parts:
         return facts
@@ -194,13 +207,17 @@ def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
         writer.write_table(pa.Table.from_pylist(rows, schema=schema), row_group_size=_ROW_GROUP)
 
 
-def _check_sample(path: Path, test: list[dict[str, Any]]) -> int:
-    """Number of rows of a sample submission, whose keys must be those of `test`, in its order."""
+def check_sample(path: Path, test: list[dict[str, Any]], *, targets: Sequence[str] = TARGETS) -> int:
+    """Number of rows of a sample submission, whose keys must be those of `test`, in its order.
+
+    Raises:
+        DataError: other columns, or other keys.
+    """
     names = column_names(path, _SAMPLE)
-    if names != ["id_seqpos", *TARGETS]:
+    if names != ["id_seqpos", *targets]:
         raise DataError(
-            f"{path.name}: columns {', '.join(names[:6])}; expected id_seqpos, {', '.join(TARGETS)}: it is from "
-            "another competition. Next: put OpenVaccine's sample_submission there, or none."
+            f"{path.name}: columns {', '.join(names[:6])}; expected id_seqpos, {', '.join(targets)}: it is from "
+            "another competition. Next: put this one's sample_submission there, or none."
         )
     expected = (f"{row['sequence_id']}_{position}" for row in test for position in range(len(row["sequence"])))
     rows = 0
@@ -209,8 +226,8 @@ def _check_sample(path: Path, test: list[dict[str, Any]]) -> int:
             rows += 1
             if got != (wanted := next(expected, "the end")):
                 raise DataError(
-                    f"{path.name}: row {rows:,}: id_seqpos {got!r}; expected {wanted!r}, as test.json has it. "
-                    "Next: download both again."
+                    f"{path.name}: row {rows:,}: id_seqpos {got!r}; expected {wanted!r}, in the order of the test "
+                    "set. Next: see that both are of one set."
                 )
     if left := next(expected, ""):
         raise DataError(f"{path.name}: ends after row {rows:,}; expected {left!r} next. Next: download it again.")

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import IO, Any, Literal, NoReturn
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from pipeline.errors import DataError
-from pipeline.runlog import Bar
+from pipeline.runlog import Bar, warn
+from pipeline.schema import ALPHABET, ODD_LETTER_AS
 
 #: Bytes of one block, read ahead a few times over; 1 to 8 MiB are equally fast, 8 MiB take 110 MiB more at the peak.
 BLOCK_BYTES = 2 << 20
@@ -33,6 +35,8 @@ _HEAD_BYTES = 1 << 20
 _MIB = 1 << 20
 _NULLS = ["", "NaN", "nan", "NA", "N/A", "null", "NULL", "None"]
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|infinity|nan)", re.IGNORECASE)
+
+_ODD = f"(?i)[^{ALPHABET}T]"
 
 Kind = Literal["csv", "parquet", "zip", "gzip"]
 
@@ -265,6 +269,18 @@ def _web_page(path: Path) -> DataError:
         f"{path.name}: a web page (HTML), not a table; Kaggle sends one when nobody is logged in. "
         "Next: log in, accept the competition's rules, and download it again."
     )
+
+
+def replace_odd_letters(sequences: pa.StringArray, *, where: str) -> pa.StringArray:
+    """Sequences of a hidden test set with `ODD_LETTER_AS` for every sign but A, C, G, U, T, and a warning that counts.
+
+    There every row is to get a prediction. In a file that a user can repair such signs are refused instead.
+    """
+    texts = pc.utf8_trim_whitespace(sequences)
+    odd = pc.sum(pc.match_substring_regex(texts, _ODD)).as_py()
+    if odd:
+        warn(f"{where}: {odd:,} sequences hold signs other than A, C, G, U, T; these are read as {ODD_LETTER_AS}")
+    return pc.replace_substring_regex(texts, _ODD, ODD_LETTER_AS)
 
 
 def read_json_lines(path: Path, stem: str) -> Iterator[tuple[int, dict[str, Any]]]:

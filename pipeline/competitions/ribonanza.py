@@ -25,11 +25,13 @@ from pipeline.competitions.raw import (
     open_raw_bytes,
     read_batches,
     read_table,
+    replace_odd_letters,
     require_columns,
 )
 from pipeline.competitions.wide import Choice, ProfileStore, find_layout, normalise_sequences
 from pipeline.errors import DataError, StorageError
-from pipeline.runlog import Bar, peak_memory_mib
+from pipeline.memory import peak_memory_mib
+from pipeline.runlog import Bar
 from pipeline.schema import PROBES
 from pipeline.stage import sha256_file
 
@@ -115,7 +117,7 @@ def clean(files: dict[str, Path], parts: dict[str, Path]) -> dict[str, Any]:
         StorageError: the disk has no room for the scratch file.
     """
     known_rows = _read_manifest(files)
-    test, test_facts = _clean_test(files["test"])
+    test, test_facts = _clean_test(files["test"], hidden="train" not in parts)
     _check_rows(files["test"], _TEST, test.num_rows, known_rows)
     if "sample" in files:
         test_facts["sample_submission_rows"] = _check_sample(files["sample"], test)
@@ -295,12 +297,13 @@ def _refuse_twice(keys: pa.StringArray, *, where: str) -> None:
         )
 
 
-def _clean_test(path: Path) -> tuple[pa.Table, dict[str, Any]]:
+def _clean_test(path: Path, *, hidden: bool) -> tuple[pa.Table, dict[str, Any]]:
     require_columns(column_names(path, _TEST), list(_TEST_TYPES), where=path.name)
     batches: list[pa.RecordBatch] = []
     rows = 1
     for batch in read_batches(path, _TEST, _TEST_TYPES):
-        sequences = normalise_sequences(batch["sequence"], batch["sequence_id"], where=path.name, first_row=rows)
+        raw = replace_odd_letters(batch["sequence"], where=path.name) if hidden else batch["sequence"]
+        sequences = normalise_sequences(raw, batch["sequence_id"], where=path.name, first_row=rows)
         batches.append(batch.set_column(1, "sequence", sequences))
         rows += batch.num_rows
     table = pa.Table.from_batches(batches)

@@ -24,11 +24,8 @@ from pipeline.competitions.base import Competition
 from pipeline.competitions.raw import column_names, find_table, need_table, read_table, require_columns
 from pipeline.errors import DataError
 from pipeline.runlog import warn
-from pipeline.schema import ALPHABET, CANDIDATES, MAX_COORDINATE, MIN_RESOLVED, SENTINEL
+from pipeline.schema import ALPHABET, CANDIDATES, MAX_COORDINATE, MIN_RESOLVED, ODD_LETTER_AS, SENTINEL
 from pipeline.templates.gate import allowed_mask, released_by
-
-#: Letter that the model reads where a test sequence has one outside A, C, G, U; the submission keeps the original.
-ODD_LETTER_AS = "A"
 
 _AXES = ("x", "y", "z")
 _NEEDED = ("train_sequences", "train_labels", "test_sequences", "sample_submission")

@@ -2,7 +2,7 @@
 
     artifacts/<comp>/kernels/<slug>/code/      kernel.py and kernel-metadata.json: the notebook
                                     dataset/   MANIFEST.json, our wheel, wheels that the image lacks, settings, weights,
-                                               of labelled sets the clean tables
+                                               of sets of one's own the clean tables
 
 The data set is flat: Kaggle's client leaves folders out, and what packs them is unpacked there or not. The manifest
 says where each file belongs, and its sha256.
@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline import words as bayes
-from pipeline.classes import read_classes
 from pipeline.competitions.base import Competition
-from pipeline.competitions.labelled import LABELLED
 from pipeline.config import find_config, load_config
 from pipeline.errors import ConfigError, DataError
 from pipeline.kernel import script
 from pipeline.kernel.wheels import IMAGE, PYTHON, build_wheel, missing_wheels
+from pipeline.labels import Classes, read_labels
 from pipeline.paths import Paths
 from pipeline.runs import STAGES, is_stage, read_run_name
 from pipeline.stage import Report, commit, read_result, sha256_file, versions, write_json
@@ -195,14 +194,18 @@ def _check(order: Order) -> None:
 
 def _train_settings(order: Order, dataset: Path) -> dict[str, Any]:
     config = load_config(order.model, order.overrides)
+    if config.data.pseudo:
+        raise ConfigError(
+            f"kernel: data.pseudo = {config.data.pseudo!r}: a training notebook makes its fold table anew and has no "
+            "networks that held out the same; expected none. Next: make train here, or leave data.pseudo out."
+        )
     toml = find_config(order.model)
     shutil.copyfile(toml, dataset / toml.name)
     words = ["--model", toml.name, "--split", order.split]
     words += ["--tag", order.tag] if order.tag else []
     words += [word for change in order.overrides for word in ("--set", change)]
     words += ["--fold", str(order.folds[0])] if len(order.folds) == 1 else ["--all-folds"]
-    is_labelled = order.competition.task == "classes"
-    packed: dict[str, Any] = _pack_labelled(order.paths, dataset) if is_labelled else {}
+    packed: dict[str, Any] = _pack_clean(order, dataset) if order.competition.is_own else {}
     if config.model.init:
         packed["places"] = packed.get("places", {}) | _pack_initial(Path(config.model.init), order.folds, dataset)
         words += ["--set", f'model.init="artifacts/{order.competition.name}/{_INITIAL}"']  # as the script sees it
@@ -246,7 +249,7 @@ def _predict_settings(order: Order, dataset: Path) -> dict[str, Any]:
     ]
     shutil.copyfile(source, dataset / "weights.json")
     places["weights.json"] = ["bundled/weights.json"]
-    more = _pack_reading(order, told["split"], dataset, places) if order.competition.task == "classes" else {}
+    more = _pack_reading(order, told["split"], dataset, places) if order.competition.is_own else {}
     return more | {
         "places": {name: {"places": where} for name, where in places.items()},
         "weights": "bundled/weights.json",
@@ -264,10 +267,13 @@ def _predict_settings(order: Order, dataset: Path) -> dict[str, Any]:
     }
 
 
-def _pack_labelled(paths: Paths, dataset: Path) -> dict[str, Any]:
-    """Pack the clean tables of a labelled set: only here is it known how its raw files are to be read."""
-    read_classes(paths)
-    files = [path for name in LABELLED.tables if (path := paths.clean(name)).is_file()]
+def _pack_clean(order: Order, dataset: Path) -> dict[str, Any]:
+    """Pack the clean tables of a set of one's own: only here is it known how its raw files are to be read."""
+    paths = order.paths
+    if order.competition.has_labels:
+        read_labels(paths)
+    read_result(_data_manifest(paths), hint=f"make data COMP={paths.comp}")
+    files = [path for name in order.competition.tables if (path := paths.clean(name)).is_file()]
     files.append(_data_manifest(paths))
     for path in files:
         shutil.copyfile(path, dataset / f"clean.{path.name}")
@@ -275,27 +281,29 @@ def _pack_labelled(paths: Paths, dataset: Path) -> dict[str, Any]:
 
 
 def _data_manifest(paths: Paths) -> Path:
-    return paths.clean("classes").with_name("data.manifest.json")
+    return paths.clean("train").with_name("data.manifest.json")
 
 
 def _pack_reading(order: Order, split: str, dataset: Path, places: dict[str, list[str]]) -> dict[str, Any]:
-    """Pack the classes, and how a hidden test set is to be read and decided; which raw files are looked for."""
-    paths = order.paths
-    manifest, classes = _data_manifest(paths), read_classes(paths)
+    """Pack what is predicted, and how a hidden test set is to be read and decided; which raw files are looked for."""
+    paths, manifest = order.paths, _data_manifest(order.paths)
+    labels = read_labels(paths) if order.competition.has_labels else None
     made = read_result(manifest, hint=f"make data COMP={paths.comp}")
     if "test" not in made["inputs"]:
         raise DataError(
             f"{manifest}: the data have no table of test sequences; expected one like that which a notebook is to "
             "predict. Next: put test.csv or the like beside the training file, then make data."
         )
-    alphabet = "nucleotides" if classes.is_nucleic else "amino acids"
-    settings = made["facts"].get("columns", {}) | {"alphabet": alphabet}
+    settings = made["facts"].get("columns", {})
+    if labels:
+        settings |= {"alphabet": "nucleotides" if labels.is_nucleic else "amino acids"}
     lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in settings.items()]
     (dataset / "columns.toml").write_text("".join(lines))
     places["columns.toml"] = ["raw/columns.toml"]
-    files = [(paths.clean("classes"), "clean/classes.parquet")]
+    kind = labels.kind if labels else "profiles"
+    files = [(paths.clean(kind), f"clean/{kind}.parquet")]
     sample = ["sample_submission"] if "sample" in made["inputs"] else []
-    if sample and not classes.exclusive:  # the thresholds of labels are learned from these
+    if sample and isinstance(labels, Classes) and not labels.exclusive:  # thresholds are learned from these
         home = paths.ensemble_dir(order.ensemble)
         files += [(paths.clean("train"), "clean/train.parquet"), (paths.fold_table(split), f"folds/{split}.parquet")]
         files += [(home / name, f"ensembles/kernel/{name}") for name in ("oof.parquet", "weights.json")]

@@ -145,7 +145,7 @@ def _rehearse(room: "Room", competition: Competition, write: Callable[..., objec
     changes: dict[str, Any] = {"model": _MODEL, "tag": "rehearsal", "overrides": ("train.epochs=2",)}
     changes["run"] = f"{_MODEL}+rehearsal.{_SPLIT}"
     here = Paths(comp=competition.name, root=folder / "here")
-    if competition.task == "classes":  # its tables travel along
+    if competition.is_own:  # its tables travel along
         _here("data", "--comp", competition.name, "--artifacts", str(here.root), "--raw", str(folder / "raw"))
     trained = build(Order(mode="train", paths=here, folds=(0, 1), **changes, **order)).outputs
     seconds = {"train": room.play(trained, folder / "raw", work=folder / "raw-work", more=_TWO)}
@@ -250,7 +250,7 @@ class Room:
             raise ConfigError(f"{python}: expected a Python interpreter. Next: IMAGE=<folder>/bin/python (--python).")
         listed = subprocess.run([python, "-c", _LIST, *IMAGE, "pip"], capture_output=True, text=True, check=False)
         if listed.returncode:
-            raise ConfigError(f"{python}: does not run: {listed.stderr.strip().splitlines()[-1:]}. Next: another one.")
+            raise ConfigError(f"{python}: does not run: {listed.stderr.strip().splitlines()[-1:]}. Next: IMAGE=<another folder>/bin/python.")
         told = json.loads(listed.stdout)
         lacking = [name for name in (*IMAGE, "pip") if name.lower() not in told["found"]]
         if lacking or told["python"].split(".")[:2] not in (["3", "11"], ["3", "12"]):
@@ -302,4 +302,4 @@ def _here(*words: str) -> None:
     say(f"rna {shlex.join(words)}")
     done = subprocess.run([sys.executable, "-m", "pipeline", *words], cwd=REPOSITORY, check=False)
     if done.returncode:
-        raise DataError(f"rna {words[0]} ended with {done.returncode}. Next: its last line above says why.")
+        raise DataError(f"rna {words[0]} ended with {done.returncode}. Next: read its last line above.")

@@ -382,7 +382,7 @@ def rna(
             process.kill()
             raise
     if accept is not None and code not in accept:
-        fail(f"rna {words[0]} ended with {code}. Next: its last line above says why.")
+        fail(f"rna {words[0]} ended with {code}. Next: read its last line above.")
     return code
 
 

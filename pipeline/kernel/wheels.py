@@ -34,7 +34,7 @@ MISSING = {
 }
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 _SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pipeline", "models", "folds", "submissions")
-_SKIPPED = shutil.ignore_patterns("__pycache__", "csv", "*.pyc")
+_SKIPPED = shutil.ignore_patterns("__pycache__", "csv", "*.pyc", "pretrained")  # weights are packed where used
 
 
 def build_wheel(target: Path) -> str:

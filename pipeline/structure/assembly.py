@@ -14,7 +14,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from pipeline.structure.geometry import RISE, STEP, Frame, Scaffold, Stem, double_helix, find_stems, helix_strand, relax
+from pipeline.structure.geometry import RISE, STEP, Frame, Scaffold, Stem, double_helix, find_stems, helix_strand
+from pipeline.structure.rigid import relax
 from pipeline.structure.rings import Stack, close_rings, crossing_stacks, ring_gaps
 
 _DRAWS = 24  # random placements tried for a helix that is not stacked on another

@@ -16,16 +16,9 @@ import numpy as np
 from pipeline.compiled import njit, prange
 from pipeline.structure.assembly import trace_from_pairs
 from pipeline.structure.denovo import Assembly, assemble, choose_assemblies
-from pipeline.structure.geometry import (
-    SHORTEST_STEP,
-    double_helix,
-    find_stems,
-    fit_helices,
-    handedness,
-    relax,
-    rotation_onto,
-)
+from pipeline.structure.geometry import SHORTEST_STEP, double_helix, find_stems, handedness, rotation_onto
 from pipeline.structure.motifs import MotifLibrary
+from pipeline.structure.rigid import fit_helices, relax
 from pipeline.structure.secondary import nested_pairs, probable_pairs, stacking_pairs, without_lone_pairs
 
 Pairs = list[tuple[int, int]]

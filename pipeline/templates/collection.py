@@ -99,7 +99,9 @@ def _read_all(files: list[Path], *, workers: int | None) -> list[Chain]:
                     chains += found
                     bar.advance()
         except BrokenProcessPool as err:
-            raise StorageError("templates: a worker was killed, most likely for memory. Next: fewer workers.") from err
+            raise StorageError(
+                "templates: a worker was killed, most likely for memory. Next: take fewer --workers."
+            ) from err
     return chains
 
 

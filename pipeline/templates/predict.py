@@ -213,7 +213,7 @@ class _Judged:
         if len(np.unique(self.fold_N[np.isfinite(self.tm_N)])) < 2:
             raise DataError(
                 "templates-predict: fewer than two folds have a training target with a usable template. "
-                "Next: a larger library (make templates RAW=<folder of mmCIF files>)."
+                "Next: make templates RAW=<folder of more mmCIF files>."
             )
 
     def ranker(self, *, without: int | None) -> Ranker:
@@ -315,7 +315,7 @@ class _Known:
         if not best:
             raise DataError(
                 f"templates-predict: no training target has a template that covers {_COVERS:.0%} of it. "
-                "Next: a larger library (make templates RAW=<folder of mmCIF files>)."
+                "Next: make templates RAW=<folder of more mmCIF files>."
             )
         rows.write(parts, "oof")
         return {

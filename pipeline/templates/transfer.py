@@ -5,7 +5,8 @@ Letters: L target length (nt), P residues in common, 3 xyz.
 
 import numpy as np
 
-from pipeline.structure.geometry import find_stems, relax, rotation_onto
+from pipeline.structure.geometry import find_stems, rotation_onto
+from pipeline.structure.rigid import relax
 
 #: Covered residues on each side by which a piece of the de novo trace is fitted.
 _FLANK = 3

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from typing import Any
 
 from pipeline.config import RunConfig
 from pipeline.errors import CrashedError, LostDeviceError
-from pipeline.runlog import read_status, warn
+from pipeline.runlog import read_status, say, warn
 from pipeline.stage import versions, write_json
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.distributed import LostProcessError
@@ -82,16 +83,24 @@ def counted(folder: Path, *, config: RunConfig, processes: int, restart: bool) -
 def traced(folder: Path) -> Iterator[None]:
     """Let a signal that ends this process write where it was: Python's stack, in a file of the process's number.
 
-    Where somebody has asked for that already (PYTHONFAULTHANDLER), it stays as it is.
+    Where a program around this one has asked for that already (pytest, a notebook), it stays as it is. Where whoever
+    started Python has (PYTHONFAULTHANDLER), the stack goes to the file as well, as there is one place for it alone.
     """
     with contextlib.ExitStack() as stack:
-        if not faulthandler.is_enabled():
+        if _is_asked() or not faulthandler.is_enabled():
             with contextlib.suppress(OSError):  # a read-only disk, a full one: nothing is counted there
                 (folder / FOLDER).mkdir(parents=True, exist_ok=True)
                 handle = stack.enter_context((folder / FOLDER / f"{os.getpid()}.txt").open("w"))
                 faulthandler.enable(handle)
-                stack.callback(faulthandler.disable)
+                stack.callback(*(faulthandler.enable, 2) if _is_asked() else (faulthandler.disable,))
+                if _is_asked():
+                    say(f"PYTHONFAULTHANDLER: while this fold trains, the stack is written to {handle.name}")
         yield
+
+
+def _is_asked() -> bool:
+    """Whether Python itself was told to write the stack: -X faulthandler, -X dev or a variable of the environment."""
+    return bool("faulthandler" in sys._xoptions or os.environ.get("PYTHONFAULTHANDLER") or sys.flags.dev_mode)
 
 
 def _setting(config: RunConfig, processes: int) -> dict[str, Any]:

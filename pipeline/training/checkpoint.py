@@ -29,13 +29,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline.errors import DivergedError, StorageError
+from pipeline.paths import PRETRAINED
 from pipeline.runlog import warn
 from pipeline.stage import DISK_FULL, fsync, write_json
 
 _FORMAT = 1
 _STEP_NAME = re.compile(r"step-\d{8,}")
 _KEEP = 2
-_WEIGHTS = "model.safetensors"
+_WEIGHTS, _TRAINING, _STATE = "model.safetensors", "training.safetensors", "state.pt"
 
 
 class Checkpoint(NamedTuple):
@@ -109,9 +110,9 @@ class CheckpointStore:
                     f"step {step}: {name} is not finite; such a checkpoint is never written. Next: the same command "
                     "goes on from the checkpoint before."
                 )
-        payload = {"model.safetensors": _tensor_bytes(weights), "state.pt": _state_bytes(state)}
+        payload = {_WEIGHTS: _tensor_bytes(weights), _STATE: _state_bytes(state)}
         if training is not None:
-            payload["training.safetensors"] = _tensor_bytes(training)
+            payload[_TRAINING] = _tensor_bytes(training)
         try:
             path = self._write(step, payload, meta)
         except OSError as err:
@@ -216,9 +217,12 @@ class CheckpointStore:
 def initial_checkpoint(given: Path, *, fold: int) -> Path:
     """The checkpoint that ``model.init`` means for a fold: the folder given, or of a run's the best of the same fold.
 
+    Weights that come with the program are called by their name.
+
     Raises:
         StorageError: the run has the fold, and no readable checkpoint of it.
     """
+    given = PRETRAINED / given if (PRETRAINED / given).is_dir() else given
     store = CheckpointStore(given / f"fold{fold}" / "checkpoints")
     return store.best_folder() if store.folder.is_dir() else given
 
@@ -258,9 +262,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if hashlib.sha256(data[name]).hexdigest() != record["sha256"]:
             raise DamagedError(f"{name} does not have its sha256")
     try:
-        weights = safetensors.torch.load(data["model.safetensors"])
-        training = safetensors.torch.load(data["training.safetensors"]) if "training.safetensors" in data else weights
-        state = torch.load(io.BytesIO(data["state.pt"]), weights_only=True, map_location="cpu")
+        weights = safetensors.torch.load(data[_WEIGHTS])
+        training = safetensors.torch.load(data[_TRAINING]) if _TRAINING in data else weights
+        state = torch.load(io.BytesIO(data[_STATE]), weights_only=True, map_location="cpu")
     except (SafetensorError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as err:
         raise DamagedError(f"{type(err).__name__}: {str(err).splitlines()[0]}") from err
     return Checkpoint(path, meta, weights, training, state)

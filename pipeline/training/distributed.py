@@ -165,7 +165,7 @@ class World:
             if err is not None and not together and not isinstance(err, LostProcessError):
                 told: BaseException = err
                 if not isinstance(err, PipelineError | OSError):
-                    told = PipelineError(f"{type(err).__name__}: {err}. Next: the traceback of process {self.rank}.")
+                    told = PipelineError(f"{type(err).__name__}: {err}. Next: read the traceback of process {self.rank}.")
                 self._tell(f"failed{self.rank}", pickle.dumps(told).hex())
             if self.is_main:
                 self._tell("left")
@@ -283,7 +283,7 @@ def load_newest(store: CheckpointStore, world: World) -> Checkpoint | None:
     except DamagedError as err:
         raise StorageError(
             f"{folder}: process 0 reads this checkpoint and process {world.rank} does not ({err}). "
-            "Next: all machines of a run need the same artifacts folder."
+            "Next: give all machines of a run the same artifacts folder."
         ) from err
 
 
@@ -382,10 +382,7 @@ def _code(failed: Mapping[int, int]) -> int:
     told = [code for code in failed.values() if code > 0]
     killed = {rank: -code for rank, code in failed.items() if code < 0}
     if all(code == LostProcessError.exit_code for code in told) and killed:
-        torchruns: dict[int, int] = {
-            signal.SIGKILL: 1,
-            signal.SIGTERM: 2,
-        }  # its means to end the others, the last first
+        torchruns: dict[int, int] = {signal.SIGKILL: 1, signal.SIGTERM: 2}  # how it ends the others: less to blame
         rank, number = min(killed.items(), key=lambda one: (torchruns.get(one[1], 0), one))
         name = next((known.name for known in signal.Signals if known == number), f"signal {number}")
         raise LostProcessError(f"process {rank} of the run was ended by {name}. Next: {_GOES_ON}.")

@@ -51,8 +51,8 @@ class GuardCounts:
     rollbacks: int = 0
 
 
-def classify(loss: float, grad_norm: float, *, scale: float | None = None) -> Seen:
-    """Name what loss and unscaled gradient norm of a step say, `scale` being the fp16 loss scale."""
+def classify(loss: float, grad_norm: float, *, scale: float | None) -> Seen:
+    """Name what loss and unscaled gradient norm of a step say; `scale` is that of the loss in fp16, else None."""
     if not math.isfinite(loss):
         return "nonfinite_loss"
     if math.isfinite(grad_norm):

@@ -32,6 +32,18 @@ class Loaded(NamedTuple):
         }
 
 
+def trained_on(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint was trained on, all but one fold of a competition's split: which, and its table's digest."""
+    digests = meta.get("data") or {}
+    return {key: meta.get(key) for key in ("competition", "split", "fold")} | {"folds": digests.get("folds")}
+
+
+def has_seen(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All that a checkpoint has learned from, as `trained_on`: by its initial weights, by its pseudo-labels, itself."""
+    initial, pseudo = meta.get("initial") or {}, (meta.get("data") or {}).get("pseudo") or {}
+    return [*initial.get("trained_on", []), *pseudo.get("trained_on", []), trained_on(meta)]
+
+
 def load_fitting(model: nn.Module, weights: Mapping[str, Tensor]) -> Loaded:
     """Copy every tensor that the network has too, by name and shape.
 

@@ -195,7 +195,7 @@ class Loader:
         if not self._workers:
             self._workers = [_Worker(self.source) for _ in range(self._count)]
             for worker in self._workers:
-                self._hear(worker, patience=_PATIENCE_S)
+                self._hear(worker, patience=_PATIENCE_S)  # a start takes what imports take, whatever a batch may
         worker = self._workers[place.batch % self._count]
         try:
             worker.connection.send(place)

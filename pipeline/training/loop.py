@@ -85,7 +85,7 @@ class Trainer:
         self.config, self.competition, self.data, self.world = config, competition, data, world
         self.device, self.store, self.stop, self.meta = device, store, stop, meta
         self.state = TrainingState(model, settings=config.train, device=device, precision=precision, world=world)
-        self.loss = training_loss(competition, config.train, data.examples.classes)
+        self.loss = training_loss(competition, config.train, data.examples.labels)
         self.source = BatchSource(data.examples, data.train, config=config, rank=world.rank, ranks=world.size)
         self.steps = self.source.batches * config.train.num_epochs
         self._last_step: int | None = None
@@ -210,7 +210,7 @@ class Trainer:
 
         lengths = (self.source.lengths_N if is_structure else examples.lengths)[valid]
         network = self.state.predictor.eval()
-        meter = make_meter(self.competition, self.config.train, examples.classes)
+        meter = make_meter(self.competition, self.config.train, examples.labels)
         max_pairs = STRUCTURE_PAIRS if is_structure else None
         parts = plan_by_tokens(lengths, max_tokens=micro_batch * longest, max_pairs=max_pairs)
 
@@ -368,7 +368,7 @@ class Trainer:
             raise self.world.agreed(
                 DivergedError(
                     f"step {self.progress.step}: the processes' weights are no longer the same (norms {norms}). "
-                    "Next: devices of one kind; the run goes on from its last checkpoint."
+                    "Next: use devices of one kind; the run goes on from its last checkpoint."
                 )
             )
 
@@ -406,7 +406,7 @@ class Trainer:
         if saves and self._saved_at != (self.progress.step, self.progress.epoch):
             self.save()
         size = min(self.micro_batch, -(-self.config.train.batch_size // self.world.size))
-        smaller = "a smaller network, train.gradient_checkpointing, or a smaller data.max_length"
+        smaller = "try a smaller network, train.gradient_checkpointing, or a smaller data.max_length"
         if size > 1 and self.config.train.micro_batch != "auto":
             smaller = (
                 f"SET='train.micro_batch={size // 2}' ALLOW_CHANGES=1 makes the same optimiser steps in less memory"

@@ -15,14 +15,14 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, logsigmoid
 
 from models.heads import distance_bins
 from models.interface import RnaOutputs
 from pipeline.batch import RnaBatch
-from pipeline.classes import Classes
 from pipeline.competitions.base import Competition
 from pipeline.config import TrainConfig
+from pipeline.labels import Classes, Labels, Numbers
 from pipeline.training import traces
 
 #: Pairs of one structure in a training step; more are sampled. All of them count in validation.
@@ -220,9 +220,17 @@ class ClassLoss:
         assert batch.label_BC is not None
         assert batch.weight_BC is not None
         logits_BC, label_BC = outputs.class_logits_BC.float(), batch.label_BC
+        if label_BC.is_floating_point():
+            return (self._soft_error(logits_BC, label_BC) * batch.weight_BC).mean(dim=1).sum()
         log_p, log_rest = (_softmax_logs if self.exclusive else _sigmoid_logs)(logits_BC, label_BC)
         error = -log_p * (self.focal_gamma * log_rest).exp() if self.focal_gamma else -log_p
         return (error * batch.weight_BC).mean(dim=1).sum()
+
+    def _soft_error(self, logits_BC: Tensor, label_BC: Tensor) -> Tensor:
+        """Cross-entropy with classes known as probabilities: [B, 1], or [B, C] where they do not exclude each other."""
+        if self.exclusive:
+            return cross_entropy(logits_BC, label_BC, reduction="none").unsqueeze(1)
+        return binary_cross_entropy_with_logits(logits_BC, label_BC, reduction="none")
 
 
 def _softmax_logs(logits_BC: Tensor, label_BC: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,6 +250,49 @@ def _sigmoid_logs(logits_BC: Tensor, label_BC: Tensor) -> tuple[Tensor, Tensor]:
 def class_probabilities(logits_BC: Tensor, *, exclusive: bool) -> Tensor:
     """Probabilities of classes, [B, C] float64; of exclusive ones they sum to 1."""
     return logits_BC.double().softmax(dim=1) if exclusive else logits_BC.double().sigmoid()
+
+
+@dataclass(frozen=True)
+class NumberLoss:
+    """Square error of the numbers of whole sequences, in units of their deviations, over those that were measured.
+
+    A network's output is (number - mean) / deviation, with mean and deviation over the sequences that train: what it
+    learns does not depend on the units of the data.
+    """
+
+    numbers: Numbers
+
+    def weight(self, batch: RnaBatch) -> float:
+        return float(self._weights(batch).sum(dtype=torch.float64))
+
+    def total(self, outputs: RnaOutputs, batch: RnaBatch) -> Tensor:
+        assert outputs.class_logits_BC is not None
+        assert batch.label_BC is not None
+        mean_C, scale_C = _standard(self.numbers, batch.label_BC)
+        true_BC = torch.where(torch.isnan(batch.label_BC), mean_C, batch.label_BC)  # as in MaskedError
+        error_BC = outputs.class_logits_BC.float() - ((true_BC - mean_C) / scale_C).float()
+        return (error_BC.square() * self._weights(batch)).sum()
+
+    @staticmethod
+    def _weights(batch: RnaBatch) -> Tensor:
+        """[B, C] float32: the sequence's weight where measured, else 0."""
+        assert batch.label_BC is not None
+        assert batch.weight_BC is not None
+        return torch.where(torch.isnan(batch.label_BC), 0.0, batch.weight_BC)
+
+
+def _standard(numbers: Numbers, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and scales, [C] float64 each, where another tensor is."""
+    both_2C = torch.tensor([numbers.means, numbers.scales], dtype=torch.float64).to(like.device, non_blocking=True)
+    return both_2C[0], both_2C[1]
+
+
+def label_values(logits_BC: Tensor, labels: Labels) -> Tensor:
+    """What a network says of whole sequences: probabilities of classes, or numbers in their units; [B, C] float64."""
+    if isinstance(labels, Classes):
+        return class_probabilities(logits_BC, exclusive=labels.exclusive)
+    mean_C, scale_C = _standard(labels, logits_BC)
+    return logits_BC.double() * scale_C + mean_C
 
 
 def class_weights(counts_C: np.ndarray, *, beta: float) -> np.ndarray:
@@ -283,10 +334,12 @@ def label_weights(label_NC: np.ndarray, train: np.ndarray, *, exclusive: bool, b
     return np.where(label_NC, pairs_C2[:, 1], pairs_C2[:, 0]).astype(np.float32)
 
 
-def training_loss(competition: Competition, settings: TrainConfig, classes: Classes | None = None) -> Loss:
-    """The loss that a competition's network is trained with; `classes` are those of a labelled set."""
-    if classes is not None:
-        return ClassLoss(classes.exclusive, settings.focal_gamma)
+def training_loss(competition: Competition, settings: TrainConfig, labels: Labels | None = None) -> Loss:
+    """The loss that a competition's network is trained with; `labels` are those of a labelled set."""
+    if isinstance(labels, Classes):
+        return ClassLoss(labels.exclusive, settings.focal_gamma)
+    if labels is not None:
+        return NumberLoss(labels)
     if competition.task == "structure":
         return StructureLoss(settings.frame_weight, settings.tm_weight, settings.confidence_weight)
     return MaskedError(competition.target_range, competition.error_power)

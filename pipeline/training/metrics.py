@@ -3,15 +3,16 @@
 from typing import Protocol
 
 import numpy as np
+from torch import Tensor
 
 from models.interface import RnaOutputs
 from pipeline.batch import RnaBatch
-from pipeline.classes import Classes, log_losses
 from pipeline.competitions.base import Competition
 from pipeline.config import TrainConfig
 from pipeline.errors import DivergedError
+from pipeline.labels import Classes, Labels, Numbers, log_losses
 from pipeline.training.distributed import World
-from pipeline.training.losses import StructureLoss, StructureTerms, class_probabilities
+from pipeline.training.losses import StructureLoss, StructureTerms, class_probabilities, label_values
 
 
 class Meter(Protocol):
@@ -32,24 +33,35 @@ class Meter(Protocol):
 
 
 class ErrorMeter:
-    """The organisers' metric over all positions of the batches; give it scored examples only."""
+    """The organisers' metric over all positions of the batches, or over their sequences if these have numbers.
 
-    def __init__(self, competition: Competition) -> None:
+    Give it scored examples only.
+    """
+
+    def __init__(self, competition: Competition, numbers: Numbers | None = None) -> None:
         assert competition.error_sums is not None
+        self._numbers = numbers
         self._competition, self._error_sums = competition, competition.error_sums
         self._sums_C = np.zeros(len(competition.targets))
         self._counts_C = np.zeros(len(competition.targets))
 
     def add(self, outputs: RnaOutputs, batch: RnaBatch) -> None:
+        predicted_TC, true_TC = (tensor.cpu().numpy() for tensor in self._compared(outputs, batch))
+        if not np.isfinite(predicted_TC).all():
+            raise _not_finite(batch)
+        sums_C, counts_C = self._error_sums(predicted_TC, true_TC)
+        self._sums_C += sums_C
+        self._counts_C += counts_C
+
+    def _compared(self, outputs: RnaOutputs, batch: RnaBatch) -> tuple[Tensor, Tensor]:
+        if self._numbers is not None:
+            assert outputs.class_logits_BC is not None
+            assert batch.label_BC is not None
+            return label_values(outputs.class_logits_BC, self._numbers), batch.label_BC
         assert outputs.values_BLC is not None
         assert batch.target_BLC is not None
         mask_BL = batch.inputs.mask_BL
-        predicted_TC = outputs.values_BLC[mask_BL].float().cpu().numpy()
-        if not np.isfinite(predicted_TC).all():
-            raise _not_finite(batch)
-        sums_C, counts_C = self._error_sums(predicted_TC, batch.target_BLC[mask_BL].cpu().numpy())
-        self._sums_C += sums_C
-        self._counts_C += counts_C
+        return outputs.values_BLC[mask_BL].float(), batch.target_BLC[mask_BL]
 
     def join(self, world: World) -> None:
         self._sums_C, self._counts_C = np.split(np.array(world.sum(*self._sums_C, *self._counts_C)), 2)
@@ -129,8 +141,8 @@ def metric_name(competition: Competition) -> str:
     return "structure loss" if competition.task == "structure" else competition.metric
 
 
-def make_meter(competition: Competition, settings: TrainConfig, classes: Classes | None = None) -> Meter:
-    """An empty meter for a competition's task; `classes` are those of a labelled set."""
-    if classes is not None:
-        return ClassMeter(classes)
-    return StructureMeter(settings) if competition.task == "structure" else ErrorMeter(competition)
+def make_meter(competition: Competition, settings: TrainConfig, labels: Labels | None = None) -> Meter:
+    """An empty meter for a competition's task; `labels` are those of a labelled set."""
+    if isinstance(labels, Classes):
+        return ClassMeter(labels)
+    return StructureMeter(settings) if competition.task == "structure" else ErrorMeter(competition, labels)

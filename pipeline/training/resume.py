@@ -53,9 +53,9 @@ def require_same(
     Args:
         wanted: meta data of the run as it would be begun now.
         begun: meta data of its newest checkpoint.
-        defaults: the part of `wanted` that follows where nothing is set.
         where: folder of the run, for the message.
         allow_changes: let changes through that do no harm.
+        defaults: the part of `wanted` that follows where nothing is set.
 
     Returns:
         The changes that were let through.
@@ -67,7 +67,8 @@ def require_same(
     harmful = [change.key for change in changes if not _is_harmless(change)]
     if not harmful and (allow_changes or not changes):
         return changes
-    repair = "make data folds if a table was damaged, " if any(key.startswith("data.") for key in harmful) else ""
+    tables = [key for key in harmful if key.startswith("data.") and not key.startswith("data.pseudo.")]
+    repair = "make data folds if a table was damaged, " if tables else ""
     if not harmful:
         repair = "--allow-changes (make: ALLOW_CHANGES=1) to go on with the change, "
     elif allow_changes:

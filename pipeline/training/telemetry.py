@@ -15,6 +15,7 @@ import torch
 
 from pipeline import runlog
 from pipeline.errors import DataError, StoppedError
+from pipeline.memory import peak_memory_mib
 from pipeline.stage import write_text
 from pipeline.training.trackers import OpenTracker, Tracker
 
@@ -95,7 +96,7 @@ class Telemetry:
 
     def set_state(self, state: str, **facts: Any) -> None:
         """Write status.json now."""
-        self._state |= {"state": state, "memory_mib": round(runlog.peak_memory_mib()), **gpu_memory(), **facts}
+        self._state |= {"state": state, "memory_mib": round(peak_memory_mib()), **gpu_memory(), **facts}
         try:
             runlog.write_status(self._folder, self._state)
         except OSError as err:
@@ -122,7 +123,7 @@ class Telemetry:
     def epoch(self, *, step: int, epoch: int, train_loss: float, metric: float, best: bool, **facts: Any) -> None:
         """Tell of a finished epoch; `facts` are the other values of the validation, and times."""
         self._interval.started += time.monotonic() - self._interval.trained  # validation is no training
-        memory = {"memory_mib": round(runlog.peak_memory_mib()), **gpu_memory()}
+        memory = {"memory_mib": round(peak_memory_mib()), **gpu_memory()}
         row = {"step": step, "epoch": epoch, "train_loss": train_loss, "metric": metric, "best": best}
         self.log.write("epoch", **row, **facts, **memory)
         self._state |= {"metric": _finite(metric)}

@@ -33,7 +33,7 @@ def find_trackers(names: Sequence[str]) -> dict[str, OpenTracker]:
     for name in names:
         if name not in _KNOWN:
             raise ConfigError(
-                f"TRACK={name}: expected one of {', '.join(_KNOWN)}. Next: one of these, or leave TRACK out."
+                f"TRACK={name}: expected one of {', '.join(_KNOWN)}. Next: name one of these, or leave TRACK out."
             )
         module, found[name] = _KNOWN[name]
         try:

@@ -11,12 +11,12 @@ from folds import assign
 from folds.assign import length_label, parse_split
 from folds.edit_distance import pack, pair_distances
 from pipeline import commands, runlog
-from pipeline.classes import Classes, write_classes
 from pipeline.cli import show
 from pipeline.errors import ConfigError, DataError
+from pipeline.labels import Classes, Numbers, write_labels
 from pipeline.paths import Paths
 from pipeline.stage import sha256_file
-from pipeline.tables import read_folds
+from pipeline.tables import number_lists, read_folds
 from tests.folds.families import families, make_table, mutate, random_sequence, save
 
 
@@ -163,7 +163,9 @@ def test_random_split_warns_that_it_leaks(rng, paths, monkeypatch):
     said = []
     monkeypatch.setattr(assign, "warn", said.append)
     assigned(paths, "random_k5")
-    assert said == ["random_k5: relatives are in different folds, so its scores leak. Next: sim80_k5 for real ones."]
+    assert said == [
+        "random_k5: relatives are in different folds, so its scores leak. Next: SPLIT=sim80_k5 for real ones."
+    ]
 
 
 @pytest.mark.parametrize(
@@ -274,7 +276,7 @@ def labelled(rng, paths, *, letters="ACGU", several=False, count=200):
     lists = [sorted({int(one), 0}) if several else [int(one)] for one in labels]
     table = make_table(relatives).with_columns(pl.Series("labels", lists, dtype=pl.List(pl.UInt16)))
     save(table, paths)
-    write_classes(paths.clean("classes"), Classes(("common", "rare", "rarest"), (1, 1, 1), not several, letters))
+    write_labels(paths.clean("classes"), Classes(("common", "rare", "rarest"), (1, 1, 1), not several, letters))
     return table
 
 
@@ -283,12 +285,32 @@ def test_classes_are_spread_as_evenly_as_families_allow(rng, paths, several):
     table = labelled(rng, paths, several=several)
     report, folds = assigned(paths, "sim80_k5")
     both = folds.join(table.select("sequence_id", "labels"), on="sequence_id")
-    assert report.facts["by"] == "class"
+    assert report.facts["by"] == "kind"
     for place, name in enumerate(("common", "rare", "rarest")):
         inside = both.filter(pl.col("labels").list.contains(place))["fold"]
         counts = [int((inside == fold).sum()) for fold in range(5)]
         assert report.facts["strata"][name] == counts
         assert max(counts) - min(counts) <= 8  # two families
+
+
+def test_fifths_of_every_number_are_spread_as_evenly_as_families_allow(rng, paths):
+    """The second number was measured of one family in five."""
+    table = labelled(rng, paths).drop("labels")
+    paths.clean("classes").unlink()
+    place_N = np.repeat(np.arange(50), 4)
+    lists = [[float(at), at / 10 if at % 5 == 0 else None] if at else None for at in place_N.tolist()]
+    numbers = pl.Series("numbers", lists, dtype=pl.List(pl.Float64))
+    save(table.with_columns(numbers), paths)
+    write_labels(paths.clean("numbers"), Numbers(("Tm", "yield"), (), (), (), "ACGU").over(number_lists(numbers, 2)))
+    report, folds = assigned(paths, "sim80_k5")
+    fifth_N = np.searchsorted(np.quantile(place_N[place_N > 0], [0.2, 0.4, 0.6, 0.8]), place_N) + 1
+    for fifth in range(1, 6):
+        inside = folds["fold"].to_numpy()[(fifth_N == fifth) & (place_N > 0)]
+        counts = np.bincount(inside, minlength=5).tolist()
+        assert report.facts["strata"][f"Tm, fifth {fifth}"] == counts
+        assert max(counts) - min(counts) <= 8  # two families
+    assert sum(sum(report.facts["strata"][f"yield, fifth {fifth}"]) for fifth in range(1, 6)) == 9 * 4
+    assert sum(report.facts["strata"]["(not measured)"]) == 4
 
 
 def test_sequences_without_labels_are_spread_too(rng, paths):

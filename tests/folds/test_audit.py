@@ -12,8 +12,10 @@ from folds.lock import LOCKS
 from pipeline import runlog
 from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError
+from pipeline.labels import Numbers, write_labels
 from pipeline.paths import Paths
 from tests.folds.families import families, identity_ref, make_table, random_sequence, save
+from tests.number_tables import lists
 
 RIBONANZA, RNA3D = get_competition("ribonanza"), get_competition("rna3d")
 SPLITS = ["sim80_k3", "random_k3"]
@@ -146,6 +148,40 @@ def test_without_any_scored_sequence_only_identities_are_measured(paths):
     with runlog.console.capture() as printed:
         runlog.console.print(audit.describe(facts))
     assert "random_k3" in printed.get()
+
+
+def test_copied_numbers_are_near_where_relatives_are_across_folds_and_that_is_told(paths, rng, capsys):
+    """Families share their numbers: copies have a fraction of the mean's error on random folds, more than it on others.
+
+    Every fifth sequence has no second number, and copies take the mean for it.
+    """
+    table = pl.read_parquet(paths.clean("train"))
+    family_N = np.arange(table.height) // 4
+    numbers_NC = np.stack([rng.normal(5, 2, 15)[family_N], rng.normal(100, 9, 15)[family_N]], axis=1)
+    numbers_NC += rng.normal(0, 0.1, numbers_NC.shape)
+    numbers_NC[::5, 1] = np.nan
+    table = table.with_columns(lists(numbers_NC), scored=pl.lit(True))
+    table.write_parquet(paths.clean("train"))
+    write_labels(paths.clean("numbers"), Numbers(("Tm", "yield"), (), (), (), "ACGU").over(numbers_NC))
+    competition = get_competition("labelled", facts={"numbers": ["Tm", "yield"]})
+    facts = audit.run(paths, splits=SPLITS, competition=competition).facts
+    said = capsys.readouterr().err
+    sequences = table["sequence"].to_list()
+    for split in SPLITS:
+        told, fold_N = facts["splits"][split], pl.read_parquet(paths.fold_table(split))["fold"].to_numpy()
+        mean_NC = np.array([np.nanmean(numbers_NC[fold_N != fold], axis=0) for fold in fold_N])
+        off_NC = mean_NC - numbers_NC
+        assert told["mean_score"] == pytest.approx(np.sqrt(np.nanmean(off_NC**2, axis=0)).mean())
+        assert told["scored"] == len(sequences)
+    one, two = (facts["splits"][split] for split in SPLITS)
+    assert one["copy_score"] > 0.9 * one["mean_score"]
+    assert two["copy_score"] < 0.7 * two["mean_score"]
+    share = two["copy_score"] / two["mean_score"]
+    assert f"the nearest training sequence's numbers have {share:.0%} of the mean's error on random_k3" in said
+    with runlog.console.capture() as shown:
+        runlog.console.print(audit.describe(facts))
+    assert "MCRMSE copied" in shown.get()
+    assert "mean: that of the training sequences" in shown.get()
 
 
 def test_copied_labels_are_right_where_relatives_are_across_folds_and_that_is_told(paths, rng, capsys):

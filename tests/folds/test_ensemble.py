@@ -9,9 +9,9 @@ from folds import blend, ensemble
 from folds.candidates import _nested, _Policy, choose_candidates
 from folds.job import Job
 from folds.weights import learn_mixture, learn_weights, least_square_on_simplex
-from pipeline.classes import log_losses, read_classes
 from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError
+from pipeline.labels import log_losses, read_classes
 from pipeline.paths import Paths
 from pipeline.stage import sha256_file
 from tests.chain_tables import (
@@ -369,7 +369,7 @@ def test_sequences_without_prediction_are_counted_and_named(paths):
 
 def test_what_is_no_run_of_the_split_is_named_with_those_that_are(paths):
     """RUNS=foo was answered with "Next: make train FOLD=0 MODEL= SPLIT=foo"."""
-    with pytest.raises(ConfigError, match=r"RUNS=foo: no run of sim80_k3; there are: .*good\.sim80_k3.* Next: RUNS="):
+    with pytest.raises(ConfigError, match=r"RUNS=foo: no run of sim80_k3; there are: .*good\.sim80_k3.* Next: "):
         join(paths, runs=["foo"])
     paths.run_dir("good.sim80_k5").mkdir()
     with pytest.raises(ConfigError, match=r"RUNS=good.sim80_k5: no run of sim80_k3; .* Next: SPLIT=sim80_k5\."):
@@ -409,7 +409,7 @@ def test_runs_that_share_no_fold_cannot_be_joined_in_part(paths):
     for run, folds in (("good.sim80_k3", (0, 1)), ("other+wide.sim80_k3", (2,))):
         for fold in folds:
             paths.oof(run, fold).unlink()
-    with pytest.raises(ConfigError, match=r"no fold of sim80_k3 is predicted by all 2 runs; .* Next: RUNS="):
+    with pytest.raises(ConfigError, match=r"no fold of sim80_k3 is predicted by all 2 runs; .* Next: name in RUNS"):
         join(paths, allow_partial=True)
 
 

@@ -128,6 +128,56 @@ def test_the_packages_functions_are_called_in_their_layout_and_in_both_direction
     kernels._check(CONVOLUTION.kernels["causal-conv1d"], CONVOLUTION, CPU)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_kernel_with_32_bit_offsets_gets_no_more_than_it_can_address(reverse, monkeypatch, caplog):
+    """mamba-ssm and causal-conv1d wrap around at 2**32 numbers of a batch, without a word."""
+    scan, convolution = ModuleType("mamba_ssm.ops.selective_scan_interface"), ModuleType("causal_conv1d")
+    seen: list[int] = []
+    kernels._tell_parts.cache_clear()
+
+    def noted(run):
+        return lambda x, *rest: (seen.append(len(x)), run(x, *rest))[1]
+
+    scan.selective_scan_fn, convolution.causal_conv1d_fn = noted(their_scan), noted(their_convolution)
+    monkeypatch.setitem(sys.modules, scan.__name__, scan)
+    monkeypatch.setitem(sys.modules, convolution.__name__, convolution)
+    rng = torch.Generator().manual_seed(0)
+    shapes = ((7, 9, 8), (7, 9, 8), (8, 3), (7, 9, 3), (7, 9, 3), (8,))
+    x, delta, A, B, C, D = (torch.rand(*shape, generator=rng) for shape in shapes)
+    calls = {
+        "mamba-ssm": (SCAN, (x, delta, -A, B, C, D)),
+        "causal-conv1d": (CONVOLUTION, (x, torch.rand(8, 4, generator=rng), D)),
+    }
+    with caplog.at_level(logging.INFO, logger="models.kernels"):
+        for name, (operator, args) in calls.items():
+            run = operator.kernels[name].run
+            whole = run(*args, reverse=reverse)
+            monkeypatch.setattr(kernels, "ADDRESSED", 3 * 9 * 8 + 5)
+            torch.testing.assert_close(run(*args, reverse=reverse), whole, rtol=0, atol=0)
+            monkeypatch.setattr(kernels, "ADDRESSED", 71)
+            with pytest.raises(ValueError, match=r"a sequence of 72 numbers; the kernel addresses 71\. Next: RNA_"):
+                run(*args, reverse=reverse)
+            monkeypatch.setattr(kernels, "ADDRESSED", 2**31)
+    assert seen == [7, 3, 3, 1] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "3 sequences at a time: the kernel's offsets have 32 bits"
+    ]
+
+
+def test_the_states_that_mamba_ssm_keeps_count_as_well(monkeypatch):
+    """Many states of short sequences are more numbers than the input has."""
+    sizes: list[int] = []
+    scan = ModuleType("mamba_ssm.ops.selective_scan_interface")
+    scan.selective_scan_fn = None
+    monkeypatch.setitem(sys.modules, scan.__name__, scan)
+    monkeypatch.setattr(kernels, "over_batch", lambda *_, size: sizes.append(size))
+    for length, states in ((100, 16), (100, 256), (4097, 256)):
+        rows = [torch.empty(2, length, width, device="meta") for width in (64, 64, states, states)]
+        A_EN = torch.empty(64, states, device="meta")
+        SCAN.kernels["mamba-ssm"].run(*rows[:2], A_EN, *rows[2:], A_EN[:, 0], reverse=False)
+    assert sizes == [64 * 100, 64 * 2 * 256, 64 * 4097]
+
+
 def test_the_choice_is_logged_once(caplog):
     with caplog.at_level(logging.INFO, logger="models.kernels"):
         first = kernels.choose("selective_scan", CPU)

@@ -36,3 +36,12 @@ def write_folds(paths: Paths, *, folds: int = 2) -> str:
     numbers = pl.Series([index // 2 % folds for index in range(len(ids))], dtype=pl.UInt8)
     pl.DataFrame({"sequence_id": ids, "fold": numbers, "cluster": ids}).write_parquet(path)
     return path.stem
+
+
+def measured(rng: np.random.Generator, *, count: int, length: int = 30) -> pl.DataFrame:
+    """``id, sequence, gc, tail``: how many letters are G or C, in degrees, and a number of every second sequence."""
+    table = planted(rng, count=count, length=length).drop("label")
+    gc = table["sequence"].str.count_matches("[GC]")
+    tail = table["sequence"].str.tail(10).str.count_matches("A") / 100
+    known = pl.Series(range(count)) % 2 == 0
+    return table.with_columns(gc=gc * 2.5 + 30, tail=pl.when(known).then(tail))

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from models.registry import register_model
 from pipeline import runlog, train
-from pipeline.competitions import get_competition
+from pipeline.competitions import competition_of
 from pipeline.config import load_config
 from pipeline.errors import BusyError, DataError, DivergedError, PipelineError, StorageError
 from pipeline.paths import Paths
@@ -62,7 +62,7 @@ def scene(
     if fault and fault[0] == int(os.environ.get("RANK", "0")):
         arm(*fault[1:])
     known = {one.name: one for one in (tiny.TINY, tiny.TINY3D)}
-    competition = known.get(paths.comp) or get_competition(paths.comp)
+    competition = known.get(paths.comp) or competition_of(paths)
     settings = load_config("tiny_hyena", config["set"]) if "set" in config else tiny.config(**config)
     try:
         with join(timeout=timeout) as world:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 from pipeline import train_folds
 from pipeline.errors import CrashedError, LostDeviceError, PipelineError, StoppedError
-from pipeline.paths import Paths
+from pipeline.paths import REPOSITORY, Paths
 from pipeline.runlog import read_status
 from pipeline.training import attempts
 from pipeline.training.distributed import LostProcessError
@@ -46,8 +47,11 @@ def dies(number: int, *, at: int):
     return inject
 
 
-def train(paths: Paths, number: int | None, at: int) -> None:
+def train(paths: Paths, number: int | None, at: int, asked: bool) -> None:
     """What a child does."""
+    if asked:
+        os.environ["PYTHONFAULTHANDLER"] = "1"
+        faulthandler.enable(2)  # as Python does by itself then
     tiny.register(pytest.MonkeyPatch())
     tiny.Fault.inject = staticmethod(dies(number, at=at)) if number else None
     try:
@@ -56,12 +60,12 @@ def train(paths: Paths, number: int | None, at: int) -> None:
         raise SystemExit(err.exit_code) from err
 
 
-def in_child(paths: Paths, number: int | None = None, *, at: int = 2) -> int | None:
+def in_child(paths: Paths, number: int | None = None, *, at: int = 2, asked: bool = False) -> int | None:
     """Train in a process of its own, which a signal ends; its exit code.
 
     No fork of this one: where torch is built for CUDA, gradients had threads here, and a child cannot go on with them.
     """
-    process = SERVER.Process(target=train, args=(paths, number, at))
+    process = SERVER.Process(target=train, args=(paths, number, at, asked))
     process.start()
     process.join()
     return process.exitcode
@@ -84,6 +88,13 @@ def test_a_run_that_always_dies_of_one_signal_is_not_begun_a_fourth_time(paths):
     status = read_status(folder)
     assert (status["state"], status["exit_code"], status["message"]) == ("failed", 7, said)
     assert in_child(paths, number) == 7, "nor a fifth time"
+
+
+def test_a_stack_that_somebody_asked_for_is_counted_as_well(paths):
+    """With PYTHONFAULTHANDLER=1 a segmentation fault was "SIGKILL or power lost", and begun again for ever."""
+    assert [in_child(paths, signal.SIGSEGV, asked=True) for _ in range(3)] == [-signal.SIGSEGV] * 3
+    with pytest.raises(CrashedError, match=r"SIGSEGV after step 0 \(3 times\); see \S+\.txt"):
+        fit(paths)
 
 
 def test_what_is_killed_from_outside_is_warned_of_and_begun_again(paths, monkeypatch):
@@ -186,6 +197,24 @@ def test_one_that_was_asked_to_stop_hides_none_of_those_that_died(paths, monkeyp
     assert in_child(paths, signal.SIGSEGV) == -signal.SIGSEGV
     with pytest.raises(CrashedError, match=r"SIGSEGV after step 0 \(3 times\)"):
         fit(paths)
+
+
+@pytest.mark.parametrize(
+    ("ends", "starts"),
+    [
+        (["kill -9 $$", "kill -SEGV $$", "exit 0", "exit 0"], 3),
+        *(([f"exit {code}", "exit 0"], 1) for code in (2, 3, 5, 7, 75, 130)),  # 130: Ctrl-C before it listens
+    ],
+    ids=str,
+)
+def test_the_documented_loop_begins_again_after_a_signal_alone(tmp_path, ends, starts):
+    """It was `until …; do [ $? = 7 ] && break; done`, which began a misspelt setting, or Ctrl-C, again for ever."""
+    (loop,) = re.findall(r"`(until \S+rna train .*?done)`", (REPOSITORY / "pipeline" / "README.md").read_text())
+    cases = "".join(f"{number}) {end};; " for number, end in enumerate(ends, start=1))
+    (tmp_path / "rna").write_text(f'echo start >> starts; case $(grep -c "" starts) in {cases} esac')
+    command = re.sub(r"\S+rna train --fold 0 …", "bash ./rna", loop)
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, stderr=subprocess.DEVNULL)
+    assert len((tmp_path / "starts").read_text().split()) == starts
 
 
 def test_a_damaged_count_is_none(tmp_path):

@@ -16,7 +16,7 @@ from models.layers.long_conv import fft_conv_ref
 from models.layers.selective_scan import selective_scan_ref
 from pipeline import bench_kernels, measure
 from pipeline.errors import PipelineError
-from pipeline.measure import Bar
+from pipeline.measure import Promise
 from pipeline.paths import REPOSITORY
 
 KEYS = {"what", "shape", "threads", "ours", "peer", "peer_name", "ratio", "quartiles", "peak_mib", "peer_peak_mib"}
@@ -99,10 +99,10 @@ def test_a_tiny_run_writes_rows_bars_and_a_header(
     rows = bench_kernels.run(size="tiny", rounds=1, record=tmp_path / "kernels.json")
     written = json.loads((tmp_path / "kernels.json").read_text())
     assert written["rows"] == rows
-    assert {"date", "machine", "versions", "bars"} <= written.keys()
+    assert {"date", "machine", "versions", "promises"} <= written.keys()
     assert all(row.keys() == KEYS and row["ours"] > 0 and row["peer"] > 0 for row in rows)
     assert {row["peer_name"] for row in rows} == {"unbind loop", "torch rfft"}
-    assert all(bar.keys() == {"what", "found", "wanted", "at_most", "met"} for bar in written["bars"])
+    assert all(promise.keys() == {"what", "found", "wanted", "at_most", "met"} for promise in written["promises"])
     assert "times as fast as unbind loop" in capsys.readouterr().out
 
 
@@ -129,9 +129,12 @@ def test_the_machine_class_tells_no_name():
     assert parts
 
 
-@pytest.mark.parametrize(("bar", "met"), [(Bar("", 2, 1), True), (Bar("", 2, 1, True), False), (Bar("", 1, 1), True)])
-def test_bars_are_met_from_their_own_side(bar: Bar, met: bool):
-    assert bar.met == met
+@pytest.mark.parametrize(
+    ("promise", "met"),
+    [(Promise("", 2, 1), True), (Promise("", 2, 1, True), False), (Promise("", 1, 1), True)],
+)
+def test_promises_are_met_from_their_own_side(promise: Promise, met: bool):
+    assert promise.met == met
 
 
 def test_a_measurement_finds_the_packages_that_its_parent_finds(monkeypatch):

@@ -36,13 +36,13 @@ def test_a_tiny_run_writes_rows_and_a_header(tmp_path: Path):
     rows = bench_models.run(size="tiny", rounds=1, record=tmp_path / "models.json")
     written = json.loads((tmp_path / "models.json").read_text())
     assert written["rows"] == rows
-    assert {"date", "machine", "versions", "threads", "bars"} <= written.keys()
+    assert {"date", "machine", "versions", "threads", "promises"} <= written.keys()
     assert [row["model"] for row in rows] == ["tiny_ribonanza_mamba", "tiny_hyena"]
     assert all(row.keys() == KEYS | MEASURED for row in rows)
     assert all(row["train"] > 0 and row["forward"] > 0 for row in rows)
 
 
-def test_bars_compare_the_base_network_with_the_peer():
+def test_promises_compare_the_base_network_with_the_peer():
     def row(model: str, train: float, forward: float, peak: float) -> dict:
         cell = {"model": model, "length": 177, "precision": "fp32", "checkpointing": 0}
         return cell | {"train": train, "forward": forward, "peak_mib": peak}
@@ -52,5 +52,5 @@ def test_bars_compare_the_base_network_with_the_peer():
         row("small_ribonanza_mamba", 1400.0, 0, 0),
         row(bench_models.PEER, 20.0, 100.0, 5000.0),
     ]
-    bars = {bar.wanted: (bar.found, bar.met) for bar in bench_models._cpu_bars(rows)}
-    assert bars == {20: (25, True), 10: (9, False), 0.1: (0.02, True), 1500: (1400, False)}
+    promises = {promise.wanted: (promise.found, promise.met) for promise in bench_models._cpu_promises(rows)}
+    assert promises == {20: (25, True), 10: (9, False), 0.1: (0.02, True), 1500: (1400, False)}

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from models.interface import RnaInputs, RnaOutputs
 from pipeline import bpp, plan, predict, preprocess, replay, train
 from pipeline.batch import RnaBatch
-from pipeline.classes import Classes, log_losses, read_classes, write_classes
 from pipeline.competitions import get_competition
 from pipeline.competitions.ribonanza import RIBONANZA
 from pipeline.config import DataConfig, ModelConfig, RunConfig, TrainConfig, load_config
 from pipeline.dataset import open_examples
 from pipeline.errors import ConfigError, DataError, StoppedError
+from pipeline.labels import Classes, log_losses, read_classes, write_labels
 from pipeline.paths import Paths
 from pipeline.runlog import read_metrics
 from pipeline.schema import decode
@@ -60,7 +60,7 @@ def test_classes_come_back_as_they_were_written(tmp_path):
     paths = Paths(comp="labelled", root=tmp_path)
     classes = Classes(("a", "b|c", "ü"), (3, 0, 1), False, "ACGUN")
     paths.clean("classes").parent.mkdir(parents=True)
-    write_classes(paths.clean("classes"), classes)
+    write_labels(paths.clean("classes"), classes)
     assert read_classes(paths) == classes
     assert Classes.of(classes.facts()).difference(classes) == ""
 

@@ -67,6 +67,30 @@ def test_a_command_gets_the_variables_that_its_target_takes_and_the_sentence_lac
     assert commands.complete(completed) == completed, "said twice"
 
 
+def test_a_command_names_the_interpreter_that_make_was_told(told, monkeypatch):
+    """`make train PY=python3` ended with "Next: make folds", which sets up a .venv of its own."""
+    monkeypatch.setenv("RNA_PY", "/opt/bin/python3")
+    told(comp="rna3d")
+    assert commands.complete("Next: make folds.") == "Next: make folds COMP=rna3d PY=/opt/bin/python3."
+    assert commands.complete("make folds PY=python3.12") == "make folds PY=python3.12 COMP=rna3d"
+    run = ["make", "-n", "folds"]
+    told_by = [
+        subprocess.run([*run, *given], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for given in (["PY=python3"], ["PY=.venv/bin/python", "-o", ".venv/.ready"])
+    ]
+    assert ["RNA_PY=python3 python3 -m" in line for line in told_by] == [True, False]
+
+
+@pytest.mark.parametrize(("target", "comes_first"), [("train", False), ("train-bg", False), ("train-all", True)])
+def test_whatever_trains_all_folds_makes_the_runs_without_a_network_first(target, comes_first):
+    """train-all made them, and train-bg ALL=1 did not: the ensemble was another one."""
+    for comp, verb in (("labelled-x", "words"), ("rna3d", "denovo")):
+        command = ["make", "-n", target, f"COMP={comp}", "PY=python3"]
+        for more, wanted in (([], comes_first), (["ALL=1"], target != "train")):
+            done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+            assert (f" {verb} --comp" in done) == wanted, done
+
+
 def test_whatever_is_said_is_completed(told, capsys, tmp_path):
     told(artifacts=tmp_path)
     say("Next: make data")

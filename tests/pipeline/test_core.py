@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pipeline import config, errors, runlog, stage
+from pipeline import config, errors, memory, runlog, stage
 from pipeline.competitions import competitions, get_competition
 from pipeline.config import ModelConfig, TrainConfig, config_from_dict, find_config, load_config
 from pipeline.errors import ConfigError, DataError, PipelineError, StorageError
@@ -433,16 +433,16 @@ def test_bar_speaks_in_plain_lines_without_a_terminal(tmp_path: Path, monkeypatc
 
 def test_peak_memory_counts_what_was_freed():
     block = np.ones(64 << 20, dtype=np.uint8)
-    peak = runlog.peak_memory_mib()
+    peak = memory.peak_memory_mib()
     assert peak > 64
     del block
-    assert runlog.peak_memory_mib() > peak - 1  # the kernel counts in pages that it books late
+    assert memory.peak_memory_mib() > peak - 1  # the kernel counts in pages that it books late
 
 
 def test_peak_memory_is_not_inherited():
     """Was: a small process reported the 500 MiB of the one that had started it."""
     block = np.ones(300 << 20, dtype=np.uint8)
-    code = "from pipeline.runlog import peak_memory_mib; print(peak_memory_mib())"
+    code = "from pipeline.memory import peak_memory_mib; print(peak_memory_mib())"
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=REPOSITORY)
     assert float(said.stdout) < block.nbytes / 2**20 / 2
 
@@ -483,7 +483,7 @@ def test_overrides_are_toml_values(toml: Path):
     [
         (["train.epoch=3"], "small.toml: train: unknown key 'epoch'; did you mean 'epochs'"),
         (["trian.epochs=3"], "unknown key 'trian'; did you mean 'train'"),
-        (["train.zzz=3"], r"unknown key 'zzz'\. Next: one of backbone_lr_share, "),
+        (["train.zzz=3"], r"unknown key 'zzz'\. Next: write one of backbone_lr_share, "),
         (["train.epochs=3.5"], r"train: epochs: got 3.5 \(float\); expected"),
         (["train.epochs=true"], r"epochs: got True \(bool\)"),
         (['train.lr="0.1"'], r"lr: got '0.1' \(str\)"),

@@ -21,12 +21,15 @@ from tests.pipeline.ranks import Scene, codes, everything, fixtures, losses, row
 
 pytestmark = pytest.mark.slow
 PLAIN = {"model": {"dropout": 0.0}, "epochs": 5}  # 20 steps
+MUON = {**PLAIN, "optimizer": "muon"}
 
 #: What processes do, in this order.
 SCENES: list[Scene] = [
     ("alone", 1, PLAIN, None),
     ("both", 2, PLAIN, None),
     ("accumulated", 2, {**PLAIN, "micro_batch": 3, "batch_size": 8}, None),
+    ("alone with Muon", 1, MUON, None),
+    ("both with Muon", 2, MUON, None),
     ("short batches", 3, {**PLAIN, "batch_size": 2, "epochs": 1, "precision": "fp16"}, None),
     ("whole", 2, {}, None),
     ("killed", 2, {}, [1, 6, "SIGKILL"]),
@@ -57,13 +60,15 @@ SCENES: list[Scene] = [
 paths, ended = fixtures(SCENES)
 
 
-@pytest.mark.parametrize("name", ["both", "accumulated"])
-def test_two_processes_give_the_losses_of_one(paths, ended, name):
-    assert codes(ended("alone")) == [[0]]
+@pytest.mark.parametrize(
+    ("name", "alone"), [("both", "alone"), ("accumulated", "alone"), ("both with Muon", "alone with Muon")]
+)
+def test_two_processes_give_the_losses_of_one(paths, ended, name, alone):
+    assert codes(ended(alone)) == [[0]]
     assert codes(ended(name)) == [[0, 0]]
-    assert len(losses(paths, "alone")) == 20
-    np.testing.assert_allclose(losses(paths, name), losses(paths, "alone"), atol=1e-5)
-    metrics = [[row["metric"] for row in rows(paths, run, "epoch")] for run in ("alone", name)]
+    assert len(losses(paths, alone)) == 20
+    np.testing.assert_allclose(losses(paths, name), losses(paths, alone), atol=1e-5)
+    metrics = [[row["metric"] for row in rows(paths, run, "epoch")] for run in (alone, name)]
     np.testing.assert_allclose(*metrics, atol=1e-5)
 
 

@@ -10,11 +10,11 @@ import torch
 
 from models.registry import create_model, list_models
 from pipeline import embed, inference, predict, train
-from pipeline.classes import Classes, write_classes
 from pipeline.competitions import get_competition
 from pipeline.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from pipeline.dataset import open_examples
 from pipeline.errors import ConfigError, DataError, DivergedError, StoppedError
+from pipeline.labels import Classes, write_labels
 from pipeline.paths import Paths
 from pipeline.stage import Report
 from pipeline.training.checkpoint import CheckpointStore
@@ -225,7 +225,7 @@ def test_a_labelled_set_brings_its_letters_and_its_crop(tmp_path):
     )
     paths.clean("train").parent.mkdir(parents=True)
     clean.write_parquet(paths.clean("train"))
-    write_classes(paths.clean("classes"), Classes(("one", "two"), (12, 12), True, "ACGUN"))
+    write_labels(paths.clean("classes"), Classes(("one", "two"), (12, 12), True, "ACGUN"))
     labelled_sets.write_folds(paths)
     fit(paths, settings(data={"crop": 11}), competition=competition)
     file, middle = tmp_path / "some.csv", frame["sequence"][0][5:16]

@@ -35,6 +35,7 @@ def written(tmp_path: Path) -> dict[str, Path]:
             folder = paths.fold_dir(run, fold)
             meta = {"config": asdict(CONFIG), "progress": {"finished": True}, "best_step": 7}
             meta |= {"initial": {"run": "first.sim80_k5", "fold": fold, "step": 9}} if run == RUNS[1] else {}
+            meta |= {"data": {"pseudo": {"runs": {"teacher.sim80_k5": "0"}}} if run == RUNS[1] else {}}
             CheckpointStore(folder / "checkpoints").save(7, weights={}, training=None, state={}, meta=meta)
             start = {"event": "start", "time": 100.0, "device": "cpu", "precision": "fp32", "parameters": 123456}
             again = [{"event": "step", "time": 130.0}, start | {"time": 9000.0}]  # a day later, say
@@ -81,6 +82,10 @@ def test_what_a_run_began_with_is_told(written: dict[str, Path]):
     text = written["README.md"].read_text()
     assert "- drsn+wide.sim80_k5 fold 1: those of first.sim80_k5 fold 1, step 9\n" in text
     assert text.count("those of first") == 2
+
+
+def test_whose_predictions_a_run_learned_from_is_told(written: dict[str, Path]):
+    assert written["README.md"].read_text().count("\n- drsn+wide.sim80_k5: teacher.sim80_k5\n") == 1
 
 
 def test_runs_without_a_network_are_told_with_their_commands(tmp_path: Path):

@@ -22,7 +22,7 @@ from folds import ensemble
 from pipeline import predict as stages
 from pipeline import preprocess, synthetic, train_folds, viennarna
 from pipeline.cli import run_verb
-from pipeline.competitions import get_competition
+from pipeline.competitions import competition_of, get_competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.kernel import bundle, script, wheels
 from pipeline.paths import REPOSITORY, Paths
@@ -31,7 +31,7 @@ from pipeline.training.checkpoint import CheckpointStore
 from tests.chain_tables import make_paths, write_run, write_structure_data, write_structure_run, write_values_data
 from tests.pipeline.clock import Clock
 from tests.pipeline.kernels import COMPETITION, RUN, SPLIT, lay_out, order_of, pack, play, write_raw, write_wheel
-from tests.pipeline.labelled_sets import proteins
+from tests.pipeline.labelled_sets import measured, proteins
 
 CANARY = "canary-0123456789abcdef"
 
@@ -129,6 +129,12 @@ def test_a_training_notebook_brings_the_weights_that_its_run_begins_with(trained
 def test_weights_that_are_not_there_cannot_be_packed(tmp_path: Path):
     order = order_of(Paths(comp="ribonanza", root=tmp_path), overrides=('model.init="nowhere"',))
     with pytest.raises(DataError, match=r"nowhere: cannot be packed: .* Next: correct the path"):
+        bundle.build(order)
+
+
+def test_a_run_with_pseudo_labels_is_refused(tmp_path: Path):
+    order = order_of(Paths(comp="ribonanza", root=tmp_path), overrides=('data.pseudo="small_drsn.sim80_k5"',))
+    with pytest.raises(ConfigError, match=r"data\.pseudo = 'small_drsn\.sim80_k5': .* Next: make train here"):
         bundle.build(order)
 
 
@@ -254,6 +260,67 @@ def test_a_labelled_set_of_ones_own_is_trained_in_a_notebook_and_not_predicted(t
     assert {"clean.train.parquet", "clean.classes.parquet"} <= names
     with pytest.raises(ConfigError, match=r"a set of your own.*COMP=labelled-<its name in Kaggle's addresses>"):
         pack(order_of(paths, competition=competition, mode="predict", ensemble="all"))
+
+
+def test_a_set_of_numbers_is_trained_without_its_raw_files_and_predicted_in_its_units(tmp_path: Path):
+    comp = "labelled-melting"
+    here, raw = Paths(comp=comp, root=tmp_path / "here"), tmp_path / "raw"
+    raw.mkdir()
+    table = measured(np.random.default_rng(0), count=40).with_columns(pl.col("gc") + 1000)
+    table.write_csv(raw / "train.csv")
+    table.select("id", "sequence")[:3].write_csv(raw / "test.csv")
+    (raw / "columns.toml").write_text("numbers = ['tail', 'gc']")
+    preprocess.run(get_competition(comp), raw, here)
+    (tmp_path / "none").mkdir()
+    home = pack(order_of(here, competition=competition_of(here), overrides=("train.epochs=1",)))
+    play(home, lay_out(tmp_path / "input", home, tmp_path / "none"), tmp_path / "work")
+    paths = Paths(comp=comp, root=tmp_path / "work" / "artifacts")
+    at = ["--comp", comp, "--artifacts", str(paths.root), "--split", SPLIT]
+    assert run_verb(["words", *at]) == 0
+    assert run_verb(["ensemble", *at]) == 0
+    home = pack(order_of(paths, competition=competition_of(paths), mode="predict", ensemble="all"))
+    hidden = table.select("id", pl.col("sequence").str.replace("^.", "N"))[20:27]
+    hidden.write_csv(raw / "test.csv")
+    play(home, lay_out(tmp_path / "input-hidden", home, raw), tmp_path / "hidden-work")
+    written = pl.read_csv(tmp_path / "hidden-work" / "submission.csv")
+    assert written.columns == ["id", "tail", "gc"]
+    assert written["id"].to_list() == hidden["id"].to_list()
+    assert written["gc"].is_between(900, 1200).all()
+
+
+def write_profiles(folder: Path, *, test: int, seed: int) -> Path:
+    """Values per nucleotide in a column that needs to be explained, and a test set whose first letter is odd."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    texts = ["".join(rng.choice(list("ACGU"), int(rng.integers(20, 31)))) for _ in range(30 + test)]
+    rows = [
+        {"code": f"p{place}", "rna": text, "shape": " ".join("1" if letter == "A" else "0.2" for letter in text)}
+        for place, text in enumerate(texts)
+    ]
+    pl.DataFrame(rows[:30]).write_csv(folder / "train.csv")
+    hidden = pl.DataFrame(rows[30:]).drop("shape")
+    hidden.with_columns(pl.col("rna").str.replace("^.", "N" if seed else "A")).write_csv(folder / "test.csv")
+    return folder
+
+
+def test_a_set_of_profiles_is_trained_without_its_raw_files_and_predicted_as_its_columns_were_explained(tmp_path: Path):
+    comp = "profiles-folded"
+    competition, here = get_competition(comp), Paths(comp=comp, root=tmp_path / "here")
+    raw = write_profiles(tmp_path / "raw", test=3, seed=0)
+    (raw / "columns.toml").write_text('id = "code"\ntargets = ["shape"]\nrange = [0, 1]\n')
+    preprocess.run(competition, raw, here)
+    (tmp_path / "none").mkdir()
+    home = pack(order_of(here, competition=competition_of(here), overrides=("train.epochs=1",)))
+    play(home, lay_out(tmp_path / "input", home, tmp_path / "none"), tmp_path / "work")
+    paths = Paths(comp=comp, root=tmp_path / "work" / "artifacts")
+    assert run_verb(["ensemble", "--comp", comp, "--artifacts", str(paths.root), "--split", SPLIT]) == 0
+    home = pack(order_of(paths, competition=competition_of(paths), mode="predict", ensemble="all"))
+    hidden = write_profiles(tmp_path / "hidden", test=5, seed=1)
+    play(home, lay_out(tmp_path / "input-hidden", home, hidden), tmp_path / "hidden-work")
+    written = pl.read_csv(tmp_path / "hidden-work" / "submission.csv")
+    assert written.columns == ["id_seqpos", "shape"]
+    assert written.height == pl.read_csv(hidden / "test.csv")["rna"].str.len_bytes().sum()
+    assert written["shape"].is_between(0, 1).all()
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ import polars as pl
 import pytest
 
 from pipeline import preprocess
-from pipeline.classes import Classes, read_classes
 from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError
+from pipeline.labels import Classes, read_classes
 from pipeline.paths import Paths
 
 ROWS = pl.DataFrame(
@@ -477,7 +477,7 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
     "no-id": ({"train.csv": GOOD + ",ACGU,x\n"}, r"train.csv: row 3: no id"),
     "one-class": ({"train.csv": GOOD.replace(",y", ",x")}, r"train.csv: 1 class \(x\); expected at least 2"),
     "no-label": ({"train.csv": "sequence,label\nACGU,\n"}, r"0 classes \(no label at all\)"),
-    "not-classes": ({"train.csv": "sequence,label\n" + "".join(f"ACGU,{n / 7}\n" for n in range(20))}, r"20 different"),
+    "not-classes": ({"train.csv": "sequence,label\n" + "".join(f"ACGU,c{n}\n" for n in range(20))}, r"20 different"),
     "fasta-without-header": ({"train.fa": "ACGU\n"}, r"train.fa: line 1 is 'ACGU'; expected '>id label'"),
     "empty-folders": ({"train/yes/readme.md": "x"}, r"no <class>.fasta, .*\*.txt in it"),
     "test-id-twice": (

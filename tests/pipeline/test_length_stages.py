@@ -28,7 +28,7 @@ def test_stages_follow_one_another_and_then_the_whole_length():
 
 @pytest.mark.parametrize("stages", ["64", "64x", "x1", "64x0", "0x1", "64x1,", "64x1;128x1", "64x1 128x1", "64x1.5"])
 def test_stages_that_make_no_sense_are_refused(stages):
-    with pytest.raises(ConfigError, match=r"length_stages: got .* Next: '64x1,128x2'"):
+    with pytest.raises(ConfigError, match=r"length_stages: got .* Next: write '64x1,128x2'"):
         TrainConfig(length_stages=stages)
 
 

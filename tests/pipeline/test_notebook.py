@@ -91,7 +91,7 @@ def test_what_it_cannot_do_is_said_in_a_sentence(paths, tmp_path, monkeypatch):
     solid = Paths(comp="tiny3d", root=tmp_path)
     tiny.write_structures(solid)
     tiny.fit(solid, tiny.config(epochs=1), competition=tiny.TINY3D)
-    with pytest.raises(ConfigError, match="predicts structures; expected values or classes"):
+    with pytest.raises(ConfigError, match="predicts structures; expected anything else"):
         Trained(solid.fold_dir(tiny.RUN, 0))
 
 

@@ -85,6 +85,17 @@ def test_the_test_table_keeps_the_files_order_and_counts_its_rows(tmp_path):
     assert test.select("id_min", "id_max").rows() == [(0, 9), (10, 21)]
 
 
+def test_every_row_of_a_hidden_test_set_gets_a_clean_sequence(tmp_path, capsys):
+    """An N in one of them ended a prediction notebook without a submission; in files of one's own it is refused."""
+    raw = write_raw(tmp_path / "raw", test=[test_row(sequence="GGNAACG*yt"), test_row(id="id_c")])
+    with pytest.raises(DataError, match=r"test.json: row 1 \(id id_z\): letter 'N' at position 3"):
+        clean(raw, tmp_path / "own")
+    paths = Paths(comp="openvaccine", root=tmp_path / "artifacts")
+    preprocess.run(OPENVACCINE, raw, paths, test_only=True)
+    assert pl.read_parquet(paths.clean("test"))["sequence"].to_list() == ["GGAAACGAAU", SEQUENCE]
+    assert "test.json: 1 sequences hold signs other than A, C, G, U, T; these are read as A" in capsys.readouterr().err
+
+
 def test_gzip_and_archive_give_the_same_tables(synthetic_raw, tmp_path):
     plain = clean(synthetic_raw, tmp_path / "plain")
     packed = tmp_path / "packed"

@@ -241,7 +241,7 @@ def test_a_resumed_run_remembers_how_small_its_micro_batches_have_to_be(paths, i
 def test_what_does_not_fit_alone_is_said_and_the_state_saved(paths, inject):
     inject(exhausted_above(0, MemoryError()))
     with pytest.raises(
-        StorageError, match=r"with micro-batches of 1 sequences; the state is saved\. Next: a smaller net"
+        StorageError, match=r"with micro-batches of 1 sequences; the state is saved\. Next: try a smaller net"
     ):
         fit(paths, tiny.config(micro_batch="auto"))
     assert [row["now"] for row in rows_of(paths, "micro_batch")] == [4, 2, 1]

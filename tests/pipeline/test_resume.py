@@ -9,10 +9,10 @@ import torch
 
 from models.registry import list_models
 from pipeline import cli, train
-from pipeline.classes import Classes
 from pipeline.competitions import get_competition
 from pipeline.config import RunConfig, config_from_dict, list_configs, load_config
 from pipeline.errors import ConfigError, DataError, StoppedError
+from pipeline.labels import Classes
 from pipeline.paths import Paths
 from pipeline.training import resume
 from pipeline.training.checkpoint import CheckpointStore

@@ -449,6 +449,18 @@ def test_bad_test_file_is_refused(old: str, new: str, sentence: str, tmp_path: P
     refused(raw_folder(tmp_path / "raw", wide_csv(GOOD), test=TEST_CSV.replace(old, new)), tmp_path / "out", sentence)
 
 
+def test_every_row_of_a_hidden_test_set_gets_a_clean_sequence(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """An N in one of them ended a prediction notebook without a submission: row 1 (id t1): letter 'N' …"""
+    folder = raw_folder(
+        tmp_path / "raw", wide_csv(GOOD), test=TEST_CSV.replace("ACGUA,0", "nCÅtA,0").replace("GGU", "ggu")
+    )
+    paths = Paths(comp="ribonanza", root=tmp_path / "out")
+    preprocess.run(RIBONANZA, folder, paths, test_only=True)
+    assert pl.read_parquet(paths.clean("test"))["sequence"].to_list() == ["ACAUA", "GGU"]
+    said = "test_sequences.csv: 1 sequences hold signs other than A, C, G, U, T; these are read as A"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["csv", "csv.gz", "parquet", "no last line end"])
 def test_sample_submission_of_these_test_sequences_is_accepted(form: str, tmp_path: Path):
     folder = raw_folder(tmp_path / "raw", wide_csv(GOOD))

@@ -257,5 +257,5 @@ def held(state: TrainingState) -> int:
 
 def test_an_automatic_micro_batch_is_refused_in_parts(world):
     settings = TrainConfig(sharding="fsdp2", micro_batch="auto")
-    with pytest.raises(ConfigError, match=r"micro_batch = 'auto' with sharding = 'fsdp2'.* Next: a number"):
+    with pytest.raises(ConfigError, match=r"micro_batch = 'auto' with sharding = 'fsdp2'.* Next: give a number"):
         train._check_sharding(settings, world)

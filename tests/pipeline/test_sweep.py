@@ -15,11 +15,12 @@ import pytest
 from rich.console import Console
 
 from models import registry
-from pipeline import sweep
 from pipeline.errors import BusyError, ConfigError, StoppedError
 from pipeline.paths import Paths
 from pipeline.stage import Report
-from pipeline.sweep import Axis, Job, Sweep, grid, parse_axis, summarise
+from pipeline.sweep import jobs, stage, study
+from pipeline.sweep.jobs import Axis, Job, Settings, Sweep, grid, parse_axis
+from pipeline.sweep.ranking import describe, summarise
 from pipeline.training.stop import run_lock
 from tests.pipeline import tiny
 
@@ -57,12 +58,12 @@ def results(**cells: list[float | None]) -> dict[Job, float | None]:
 
 def test_a_sweep_trains_every_cell_with_every_seed_and_the_second_time_nothing(small: Sweep):
     axes = [parse_axis("train.lr=[1e-4, 1e-2]")]
-    first = sweep.run(small, axes)
+    first = stage.run(small, axes)
     runs = sorted(path.name for path in (small.paths.home / "runs").iterdir())
     assert len(runs) == 4
     assert all(name.startswith("tiny+sweep-lr-") and name.endswith(small.split) for name in runs)
     written = {path: path.stat().st_mtime_ns for path in (small.paths.home / "runs").rglob("*.safetensors")}
-    second = sweep.run(small, axes)
+    second = stage.run(small, axes)
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert second.facts["cells"] == first.facts["cells"]
     assert [row["n"] for row in first.facts["cells"]] == [2, 2]
@@ -73,7 +74,7 @@ def test_a_sweep_trains_every_cell_with_every_seed_and_the_second_time_nothing(s
 
 def test_a_sweep_says_what_each_job_tries_and_what_to_do_with_the_best(small: Sweep, capsys: pytest.CaptureFixture):
     """Its runs are named by a digest, and 'x+sweep-flip-530209db-s2026' told nobody which cell it was."""
-    report = sweep.run(
+    report = stage.run(
         replace(small, overrides=("train.epochs=1",)),
         [parse_axis("train.lr=[1e-2]"), parse_axis('train.schedule=["cosine"]')],
     )
@@ -82,13 +83,13 @@ def test_a_sweep_says_what_each_job_tries_and_what_to_do_with_the_best(small: Sw
     settings = 'train.epochs=1 train.lr=0.01 train.schedule="cosine"'
     where = f"COMP=tiny MODEL={small.model} SPLIT={small.split}"
     assert report.facts["next"] == f"make train-all {where} TAG=lr SET='{settings}'"
-    assert report.facts["next"] in " ".join(map(str, sweep.describe(report.facts)))
+    assert report.facts["next"] in " ".join(map(str, describe(report.facts)))
 
 
 def test_a_job_that_another_process_does_is_left_to_it(small: Sweep):
     job = small.jobs((("train.lr", 1e-3),))[0]
     with run_lock(small.paths.fold_dir(small.run_name(job), 0)):
-        report = sweep.run(small, [Axis(key="train.lr", values=[1e-3])])
+        report = stage.run(small, [Axis(key="train.lr", values=[1e-3])])
     assert report.facts["busy"] == 1
     assert report.facts["cells"][0]["n"] == 1
 
@@ -104,7 +105,7 @@ def test_the_last_of_several_workers_has_the_whole_table(small: Sweep, monkeypat
         return 0.5
 
     monkeypatch.setattr(Sweep, "metric", metric)
-    found = sweep.run(small, [parse_axis("train.lr=[1e-3, 1e-2]")])
+    found = stage.run(small, [parse_axis("train.lr=[1e-3, 1e-2]")])
     assert seen[-1] == seen[0]
     assert [row["n"] for row in found.facts["cells"]] == [2, 2]
     assert found.facts["busy"] == 0
@@ -114,15 +115,15 @@ def test_a_signal_between_two_jobs_is_a_stop_too(small: Sweep, monkeypatch: pyte
     """It ended the process: exit code 143 and no sentence, where a signal in a job gave 75."""
     monkeypatch.setattr(Sweep, "metric", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(StoppedError, match=r"stopped \(SIGTERM\)"):
-        sweep.run(small, [parse_axis("train.lr=[1e-3, 1e-2]")])
+        stage.run(small, [parse_axis("train.lr=[1e-3, 1e-2]")])
 
 
 def test_a_study_stops_at_its_number_of_trials_and_goes_on_from_them(small: Sweep):
     pytest.importorskip("optuna")
     axes = [parse_axis("train.lr={low=1e-4, high=1e-1, log=true}")]
-    assert len(sweep.run(small, axes, trials=2).facts["cells"]) == 2
+    assert len(stage.run(small, axes, trials=2).facts["cells"]) == 2
     before = set((small.paths.home / "runs").iterdir())
-    again = sweep.run(small, axes, trials=3)
+    again = stage.run(small, axes, trials=3)
     assert len(again.facts["cells"]) == 3
     assert before < set((small.paths.home / "runs").iterdir())
     assert all(1e-4 <= row["cell"][0][1] <= 1e-1 for row in again.facts["cells"])
@@ -136,7 +137,7 @@ def test_a_second_worker_waits_for_the_last_trial_of_a_living_one_and_takes_over
     """
     pytest.importorskip("optuna")
     axes, found = [parse_axis("train.lr={low=1e-4, high=1e-1, log=true}")], list[Report]()
-    cells, locks = list[sweep.Settings](), list[Path]()
+    cells, locks = list[Settings](), list[Path]()
 
     def dies_when_it_is_waited_for(message: str) -> None:
         if "0 of 1 trials are done, the others at work elsewhere" in message:
@@ -147,15 +148,15 @@ def test_a_second_worker_waits_for_the_last_trial_of_a_living_one_and_takes_over
         cells.append(job.cell)
         if len(cells) == 1:
             locks.extend(small.folder.glob(".worker-*"))
-            found.append(sweep.run(small, axes, trials=1))
+            found.append(stage.run(small, axes, trials=1))
             raise KeyboardInterrupt  # a dead worker tells nothing more
         return 0.5
 
-    monkeypatch.setattr(sweep, "say", dies_when_it_is_waited_for)
-    monkeypatch.setattr(sweep, "_POLL_S", 0.0)
+    monkeypatch.setattr(study, "say", dies_when_it_is_waited_for)
+    monkeypatch.setattr(study, "POLL_S", 0.0)
     monkeypatch.setattr(Sweep, "metric", metric)
     with pytest.raises(KeyboardInterrupt):
-        sweep.run(small, axes, trials=1)
+        stage.run(small, axes, trials=1)
     assert len(set(cells)) == 1
     assert [row["n"] for row in found[0].facts["cells"]] == [2]
 
@@ -163,22 +164,22 @@ def test_a_second_worker_waits_for_the_last_trial_of_a_living_one_and_takes_over
 def test_workers_that_begin_at_once_do_as_many_trials_as_were_asked_for(small: Sweep, monkeypatch: pytest.MonkeyPatch):
     optuna = pytest.importorskip("optuna")
     axes, begin = [parse_axis("train.lr={low=1e-4, high=1e-1, log=true}")], threading.Barrier(3)
-    counted = sweep._require_same
+    counted = study._require_same
 
     def together(*args: Any) -> None:
         begin.wait()
         counted(*args)
 
-    monkeypatch.setattr(sweep, "_POLL_S", 0.0)
-    monkeypatch.setattr(sweep, "_require_same", together)
-    monkeypatch.setattr(sweep, "_write", lambda *_: small.folder)  # its part bears the process's number: one here
+    monkeypatch.setattr(study, "POLL_S", 0.0)
+    monkeypatch.setattr(study, "_require_same", together)
+    monkeypatch.setattr(stage, "_write", lambda *_: small.folder)  # its part bears the process's number: one here
     monkeypatch.setattr(Sweep, "metric", lambda *_: 0.5)
     with ThreadPoolExecutor(3) as pool:
-        reports = list(pool.map(lambda _: sweep.run(small, axes, trials=4), range(3)))
+        reports = list(pool.map(lambda _: stage.run(small, axes, trials=4), range(3)))
     assert [len(report.facts["cells"]) for report in reports] == [4, 4, 4]
     backend = optuna.storages.journal.JournalFileBackend(str(small.folder / "study.log"))
-    study = optuna.load_study(study_name=small.name, storage=optuna.storages.JournalStorage(backend))
-    assert [trial.state for trial in study.trials] == [optuna.trial.TrialState.COMPLETE] * 4
+    kept = optuna.load_study(study_name=small.name, storage=optuna.storages.JournalStorage(backend))
+    assert [trial.state for trial in kept.trials] == [optuna.trial.TrialState.COMPLETE] * 4
 
 
 def test_a_worker_that_waits_for_others_ends_with_its_time(small: Sweep, monkeypatch: pytest.MonkeyPatch):
@@ -189,11 +190,11 @@ def test_a_worker_that_waits_for_others_ends_with_its_time(small: Sweep, monkeyp
         seen.append(job)
         if len(seen) == 1:
             with pytest.raises(StoppedError, match=r"0 of 1 trials are done, .*; the time budget is spent\. Next: "):
-                sweep.run(replace(small, deadline=0.0), axes, trials=1)
+                stage.run(replace(small, deadline=0.0), axes, trials=1)
         return 0.5
 
     monkeypatch.setattr(Sweep, "metric", metric)
-    assert sweep.run(small, axes, trials=1).facts["cells"][0]["n"] == 2
+    assert stage.run(small, axes, trials=1).facts["cells"][0]["n"] == 2
 
 
 def test_a_job_of_a_trial_that_another_process_does_is_waited_for(small: Sweep, monkeypatch: pytest.MonkeyPatch):
@@ -206,7 +207,7 @@ def test_a_job_of_a_trial_that_another_process_does_is_waited_for(small: Sweep, 
             return found
         raise found
 
-    monkeypatch.setattr(sweep, "_POLL_S", 0.0)
+    monkeypatch.setattr(jobs, "POLL_S", 0.0)
     monkeypatch.setattr(Sweep, "metric", metric)
     assert small.awaited_metric(small.jobs(())[0]) == 0.5
 
@@ -223,36 +224,36 @@ def test_what_a_killed_worker_left_is_proposed_again(small: Sweep, monkeypatch: 
     with monkeypatch.context() as killed:
         killed.setattr(Sweep, "metric", die)
         with pytest.raises(KeyboardInterrupt):
-            sweep.run(small, axes, trials=1)
+            stage.run(small, axes, trials=1)
     dead = small.folder / ".worker-0123456789ab"  # as SIGKILL leaves it, which lets nobody clean up
     dead.write_text("1\n")
-    assert sweep.run(small, axes, trials=1).facts["cells"][0]["cell"][0][1] == seen[0]
+    assert stage.run(small, axes, trials=1).facts["cells"][0]["cell"][0][1] == seen[0]
     assert not list(small.folder.glob(".worker-*"))
 
 
 def test_a_study_is_not_mixed_with_another_of_its_name(small: Sweep):
     """It said "Cannot set different distribution kind to the same parameter name" and left with exit code 1."""
     pytest.importorskip("optuna")
-    sweep.run(small, [parse_axis("train.lr=[1e-3]")], trials=1)
+    stage.run(small, [parse_axis("train.lr=[1e-3]")], trials=1)
     with pytest.raises(ConfigError, match=r"begun with other settings: over .* another NAME"):
-        sweep.run(small, [parse_axis("train.lr=[1e-3, 2e-3]")], trials=1)
+        stage.run(small, [parse_axis("train.lr=[1e-3, 2e-3]")], trials=1)
 
 
 def test_a_grid_grows_and_does_not_replace_the_table_of_another(small: Sweep):
     """The same NAME with another OVER replaced results.json without a word."""
-    sweep.run(small, [parse_axis("train.lr=[1e-3]")])
-    assert len(sweep.run(small, [parse_axis("train.lr=[1e-3, 2e-3]")]).facts["cells"]) == 2
+    stage.run(small, [parse_axis("train.lr=[1e-3]")])
+    assert len(stage.run(small, [parse_axis("train.lr=[1e-3, 2e-3]")]).facts["cells"]) == 2
     table = (small.folder / "results.json").read_bytes()
     for other in ("train.lr=[1e-3]", "train.batch_size=[8]"):
         with pytest.raises(ConfigError, match=r"begun with other settings: over .* another NAME"):
-            sweep.run(small, [parse_axis(other)])
+            stage.run(small, [parse_axis(other)])
     assert (small.folder / "results.json").read_bytes() == table
 
 
 def test_a_seed_is_no_setting(small: Sweep):
     """Cells of different seeds had equal results: a job's own seed replaced them."""
     with pytest.raises(ConfigError, match="SEEDS"):
-        sweep.run(small, [parse_axis("train.seed=[1, 2]")])
+        stage.run(small, [parse_axis("train.seed=[1, 2]")])
 
 
 def test_cells_whose_intervals_overlap_share_a_rank():
@@ -302,7 +303,7 @@ def test_the_table_shows_what_a_study_proposed_in_four_digits():
     cell = (("train.lr", 0.00014017187955925534), ("train.batch_size", 16), ("train.precision", "bf16"))
     with shown.capture() as printed:
         cells = summarise({Job(cell=cell, seed=1, fold=0): 0.5})
-        shown.print(*sweep.describe({"cells": cells, "busy": 2, "metric": "MAE", "next": ""}))
+        shown.print(*describe({"cells": cells, "busy": 2, "metric": "MAE", "next": ""}))
     assert "best MAE of each run in validation, lower is better" in printed.get()
     assert re.search(r"- +lr 0\.0001402, batch_size 16, precision bf16 +1 +0\.50000 +- +-", printed.get())
     assert "2 jobs are at work elsewhere" in " ".join(printed.get().split())
@@ -317,11 +318,11 @@ def test_intervals_of_two_results_are_said_to_be_wide():
         "next": "",
     }
     assert [row["rank"] for row in two["cells"]] == [1, 1]
-    assert "9 sd wide" in " ".join(map(str, sweep.describe(two)))
+    assert "9 sd wide" in " ".join(map(str, describe(two)))
     row = summarise(results(a=[0.0, 1.0]))[0]
     assert row["high"] - row["mean"] == pytest.approx(9 * row["sd"], rel=0.01)
     three = {"cells": summarise(results(a=[0.1, 0.2, 0.3])), "busy": 0, "metric": "MCRMSE", "next": ""}
-    assert "sd wide" not in " ".join(map(str, sweep.describe(three)))
+    assert "sd wide" not in " ".join(map(str, describe(three)))
 
 
 def test_the_grid_is_every_combination():
@@ -343,7 +344,7 @@ def test_an_axis_that_is_none_is_refused(text: str):
 
 def test_a_range_without_a_study_and_a_typo_are_refused_before_any_job(small: Sweep):
     with pytest.raises(ConfigError, match="a range needs a study"):
-        sweep.run(small, [parse_axis("train.lr={low=1e-4, high=1e-2}")])
+        stage.run(small, [parse_axis("train.lr={low=1e-4, high=1e-2}")])
     with pytest.raises(ConfigError, match="did you mean 'lr'"):
-        sweep.run(small, [parse_axis("train.lrr=[1e-4]")])
+        stage.run(small, [parse_axis("train.lrr=[1e-4]")])
     assert not (small.paths.home / "runs").exists()

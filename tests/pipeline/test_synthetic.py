@@ -4,8 +4,9 @@ import numpy as np
 import polars as pl
 import pytest
 
+from pipeline.designs import designs, reactivity
 from pipeline.schema import PROBES, split_id
-from pipeline.synthetic import BLANK_3, BLANK_5, designs, reactivity, write_labelled, write_ribonanza, write_rna3d
+from pipeline.synthetic import BLANK_3, BLANK_5, write_labelled, write_ribonanza, write_rna3d
 
 HEAD = ["sequence_id", "sequence", "experiment_type", "dataset_name", "reads", "signal_to_noise", "SN_filter"]
 

@@ -8,9 +8,9 @@ import pytest
 
 from folds import ensemble
 from pipeline import preprocess, words
-from pipeline.classes import log_losses, read_classes
 from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError
+from pipeline.labels import log_losses, read_classes
 from pipeline.paths import Paths
 from submissions.class_floors import predict_floors
 from tests.pipeline.labelled_sets import planted, proteins, write_folds
@@ -42,7 +42,7 @@ def test_the_run_out_of_fold_is_the_floor(kind, tmp_path, rng):
     truth_NK = np.array([[label == name for name in ("one", "two")] for label in table["label"]])
     fold_N = np.array([folds[name] for name in table["id"]])
     clean = table["sequence"].str.replace_all("T", "U") if kind is planted else table["sequence"]
-    floors = predict_floors(clean.to_list(), truth_NK, fold_N, read_classes(paths))
+    floors = predict_floors(clean.to_list(), truth_NK, fold_N, fold_N, read_classes(paths))
     (floor_NK,) = (values_NK for name, values_NK in floors.items() if name.startswith("naive Bayes"))
     assert np.allclose([said[name] for name in table["id"]], floor_NK, atol=1e-5)
     assert report.facts["score"] == pytest.approx(log_losses(floor_NK, truth_NK, exclusive=True).mean(), abs=1e-5)
@@ -87,14 +87,16 @@ def test_where_one_fold_has_all_labels_there_is_nothing_to_learn_the_belief_from
     assert set(map(tuple, said.values())) == {(0.5, 0.5)}
 
 
-def test_predictions_of_a_fold_know_nothing_of_its_labels(tmp_path, rng):
+@pytest.mark.parametrize("folds", [2, 3, 4])
+def test_predictions_of_a_fold_know_nothing_of_its_labels(tmp_path, rng, folds):
     table = planted(rng, count=80)
-    paths, split = make(tmp_path, table)
+    paths, split = make(tmp_path, table, folds=folds)
     words.run(paths, competition=LABELLED, split=split)
     before = pl.read_parquet(paths.oof(f"words.{split}", 0))
     mine = pl.col("id").is_in(before["sequence_id"].to_list())
     swapped = pl.when(pl.col("label") == "one").then(pl.lit("two")).otherwise(pl.lit("one"))
-    paths, split = make(tmp_path, table.with_columns(pl.when(mine).then(swapped).otherwise("label").alias("label")))
+    changed = table.with_columns(pl.when(mine).then(swapped).otherwise("label").alias("label"))
+    paths, split = make(tmp_path, changed, folds=folds)
     words.run(paths, competition=LABELLED, split=split)
     assert pl.read_parquet(paths.oof(f"words.{split}", 0)).equals(before)
 

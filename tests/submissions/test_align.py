@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from submissions.align import tm_align, tm_aligns
+from submissions.align import tm_aligns
 from submissions.score_traces import Pair, read_pairs
 from submissions.tm_score import tm_score
-from tests.submissions.trace_cases import folded, moved, seeds
+from tests.submissions.trace_cases import folded, moved, seeds, tm_align
 
 few = settings(max_examples=12, deadline=None)
 lengths = st.integers(5, 70)

@@ -3,15 +3,20 @@
 import numpy as np
 import pytest
 
-from pipeline.classes import Classes, log_losses
+from pipeline.labels import Classes, log_losses
 from pipeline.words import count_words
-from submissions.class_floors import predict_floors
+from submissions import class_floors
 from submissions.class_scores import decide, in_short
 
 
 def classes(width, *, exclusive=True, alphabet="ACGU"):
     names = tuple("abcdefgh"[:width])
     return Classes(names, (0,) * width, exclusive, alphabet)
+
+
+def predict_floors(texts, truth_NK, fold_N, classes):
+    """Without relatives: each sequence is a cluster of its own."""
+    return class_floors.predict_floors(texts, truth_NK, fold_N, np.arange(len(texts)), classes)
 
 
 def biased(rng, truth_NK, *, strength=4.0, length=60):
@@ -52,10 +57,12 @@ def test_nothing_is_claimed_where_words_say_nothing(rng, exclusive):
     assert near < 1.03 * frequent
 
 
+@pytest.mark.parametrize("folds", [2, 3, 4])
 @pytest.mark.parametrize("exclusive", [True, False])
-def test_predictions_of_a_fold_know_nothing_of_its_truth(rng, exclusive):
+def test_predictions_of_a_fold_know_nothing_of_its_truth(rng, exclusive, folds):
+    """With two or three folds, how far words are believed was learned from all but the fold that is told."""
     truth_NK = one_hot(rng, 150, 3) if exclusive else rng.random((150, 3)) < 0.4
-    texts, fold_N = biased(rng, truth_NK), np.arange(150) % 4
+    texts, fold_N = biased(rng, truth_NK), np.arange(150) % folds
     before = predict_floors(texts, truth_NK, fold_N, classes(3, exclusive=exclusive))
     changed_NK = truth_NK.copy()
     changed_NK[fold_N == 0] = np.roll(truth_NK[fold_N == 0], 1, axis=1)
@@ -82,7 +89,7 @@ def test_a_copy_in_another_fold_is_found_and_one_in_the_same_fold_is_not_looked_
     half = ["".join(rng.choice(list("ACGU"), size=50)) for _ in range(60)]
     truth_NK = np.repeat(one_hot(rng, 60, 3), 2, axis=0)
     texts = [text for text in half for _ in range(2)]
-    across, together = np.arange(120) % 2, np.arange(120) // 2 % 2
+    across, together = (np.arange(120) % 2 + np.arange(120) // 2) % 4, np.arange(120) // 2 % 4
     for fold_N, found in ((across, True), (together, False)):
         said_NK = list(predict_floors(texts, truth_NK, fold_N, classes(3)).values())[-1]
         told = in_short(said_NK, truth_NK, decide(said_NK, exclusive=True), exclusive=True)
@@ -104,6 +111,17 @@ def test_words_do_not_cross_from_one_sequence_to_the_next():
     assert counts.sum(axis=1).tolist() == [1.0, 0.0, 0.0, 2.0]
     assert counts[0, 0 * 16 + 1 * 4 + 2] == 1.0
     assert counts[3, 2 * 16 + 2 * 4 + 2] == 2.0
+
+
+@pytest.mark.parametrize("folds", [2, 3])
+def test_relatives_within_a_fold_are_no_reason_to_believe_a_neighbour(rng, folds):
+    """Copies stay in one part of their fold: cut through, they would be found each time, and across folds never."""
+    truth_NK = np.repeat(one_hot(rng, 60, 3), 2, axis=0)
+    half, family_N = ["".join(rng.choice(list("ACGU"), size=50)) for _ in range(60)], np.arange(120) // 2
+    texts = [text for text in half for _ in range(2)]
+    said_NK = list(class_floors.predict_floors(texts, truth_NK, family_N % folds, family_N, classes(3)).values())
+    frequent, *_, near = (float(log_losses(each, truth_NK, exclusive=True).mean()) for each in said_NK)
+    assert near < 1.1 * frequent
 
 
 def test_floors_are_the_same_in_whatever_order_the_folds_are_numbered(rng):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.classes import log_losses
+from pipeline.labels import log_losses
 from submissions import class_scores as scores
 from tests.golden.class_scores import make_predictions
 

@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from folds import ensemble
-from pipeline.classes import log_losses, read_classes, write_classes
 from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError
+from pipeline.labels import log_losses, read_classes, write_labels
 from pipeline.paths import Paths
 from pipeline.tables import read_batches
 from submissions import check, class_scores, evaluate, report, write
@@ -142,7 +142,7 @@ def test_floors_are_scored_on_the_same_sequences_and_the_weakest_comes_first(pat
 def test_a_class_without_sequences_is_undefined_and_left_out_of_the_means(plain):
     classes = read_classes(plain)
     names = (*classes.names, "viroid")
-    write_classes(plain.clean("classes"), type(classes)(names, (*classes.counts, 0), True, classes.alphabet))
+    write_labels(plain.clean("classes"), type(classes)(names, (*classes.counts, 0), True, classes.alphabet))
     for run in RUNS:
         for fold in range(FOLDS):
             for table in (plain.oof(run, fold), plain.test(run, fold)):
@@ -181,7 +181,7 @@ def test_a_test_set_of_known_classes_is_scored_and_chooses_nothing(paths, kind):
     line = rf"test set, {test.height - 1:,} sequences +{losses.mean():.4f}"
     assert re.search(line, printed(evaluate.describe(facts)))
     page = visible(report.run(paths, competition=LABELLED, name="all").outputs["report"])
-    assert f"{test.height - 1:,} {losses.mean():.4f} {facts['test']['per_target']['accuracy']:.3f}" in page
+    assert f"{test.height - 1:,} {losses.mean():.4f} {facts['test']['per_target']['accuracy']:.4f}" in page
 
 
 def test_sequences_without_a_prediction_are_listed_every_one(plain, capsys):
@@ -224,7 +224,7 @@ def test_an_engine_of_structures_is_refused(plain):
         (pl.col("probabilities").list.eval(pl.element() - 0.5), "expected values from 0 to 1"),
         (
             pl.col("probabilities").list.head(2),
-            "2 values of probabilities; expected 3, one a nucleotide or one a class",
+            "2 values of probabilities; expected 3, one a nucleotide, a class or a number",
         ),
         (pl.col("probabilities").list.eval(pl.element() * np.nan), "expected finite numbers"),
         ((pl.col("fold") + 1).alias("fold"), "the checkpoint saw it"),
@@ -320,7 +320,7 @@ def test_one_column_of_numbers_is_the_probability_of_the_second_of_two_classes(t
     paths, rng = make_paths(tmp_path, LABELLED.name), np.random.default_rng(0)
     write_class_data(paths, rng)
     write_class_run(paths, RUNS[0], rng, noise=1.0)
-    write_classes(paths.clean("classes"), type(read_classes(paths))(("0", "1"), (1, 1), True, "ACGU"))
+    write_labels(paths.clean("classes"), type(read_classes(paths))(("0", "1"), (1, 1), True, "ACGU"))
     halves = pl.col("probabilities").list.head(2).list.eval(pl.element() / pl.element().sum())
     for fold in range(FOLDS):
         for table in (paths.oof(RUNS[0], fold), paths.test(RUNS[0], fold)):
@@ -514,7 +514,7 @@ def test_the_page_runs_nothing_loads_nothing_and_follows_the_theme(paths):
 def test_hostile_class_names_are_shown_and_do_nothing(plain):
     classes = read_classes(plain)
     hostile = ("<img src=x onerror=alert(1)>", "$x^2$", "a,b\"c'")
-    write_classes(plain.clean("classes"), type(classes)(hostile, classes.counts, True, classes.alphabet))
+    write_labels(plain.clean("classes"), type(classes)(hostile, classes.counts, True, classes.alphabet))
     ensemble.run(plain, competition=LABELLED, name="all", runs=RUNS, split=SPLIT)
     score(plain)
     reader = read(report.run(plain, competition=LABELLED, name="all").outputs["report"])

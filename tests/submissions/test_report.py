@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,8 +13,10 @@ import pytest
 from rich.console import Console
 
 from folds import ensemble
+from pipeline.cli import run_verb
 from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError
+from pipeline.paths import REPOSITORY
 from pipeline.runlog import MetricsLog
 from pipeline.stage import write_json
 from submissions import evaluate, figures, page, report
@@ -219,6 +222,24 @@ def test_hostile_names_are_shown_and_do_nothing(tmp_path):
     assert not {"script", "img", "b"} & set(reader.tags)
     assert HOSTILE in "".join(reader.texts)
     assert any(text.startswith("<b>s00") for text in reader.texts)
+
+
+def test_a_run_has_scores_and_a_page_without_an_ensemble(tmp_path, capsys):
+    """Only tests could ask for them."""
+    run, here = "a.sim80_k3", ["--comp", "ribonanza", "--artifacts", str(tmp_path / "artifacts")]
+    paths = build_values(tmp_path, runs=(run,), training=False)
+    shutil.rmtree(paths.ensemble_dir("all"), ignore_errors=True)
+    assert run_verb(["report", *here, "--run", run]) == 3
+    assert f"Next: make evaluate COMP=ribonanza RUN={run}" in capsys.readouterr().err
+    assert run_verb(["evaluate", *here, "--run", run]) == 0, "of its own split, whatever SPLIT is"
+    assert run_verb(["report", *here, "--run", run]) == 0
+    assert run in visible(paths.run_dir(run) / "report.html")
+    assert run_verb(["evaluate", *here, "--run", "b.sim80_k3"]) == 2
+    assert f"RUN=b.sim80_k3: no such run; there are: {run}. Next: name one of these" in capsys.readouterr().err
+    for verb in ("evaluate", "report"):
+        command = ["make", "-n", verb, f"RUN={run}", "PY=python3"]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        assert f" --run {run}" in done.stdout
 
 
 def test_a_target_named_as_markup_stays_text_inside_a_figure():

@@ -13,10 +13,9 @@ import pytest
 
 from pipeline.errors import ConfigError, DataError
 from submissions import bench_tm, score_traces, tmalign, usalign
-from submissions.align import tm_align
 from submissions.engines import batches
 from submissions.tm_score import tm_score
-from tests.submissions.trace_cases import folded, moved
+from tests.submissions.trace_cases import folded, moved, tm_align
 
 
 def _rows(key: dict[str, str], trace: np.ndarray, names: str | None = None, first: int = 1) -> pl.DataFrame:

@@ -14,11 +14,10 @@ from pipeline.paths import Paths
 from pipeline.structure.assembly import trace_from_pairs
 from submissions import align, engines, usalign
 from submissions import tm_score as matching
-from submissions.align import tm_align
 from submissions.engines import choose_engine
 from submissions.structure_scores import describe, evaluate_structure, trivial_shapes
 from submissions.tm_score import tm_score
-from tests.submissions.trace_cases import folded, moved, usalign_script
+from tests.submissions.trace_cases import folded, moved, tm_align, usalign_script
 
 
 def _row(target: str, key: str, number: int, xyz_L3: np.ndarray) -> dict[str, object]:

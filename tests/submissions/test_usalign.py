@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from pipeline.errors import ConfigError, DataError
-from submissions.align import tm_align
 from submissions.tm_score import tm_score
 from submissions.usalign import find_program, run_program, usalign_score, write_pdb
-from tests.submissions.trace_cases import folded
+from tests.submissions.trace_cases import folded, tm_align
 
 _SAID = """
 Name of Structure_1: model.pdb (to be superimposed onto Structure_2)

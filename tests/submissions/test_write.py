@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
@@ -169,6 +171,13 @@ def test_description_names_rows_and_ranges(paths):
         console.print(stage.describe(run(paths).facts))
     for word in ("rows", "reactivity_DMS_MaP", "0 to 1", "clipped"):
         assert word in captured.get()
+
+
+def test_nothing_is_said_of_clipping_where_values_have_no_range(paths):
+    """OpenVaccine's said "clipped 0 values were outside the range" of one that it does not have."""
+    report = run(paths, comp=replace(RIBONANZA, target_range=None))
+    assert pl.read_csv(report.outputs["submission"])[TARGETS[0]].max() > 1
+    assert "clipped_values" not in report.facts
 
 
 # -- structures

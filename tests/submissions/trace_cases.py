@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pipeline.structure.assembly import trace_from_pairs
 from pipeline.structure.geometry import rotation_onto
+from submissions.align import tm_aligns
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -20,6 +21,11 @@ def folded(length: int, seed: int) -> tuple[np.ndarray, str]:
     five = rng.choice(list("ACGU"), arm)
     three = [dict(zip("ACGU", "UGCA", strict=True))[letter] for letter in five[::-1]]
     return trace, "".join([*five, *rng.choice(list("ACGU"), length - 2 * arm), *three])
+
+
+def tm_align(model_X3: np.ndarray, native_Y3: np.ndarray, model_names: str, native_names: str) -> float:
+    """`tm_aligns` of a single pair."""
+    return float(tm_aligns([(model_X3, native_Y3, model_names, native_names)])[0])
 
 
 def moved(trace_L3: np.ndarray, seed: int) -> np.ndarray:

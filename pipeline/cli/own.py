@@ -1,0 +1,82 @@
+"""Sequences of one's own: what `predict` and `structures` do where they are given some, from the file to its tables."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.cli.program import show
+from pipeline.errors import ConfigError
+from pipeline.paths import Paths
+from pipeline.runs import check_fold, find_run
+
+OwnFile = Annotated[
+    Path | None,
+    typer.Argument(
+        help="Sequences of your own: FASTA, CSV, TSV or parquet, text also as .gz; without, the test set.",
+        show_default=False,
+    ),
+]
+OwnSequence = Annotated[str, typer.Option("--sequence", help="Or a single sequence of your own.")]
+
+
+def source_of(file: Path | None, sequence: str, paths: Paths) -> Path | None:
+    """The file that is meant, a single sequence as a file of its own; None where neither is given."""
+    if file is not None and sequence:
+        raise ConfigError(f"{file}: given beside a sequence; expected one of them. Next: leave FILE or SEQ out.")
+    if not sequence:
+        return file
+    from pipeline.own_file import write_single  # which torch comes with
+
+    return write_single(sequence, paths)
+
+
+def predict_file(
+    source: Path,
+    *,
+    competition: Any,
+    paths: Paths,
+    model: str,
+    split: str,
+    tag: str,
+    fold: int | None,
+    ensemble: str,
+) -> None:
+    """Predict a file with the folds of a run, joined by their mean, or with an ensemble, and write its tables."""
+    from folds import ensemble as joining
+    from pipeline import own_file
+    from submissions import own_tables
+
+    if ensemble:
+        done = own_file.predict_ensemble(source, competition=competition, paths=paths, name=ensemble)
+    else:
+        run = find_run(model, split=split, tag=tag)
+        only = None if fold is None else check_fold(fold, split)
+        done = own_file.predict_run(source, competition=competition, paths=paths, run=run, fold=only)
+    joining.apply(done.own, competition=done.competition, name=done.name, weights=done.weights)
+    folder = own_file.folder_of(source, paths)
+    which: dict[str, Any] = {"name": done.name, "folder": folder, "title": source.name, "longest": done.longest}
+    report = own_tables.run(done.own, competition=done.competition, **which)
+    show(report, f"{_count(report.facts['sequences'], 'sequence')}, {done.about}")
+
+
+def predict_structures(source: Path, *, competition: Any, paths: Paths, split: str, name: str) -> None:
+    """Give the RNAs of a file their candidates, and write them as files, as a table and as a page."""
+    from folds import ensemble as joining
+    from pipeline import own_file, own_structures
+    from pipeline.training.stop import StopRequest
+    from submissions import structure_files
+
+    with StopRequest():
+        which: dict[str, Any] = {"competition": competition, "name": name}
+        done = own_structures.predict(source, paths=paths, split=split, **which)
+        joining.apply(done.own, competition=competition, name=done.name, weights=done.weights, partial_runs=True)
+        home = own_file.folder_of(source, paths) / "structures"
+        table = own_structures.write_table(done, home / "candidates.csv")
+        report = structure_files.run(done.own, competition=competition, name=done.name, home=home, title=source.name)
+    show(table, f"{_count(table.facts['sequences'], 'RNA')}, {done.about}")
+    show(report)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

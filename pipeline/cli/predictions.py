@@ -1,0 +1,154 @@
+"""From checkpoints to a submission file."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.cli.options import (
+    ARTIFACTS,
+    COMP,
+    NAME,
+    SPLIT,
+    Artifacts,
+    Comp,
+    Fold,
+    Kernels,
+    Model,
+    Name,
+    Sets,
+    Split,
+    Tag,
+    TestOnly,
+    find_competition,
+    find_paths,
+)
+from pipeline.cli.own import OwnFile, OwnSequence, predict_file, source_of
+from pipeline.cli.program import show, verb
+from pipeline.runs import check_fold, find_run, finished_runs, run_name, warn_of_unfinished
+
+
+@verb()
+def predict(
+    file: OwnFile = None,
+    sequence: OwnSequence = "",
+    comp: Comp = COMP,
+    artifacts: Artifacts = ARTIFACTS,
+    model: Model = "",
+    split: Split = SPLIT,
+    fold: Annotated[
+        int | None, typer.Option("--fold", help="Trained fold, from 0; of sequences of your own all of them.", min=0)
+    ] = None,
+    tag: Tag = "",
+    set_: Sets = None,
+    ensemble: Annotated[
+        str, typer.Option("--name", help="Sequences of your own: by all runs and folds of this ensemble.")
+    ] = "",
+    test_only: TestOnly = False,
+    kernels: Kernels = "auto",
+) -> None:
+    """Predict the held-out fold and the test set with a trained checkpoint, or sequences of your own with all folds.
+
+    A checkpoint carries its own configuration. Of sequences of your own a table is written that a spreadsheet opens,
+    and of values per nucleotide a page that shows them; --model may be the folder of a run, too, or reactivity-v1,
+    weights that come with the program.
+    """
+    from pipeline.training.stop import StopRequest
+
+    del set_  # the checkpoint's own settings hold
+    with StopRequest():
+        paths = find_paths(comp, artifacts)
+        source = source_of(file, sequence, paths)
+        if source is not None:
+            which: dict[str, Any] = {"model": model, "split": split, "tag": tag, "fold": fold, "ensemble": ensemble}
+            predict_file(source, competition=find_competition(comp, artifacts), paths=paths, **which)
+            return
+        from pipeline import predict as stage
+
+        run = run_name(model, split=split, tag=tag)
+        where: dict[str, Any] = {"paths": paths, "run": run, "fold": check_fold(fold or 0, split)}
+        where |= {"which": ("test",)} if test_only else {}
+        show(stage.run(competition=find_competition(comp, artifacts), **where))
+
+
+@verb()
+def embed(
+    file: Annotated[Path, typer.Argument(help="Sequences: FASTA, CSV, TSV or parquet; text also as .gz.")],
+    comp: Comp = COMP,
+    artifacts: Artifacts = ARTIFACTS,
+    model: Model = "",
+    split: Split = SPLIT,
+    fold: Fold = 0,
+    tag: Tag = "",
+    per_nucleotide: Annotated[
+        bool, typer.Option("--per-nucleotide", help="Also the embedding of every nucleotide.")
+    ] = False,
+    kernels: Kernels = "auto",
+) -> None:
+    """Write the last hidden layer of a trained checkpoint for any sequences: their mean, and each nucleotide's."""
+    from pipeline.training.stop import StopRequest
+
+    run = find_run(model, split=split, tag=tag)
+    with StopRequest():
+        from pipeline import embed as stage
+
+        where: dict[str, Any] = {"paths": find_paths(comp, artifacts), "run": run, "fold": check_fold(fold, split)}
+        report = stage.run(file, competition=find_competition(comp, artifacts), per_nucleotide=per_nucleotide, **where)
+    show(report, "sequences: {sequences:,}, of {nucleotides:,} nt, {width} numbers each".format(**report.facts))
+
+
+@verb()
+def ensemble(
+    comp: Comp = COMP,
+    artifacts: Artifacts = ARTIFACTS,
+    split: Split = SPLIT,
+    name: Name = NAME,
+    run: Annotated[list[str] | None, typer.Option("--run", help="Run to use; default: every finished one.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="Join test predictions alone, by an earlier weights.json.")
+    ] = None,
+    use: Annotated[
+        list[int] | None, typer.Option("--fold", help="With --weights: use these folds; repeatable.", min=0)
+    ] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Only folds that all runs have; with --weights: structures there are.")
+    ] = False,
+) -> None:
+    """Join folds and models into one prediction table, with weights learned on out-of-fold predictions."""
+    from folds import ensemble as stage
+    from submissions.tm_score import tm_scores
+
+    paths = find_paths(comp, artifacts)
+    if weights is not None:
+        which: dict[str, Any] = {"weights": weights, "folds": use or None, "partial_runs": partial}
+        report = stage.apply(paths, competition=find_competition(comp, artifacts), name=name, **which)
+        show(report, f"{report.facts['test_rows']:,} test rows from folds {report.facts['folds']}")
+        return
+    runs = run or finished_runs(paths, split, partial=partial)
+    warn_of_unfinished(paths, runs)
+    which = {"name": name, "runs": runs, "split": split, "allow_partial": partial}
+    report = stage.run(paths, competition=find_competition(comp, artifacts), score=tm_scores, **which)
+    show(report, stage.describe(report.facts))
+
+
+@verb()
+def submit(
+    comp: Comp = COMP,
+    artifacts: Artifacts = ARTIFACTS,
+    name: Name = NAME,
+    fmt: Annotated[str, typer.Option("--format", help="csv or parquet.")] = "csv",
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to", help="Folder of the file; default: submissions/csv, or submissions in another artifacts folder."
+        ),
+    ] = None,
+    fill: Annotated[bool, typer.Option("--fill", help="Structures: simple shapes where nothing is predicted.")] = False,
+) -> None:
+    """Write the submission file and check it; an invalid file never gets its final name."""
+    from submissions import write
+
+    paths = replace(find_paths(comp, artifacts), submissions=to)
+    report = write.run(paths, competition=find_competition(comp, artifacts), name=name, fmt=fmt, fill=fill)
+    show(report, write.describe(report.facts))

@@ -1,0 +1,115 @@
+"""What predictions are worth: files checked, scored, drawn and reported."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.cli.options import (
+    ARTIFACTS,
+    COMP,
+    NAME,
+    SPLIT,
+    Artifacts,
+    Comp,
+    Name,
+    Split,
+    find_competition,
+    find_paths,
+)
+from pipeline.cli.own import OwnFile, OwnSequence, predict_structures, source_of
+from pipeline.cli.program import show, verb
+from pipeline.errors import ConfigError
+from pipeline.runs import read_run_name
+
+SingleRun = Annotated[str, typer.Option("--run", help="A single run, <model>.<split>, instead of the ensemble.")]
+Engine = Annotated[
+    str, typer.Option("--engine", help="Of TM-scores: built-in, usalign (the program), or auto: it, where installed.")
+]
+
+
+@verb()
+def check(
+    file: Annotated[Path, typer.Argument(help="A submission: CSV, CSV.GZ or parquet.")],
+    comp: Comp = COMP,
+    artifacts: Artifacts = ARTIFACTS,
+    sample: Annotated[Path | None, typer.Option("--sample", help="Check against this sample submission.")] = None,
+) -> None:
+    """Check a submission file: columns, every id in order, finite values in range."""
+    from submissions import check as stage
+
+    if file == Path():
+        raise ConfigError("check: no file given; expected a submission. Next: make check FILE=my.csv.")
+    competition, paths = find_competition(comp, artifacts), find_paths(comp, artifacts)
+    report = stage.run(paths, competition=competition, file=file, sample=sample)
+    show(report, f"accepted: {report.facts['rows']:,} rows, every id in its place, every value finite and in range")
+
+
+@verb()
+def evaluate(
+    comp: Comp = COMP,
+    artifacts: Artifacts = ARTIFACTS,
+    split: Split = SPLIT,
+    name: Name = NAME,
+    single_run: SingleRun = "",
+    engine: Engine = "built-in",
+) -> None:
+    """Score the out-of-fold predictions by the organisers' metric, beside the trivial floors."""
+    from submissions import evaluate as stage
+
+    which = {"run": single_run} if single_run else {"name": name}
+    split = read_run_name(single_run)[2] if single_run else split
+    competition, paths = find_competition(comp, artifacts), find_paths(comp, artifacts)
+    report = stage.run(paths, competition=competition, split=split, engine=engine, **which)
+    show(report, stage.describe(report.facts))
+
+
+@verb("score-tm")
+def score_tm(
+    traces: Annotated[Path, typer.Option("--traces", help="Folder with models, model_traces, native_traces.parquet.")],
+    out: Annotated[Path, typer.Option("--out", help="Parquet file for model_id, tm_byresi, tm_seqindep.")],
+    engine: Engine = "built-in",
+) -> None:
+    """Score a folder of C1' traces by both TM-scores: residues matched by number, and by the shapes alone.
+
+    Columns: models: model_id, benchmark, target; model_traces: model_id, resid, x, y, z; native_traces: benchmark,
+    target, resid, resname, x, y, z (Å).
+    """
+    from submissions import score_traces as stage
+
+    report = stage.run(traces, out, engine=engine)
+    show(report, stage.describe(report.facts))
+
+
+@verb()
+def structures(
+    file: OwnFile = None,
+    sequence: OwnSequence = "",
+    comp: Comp = "rna3d",
+    artifacts: Artifacts = ARTIFACTS,
+    split: Split = SPLIT,
+    name: Name = NAME,
+    table: Annotated[str, typer.Option("--table", help="test, or oof for the training targets.")] = "test",
+) -> None:
+    """Write predicted structures as PDB and mmCIF files, and a page that shows them, also offline.
+
+    Of RNAs of your own structures are predicted first, as an ensemble of this name does; without one by assembly from
+    pairing, and templates if these were made.
+    """
+    from submissions import structure_files as stage
+
+    source = source_of(file, sequence, find_paths(comp, artifacts))
+    if source is not None:
+        which: dict[str, Any] = {"competition": find_competition(comp, artifacts), "split": split, "name": name}
+        predict_structures(source, paths=find_paths(comp, artifacts), **which)
+        return
+    show(stage.run(find_paths(comp, artifacts), competition=find_competition(comp, artifacts), name=name, table=table))
+
+
+@verb()
+def report(comp: Comp = COMP, artifacts: Artifacts = ARTIFACTS, name: Name = NAME, single_run: SingleRun = "") -> None:
+    """Write one self-contained HTML page: curves, calibration, errors, heat maps, configuration, hashes."""
+    from submissions import report as stage
+
+    which = {"run": single_run} if single_run else {"name": name}
+    show(stage.run(find_paths(comp, artifacts), competition=find_competition(comp, artifacts), **which))

@@ -1,0 +1,160 @@
+"""What every table of sequences goes through, whatever is known of them: letters, ids, duplicates."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+
+from pipeline.competitions.sequence_files import Settings
+from pipeline.errors import DataError
+from pipeline.labels import unknown_letter
+from pipeline.runlog import warn
+from pipeline.schema import ALPHABET, AMINO_ACIDS
+
+_NUCLEOTIDE = "[ACGTUNacgtun]"
+_NUCLEIC_FROM, _PROTEIN_BELOW = 0.9, 0.6  # share of nucleotides' letters; proteins have about a quarter
+
+
+def choose_letters(frames: Sequence[pl.DataFrame], settings: Settings) -> str:
+    """`ALPHABET` or `AMINO_ACIDS`, whichever the sequences are written in."""
+    if settings.alphabet:
+        return ALPHABET if settings.alphabet == "nucleotides" else AMINO_ACIDS
+    text = pl.concat([frame["sequence"] for frame in frames])
+    total, nucleotides = (int(text.str.count_matches(sign).sum() or 0) for sign in ("[A-Za-z]", _NUCLEOTIDE))
+    share = nucleotides / max(total, 1)
+    if _PROTEIN_BELOW < share < _NUCLEIC_FROM or not total:
+        raise DataError(
+            f"{frames[0]['where'][0]}: {share:.0%} of the letters are A, C, G, T, U or N; expected {_NUCLEIC_FROM:.0%} "
+            f"or more in RNA and DNA, less than {_PROTEIN_BELOW:.0%} in proteins. Next: check the column, or say "
+            "alphabet = 'nucleotides' or 'amino acids' in columns.toml."
+        )
+    return ALPHABET if share >= _NUCLEIC_FROM else AMINO_ACIDS
+
+
+def normalise(
+    frame: pl.DataFrame, letters: str, settings: Settings, *, hidden: bool = False
+) -> tuple[pl.DataFrame, dict[str, int]]:
+    """Sequences in the letters and what odd ones are read as; how many were odd, and how many gaps were removed.
+
+    Of a hidden set, signs that are no letters are odd letters, and so is a sequence without any: it becomes one.
+    """
+    raw = pl.col("sequence").fill_null("").str.strip_chars().str.to_uppercase()
+    frame = frame.with_columns(raw.str.replace_all(r"[-.~\s]", "").alias("text"), raw.str.len_chars().alias("before"))
+    if letters == AMINO_ACIDS:
+        frame = frame.with_columns(pl.col("text").str.strip_suffix("*"))
+    else:
+        frame = frame.with_columns(pl.col("text").str.replace_all("T", "U"))
+    wrong = frame.filter(pl.col("text").str.contains("[^A-Z]") | (pl.col("text") == ""))
+    if wrong.height and not hidden:
+        row = wrong.row(0, named=True)
+        sign = re.search("[^A-Z]", row["text"])
+        what = f"{sign.group()!r} in the sequence" if sign else "empty sequence"
+        raise DataError(f"{spot(row)}: {what}; expected letters. Next: remove or repair the row.")
+    gaps = int(frame["before"].sum()) - int(frame["text"].str.len_chars().sum())
+    if wrong.height:
+        warn(f"{frame['where'][0]}: {wrong.height:,} sequences hold other signs than letters, or nothing")
+        letter = pl.col("text").str.replace_all("[^A-Z]", unknown_letter(letters))
+        frame = frame.with_columns(
+            pl.when(letter == "").then(pl.lit(unknown_letter(letters))).otherwise(letter).alias("text")
+        )
+    odd, text = f"[^{letters}]", pl.col("text").str
+    frame = frame.with_columns(
+        text.count_matches(odd).alias("odd"), text.replace_all(odd, unknown_letter(letters)).alias("sequence")
+    )
+    total, odd_letters = int(frame["text"].str.len_bytes().sum()), int(frame["odd"].sum())
+    if odd_letters > settings.max_odd * total and not hidden:
+        row = frame.sort("odd", descending=True).row(0, named=True)
+        raise DataError(
+            f"{row['where']}: {odd_letters / total:.1%} of the letters are none of {letters} (most in {spot(row)}, "
+            f"{row['odd']} of {len(row['text'])}); expected at most {settings.max_odd:.0%}. Next: repair the "
+            "sequences, or raise max_odd in columns.toml."
+        )
+    counts = {"odd": odd_letters, "sequences": int((frame["odd"] > 0).sum()), "gaps": gaps}
+    return frame.drop("text", "before", "odd"), counts
+
+
+def warn_of_unknown(test: pl.DataFrame, alphabet: str) -> None:
+    """Say where letters of a test set say nothing, as no training sequence had any such."""
+    unknown = unknown_letter(alphabet)
+    odd = test["sequence"].str.count_matches(unknown, literal=True)
+    if unknown not in alphabet and odd.sum():
+        warn(
+            f"{test['where'][0]}: {odd.sum():,} letters in {(odd > 0).sum():,} sequences are none of {alphabet}; no "
+            "training sequence has such letters, so they say nothing"
+        )
+
+
+def spot(row: Mapping[str, Any]) -> str:
+    named = f" (id {row['id']})" if row.get("id") else ""
+    return f"{row['where']}: row {row['row']}{named}"
+
+
+def tell_letters(letters: str, odd: Mapping[str, int]) -> dict[str, Any]:
+    kind = "RNA or DNA" if letters == ALPHABET else "protein"
+    found = {f"odd, read as {unknown_letter(letters)}": odd["odd"], "sequences with odd ones": odd["sequences"]}
+    return {"kind": kind} | found | {"gaps removed": odd["gaps"]}
+
+
+def tell_lengths(sequences: pl.Series) -> dict[str, float]:
+    lengths = sequences.str.len_bytes()
+    return {"shortest": lengths.min(), "median": lengths.median(), "longest": lengths.max()}  # type: ignore[dict-item]
+
+
+def one_row_an_id(frame: pl.DataFrame) -> pl.DataFrame:
+    """Number the rows of a hidden test set that have no id; of rows that share one, keep the first."""
+    if "id" not in frame.columns:
+        return frame
+    number = pl.lit("row-") + pl.col("row").cast(pl.String)
+    named = frame.with_columns(pl.when(pl.col("id").fill_null("") == "").then(number).otherwise("id").alias("id"))
+    kept = named.unique("id", keep="first", maintain_order=True)
+    changed = int((named["id"] != frame["id"].fill_null("")).sum()) + named.height - kept.height
+    if changed:
+        warn(f"{frame['where'][0]}: {changed:,} rows have no id, and are numbered, or an id again, and are left out")
+    return kept
+
+
+def with_ids(frame: pl.DataFrame, table: str, *, may_repeat: bool) -> pl.DataFrame:
+    """Add ``sequence_id``: the id, with ``-2``, ``-3`` … where it comes again; numbered rows where there are none."""
+    if "id" not in frame.columns:
+        number = pl.col("row").cast(pl.String).str.zfill(len(str(frame["row"].max())))
+        return frame.with_columns((pl.lit(f"{table}-") + number).alias("sequence_id"))
+    lost = frame.filter(pl.col("id").fill_null("") == "")
+    if lost.height:
+        raise DataError(f"{spot(lost.row(0, named=True))}: no id. Next: give the row one, or remove it.")
+    again = frame.filter(pl.col("id").is_duplicated())
+    if again.height and not may_repeat:
+        raise DataError(f"{spot(again.row(1, named=True))}: an id twice; expected each once. Next: repair the file.")
+    taken, seen, ids = set(frame["id"]), dict[str, int](), []
+    for name in frame["id"]:
+        count = seen[name] = seen.get(name, 0) + 1
+        while count > 1 and f"{name}-{count}" in taken:
+            count += 1
+        ids.append(name if count == 1 else f"{name}-{count}")
+        taken.add(ids[-1])
+    return frame.with_columns(pl.Series("sequence_id", ids))
+
+
+def train_table(frame: pl.DataFrame, labels: pl.Expr) -> pl.DataFrame:
+    """The clean train table, of rows with ``sequence_id``; where `labels` is null, a sequence is not scored."""
+    group = pl.col("group") if "group" in frame.columns else pl.lit("")
+    return frame.select(
+        "sequence_id",
+        "sequence",
+        pl.lit("train").alias("dataset_name"),
+        group.replace("", None).alias("group"),
+        labels.is_not_null().alias("scored"),
+        labels,
+    ).sort("sequence_id")
+
+
+def duplicates(train: pl.DataFrame, frame: pl.DataFrame, labels: str, *, rows: int) -> dict[str, int]:
+    """What came again in a table of so many rows, of which `frame` kept some; `labels`: their column."""
+    twice = train.filter(pl.col("sequence").is_duplicated())
+    kinds = twice.filter("scored").group_by("sequence").agg(pl.col(labels).n_unique())
+    return {
+        "rows left out": rows - train.height,
+        "ids made unique": int((frame["id"] != frame["sequence_id"]).sum()) if "id" in frame.columns else 0,
+        "sequences that come again": train.height - train["sequence"].n_unique(),
+        f"sequences with different {labels}": int((kinds[labels] > 1).sum()),
+    }

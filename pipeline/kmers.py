@@ -1,0 +1,34 @@
+"""Words (k-mers) of sequences, counted."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+
+def longest_words(letters: int, most: int) -> int:
+    """The longest k for which there are at most so many k-mers.
+
+    >>> longest_words(4, 8192), longest_words(20, 8192), longest_words(20, 512)
+    (6, 3, 2)
+    """
+    return max(k for k in range(1, 9) if letters**k <= most or k == 1)
+
+
+def count_words(sequences: Sequence[str], letters: str, k: int) -> csr_matrix:
+    """[N, V] float32: how often each k-mer occurs, those with other letters left out; V = len(letters) ** k.
+
+    >>> count_words(["ACACNA", "G"], "ACGU", 2).toarray()[:, [1, 4]].tolist()
+    [[2.0, 1.0], [0.0, 0.0]]
+    """
+    lengths_N = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
+    place = np.full(256, -1)
+    place[np.frombuffer(letters.encode(), dtype=np.uint8)] = np.arange(len(letters))
+    token_T = place[np.frombuffer("".join(sequences).encode(), dtype=np.uint8)]
+    start_T = np.flatnonzero(np.arange(len(token_T)) + k <= np.repeat(np.cumsum(lengths_N), lengths_N))
+    parts_TK = np.stack([token_T[start_T + shift] for shift in range(k)], axis=1)
+    known_T = (parts_TK >= 0).all(axis=1)
+    word_T = parts_TK[known_T] @ len(letters) ** np.arange(k)[::-1]
+    owner_T = np.repeat(np.arange(len(sequences)), lengths_N)[start_T[known_T]]
+    ones_T = np.ones(len(word_T), dtype=np.float32)
+    return csr_matrix((ones_T, (owner_T, word_T)), shape=(len(sequences), len(letters) ** k))
