@@ -26,6 +26,8 @@ from pipeline.tables import open_parquet
 
 VERSION = 4
 
+_SHOWN = 8  # most targets in the table for the terminal
+
 
 def run(
     paths: Paths,
@@ -222,7 +224,8 @@ def describe(facts: Mapping[str, Any]) -> Table:
     """Scores of the runs, of their mean and of the learned weights, as a table for the terminal."""
     if facts["task"] == "structure":
         return _describe_structures(facts)
-    targets = facts["targets"] if len(facts["targets"]) > 1 else []  # of a single one the score tells all
+    several = len(facts["targets"]) > 1  # of a single one the score tells all
+    targets = facts["targets"] if several and len(facts["targets"]) <= _SHOWN else []
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
     table.add_column(f"{_folds(facts)} of {facts['split']}, {facts['metric']} out of fold", overflow="fold")
     for column in ("score", *targets):
@@ -240,7 +243,8 @@ def describe(facts: Mapping[str, Any]) -> Table:
         table.add_row("used where each fold has what the others choose", _score(facts["score_nested"]))
     for each in facts["runs"] if len(facts["runs"]) > 1 else ():
         weights = [f"{facts['weights'][target][each]:.3f}" for target in facts["targets"]]
-        table.add_row(f"weight of {each}", *(["", *weights] if targets else weights))
+        span = f"{min(weights)} to {max(weights)}" if several else weights[0]
+        table.add_row(f"weight of {each}", *(["", *weights] if targets else [span]))
     return table
 
 

@@ -23,6 +23,16 @@ _PIECES = 4  # parts of a fold, where there are no more than three
 _LEARN_FROM = 20_000  # sequences by which the belief in the counts is tuned
 
 
+def cut_folds(fold_N: np.ndarray, cluster_N: np.ndarray) -> np.ndarray:
+    """[N] int64 parts that tell each other what is learned: the folds or, of up to three, pieces of whole clusters.
+
+    >>> cut_folds(np.array([0, 0, 0, 1, 1]), np.array(["a", "b", "b", "c", "d"])).tolist()
+    [0, 1, 1, 6, 7]
+    """
+    pieces = 1 if len(np.unique(fold_N)) > 3 else _PIECES
+    return fold_N.astype(np.int64) * pieces + np.unique(cluster_N, return_inverse=True)[1] % pieces
+
+
 class Known:
     """The truth, and what it says of the classes without some parts.
 
@@ -36,8 +46,7 @@ class Known:
     def __init__(self, truth_NK: np.ndarray, fold_N: np.ndarray, cluster_N: np.ndarray, *, exclusive: bool) -> None:
         self.truth_NK, self.fold_N, self.exclusive = truth_NK, fold_N, exclusive
         self.folds: list[int] = np.unique(fold_N).tolist()
-        pieces = 1 if len(self.folds) > 3 else _PIECES
-        self.part_N = fold_N.astype(np.int64) * pieces + np.unique(cluster_N, return_inverse=True)[1] % pieces
+        self.part_N = cut_folds(fold_N, cluster_N)
         self.parts: list[int] = np.unique(self.part_N).tolist()
 
     def parts_of(self, fold: int) -> set[int]:

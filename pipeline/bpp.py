@@ -105,6 +105,12 @@ def run(
     return report
 
 
+def describe(facts: Mapping[str, Any]) -> str:
+    """What `run` computed, for a person."""
+    least = viennarna.MIN_PROBABILITY
+    return f"{facts['sequences']:,} sequences, {facts['pairs']:,} pairs of probability {least} or more"
+
+
 def _parts_dir(paths: Paths) -> Path:
     return paths.bpp.parent / "parts"
 
@@ -169,7 +175,8 @@ def _build(
     sources = _sources(paths, params)
     missing = _locate(wanted, sources).missing
     if missing.size:
-        say(f"bpp: {missing.size:,} sequences to fold, {len(wanted) - missing.size:,} are there already")
+        there = len(wanted) - missing.size
+        say(f"bpp: {missing.size:,} sequences to fold" + (f", {there:,} are there already" if there else ""))
         _compute([wanted[k] for k in missing], folder=_parts_dir(paths), params=params, workers=workers)
         sources = _sources(paths, params)
     pairs = _merge(wanted, sources, out)

@@ -34,21 +34,23 @@ _takes: dict[str, set[str]] = {}  # target -> variables
 
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
-    """Within it a verb is remembered; after it, none."""
+    """Within it a verb is remembered; after it, what was before."""
+    before = dict(_given), dict(_takes)
     try:
         yield
     finally:
-        _given.clear()
-        _takes.clear()
+        for kept, earlier in zip((_given, _takes), before, strict=True):
+            kept.clear()
+            kept.update(earlier)  # type: ignore[arg-type]
 
 
-def remember(given: Mapping[str, object], *, verbs: Mapping[str, Iterable[str]]) -> None:
+def remember(given: Mapping[str, object], *, verbs: Mapping[str, Iterable[str]] | None = None) -> None:
     """Keep what the running verb was told, where make would take something else by itself.
 
     Args:
         given: parameter -> value of the verb; a list becomes one value, True becomes 1.
-        verbs: verb -> its parameters. Two targets are no verbs: train-bg is train with ALL=1 or a fold, train-all has
-            neither.
+        verbs: verb -> its parameters; None = as remembered before. Two targets are no verbs: train-bg is train with
+            ALL=1 or a fold, train-all has neither.
     """
     given = {**given, "py": os.environ.get("RNA_PY")}
     _given.update(
@@ -58,6 +60,8 @@ def remember(given: Mapping[str, object], *, verbs: Mapping[str, Iterable[str]])
     )
     if "ALL" in _given:
         _given.pop("FOLD", None)
+    if verbs is None:
+        return
     _takes.update(
         (verb, {VARIABLES[name][0] for name in ("py", *names) if name in VARIABLES}) for verb, names in verbs.items()
     )

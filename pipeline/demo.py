@@ -9,7 +9,7 @@ from rich.rule import Rule
 from rich.table import Table
 
 from folds import assign, ensemble
-from pipeline import bpp, predict, preprocess, synthetic, train, viennarna
+from pipeline import bpp, commands, predict, preprocess, synthetic, train, viennarna
 from pipeline.cli import show
 from pipeline.competitions import get_competition
 from pipeline.config import load_config
@@ -47,17 +47,20 @@ def run(folder: Path, *, seed: int = 0) -> None:
     _summary(scores, seconds=time.monotonic() - started)
 
 
+@commands.scope()
 def _chain(folder: Path, comp: str, *, models: Sequence[str], use_bpp: bool) -> dict[str, Any]:
     """data -> folds -> (bpp) -> train and predict -> ensemble -> submit and check -> evaluate -> report."""
     competition = get_competition(comp)
     paths = Paths(comp=comp, root=folder)
+    commands.remember({"comp": comp, "split": _SPLIT, "name": _NAME})
     _rule(competition.title)
     cleaned = preprocess.run(competition, folder / "raw" / comp, paths)
     show(cleaned, preprocess.describe(cleaned.facts))
     assigned = assign.run(paths, split=_SPLIT)
     show(assigned, assign.describe(assigned.facts))
     if use_bpp:
-        show(bpp.run(paths))
+        paired = bpp.run(paths)
+        show(paired, bpp.describe(paired.facts))
     runs = [_train(model, competition, paths, use_bpp=use_bpp) for model in models]
     joined = ensemble.run(paths, competition=competition, name=_NAME, runs=runs, split=_SPLIT)
     show(joined, ensemble.describe(joined.facts))
@@ -90,7 +93,7 @@ def _summary(chains: Sequence[dict[str, Any]], *, seconds: float) -> None:
         table.add_column(column)
     for chain in chains:
         headline = evaluate.headline(chain["scored"].facts)
-        floors = ", ".join(f"{name} {value:.3f}" for name, value in headline.floors.items())
+        floors = "; ".join(f"{name} {value:.3f}" for name, value in headline.floors.items())
         table.add_row(chain["competition"].name, headline.metric, f"[bold]{headline.score:.3f}[/]", floors)
     output.print(table)
     for chain in chains:

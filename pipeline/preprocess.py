@@ -18,6 +18,7 @@ VERSION = 5
 
 _MOST_VALUES = 24  # side by side in one line
 _MOST_ITEMS = 6  # of a list
+_UNITS = {"mib": "MiB", "coordinate": "coordinate, Å"}  # words of a fact's name, as people write them
 
 
 def run(
@@ -95,6 +96,8 @@ def describe(facts: Mapping[str, Any]) -> list[str]:
 
     >>> describe({"rows": 12000, "lengths": {"115": 3, "170": 4}, "probes": {"DMS_MaP": {"null_share": 0.25}}})
     ['rows = 12,000', 'lengths: 115 = 3, 170 = 4', 'probes:', '  DMS_MaP: null share = 0.25']
+    >>> describe({"peak_memory_mib": 584, "largest_coordinate": 51.7})
+    ['peak memory MiB = 584', 'largest coordinate, Å = 51.7']
     """
     plain = [f"{_words(name)} = {_value(value)}" for name, value in facts.items() if not isinstance(value, Mapping)]
     lines = [*plain]
@@ -114,8 +117,10 @@ def _side_by_side(values: Mapping[str, Any]) -> str:
 
 
 def _words(name: str) -> str:
-    """A fact's name as words; names of probes and columns hold capitals and stay as they are."""
-    return name.replace("_", " ") if name.islower() else name
+    """A fact's name as words, with its unit; names of probes and columns hold capitals and stay as they are."""
+    if not name.islower():
+        return name
+    return " ".join(_UNITS.get(word, word) for word in name.split("_"))
 
 
 def _value(value: Any) -> str:

@@ -1,7 +1,7 @@
 """Numbers by counting words: ridge regression on k-mers, length and, where all have one length, the letter at a place.
 
-How hard the weights are pulled to zero is chosen for each number on the folds that it is fitted on, each told by the
-rest of them; of two folds, the halves of the other tell each other.
+How hard the weights are pulled to zero is chosen for each number on the folds that it is fitted on: on parts of these,
+each told by the rest (`pipeline.bayes.cut_folds`).
 
 Letters: N sequences, n some of them, C numbers, V features, P penalties, T letters of all sequences.
 """
@@ -22,7 +22,7 @@ MOST_FEATURES = 512
 PENALTIES_P = np.logspace(-1, 6, 15)
 
 _AT_ONCE = 4096  # sequences whose features are dense together
-_TELLERS = 5  # most folds that choose a penalty
+_TELLERS = 8  # most parts that choose a penalty
 
 
 @dataclass(frozen=True)
@@ -92,29 +92,24 @@ class Ridge:
         sequences: N of them.
         truth_NC: [N, C] float, NaN = not measured.
         fold_N: [N] the fold of each.
+        part_N: [N] the part of each; a fold is some of the parts.
         view: what is seen of a sequence.
     """
 
-    def __init__(self, sequences: Sequence[str], truth_NC: np.ndarray, fold_N: np.ndarray, view: View) -> None:
+    def __init__(
+        self, sequences: Sequence[str], truth_NC: np.ndarray, fold_N: np.ndarray, part_N: np.ndarray, view: View
+    ) -> None:
         self._view, self._features_NV = view, view.features(sequences)
         self._truth_NC, self._fold_N = truth_NC, fold_N
-        self._block_N = fold_N  # what tells each other
-        if len(np.unique(fold_N)) == 2:
-            later_N = np.zeros(len(fold_N), dtype=np.int64)
-            for fold in np.unique(fold_N):
-                mine = np.flatnonzero(fold_N == fold)
-                later_N[mine[len(mine) // 2 :]] = 1
-            self._block_N = 2 * fold_N.astype(np.int64) + later_N
-        self._blocks = np.unique(self._block_N).tolist()
+        self._part_N = part_N
+        parts = np.unique(part_N).tolist()
         measured_NC = np.isfinite(truth_NC)
         patterns, of_C = np.unique(measured_NC, axis=1, return_inverse=True)
         self._groups = [np.flatnonzero(of_C.ravel() == group) for group in range(patterns.shape[1])]
-        self._moments = [
-            {block: self._sum(columns, self._block_N == block) for block in self._blocks} for columns in self._groups
-        ]
+        self._moments = [{part: self._sum(columns, part_N == part) for part in parts} for columns in self._groups]
 
     def _sum(self, columns: np.ndarray, here_N: np.ndarray) -> _Moments:
-        """Sums over the sequences of a block in which these columns, all or none of them, were measured."""
+        """Sums over the sequences of a part in which these columns, all or none of them, were measured."""
         rows = np.flatnonzero(here_N & np.isfinite(self._truth_NC[:, columns[0]]))
         width = self._features_NV.shape[1]
         xx_VV, xy_VC = np.zeros((width, width)), np.zeros((width, len(columns)))
@@ -132,9 +127,9 @@ class Ridge:
         width, total = self._features_NV.shape[1], self._truth_NC.shape[1]
         weights_CV, level_C, penalty_C = np.zeros((total, width)), np.zeros(total), np.full(total, np.inf)
         others_N = self._fold_N != fold
-        outside = np.unique(self._block_N[others_N]).tolist()
+        outside = np.unique(self._part_N[others_N]).tolist()
         for columns, moments in zip(self._groups, self._moments, strict=True):
-            parts = [moments[block] for block in outside]
+            parts = [moments[part] for part in outside]
             if sum(int(part.rows) for part in parts):
                 best_C = self._choose(columns, moments, outside)
                 fitted_PVC, level_PC = _solve(parts)
@@ -146,11 +141,11 @@ class Ridge:
         return Model(view=self._view, low_C=low_C, high_C=high_C, **fitted)
 
     def _choose(self, columns: np.ndarray, moments: dict[int, _Moments], outside: list[int]) -> np.ndarray:
-        """Place of the penalty of each column under which these blocks, each told by the rest, are predicted best."""
+        """Place of the penalty of each column under which these parts, each told by the rest, are predicted best."""
         error_PC = np.zeros((len(PENALTIES_P), len(columns)))
-        for block in outside[:: -(-len(outside) // _TELLERS)]:
-            rest = [moments[other] for other in outside if other != block]
-            rows = np.flatnonzero((self._block_N == block) & np.isfinite(self._truth_NC[:, columns[0]]))
+        for told in outside[:: -(-len(outside) // _TELLERS)]:
+            rest = [moments[other] for other in outside if other != told]
+            rows = np.flatnonzero((self._part_N == told) & np.isfinite(self._truth_NC[:, columns[0]]))
             if sum(int(part.rows) for part in rest) and rows.size:
                 weights_PVC, level_PC = _solve(rest)
                 for place, (weights_VC, level_C) in enumerate(zip(weights_PVC, level_PC, strict=True)):

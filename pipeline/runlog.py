@@ -259,6 +259,16 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def amount(count: int, noun: str) -> str:
+    """So many of something, for people.
+
+    >>> amount(1, "batch"), amount(1200, "batch"), amount(0, "file")
+    ('1 batch', '1,200 batches', '0 files')
+    """
+    ending = "" if count == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{count:,} {noun}{ending}"
+
+
 def score_text(value: float, digits: int = 4) -> str:
     """A score for people: so many decimals, or, of one that is all but lost in them, significant digits.
 
@@ -267,6 +277,15 @@ def score_text(value: float, digits: int = 4) -> str:
     """
     fixed = f"{value:,.{digits}f}"
     return f"{value:.{digits}g}" if 0 < abs(value) < 10 ** (1 - digits) else fixed
+
+
+def spread_text(spread: float, *, mean: float) -> str:
+    """The spread of scores for people, in the decimals that their mean has.
+
+    >>> spread_text(9.94e-07, mean=0.6931), spread_text(2.5e-06, mean=0.00003142)
+    ('0.0000', '2.5e-06')
+    """
+    return f"{spread:,.4f}" if abs(mean) >= 1e-3 else score_text(spread)
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import polars as pl
 
-from pipeline.bayes import MOST_WORDS, Known, NaiveBayes, learn_factor, mix
+from pipeline.bayes import MOST_WORDS, Known, NaiveBayes, cut_folds, learn_factor, mix
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.kmers import count_words, longest_words
@@ -288,7 +288,9 @@ class _OfNumbers:
         """The model of every fold, fitted on what was measured in the others."""
         view = View.of(table["sequence"].to_list(), self.numbers.alphabet)
         scored = table.filter("scored")
-        ridge = Ridge(scored["sequence"].to_list(), self._truth(scored), scored["fold"].to_numpy(), view)
+        fold_N, cluster_N = (scored[name].to_numpy() for name in ("fold", "cluster"))
+        part_N = cut_folds(fold_N, cluster_N)
+        ridge = Ridge(scored["sequence"].to_list(), self._truth(scored), fold_N, part_N, view)
         models = {fold: ridge.fit(fold) for fold in table["fold"].unique().sort().to_list()}
         return models, {"how": "ridge", "k": view.longest, "places": view.span}
 

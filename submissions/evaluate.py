@@ -25,7 +25,7 @@ from rich.text import Text
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
-from pipeline.runlog import score_text, warn
+from pipeline.runlog import score_text, spread_text, warn
 from pipeline.stage import Report, commit, read_result, run_stage
 from pipeline.tables import open_parquet
 from submissions import class_evaluation, log, number_evaluation
@@ -388,7 +388,7 @@ def describe(facts: Mapping[str, Any]) -> RenderableType:
 def _cells(label: str, scores: Mapping[str, Any], targets: Sequence[str]) -> list[str]:
     spread = _number(scores.get("fold_mean"))
     if scores.get("fold_sd") is not None:
-        spread += f" ± {score_text(scores['fold_sd'])}"
+        spread += f" ± {spread_text(scores['fold_sd'], mean=scores['fold_mean'])}"
     told = (tell(scores["per_target"][target], target) for target in targets)
     cells = [label, _number(scores["score"]), *told, spread]
     return [*cells, tell_difference(scores["difference"])] if "difference" in scores else cells

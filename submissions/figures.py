@@ -132,15 +132,8 @@ def curves(
             axes.plot(x, y, color=SERIES[place % len(SERIES)], linewidth=1.6, marker="o" if len(x) == 1 else None)
         if level:
             axes.axhline(level[1], color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
-            ends = [y[-1] > level[1] for _, y in lines.values() if len(y)]
-            over = sum(ends) * 2 < len(ends)  # on the side where the lines do not end
-            axes.annotate(
-                level[0], (1.0, level[1]), (-4, 3 if over else -3), xycoords=("axes fraction", "data"),
-                textcoords="offset points", ha="right", va="bottom" if over else "top", color=MUTED, fontsize=9,
-            )  # fmt: skip
-            low, high = axes.get_ylim()
-            room = 0.1 * (high - low)  # for the name of the level, which else lies across an axis
-            axes.set_ylim(low if over else min(low, level[1] - room), max(high, level[1] + room) if over else high)
+            # above the axes: beside its line it would lie on others, which end on both sides of it
+            axes.set_title(f"– –  {level[0]}", loc="right", color=MUTED, fontsize=9, pad=4)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         axes.set_xlim(left=0)
@@ -205,7 +198,7 @@ def points(predicted_N: np.ndarray, measured_N: np.ndarray, *, unit: str, colour
 
 
 def residuals(x_N: np.ndarray, residual_N: np.ndarray, *, xlabel: str, ylabel: str, colour: int) -> Markup:
-    """What is measured beyond what is predicted: median, and the middle half and nine tenths, along a property.
+    """Predicted less measured: median, and the middle half and nine tenths, along a property.
 
     Args:
         x_N: [N] the property of each sequence; groups of it hold about equally many.

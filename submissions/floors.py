@@ -6,10 +6,10 @@ unpaired). All floors come from one table of statistics over (fold, target, 5-me
 sums over longer ones, and what is left of all folds without one is the training data of that fold.
 
 For medians the statistics are a histogram: the clipped truth is counted in `STEPS` bins and a bin each for the two ends
-of its range, where clipping piles values up. Where nothing is clipped, the range is that of figures, and a median beyond
-it comes out at its end. A median is exact to the width of a bin (0.004 for [0, 1]). On the 1,259,923 scored positions of
-13,075 real sequences, in five clustered folds, the floors differ from those of exact medians by 3.8e-5 (constant) and
-1.3e-5 (nucleotide).
+of its range, where clipping piles values up. Where nothing is clipped, the range is that of figures, and a median
+beyond it comes out at its end. A median is exact to the width of a bin (0.004 for [0, 1]). On the 1,259,923 scored
+positions of 13,075 real sequences, in five clustered folds, the floors differ from those of exact medians by 3.8e-5
+(constant) and 1.3e-5 (nucleotide).
 
 Letters: T positions, C targets, F folds, K 5-mers, U unpaired bins, S statistics (histogram bins; count and sum).
 """

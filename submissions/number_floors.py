@@ -43,7 +43,7 @@ def predict_floors(
     """
     known, letters = _Measured(truth_NC, fold_N, cluster_N), letters_of(numbers.alphabet)
     view, k_near = View.of(sequences, numbers.alphabet), longest_words(len(letters), NEIGHBOUR_WORDS)
-    ridge = Ridge(sequences, truth_NC, fold_N, view)
+    ridge = Ridge(sequences, truth_NC, fold_N, known.part_N, view)
     near = Neighbours(count_words(sequences, letters, k_near), known)
     mean_NC, ridge_NC, near_NC = np.empty((3, *truth_NC.shape))
     for fold in known.folds:

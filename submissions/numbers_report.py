@@ -98,12 +98,12 @@ def _errors_section(subject: Subject, own: Predicted) -> Markup:
     if len(np.unique(length_N)) > 1:
         drawings = []
         for place, name, here_N in _columns_drawn(subject, own):
-            residual_N = own.truth_NK[here_N, place] - own.said_NK[here_N, place]
+            residual_N = own.said_NK[here_N, place] - own.truth_NK[here_N, place]
             drawing = figures.residuals(
-                length_N[here_N], residual_N, xlabel="length, letters", ylabel="measured - predicted", colour=place
+                length_N[here_N], residual_N, xlabel="length, letters", ylabel="predicted - measured", colour=place
             )
             drawings.append(page.figure(drawing, title=name))
-        words = "Line: median of what is measured beyond the prediction; bands: the middle half and nine tenths."
+        words = "Line: median of predicted less measured; bands: the middle half and nine tenths."
         cells = [
             [row["label"].replace("-", "–"), score_text(row["score"]), f"{row['sequences']:,}"]
             for row in scores["by_length"]

@@ -43,6 +43,7 @@ h3 { font-size: 1.05rem; margin: 1.8rem 0 .4rem; overflow-wrap: anywhere; }
 p { margin: .35rem 0 .9rem; max-width: 46rem; }
 a { color: var(--accent); }
 code, pre { font-family: var(--mono); font-size: .86em; overflow-wrap: anywhere; }
+td code { white-space: nowrap; }
 .kicker { font-size: .78rem; letter-spacing: .09em; text-transform: uppercase; color: var(--muted); }
 .lead { font-size: 1.08rem; color: var(--muted); }
 .note, figcaption { font-size: .86rem; color: var(--muted); max-width: 46rem; }
@@ -80,6 +81,7 @@ tr.floor td { color: var(--muted); }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.2rem 1.6rem;
   margin: 1rem 0; align-items: start; }
 .panels.small { grid-template-columns: repeat(auto-fit, minmax(min(47%, 13rem), 1fr)); }
+.panels > figure:only-child { max-width: 34rem; }
 figure { margin: 0; min-width: 0; }
 figure.wide { margin: 1rem 0 1.4rem; }
 figure.wide .scroll svg { min-width: 44rem; }

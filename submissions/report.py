@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError
 from pipeline.paths import Paths
-from pipeline.runlog import score_text
+from pipeline.runlog import score_text, spread_text
 from pipeline.stage import Report, read_result, run_stage
 from submissions import page
 from submissions.classes_report import classes_sections
@@ -23,7 +23,7 @@ from submissions.subject import Subject, read_scores, score_cells, short_name
 from submissions.training_report import Training, duration, memory, read_training, training_section
 from submissions.values_report import values_sections
 
-VERSION = 5
+VERSION = 6
 _SAME = 0.0005  # a difference from a floor, relative to it, that is none
 
 
@@ -158,7 +158,8 @@ def _headline_facts(subject: Subject, training: Mapping[tuple[str, int], Trainin
     else:
         told["targets scored"] = f"{len(scores['targets']):,}"
     if scores["fold_sd"] is not None:
-        told["mean ± sd over folds"] = f"{score_text(scores['fold_mean'])} ± {score_text(scores['fold_sd'])}"
+        spread = spread_text(scores["fold_sd"], mean=scores["fold_mean"])
+        told["mean ± sd over folds"] = f"{score_text(scores['fold_mean'])} ± {spread}"
     if training:
         told["training, all folds"] = duration(sum(each.seconds for each in training.values()))
         told["peak memory"] = memory(max(each.memory_mib for each in training.values()))
@@ -205,7 +206,7 @@ def _folds_section(subject: Subject) -> Markup:
 def _spread(told: Mapping[str, Any]) -> str | None:
     if told.get("fold_mean") is None:
         return None
-    spread = "" if told.get("fold_sd") is None else f" ± {score_text(told['fold_sd'])}"
+    spread = "" if told.get("fold_sd") is None else f" ± {spread_text(told['fold_sd'], mean=told['fold_mean'])}"
     return score_text(told["fold_mean"]) + spread
 
 

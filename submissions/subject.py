@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.competitions.base import Competition
 from pipeline.paths import Paths
+from pipeline.runlog import amount
 from pipeline.runs import is_stage
 from pipeline.stage import read_result
 from submissions import page
@@ -180,4 +181,4 @@ def without_prediction(scores: Mapping[str, Any]) -> Markup:
     lost = scores["without_prediction"]
     if not lost:
         return page.join()
-    return page.details(f"{len(lost):,} sequences without prediction", ", ".join(lost))
+    return page.details(f"{amount(len(lost), 'sequence')} without prediction", ", ".join(lost))

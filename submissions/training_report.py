@@ -123,7 +123,7 @@ def _curves(subject: Subject, run: str, folds: Mapping[int, Training]) -> Markup
         name, floor = subject.best_floor
         level = (f"floor: {name}", floor)
     else:
-        metric = "distance cross-entropy, nats"
+        metric = "structure loss on the held-out fold"  # distances alone, or coordinates too: no floor has one
     loss = {fold: told.curve("step", "loss") for fold, told in folds.items()}
     held_out = {fold: told.curve("epoch", "metric") for fold, told in folds.items()}
     drawings = [

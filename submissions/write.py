@@ -10,9 +10,10 @@ Letters: T rows (nucleotides), C value columns, K test sequences.
 
 import contextlib
 import itertools
+import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.memory import peak_memory_mib
 from pipeline.paths import Paths
-from pipeline.runlog import Bar, say
+from pipeline.runlog import Bar, amount, say
 from pipeline.schema import CANDIDATES, split_id
 from pipeline.stage import Report, run_stage
 from pipeline.tables import finite_values, read_batches
@@ -420,11 +421,23 @@ def _wide_coordinates(
 def describe(facts: Mapping[str, Any]) -> Table:
     """Rows, size and ranges of a written submission, as a table for the terminal."""
     table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_row("rows", f"{facts['rows']:,} for {facts['sequences']:,} sequences, {facts['bytes'] / 2**20:,.1f} MiB")
-    for name, (low, high) in facts["ranges"].items():
+    size = facts["bytes"]
+    told = f"{size / 2**20:,.1f} MiB" if size >= 2**20 else f"{size / 2**10:,.0f} KiB"
+    table.add_row("rows", f"{facts['rows']:,} for {amount(facts['sequences'], 'sequence')}, {told}")
+    for name, (low, high) in _of_axes(facts["ranges"]).items():
         table.add_row(escape(name), f"{low:.4g} to {high:.4g}")
     if "labels" in facts:
         table.add_row("labels", escape(facts["labels"]))
     if "clipped_values" in facts:
         table.add_row("clipped", f"{facts['clipped_values']:,} values were outside the range")
     return table
+
+
+def _of_axes(ranges: Mapping[str, Sequence[float]]) -> Mapping[str, Sequence[float]]:
+    """Of coordinates one range for all candidates, instead of fifteen; of other values as they are."""
+    axes: dict[str, list[Sequence[float]]] = {}
+    for name, both in ranges.items():
+        if not re.fullmatch(r"[xyz]_\d", name):
+            return ranges
+        axes.setdefault(f"{name[0]}, Å", []).append(both)
+    return {axis: (min(low for low, _ in found), max(high for _, high in found)) for axis, found in axes.items()}

@@ -4,9 +4,12 @@ import hashlib
 import json
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from pipeline import demo
+from pipeline.cli import run_verb
+from tests.pipeline import labelled_sets
 
 pytestmark = pytest.mark.slow
 COMPETITIONS = ("ribonanza", "openvaccine", "rna3d", "labelled")
@@ -62,6 +65,27 @@ def test_another_folder_gets_the_same_submissions_byte_for_byte(chain, tmp_path)
     for comp in COMPETITIONS:
         name = f"submissions/{comp}-demo.csv"
         assert (tmp_path / name).read_bytes() == (chain / name).read_bytes()
+
+
+def test_measured_numbers_go_from_raw_files_to_a_report_by_a_command_each(tmp_path, rng):
+    raw, artifacts = tmp_path / "raw", tmp_path / "artifacts"
+    raw.mkdir()
+    table = labelled_sets.measured(rng, count=70)
+    table[:60].write_csv(raw / "train.csv")
+    table[60:].write_csv(raw / "test.csv")
+    (raw / "columns.toml").write_text("numbers = ['gc', 'tail']")
+    at = ["--comp", "labelled-measured", "--artifacts", str(artifacts)]
+    split, name = ["--split", "sim80_k2"], ["--name", "both"]
+    network = ["--model", "tiny_drsn", "--set", "train.epochs=2", "--tag", "two", "--all-folds"]
+    verbs = {"data": ["--raw", str(raw)], "folds": split, "words": split, "train": [*split, *network]}
+    verbs |= {"ensemble": [*split, *name], "submit": name, "evaluate": [*split, *name], "report": name}
+    assert {verb: run_verb([verb, *at, *words]) for verb, words in verbs.items()} == dict.fromkeys(verbs, 0)
+    found = json.loads((artifacts / "labelled-measured" / "ensembles" / "both" / "scores.json").read_text())
+    assert found["metric"] == "MCRMSE"
+    assert found["score"] < min(found["floors"]["mean"], found["floors"]["nearest neighbour, 4-mers"])
+    (csv,) = (artifacts / "submissions").glob("*.csv")
+    assert pl.read_csv(csv).columns == ["id", "gc", "tail"]
+    assert pl.read_csv(csv)["id"].to_list() == table["id"][60:].to_list()
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -8,6 +8,7 @@ import typer
 from pipeline.cli.options import ARTIFACTS, COMP, SPLIT, Artifacts, Comp, Split, TestOnly, find_competition, find_paths
 from pipeline.cli.program import show, verb
 from pipeline.errors import ConfigError
+from pipeline.runlog import amount
 
 
 @verb()
@@ -22,7 +23,7 @@ def download(
     from pipeline import download as stage
 
     report = stage.run(find_competition(comp), find_paths(comp, artifacts), files=file or ())
-    show(report, f"{len(report.facts['files'])} files, {report.facts['bytes']:,} bytes")
+    show(report, f"{amount(len(report.facts['files']), 'file')}, {report.facts['bytes']:,} bytes")
 
 
 @verb()
@@ -68,7 +69,7 @@ def bpp(
 
     tables = ("test",) if test_only else ("train", "test")
     report = stage.run(find_paths(comp, artifacts), workers=workers, tables=tables, longest=longest)
-    show(report, "{sequences:,} sequences, {pairs:,} pairs".format(**report.facts))
+    show(report, stage.describe(report.facts))
 
 
 @verb()

@@ -92,7 +92,8 @@ def _predict_structures(
         raise ConfigError("--time-budget is of --from alone, which leaves out targets. Next: leave it out.")
     if source is None:
         if what["competition"].task == "structure" and viennarna.available()[0]:
-            show(bpp.run(paths))
+            paired = bpp.run(paths)
+            show(paired, bpp.describe(paired.facts))
         report = stage.run(paths, **what, score=tm_scores)
     else:
         report = stage.apply(paths, **what, source=source, seconds=seconds_of(time_budget))

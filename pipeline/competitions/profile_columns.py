@@ -22,7 +22,7 @@ _BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">"}  # and pseudoknots A a, B b
 _BRACKET_TEXT = re.compile(r"[.()\[\]{}<>A-Za-z]+")
 _NUMBER = r"(?:[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|(?i:nan|na|n/a|none|null))"
 _NUMBERS = re.compile(rf"\s*[\[(]?\s*{_NUMBER}?(?:\s*[,;\s]\s*{_NUMBER}?)+\s*[\])]?\s*")
-_NUMBERED = re.compile(r"(.*[^\d_])_?(\d+)")
+_NUMBERED = re.compile(r"(.+)_(\d+)|(.*\D)(\d+)")
 _LOOKED_AT = 200  # cells from which it is told what a column holds
 _REPAIR = "Next: repair that row, or remove it."
 
@@ -91,13 +91,13 @@ def find_targets(frame: pl.DataFrame, rows: Rows, *, told: Sequence[str], where:
 def numbered_columns(names: Sequence[str]) -> dict[str, list[str]]:
     """Stem -> its columns in order, of those that are numbered 1, 2, … without a gap.
 
-    >>> numbered_columns(["id", "r_0002", "r_0001", "deg_pH10", "x2"])
-    {'r': ['r_0001', 'r_0002']}
+    >>> numbered_columns(["id", "2A3_0002", "2A3_0001", "deg_pH10", "x2", "r1", "r2"])
+    {'2A3': ['2A3_0001', '2A3_0002'], 'r': ['r1', 'r2']}
     """
     stems: dict[str, dict[int, str]] = {}
     for name in names:
         if found := _NUMBERED.fullmatch(name):
-            stems.setdefault(found[1], {})[int(found[2])] = name
+            stems.setdefault(found[1] or found[3], {})[int(found[2] or found[4])] = name
     whole = {
         stem: found for stem, found in stems.items() if len(found) > 1 and set(found) == {*range(1, len(found) + 1)}
     }

@@ -68,6 +68,7 @@ _USUAL = {
     "first": ("first_pos", "first_position"),
     "measured": ("seq_scored",),
 }
+_TAKEN = {"sequence_id", "sequence", "dataset_name", "group", "passes", "scored", "teaches", "fold", "id_seqpos"}
 _MAX_ODD = 0.05  # share of training rows with other letters, which are left out, from which a table is refused
 _HAS, _HAS_NOT = ("1", "1.0", "true"), ("0", "0.0", "false")
 _PARQUET: dict[str, Any] = {"compression": "zstd", "row_group_size": 1 << 12}
@@ -347,6 +348,8 @@ def _train(frame: pl.DataFrame, settings: Settings) -> tuple[pl.DataFrame, dict[
     )
     values = frame.drop({*roles.values(), _ROW, _FILE, _SEQUENCE})
     sources = find_targets(values, rows, told=settings.targets, where=where)
+    if taken := sorted(_TAKEN & set(sources)):
+        raise DataError(f"{where}: a target is called {taken[0]!r}; tables have another such column. Next: rename it.")
     profiles_TC = np.stack([read_values(values, source, rows) for source in sources.values()], axis=1)
     signals = _signals(frame, values, roles, sources, profiles_TC, rows)
     said_N, counted_N = _per_row(~np.isnan(profiles_TC), rows.lengths_N)
@@ -382,8 +385,8 @@ def _require_scored(table: pl.DataFrame, profiles_TC: np.ndarray, targets: Seque
     """DataError where nothing counts, as targets were measured of different molecules; a warning where little does."""
     if not table["scored"].any():
         raise DataError(
-            f"{where}: no scored position with a value of {' and '.join(targets)}; expected some. Next: if no molecule "
-            "has them all, make a set for each: targets = ['<one>'] in columns.toml."
+            f"{where}: no scored position with a value of {' and '.join(targets)}; expected some. Next: give each a set "
+            "of its own (targets = ['<one>'] in columns.toml), if no molecule has them all."
         )
     measured_TC = ~np.isnan(profiles_TC)
     share = measured_TC[measured_TC.all(axis=1)].sum() / measured_TC.sum()

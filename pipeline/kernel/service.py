@@ -16,7 +16,7 @@ from pipeline import kaggle_cli
 from pipeline.errors import DataError, NetworkError
 from pipeline.kernel.bundle import read_bundle
 from pipeline.paths import Paths
-from pipeline.runlog import Bar, say
+from pipeline.runlog import Bar, amount, say
 from pipeline.stage import Report, sha256_file, write_json
 
 _READ_S = 120.0  # for an answer that is no transfer
@@ -158,7 +158,7 @@ def describe(facts: Mapping[str, Any]) -> list[str]:
     if "url" in facts:
         lines.append(f"version {facts['version']}, {facts['url']}")
     if "files" in facts:
-        lines.append(f"{facts['files']} declared files, each with its sha256")
+        lines.append(f"{amount(facts['files'], 'declared file')}, each with its sha256")
         lines += [f"placed: {folder}" for folder in facts["placed"]]
     return lines
 

@@ -120,8 +120,8 @@ class Recovery:
         checkpoint = load_newest(self.store, state.world) if left else None
         if checkpoint is None:
             told = (
-                f"{what}; {counts.skips} batches left out and {counts.rollbacks} rollbacks did not cure it. Next: make "
-                "replay runs such a batch again, and says where it breaks and in which precision it does not; then a "
+                f"{what}; {runlog.amount(counts.skips, 'batch')} left out and {runlog.amount(counts.rollbacks, 'rollback')} "
+                "did not cure it. Next: make replay runs such a batch again, and says where it breaks and in which precision it does not; then a "
                 "lower train.lr, or train.precision = 'fp32'."
             )
             if state.world.is_main:
@@ -136,7 +136,8 @@ class Recovery:
         progress.left_out, progress.micro_batch = before.left_out, before.micro_batch
         progress.guard = GuardCounts(**{**asdict(counts), "rollbacks": counts.rollbacks + 1, "skips_in_a_row": 0})
         self.log.write("rollback", **row, to_step=progress.step, precision=lower.name)
-        runlog.warn(f"{what}; back to step {progress.step}, {lower.name}, without {len(progress.left_out)} batches")
+        lost = runlog.amount(len(progress.left_out), "batch")
+        runlog.warn(f"{what}; back to step {progress.step}, {lower.name}, without {lost}")
 
     def _report(self, told: str) -> None:
         """Write `REPORT` out of the log's rows."""

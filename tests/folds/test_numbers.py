@@ -1,10 +1,12 @@
 """Ensembles of measured numbers: weights of each column from what was measured, and the tables that they make."""
 
 import json
+import re
 
 import numpy as np
 import polars as pl
 import pytest
+from rich.console import Console
 
 from folds import ensemble
 from pipeline.competitions import get_competition
@@ -100,3 +102,18 @@ def test_a_test_table_with_fewer_numbers_is_refused(made):
     edit(paths.test(RUNS[1], 2), pl.col("numbers").list.head(1))
     with pytest.raises(DataError, match="1 values of numbers; expected 2"):
         ensemble.run(paths, competition=competition, name="all", runs=RUNS, split=SPLIT)
+
+
+def test_of_many_numbers_the_terminal_tells_the_span_of_the_weights(made):
+    _, _, facts = made
+    many = [f"n{place}" for place in range(20)]
+    weights = {name: facts["weights"][NAMES[place % 2]] for place, name in enumerate(many)}
+    scores = {run: told | dict.fromkeys(many, 1.0) for run, told in facts["run_scores"].items()}
+    mean = facts["mean_score"] | dict.fromkeys(many, 1.0)
+    told = facts | {"targets": many, "weights": weights, "run_scores": scores, "mean_score": mean}
+    console = Console(width=120)
+    with console.capture() as shown:
+        console.print(ensemble.describe(told))
+    assert "n7" not in shown.get()
+    low, high = sorted(facts["weights"][name][RUNS[0]] for name in NAMES)
+    assert re.search(rf"weight of {RUNS[0]} +{low:.3f} to {high:.3f}", shown.get())

@@ -136,3 +136,14 @@ def test_make_passes_on_what_a_command_is_completed_with(told, target):
     for variable, _, value in (word.partition("=") for word in words[2:]):
         value = value.strip('"')
         assert re.search(rf"[ \"']{value}([\"'\s/]|$)", done), f"{variable} is not in {done}"
+
+
+def test_what_a_part_is_told_is_forgotten_after_it():
+    """The demo's commands named the first competition, whichever it was at."""
+    with commands.scope():
+        commands.remember({"artifacts": "there"}, verbs={"folds": ["comp", "artifacts"]})
+        with commands.scope():
+            commands.remember({"comp": "rna3d"})
+            assert commands.complete("Next: make folds.") == "Next: make folds COMP=rna3d ARTIFACTS=there."
+        assert commands.complete("Next: make folds.") == "Next: make folds ARTIFACTS=there."
+    assert commands.complete("Next: make folds.") == "Next: make folds."

@@ -133,7 +133,7 @@ def test_loops_of_the_clean_tables_are_used_before_anything_was_learned(finished
 def test_networks_of_an_ensemble_predict_too(tmp_path, monkeypatch):
     tiny.register(monkeypatch)
     paths = Paths(comp="tiny3d", root=tmp_path / "artifacts")
-    tiny.write_structures(paths)
+    tiny.write_structures(paths, count=4, tests=1)
     train.run(tiny.config(epochs=1), competition=tiny.TINY3D, paths=paths, run=tiny.RUN, split=tiny.SPLIT, fold=0)
     weights = paths.ensemble_dir("net") / "weights.json"
     weights.parent.mkdir(parents=True)

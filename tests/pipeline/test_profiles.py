@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pipeline import preprocess
+from pipeline import bpp, preprocess, viennarna
 from pipeline.cli import run_verb
 from pipeline.competitions import competition_of, get_competition, openvaccine, ribonanza
 from pipeline.competitions.profiles import error_sums
@@ -308,6 +308,7 @@ REFUSED: dict[str, tuple[Rows, str, str]] = {
     ),
     "no-number": ([{"id": "a", "sequence": "GGAAC", "note": "good"}], "", "no column holds numbers"),
     "two-sequences": ([row | {"rna": "A"} for row in one()], "", "sequence and rna may each be the sequence"),
+    "taken": ([row | {"fold": row["shape"]} for row in one()], "", "a target is called 'fold'"),
     "metric": (one(), 'metric = "R2"', "metric = 'R2'"),
     "range": (one(), "range = [1, 0]", "two rising numbers"),
     "setting": (one(), 'label = "x"', "label = 'x'; expected id"),
@@ -471,6 +472,14 @@ def test_odd_letters_are_refused_in_a_test_set_and_read_as_another_in_a_hidden_o
     table = pl.read_parquet(paths.clean("test"))
     assert table["sequence_id"].to_list() == ["x", "row-3"]
     assert table["sequence"].to_list() == ["GGA", "AC"]
+
+
+@pytest.mark.skipif(not viennarna.available()[0], reason="needs ViennaRNA")
+def test_pairing_needs_no_test_set(clean: Any, paths: Paths) -> None:
+    """It said "bpp: test file …/clean/test.parquet is missing"."""
+    clean(ROWS[:3])
+    bpp.run(paths, workers=1)
+    assert pl.read_parquet(paths.bpp).height == 3
 
 
 # --- the whole chain ---

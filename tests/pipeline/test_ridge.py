@@ -39,7 +39,10 @@ def test_weights_are_those_of_the_normal_equations(rng):
     sequences, truth_NC, fold_N = draw(rng)
     truth_NC[::5, 1] = np.nan
     view = View.of(sequences, "ACGU")
-    x_NV, model = view.features(sequences).toarray().astype(float), Ridge(sequences, truth_NC, fold_N, view).fit(0)
+    x_NV, model = (
+        view.features(sequences).toarray().astype(float),
+        Ridge(sequences, truth_NC, fold_N, fold_N, view).fit(0),
+    )
     for at in range(2):
         here = (fold_N != 0) & np.isfinite(truth_NC[:, at])
         spread_V = x_NV[here].std(axis=0)
@@ -55,7 +58,7 @@ def test_weights_are_those_of_the_normal_equations(rng):
 
 def test_the_penalty_is_the_one_under_which_the_other_folds_predict_each_other_best(rng):
     sequences, truth_NC, fold_N = draw(rng)
-    ridge = Ridge(sequences, truth_NC, fold_N, View.of(sequences, "ACGU"))
+    ridge = Ridge(sequences, truth_NC, fold_N, fold_N, View.of(sequences, "ACGU"))
     error_P = np.zeros(len(PENALTIES_P))
     x_NV = View.of(sequences, "ACGU").features(sequences).toarray().astype(float)
     for told in (1, 2, 3):
@@ -73,7 +76,7 @@ def test_the_penalty_is_the_one_under_which_the_other_folds_predict_each_other_b
 def test_noise_is_answered_with_the_mean(rng):
     sequences, truth_NC, fold_N = draw(rng, count=200)
     noise_NC = rng.normal(size=truth_NC.shape)
-    model = Ridge(sequences, noise_NC, fold_N, View.of(sequences, "ACGU")).fit(0)
+    model = Ridge(sequences, noise_NC, fold_N, fold_N, View.of(sequences, "ACGU")).fit(0)
     assert np.abs(model.predict(sequences) - noise_NC[fold_N != 0].mean(axis=0)).max() < 0.5
 
 
@@ -81,7 +84,7 @@ def test_noise_is_answered_with_the_mean(rng):
 def test_a_unit_changes_predictions_by_itself_alone(unit, rng):
     sequences, truth_NC, fold_N = draw(rng)
     view = View.of(sequences, "ACGU")
-    plain, scaled = (Ridge(sequences, factor * truth_NC, fold_N, view).fit(0) for factor in (1.0, unit))
+    plain, scaled = (Ridge(sequences, factor * truth_NC, fold_N, fold_N, view).fit(0) for factor in (1.0, unit))
     assert np.array_equal(plain.penalty_C, scaled.penalty_C)
     assert np.allclose(scaled.predict(sequences), unit * plain.predict(sequences), rtol=1e-6)
 
@@ -107,7 +110,8 @@ def test_the_run_out_of_fold_is_the_floor(tmp_path, rng):
     train = pl.read_parquet(paths.clean("train"))
     truth_NC, here_N = truth(paths), train["scored"].to_numpy()
     scored, fold_N = train.filter("scored"), (np.arange(90) % FOLDS)[here_N]
-    floors = predict_floors(scored["sequence"].to_list(), truth_NC[here_N], fold_N, fold_N, read_numbers(paths))
+    cluster_N = scored["sequence_id"].to_numpy()
+    floors = predict_floors(scored["sequence"].to_list(), truth_NC[here_N], fold_N, cluster_N, read_numbers(paths))
     found = said(paths)
     said_NC = np.array([found[name] for name in scored["sequence_id"]])
     assert np.allclose(said_NC, floors["ridge, 4-mers"], rtol=1e-5)

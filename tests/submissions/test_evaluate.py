@@ -227,7 +227,7 @@ def test_predictions_without_any_scored_position_are_refused(paths):
             DataError,
             r"weights.json: missing or unreadable. Next: make ensemble COMP=ribonanza NAME=absent",
         ),
-        ({"run": "absent"}, ConfigError, "run 'absent' has no out-of-fold predictions"),
+        ({"run": "absent"}, ConfigError, "RUN=absent: no such run; there are: "),
     ],
 )
 def test_senseless_subjects_are_refused(paths, subject, kind, message):

@@ -285,3 +285,14 @@ def test_five_shapes_of_any_length_are_within_what_a_file_holds(length):
 def test_values_have_no_shapes(paths):
     with pytest.raises(ConfigError, match="no shapes to fill in"):
         run(paths, fill=True)
+
+
+def test_of_coordinates_one_range_an_axis_is_told_and_of_small_files_no_zero():
+    """Fifteen ranges without a unit, and "0.0 MiB"."""
+    ranges = {f"{axis}_{number}": (-float(number), 2.0 * number) for number in range(1, 6) for axis in "xyz"}
+    console = Console(width=100)
+    with console.capture() as printed:
+        console.print(stage.describe({"rows": 9, "sequences": 1, "bytes": 2048, "ranges": ranges}))
+    lines = [line.split() for line in printed.get().splitlines()]
+    assert lines[0] == ["rows", "9", "for", "1", "sequence,", "2", "KiB"]
+    assert lines[1:] == [[f"{axis},", "Å", "-5", "to", "10"] for axis in "xyz"]
