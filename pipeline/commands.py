@@ -35,13 +35,14 @@ _takes: dict[str, set[str]] = {}  # target -> variables
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
     """Within it a verb is remembered; after it, what was before."""
-    before = dict(_given), dict(_takes)
+    given, takes = dict(_given), dict(_takes)
     try:
         yield
     finally:
-        for kept, earlier in zip((_given, _takes), before, strict=True):
-            kept.clear()
-            kept.update(earlier)  # type: ignore[arg-type]
+        _given.clear()
+        _given.update(given)
+        _takes.clear()
+        _takes.update(takes)
 
 
 def remember(given: Mapping[str, object], *, verbs: Mapping[str, Iterable[str]] | None = None) -> None:

@@ -127,7 +127,9 @@ class Plan:
             return
         line = f"plan: {self.line()}; {_MARGIN:.0%} of what is free is spared"
         if self.fitting is None:
-            raise StorageError(f"{line}, and nothing smaller fits. Next: take a smaller network, or a machine with more memory.")
+            raise StorageError(
+                f"{line}, and nothing smaller fits. Next: take a smaller network, or a machine with more memory."
+            )
         step, need = self.fitting
         settings = {"data.max_length": step.length} if step.length < self.step.length else {}
         for name in ("micro_batch", "gradient_checkpointing"):

@@ -33,7 +33,7 @@ def load(name: str) -> tuple[bool, str]:
         told = f"could not be compiled ({type(err).__name__}: {str(err).strip().splitlines()[0][:100]})"
         is_closed = isinstance(err, OSError) and err.errno in _CLOSED
         return False, f"{told}; RNA_CACHE=<folder> names another place for it" if is_closed else told
-    return True, f"compiled for this CPU, {built}"
+    return True, f"for this CPU, {built}"
 
 
 def _built(name: str) -> Path:

@@ -385,8 +385,8 @@ def _require_scored(table: pl.DataFrame, profiles_TC: np.ndarray, targets: Seque
     """DataError where nothing counts, as targets were measured of different molecules; a warning where little does."""
     if not table["scored"].any():
         raise DataError(
-            f"{where}: no scored position with a value of {' and '.join(targets)}; expected some. Next: give each a set "
-            "of its own (targets = ['<one>'] in columns.toml), if no molecule has them all."
+            f"{where}: no scored position with a value of {' and '.join(targets)}; expected some. Next: give each "
+            "a set of its own (targets = ['<one>'] in columns.toml), if no molecule has them all."
         )
     measured_TC = ~np.isnan(profiles_TC)
     share = measured_TC[measured_TC.all(axis=1)].sum() / measured_TC.sum()

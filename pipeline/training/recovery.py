@@ -119,10 +119,10 @@ class Recovery:
         left = counts.rollbacks < self.settings.max_rollbacks
         checkpoint = load_newest(self.store, state.world) if left else None
         if checkpoint is None:
+            tried = f"{runlog.amount(counts.skips, 'batch')} left out and {runlog.amount(counts.rollbacks, 'rollback')}"
             told = (
-                f"{what}; {runlog.amount(counts.skips, 'batch')} left out and {runlog.amount(counts.rollbacks, 'rollback')} "
-                "did not cure it. Next: make replay runs such a batch again, and says where it breaks and in which precision it does not; then a "
-                "lower train.lr, or train.precision = 'fp32'."
+                f"{what}; {tried} did not cure it. Next: make replay runs such a batch again, and says where it breaks "
+                "and in which precision it does not; then a lower train.lr, or train.precision = 'fp32'."
             )
             if state.world.is_main:
                 self._report(told)
