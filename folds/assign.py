@@ -70,7 +70,8 @@ def parse_split(name: str) -> Split:
         percent = int(found[1])
         if not MIN_PERCENT <= percent <= 100:
             raise ConfigError(
-                f"SPLIT={name!r}: expected {MIN_PERCENT} to 100 %; unrelated ones reach 60 %. Next: SPLIT=sim80_k{folds}."
+                f"SPLIT={name!r}: expected {MIN_PERCENT} to 100 %; unrelated ones reach 60 %. "
+                f"Next: SPLIT=sim80_k{folds}."
             )
         return Split(kind="sim", percent=percent, folds=folds)
     if found[2] == "length":
@@ -110,7 +111,8 @@ def run(
     clustering = 0.0
     if plan.kind == "random":
         warn(
-            f"{split}: relatives are in different folds, so its scores leak. Next: SPLIT=sim80_k{plan.folds} for real ones."
+            f"{split}: relatives are in different folds, so its scores leak. "
+            f"Next: SPLIT=sim80_k{plan.folds} for real ones."
         )
     else:
         clusters = _run_clusters(paths, percent=plan.percent)

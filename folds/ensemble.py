@@ -127,9 +127,8 @@ def apply(
     _check_names(name, ("any",))
     told = read_result(weights, hint="make ensemble")
     if told.get("competition") != competition.name:
-        raise ConfigError(
-            f"{weights}: of {told.get('competition')}; expected {competition.name}. Next: COMP={told.get('competition')}."
-        )
+        other = told.get("competition")
+        raise ConfigError(f"{weights}: of {other}; expected {competition.name}. Next: COMP={other}.")
     chosen = list(told["folds"] if folds is None else folds)
     if not chosen or not set(chosen) <= set(told["folds"]):
         raise ConfigError(f"FOLD={chosen}: the folds of {weights} are {told['folds']}. Next: choose some of them.")

@@ -270,7 +270,7 @@ def _build(cls: type, tree: dict, *, where: str) -> typing.Any:
         kind, spot = hints[key], f"{where}: {key}"
         if is_dataclass(kind):
             if not isinstance(value, dict):
-                raise ConfigError(f"{spot}: got {value!r}; expected a section. Next: write [{key}] and its settings below.")
+                raise ConfigError(f"{spot}: got {value!r}; expected a section. Next: write [{key}] there.")
             values[key] = _build(typing.cast(type, kind), value, where=spot)
         else:
             values[key] = _check(value, kind, where=spot)

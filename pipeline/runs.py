@@ -25,7 +25,7 @@ def run_name(model: str, *, split: str, tag: str = "") -> str:
     'hyena+wide.sim80_k5'
     """
     if tag and not re.fullmatch(r"[\w.-]{1,100}", tag):
-        raise ConfigError(f"TAG={tag!r} is no name for a folder. Next: take letters, digits and . _ - only, 100 at most.")
+        raise ConfigError(f"TAG={tag!r} is no name for a folder. Next: take letters, digits, . _ -, at most 100.")
     return f"{Path(model).stem}{'+' + tag if tag else ''}.{split}"
 
 

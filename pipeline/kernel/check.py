@@ -250,7 +250,8 @@ class Room:
             raise ConfigError(f"{python}: expected a Python interpreter. Next: IMAGE=<folder>/bin/python (--python).")
         listed = subprocess.run([python, "-c", _LIST, *IMAGE, "pip"], capture_output=True, text=True, check=False)
         if listed.returncode:
-            raise ConfigError(f"{python}: does not run: {listed.stderr.strip().splitlines()[-1:]}. Next: IMAGE=<another folder>/bin/python.")
+            said = listed.stderr.strip().splitlines()[-1:]
+            raise ConfigError(f"{python}: does not run: {said}. Next: IMAGE=<another folder>/bin/python.")
         told = json.loads(listed.stdout)
         lacking = [name for name in (*IMAGE, "pip") if name.lower() not in told["found"]]
         if lacking or told["python"].split(".")[:2] not in (["3", "11"], ["3", "12"]):

@@ -165,7 +165,8 @@ class World:
             if err is not None and not together and not isinstance(err, LostProcessError):
                 told: BaseException = err
                 if not isinstance(err, PipelineError | OSError):
-                    told = PipelineError(f"{type(err).__name__}: {err}. Next: read the traceback of process {self.rank}.")
+                    next_step = f"Next: read the traceback of process {self.rank}."
+                    told = PipelineError(f"{type(err).__name__}: {err}. {next_step}")
                 self._tell(f"failed{self.rank}", pickle.dumps(told).hex())
             if self.is_main:
                 self._tell("left")
