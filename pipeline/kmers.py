@@ -1,9 +1,12 @@
 """Words (k-mers) of sequences, counted."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, vstack
+
+_LETTERS = 1 << 22  # that are counted together
 
 
 def longest_words(letters: int, most: int) -> int:
@@ -21,6 +24,17 @@ def count_words(sequences: Sequence[str], letters: str, k: int) -> csr_matrix:
     >>> count_words(["ACACNA", "G"], "ACGU", 2).toarray()[:, [1, 4]].tolist()
     [[2.0, 1.0], [0.0, 0.0]]
     """
+    return vstack([_count(part, letters, k) for part in _parts(sequences)], format="csr")
+
+
+def _parts(sequences: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Sequences in order, some million letters at a time: counting takes 100 bytes for each."""
+    stops = np.cumsum(np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))) // _LETTERS
+    edges = [0, *(np.flatnonzero(np.diff(stops)) + 1).tolist(), len(sequences)]
+    yield from (sequences[low:high] for low, high in itertools.pairwise(edges))
+
+
+def _count(sequences: Sequence[str], letters: str, k: int) -> csr_matrix:
     lengths_N = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
     place = np.full(256, -1)
     place[np.frombuffer(letters.encode(), dtype=np.uint8)] = np.arange(len(letters))

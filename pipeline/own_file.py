@@ -13,8 +13,9 @@ from typing import Any
 import polars as pl
 
 from pipeline import bpp, predict, words
-from pipeline.competitions.base import Competition
-from pipeline.competitions.labelled import read_sequences
+from pipeline.competitions import get_competition
+from pipeline.competitions.base import Competition, Facts
+from pipeline.competitions.labelled import LABELLED, read_sequences
 from pipeline.errors import ConfigError, DataError
 from pipeline.inference import with_best_checkpoint
 from pipeline.labels import Labels, labels_of, read_labels, write_labels
@@ -126,7 +127,7 @@ def predict_run(
     for k in folds:  # never none
         trained = with_best_checkpoint(work, competition=competition, paths=paths, run=run, fold=k).facts["trained"]
     _tell_of_length(trained["longest"], own)
-    competition = competition.with_facts(trained["facts"])
+    competition = _as_trained(competition, trained["facts"], kind=next(iter(trained["labels"]), ""))
     name = trained["run"] if fold is None else f"{trained['run']}.fold{fold}"
     weights = own.ensemble_dir(name) / "weights.json"
     targets = ["probabilities"] if competition.task == "classes" else list(competition.targets)
@@ -191,7 +192,8 @@ def apply_checkpoint(
         Facts: those of `predict.run`, and ``trained``, what the checkpoint tells: run, split, facts of the competition,
         labels, and the ``longest`` sequence.
     """
-    competition, labels = competition.with_facts(meta.get("facts") or {}), labels_of(meta)
+    labels = labels_of(meta)
+    competition = _as_trained(competition, meta.get("facts") or {}, kind=labels.kind if labels else "")
     if labels:
         keep_labels(labels, own)
     if source is not None:
@@ -204,10 +206,18 @@ def apply_checkpoint(
     return replace(report, facts=report.facts | {"trained": trained})
 
 
+def _as_trained(competition: Competition, facts: Facts, *, kind: str) -> Competition:
+    """What a checkpoint predicts, also where the data by now have labels of another kind."""
+    same = not kind or kind == competition.task
+    return (competition if same else get_competition(competition.name)).with_facts(facts)
+
+
 def keep_labels(labels: Labels, own: Paths) -> None:
     """What a labelled set's stages read beside its test table."""
     path = own.clean(labels.kind)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for kind in LABELLED.either:  # the data may have had the other one
+        own.clean(kind).unlink(missing_ok=True)
     write_labels(path, labels)
 
 

@@ -1,13 +1,15 @@
 """Runs by their names: what they are called after, how many folds they have, and which of them are finished."""
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import PRETRAINED, Paths
 from pipeline.runlog import say, warn
+from pipeline.stage import read_manifest, sha256_file
 
 #: Runs without a network, of labelled sets too: how their names begin -> the target of make.
 STAGES = {"denovo": "denovo", "templates": "templates-predict", "words": "words"}
@@ -32,9 +34,17 @@ def run_name(model: str, *, split: str, tag: str = "") -> str:
 def find_run(model: str, *, split: str, tag: str = "") -> str | Path:
     """The run that MODEL means where it is used: its name, or a folder with trained folds, shipped ones by their name.
 
+    Raises:
+        ConfigError: a fold's folder.
+
     >>> find_run("hyena", split="sim80_k5"), find_run("reactivity-v1", split="sim80_k5").parent.name
     ('hyena.sim80_k5', 'pretrained')
     """
+    if re.fullmatch(r"fold\d+", Path(model).name) and (Path(model) / "checkpoints").is_dir():
+        run, number = Path(model).parent, Path(model).name.removeprefix("fold")
+        raise ConfigError(
+            f"MODEL={model}: one fold of a run; expected the run's folder. Next: MODEL={run} FOLD={number}."
+        )
     for folder in (PRETRAINED / model, Path(model)):
         if any(folder.glob("fold*/checkpoints")):
             return folder.resolve()
@@ -143,3 +153,34 @@ def warn_of_unfinished(paths: Paths, runs: Sequence[str]) -> None:
                 f"{run}: {', '.join(early)} predicted before the training was finished; these predictions are used. "
                 "Next: make train goes on with it, then make ensemble again."
             )
+
+
+def warn_of_other_data(paths: Paths, runs: Sequence[str]) -> None:
+    """Say which runs on a set of one's own predicted before its clean tables became what they are.
+
+    Their folds may be the same ones and every sequence may be there: other labels alone would go unseen.
+    """
+    if not get_competition(paths.comp).is_own or not paths.clean("train").is_file():
+        return
+    train = sha256_file(paths.clean("train"))
+    arrays = {
+        sha256_file(path): json.loads(path.read_text())["input"] for path in paths.arrays_dir.glob("train-*/meta.json")
+    }
+    for run in runs:
+        manifests = [*paths.run_dir(run).glob("fold*/predict-oof.manifest.json")]
+        manifests += paths.run_dir(run).glob("words.manifest.json")
+        inputs = [done["inputs"] for path in manifests if (done := read_manifest(path))]
+        if any(_are_of_other_data(each, train, arrays) for each in inputs):
+            warn(
+                f"{run}: predicted before make data wrote other tables, by which it is scored now. Next: "
+                f"{_how_to_make(paths.comp, run)}{'' if is_stage(run) else ' RESTART=1, with its SET'}, or leave "
+                "it out (RUNS=…)."
+            )
+
+
+def _are_of_other_data(inputs: Mapping[str, str], train: str, arrays: Mapping[str, str]) -> bool:
+    """Whether inputs of predictions were made of another train table; arrays: sha256 of each set -> its table's."""
+    if "train" in inputs:
+        return inputs["train"] != train
+    made_of = arrays.get(inputs.get("arrays", ""))
+    return made_of != train if made_of else train in arrays.values()

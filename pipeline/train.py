@@ -26,7 +26,7 @@ from pipeline.dataset import ExampleSet, fold_members, open_examples, read_folds
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.labels import Classes, Labels, Numbers, read_labels
 from pipeline.paths import Paths
-from pipeline.runlog import say, warn
+from pipeline.runlog import say, score_text, warn
 from pipeline.stage import Report, commit, sha256_file, versions, write_json
 from pipeline.training.checkpoint import CheckpointStore, DamagedError, initial_checkpoint, load_weights, read_meta
 from pipeline.training.distributed import ALONE, World, load_newest
@@ -150,7 +150,7 @@ def run(
         assert done is not None
         best, step = done["progress"]["best_metric"], done["progress"]["best_step"]
         if best is not None and world.is_main:
-            say(f"{run} fold{fold}: best {metric_name(competition)} {best:.4f} at step {step}")
+            say(f"{run} fold{fold}: best {metric_name(competition)} {score_text(best)} at step {step}")
         return _report(store, done, status="built", seconds=time.monotonic() - started)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from pipeline.labels import log_losses, read_classes
 from submissions import class_scores, figures, page
+from submissions.breakdown import LENGTH_STEP
 from submissions.class_evaluation import MOST_CONFUSED, ClassesPredicted, read_predicted
 from submissions.page import Markup
 from submissions.subject import Subject, beginning, test_table, without_prediction
@@ -162,9 +163,9 @@ def _errors_section(subject: Subject, own: ClassesPredicted, decided_NK: np.ndar
     parts = []
     rows = subject.scores["by_length"]
     if len(rows) > 1:
-        starts = [int(row["label"].partition("-")[0]) for row in rows]
+        middles = [int(row["label"].partition("-")[0]) + LENGTH_STEP / 2 for row in rows]
         drawing = figures.profile(
-            starts, [[row["accuracy"] for row in rows]], xlabel="length, letters", ylabel="accuracy"
+            middles, [[row["accuracy"] for row in rows]], xlabel="length, letters", ylabel="accuracy"
         )
         cells = [
             [row["label"].replace("-", "–"), page.number(row["score"]), page.number(row["accuracy"]), row["sequences"]]

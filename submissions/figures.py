@@ -105,6 +105,18 @@ def series_colour(place: int) -> str:
     return f"var(--s{place % len(SERIES)})"
 
 
+def brief(name: str) -> str:
+    """A name that fits on an axis or above one of four drawings: of a long one both ends.
+
+    >>> brief("deg_Mg_pH10"), brief("relative luminescence after 24 hours")
+    ('deg_Mg_pH10', 'relative lumi…r 24 hours')
+    """
+    return name if len(name) <= _BRIEF else f"{name[: _BRIEF // 2 + 1]}…{name[2 - _BRIEF // 2 :]}"
+
+
+_BRIEF = 24
+
+
 def heat_gradient() -> str:
     """The heat map's colours as a CSS background."""
     stops = ", ".join(mpl.colors.to_hex(HEAT(share)) for share in np.linspace(0, 1, 9))
@@ -240,14 +252,15 @@ def grouped_bars(
         ylabel: with unit.
         notes: second line under each label.
     """
-    width = 0.8 / len(values)
+    width, most = 0.8 / len(values), max(map(max, values))
     with canvas(4.6, 2.9) as made:
         axes = made.axes
         for place, heights in enumerate(values):
             x = np.arange(len(labels)) + (place - (len(values) - 1) / 2) * width
             drawn = axes.bar(x, heights, width * 0.92, color=SERIES[place % len(SERIES)])
             if len(labels) * len(values) <= 12:
-                axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=8, color=MUTED)
+                written = [f"{height:.2f}" if most >= 0.1 else f"{height:.2g}" for height in heights]
+                axes.bar_label(drawn, written, padding=2, fontsize=8, color=MUTED)
         texts = [f"{label}\n{note}" for label, note in zip(labels, notes, strict=True)] if notes else labels
         axes.set_xticks(range(len(labels)), texts, fontsize=9)
         axes.tick_params(axis="x", length=0)

@@ -198,8 +198,10 @@ def layout_of(competition: Competition, keys: Keys) -> Layout:
 
 
 def _range(competition: Competition) -> tuple[float, float]:
+    """Of values, which are float32: 0.1 as such is a little more than 0.1."""
     most = float(np.finfo(np.float32).max)
-    return competition.target_range or (-most, most)
+    low, high = competition.target_range or (-most, most)
+    return min(low, float(np.float32(low))), max(high, float(np.float32(high)))
 
 
 def read_sample(path: Path) -> pl.DataFrame:

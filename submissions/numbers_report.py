@@ -68,7 +68,8 @@ def _measured_section(subject: Subject, own: Predicted) -> Markup:
     for place, name, here_N in _columns_drawn(subject, own):
         pair = own.said_NK[here_N, place].astype(np.float64), own.truth_NK[here_N, place]
         drawing = figures.points if len(pair[0]) <= _DOTS else _density
-        drawings.append(page.figure(drawing(*pair, unit=name, colour=place % len(figures.SERIES)), title=name))
+        drawn = drawing(*pair, unit=figures.brief(name), colour=place % len(figures.SERIES))
+        drawings.append(page.figure(drawn, title=name))
     words = "Dashed: perfect predictions."
     if len(own.ids) > _DOTS:
         words += (

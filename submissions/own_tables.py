@@ -135,10 +135,12 @@ def _by_nucleotide(table: pl.DataFrame, targets: Sequence[str]) -> pl.DataFrame:
 
 def _page(table: pl.DataFrame, competition: Competition, longest: int | None, *, title: str, name: str) -> str:
     low, high = competition.shown_range
+    base = min(max(low, 0.0), high)  # bars begin at 0, or at the edge that is next to it
     names = [short_name(target) for target in competition.targets]
     shown = table.head(_SHOWN)
     words = f"{table.height:,} sequences" if table.height > 1 else "1 sequence"
-    words += f", predicted by {name}. Bars reach from {low:g} to the line at {high:g} and are cut there. "
+    edges = f"{low:g} and {high:g}" if low < base else f"{high:g}"
+    words += f", predicted by {name}. Bars begin at {base:g} and are cut at {edges}. "
     words += f"Every value is in {name}.csv."
     if table.height > shown.height:
         words += f" Drawn: the first {shown.height}."
@@ -148,7 +150,8 @@ def _page(table: pl.DataFrame, competition: Competition, longest: int | None, *,
         about += f", longer than the {longest:,} nt of training" if longest and len(sequence) > longest else ""
         about += f", the first {_SHOWN_NT:,} drawn" if len(sequence) > _SHOWN_NT else ""
         heights_CL = (np.array(values)[:, :_SHOWN_NT].clip(low, high) - low) / (high - low)
-        drawings.append(page.figure(profile_drawing(sequence[:_SHOWN_NT], heights_CL, names), title=about, wide=True))
+        drawing = profile_drawing(sequence[:_SHOWN_NT], heights_CL, names, base=(base - low) / (high - low))
+        drawings.append(page.figure(drawing, title=about, wide=True))
     key = page.legend([(label, series_colour(place)) for place, label in enumerate(names)])
     body = page.join(
         page.element("div", competition.title, class_="kicker"),
@@ -160,7 +163,7 @@ def _page(table: pl.DataFrame, competition: Competition, longest: int | None, *,
     return page.page(title, body)
 
 
-def profile_drawing(letters: str, heights_CL: np.ndarray, names: Sequence[str]) -> Markup:
+def profile_drawing(letters: str, heights_CL: np.ndarray, names: Sequence[str], *, base: float = 0.0) -> Markup:
     """Bars of a sequence's values over its letters, a hundred nucleotides a line.
 
     Drawn without matplotlib, which takes a second for the letters of a few hundred nucleotides.
@@ -169,12 +172,13 @@ def profile_drawing(letters: str, heights_CL: np.ndarray, names: Sequence[str]) 
         letters: [L].
         heights_CL: [C, L] in [0, 1].
         names: of the targets, for those who listen.
+        base: in [0, 1], where bars begin.
     """
     lines = [slice(start, start + _LINE) for start in range(0, len(letters), _LINE)]
     height = len(names) * (_BARS + _GAP) + 2 * _GAP
     width = _LINE * _CELL + 2 * _CELL  # also of a short sequence, whose letters have the same size; room for numbers
     parts = [
-        _line(letters[line], heights_CL[:, line], first=line.start, top=number * height)
+        _line(letters[line], heights_CL[:, line], base, first=line.start, top=number * height)
         for number, line in enumerate(lines)
     ]
     return Markup(
@@ -184,24 +188,26 @@ def profile_drawing(letters: str, heights_CL: np.ndarray, names: Sequence[str]) 
     )
 
 
-def _line(letters: str, heights_CL: np.ndarray, *, first: int, top: int) -> str:
+def _line(letters: str, heights_CL: np.ndarray, base: float, *, first: int, top: int) -> str:
     """One line: a row of bars for each target, the letters, and every tenth position."""
     parts = []
     for place, heights_L in enumerate(heights_CL):
-        base = top + (place + 1) * (_BARS + _GAP) - _GAP // 2
+        foot = top + (place + 1) * (_BARS + _GAP) - _GAP // 2
+        zero = foot - round(base * _BARS)
         bars = "".join(
-            f"M{at * _CELL + 1} {base}v-{share * _BARS:.1f}h{_CELL - 2}V{base}z" for at, share in enumerate(heights_L)
+            f"M{at * _CELL + 1} {zero}v{(base - share) * _BARS:.1f}h{_CELL - 2}V{zero}z"
+            for at, share in enumerate(heights_L)
         )
         parts.append(
-            f'<path d="M0 {base}.5h{len(letters) * _CELL}M0 {base - _BARS}.5h{len(letters) * _CELL}" '
+            f'<path d="M0 {zero}.5h{len(letters) * _CELL}M0 {foot - _BARS}.5h{len(letters) * _CELL}" '
             'stroke="var(--line)"/>'
             f'<path d="{bars}" fill="{series_colour(place)}"/>'
         )
-    base = top + len(heights_CL) * (_BARS + _GAP) + _GAP // 2
+    foot = top + len(heights_CL) * (_BARS + _GAP) + _GAP // 2
     places = " ".join(str(at * _CELL + _CELL / 2) for at in range(len(letters)))
-    parts.append(f'<text x="{places}" y="{base}" fill="var(--ink)">{page.text(letters)}</text>')
+    parts.append(f'<text x="{places}" y="{foot}" fill="var(--ink)">{page.text(letters)}</text>')
     for at in range(len(letters)):
         if (first + at + 1) % 10 == 0:
             x = at * _CELL + _CELL / 2
-            parts.append(f'<text x="{x}" y="{base + _CELL + 2}" fill="var(--muted)">{first + at + 1}</text>')
+            parts.append(f'<text x="{x}" y="{foot + _CELL + 2}" fill="var(--muted)">{first + at + 1}</text>')
     return "".join(parts)

@@ -52,9 +52,10 @@ nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin: 1.4rem 0 0; pad
 nav a { text-decoration: none; }
 nav a:hover { text-decoration: underline; }
 section { padding-top: 3rem; }
-.hero { display: grid; grid-template-columns: minmax(12rem, 1fr) 2.2fr; gap: 1.5rem 3rem; align-items: center;
+.hero { display: grid; grid-template-columns: minmax(max-content, 1fr) 2.2fr; gap: 1.5rem 3rem; align-items: center;
   margin-top: 1.8rem; }
-.score { font-size: clamp(3.2rem, 9vw, 4.6rem); font-weight: 650; line-height: 1.05; letter-spacing: -.045em; }
+.score { font-size: clamp(3.2rem, 9vw, 4.6rem); font-weight: 650; line-height: 1.05; letter-spacing: -.045em;
+  white-space: nowrap; }
 .bars { display: grid; grid-template-columns: fit-content(55%) 1fr max-content; gap: .4rem .8rem;
   align-items: center; font-size: .92rem; }
 .bars .track { height: .8rem; }

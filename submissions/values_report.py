@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from pipeline.competitions.base import Competition
-from pipeline.runlog import track
+from pipeline.runlog import score_text, track
 from pipeline.schema import ALPHABET
 from pipeline.tables import OofBatch, out_of_fold, truth_that_counts
 from submissions import figures, page
@@ -88,7 +88,7 @@ def _calibration_section(gathered: _Gathered) -> Markup:
     drawings = []
     for place, (target, counts_BB) in enumerate(zip(gathered.competition.targets, gathered.counts_CBB, strict=True)):
         unit = "degradation" if target.startswith("deg_") else "reactivity"
-        unit = target if gathered.competition.is_own else unit
+        unit = figures.brief(target) if gathered.competition.is_own else unit
         drawing = figures.calibration(counts_BB, low=gathered.low, high=gathered.high, unit=unit, colour=place)
         drawings.append(page.figure(drawing, title=short_name(target)))
     words = (
@@ -161,19 +161,20 @@ def _examples_section(subject: Subject, gathered: _Gathered) -> Markup:
     strips, mapped = gathered.spread_out(_STRIPS), gathered.spread_out(_MAPPED)
     examples = _read_examples(subject, [*strips, *mapped])
     scale = page.element("span", class_="ramp", style=f"background: {figures.heat_gradient()}")
-    key = page.element("div", f"{gathered.low:g}", scale, f"{gathered.high:g} and above", class_="legend")
+    below = "" if competition.target_range else " and below"
+    key = page.element("div", f"{gathered.low:g}{below}", scale, f"{gathered.high:g} and above", class_="legend")
     first, last = _span(examples.values())
     maps = []
     for place, target in enumerate(competition.targets):
         for kind in ("measured", "predicted"):
             rows = [_padded(examples[name], kind, place, first, last) for name in mapped]
-            maps.append((f"{short_name(target)}, {kind}", np.stack(rows)))
+            maps.append((f"{figures.brief(short_name(target))}, {kind}", np.stack(rows)))
     draw = partial(figures.heat_maps, first=first + 1, low=gathered.low, high=gathered.high)
     overview = [draw(maps[at : at + 4], ylabel="sequences, best predicted on top") for at in range(0, len(maps), 4)]
     drawings = [
         page.figure(
             _strip(examples[name], competition, gathered),
-            title=f"{name} · error {error:.3f} · {examples[name]['about']}",
+            title=f"{name} · error {score_text(error, 3)} · {examples[name]['about']}",
             wide=True,
         )
         for name, error in strips.items()
@@ -229,7 +230,7 @@ def _padded(example: Mapping[str, Any], kind: str, place: int, first: int, last:
 def _strip(example: Mapping[str, Any], competition: Competition, gathered: _Gathered) -> Markup:
     first, last = _span([example])
     rows = [
-        (f"{short_name(target)} {kind}", example[kind][place][first:last])
+        (f"{figures.brief(short_name(target))} {kind}", example[kind][place][first:last])
         for place, target in enumerate(competition.targets)
         for kind in ("measured", "predicted")
     ]

@@ -53,6 +53,7 @@ from submissions.structure_scores import trivial_shapes
 VERSION = 1
 
 #: Decimals of a value in a CSV; half of the last one, 0.00005, is below any difference of scores that means something.
+#: Of a set of one's own, whose unit nobody knows, all digits of a float32 are written.
 DECIMALS = 4
 #: Decimals of a coordinate, as in a PDB file, Å.
 COORDINATE_DECIMALS = 3
@@ -91,6 +92,7 @@ def run(paths: Paths, *, competition: Competition, name: str, fmt: str = "csv", 
         inputs |= class_inputs(paths, name)
     if competition.task == "numbers":
         inputs |= number_inputs(paths, competition)
+    decimals = _decimals(competition)
     build = partial(_build, paths, competition, inputs["predictions"], fmt=fmt, fill=fill)
     if fill and not inputs["predictions"].is_file():
         del inputs["predictions"]
@@ -98,7 +100,7 @@ def run(paths: Paths, *, competition: Competition, name: str, fmt: str = "csv", 
         "submit",
         inputs=inputs,
         outputs={"submission": paths.submission(name, suffix=fmt)},
-        params={"version": VERSION, "competition": competition.name, "format": fmt, "decimals": DECIMALS, "fill": fill},
+        params={"version": VERSION, "competition": competition.name, "format": fmt, "decimals": decimals, "fill": fill},
         build=build,
         manifest=home / f"submit-{fmt}.manifest.json",
     )
@@ -145,7 +147,10 @@ def _write_values(
     try:
         dealt = _deal(predictions, index, competition.targets, scratch)
         chunks = _clipped(_in_order(dealt, index, layout), layout)
-        clipped = _write_csv(chunks, layout, part) if fmt == "csv" else _write_parquet(chunks, layout, part)
+        if fmt == "csv":
+            clipped = _write_csv(chunks, layout, part, decimals=_decimals(competition))
+        else:
+            clipped = _write_parquet(chunks, layout, part)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     facts = {"clipped_values": clipped} if competition.target_range else {}  # without a range nothing is cut
@@ -245,10 +250,14 @@ def _clipped(parts: Iterator[np.ndarray], layout: Layout) -> Iterator[tuple[int,
 _Chunks = Iterator[tuple[int, np.ndarray, int]]
 
 
-def _write_csv(chunks: _Chunks, layout: Layout, part: Path) -> int:
+def _decimals(competition: Competition) -> int | None:
+    return None if competition.is_own else DECIMALS
+
+
+def _write_csv(chunks: _Chunks, layout: Layout, part: Path, *, decimals: int | None) -> int:
     clipped = 0
     fixed = isinstance(layout.keys, IdRuns) and layout.low >= 0.0 and layout.high < 10.0
-    formatter = FixedWidth(layout) if fixed else format_rows
+    formatter = FixedWidth(layout) if fixed else partial(format_rows, decimals=decimals)
     with part.open("wb") as handle:
         handle.write((",".join(layout.columns) + "\n").encode())
         for start, values_TC, outside in chunks:
@@ -271,10 +280,10 @@ def _write_parquet(chunks: _Chunks, layout: Layout, part: Path) -> int:
     return clipped
 
 
-def format_rows(key_T: np.ndarray, values_TC: np.ndarray) -> bytes:
-    """CSV lines of keys and values with `DECIMALS` decimals, for any range: the reference of `FixedWidth`."""
+def format_rows(key_T: np.ndarray, values_TC: np.ndarray, *, decimals: int | None = DECIMALS) -> bytes:
+    """CSV lines of keys and values, for any range: the reference of `FixedWidth`; None = all digits of a float32."""
     columns = {"key": key_T} | {str(place): values_TC[:, place] for place in range(values_TC.shape[1])}
-    return pl.DataFrame(columns).write_csv(include_header=False, float_precision=DECIMALS).encode()
+    return pl.DataFrame(columns).write_csv(include_header=False, float_precision=decimals).encode()
 
 
 class FixedWidth:

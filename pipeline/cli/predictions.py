@@ -26,7 +26,7 @@ from pipeline.cli.options import (
 )
 from pipeline.cli.own import OwnFile, OwnSequence, predict_file, source_of
 from pipeline.cli.program import show, verb
-from pipeline.runs import check_fold, find_run, finished_runs, run_name, warn_of_unfinished
+from pipeline.runs import check_fold, find_run, finished_runs, run_name, warn_of_other_data, warn_of_unfinished
 
 
 @verb()
@@ -127,6 +127,7 @@ def ensemble(
         return
     runs = run or finished_runs(paths, split, partial=partial)
     warn_of_unfinished(paths, runs)
+    warn_of_other_data(paths, runs)
     which = {"name": name, "runs": runs, "split": split, "allow_partial": partial}
     report = stage.run(paths, competition=find_competition(comp, artifacts), score=tm_scores, **which)
     show(report, stage.describe(report.facts))

@@ -20,7 +20,7 @@ from pipeline.cli.options import (
 from pipeline.cli.own import OwnFile, OwnSequence, predict_structures, source_of
 from pipeline.cli.program import show, verb
 from pipeline.errors import ConfigError
-from pipeline.runs import read_run_name
+from pipeline.runs import read_run_name, warn_of_other_data
 
 SingleRun = Annotated[str, typer.Option("--run", help="A single run, <model>.<split>, instead of the ensemble.")]
 Engine = Annotated[
@@ -61,6 +61,7 @@ def evaluate(
     split = read_run_name(single_run)[2] if single_run else split
     competition, paths = find_competition(comp, artifacts), find_paths(comp, artifacts)
     report = stage.run(paths, competition=competition, split=split, engine=engine, **which)
+    warn_of_other_data(paths, [single_run] if single_run else [*report.facts["runs"]])
     show(report, stage.describe(report.facts))
 
 

@@ -65,6 +65,11 @@ def take_numbers(
                 f"{where}: {name} is {found}; expected at least two different numbers. Next: check the column, or name "
                 "others in columns.toml: numbers = ['<column>', …]."
             )
+        if not _are_told_apart(known):
+            raise DataError(
+                f"{where}: {name} reaches from {known[0]:g} to {known[-1]:g}; expected numbers that 32 bits hold and "
+                "tell apart. Next: write them in another unit, or less what they have in common."
+            )
         if hint := _sentinel(known):
             warn(f"{where}: {name}: {hint}")
         told[name] = _summary(known, missing=len(column) - len(known))
@@ -135,6 +140,18 @@ def _read_cells(frame: pl.DataFrame, names: Sequence[str]) -> tuple[pl.DataFrame
         pl.when(pl.any_horizontal(pl.all().is_not_null())).then(pl.concat_list(pl.all())).alias("numbers")
     )
     return frame.with_columns(known["numbers"]), unsaid
+
+
+def _are_told_apart(known: np.ndarray) -> bool:
+    """Whether predictions, which are of 32 bits, have a hundred steps at least from the first to the last number.
+
+    >>> _are_told_apart(np.array([1e12, 2e12])), _are_told_apart(np.array([1e39, 2e39]))
+    (True, False)
+    >>> _are_told_apart(np.array([1e-12, 2e-12])), _are_told_apart(np.array([1e9, 1e9 + 60]))
+    (True, False)
+    """
+    kind, largest = np.finfo(np.float32), np.abs(known[[0, -1]]).max()
+    return bool(largest < kind.max and known[-1] - known[0] > 100 * max(kind.eps * largest, kind.tiny))
 
 
 def _sentinel(known: np.ndarray) -> str:

@@ -24,6 +24,7 @@ _NUMBER = r"(?:[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|(?i:nan|na|n/a|none|nul
 _NUMBERS = re.compile(rf"\s*[\[(]?\s*{_NUMBER}?(?:\s*[,;\s]\s*{_NUMBER}?)+\s*[\])]?\s*")
 _NUMBERED = re.compile(r"(.+)_(\d+)|(.*\D)(\d+)")
 _LOOKED_AT = 200  # cells from which it is told what a column holds
+_LARGEST = float(np.finfo(np.float32).max)
 _REPAIR = "Next: repair that row, or remove it."
 
 
@@ -215,7 +216,7 @@ def read_numbers(
         at_V: [V] place of each value in its list, from 0.
 
     Raises:
-        DataError: text or an infinite number.
+        DataError: text, or a number that is infinite or needs more than 32 bits.
     """
     if column.dtype == pl.String:
         text = column.str.strip_chars()
@@ -223,7 +224,7 @@ def read_numbers(
         numbers = text.cast(pl.Float64, strict=False)
     else:
         said, numbers = column.is_not_null(), column.cast(pl.Float64, strict=False)
-    bad = said & (numbers.is_null() | numbers.is_infinite())
+    bad = said & (numbers.is_null() | (numbers.abs() > _LARGEST).fill_null(False) & ~numbers.is_nan().fill_null(False))
     if bad.any():
         at = int(bad.arg_max() or 0)
         row = at if row_V is None else int(row_V[at])

@@ -220,13 +220,22 @@ def _read_columns(path: Path, settings: Settings, *, labelled: bool, also: Seque
         if several and settings.numbers:
             cells = table.select(pl.concat_list(pl.col(several).cast(pl.String)).alias("cells"))
             frame, kinds = frame.with_columns(cells["cells"]), kinds | {"cells": pl.List(pl.String)}
-        return frame.cast(kinds).with_columns(pl.lit(chosen.get("label", "label")).alias("label_name"))  # type: ignore[arg-type]
+        frame = frame.cast(kinds)  # type: ignore[arg-type]
     except pl.exceptions.PolarsError as err:
         kinds_found = ", ".join(map(str, table.dtypes))
         raise DataError(
             f"{path.name}: columns {', '.join(table.columns)} are {kinds_found}; expected text. "
             "Next: say which columns are meant in columns.toml beside the file."
         ) from err
+    frame = _without_empty_rows(frame) if labelled or "id" in chosen else frame
+    return frame.with_columns(pl.lit(chosen.get("label", "label")).alias("label_name"))
+
+
+def _without_empty_rows(frame: pl.DataFrame) -> pl.DataFrame:
+    """Rows with anything in them: spreadsheets end with others, of separators alone."""
+    lists = [name for name, kind in frame.schema.items() if isinstance(kind, pl.List)]
+    texts = frame.with_columns(pl.col(lists).list.join("", ignore_nulls=True)).fill_null("")
+    return frame.filter(~texts.select(pl.all_horizontal(pl.all().str.strip_chars() == "")).to_series())
 
 
 def _join_flags(table: pl.DataFrame, names: Sequence[str], *, where: str) -> pl.Series:
@@ -325,9 +334,11 @@ def _choose_columns(names: Sequence[str], settings: Settings, *, labelled: bool,
         if role == "label" and (settings.classes or settings.numbers):
             continue
         told = getattr(settings, role)
-        found = [told] if told else _usual_columns(names, role)
+        found = [told] if told else list(dict.fromkeys(_usual_columns(names, role)))
         if role == "label" and not labelled:  # of a test set they may be there
             chosen |= {role: found[0]} if len(found) == 1 and found[0] in names else {}
+            continue
+        if role == "group" and not labelled:  # relatives matter where folds are made
             continue
         listed = ", ".join(names[:12]) + (" …" if len(names) > 12 else "")
         if told and told not in names:
@@ -345,6 +356,12 @@ def _choose_columns(names: Sequence[str], settings: Settings, *, labelled: bool,
                 f"Next: say which is the {role} in columns.toml beside the file: {role} = '<column>'{several}."
             )
         chosen |= {role: found[0]} if found else {}
+    taken = [*chosen.values(), *settings.classes, *settings.numbers]
+    if twice := [name for name in taken if names.count(name) > 1]:
+        raise DataError(
+            f"{where}: {names.count(twice[0])} columns are called {twice[0]!r}; expected one. Next: rename or remove "
+            "the others."
+        )
     return chosen
 
 

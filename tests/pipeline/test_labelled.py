@@ -237,6 +237,16 @@ def test_known_relatives_are_kept(raw, paths, run):
     assert train(paths)["group"].to_list() == ["g", None, "g", "h"]
 
 
+def test_a_test_set_need_not_tell_its_relatives(raw, paths, run):
+    """test.csv: no column 'family', which columns.toml names; found sequence."""
+    ROWS.with_columns(pl.Series("family", ["g", "", "g", "h"])).write_csv(raw / "train.csv")
+    ROWS.select("sequence").write_csv(raw / "test.csv")
+    (raw / "columns.toml").write_text('group = "family"\nlabel = "label"\n')
+    run()
+    assert train(paths)["group"].to_list() == ["g", None, "g", "h"]
+    assert pl.read_parquet(paths.clean("test")).height == 4
+
+
 # --- letters ---------------------------------------------------------------------------------------------------------
 
 

@@ -139,9 +139,39 @@ BAD = {
     "two-ways": (ROWS, "numbers = ['half_life']\nlabel = 'half_life'", r"label and numbers; expected one of them"),
     "not-a-list": (ROWS, "numbers = 'half_life'", r"numbers = 'half_life'; expected .*numbers \(list\)"),
     "constant": (ROWS.with_columns(half_life=pl.lit(2.5)), TOLD, r"half_life is 2.5 in all 12 sequences; expected at"),
+    "too-large": (with_cells(["1e39"]), TOLD, r"half_life reaches from 1.25 to 1e\+39; expected numbers that"),
+    "too-small": (ROWS.with_columns(pl.col("half_life") * 1e-45), TOLD, r"half_life reaches from 0 to 1.3\d*e-44; ex"),
+    "too-close": (ROWS.with_columns(pl.col("half_life") + 1e9), TOLD, r"half_life reaches from 1e\+09 to 1e\+09; ex"),
     "nothing": (ROWS.with_columns(half_life=pl.lit("")), TOLD, r"half_life is no number at all; expected at least two"),
     "which": (ROWS.with_columns(tm="half_life"), "", r"half_life and tm may .* or numbers = \['half_life', 'tm'\]"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "columns"), [("label", ""), ("half_life", TOLD), ("sequence", TOLD)])
+def test_a_column_that_is_there_twice_is_refused_and_one_that_nobody_reads_is_not(name, columns, raw, run):
+    """Which of two was read was not told."""
+    table = ROWS.rename({"half_life": "label"}) if name == "label" else ROWS
+    csv(raw, table.with_columns(note=pl.lit("a"), again=name), columns)
+    text = (raw / "train.csv").read_text().replace(",note,again", f",note,{name}", 1)
+    (raw / "train.csv").write_text(text)
+    with pytest.raises(DataError, match=f"train.csv: 2 columns are called '{name}'; expected one. Next: rename"):
+        run()
+    (raw / "train.csv").write_text(text.replace(f",note,{name}", ",note,note", 1))
+    assert run()["sequences"] == ROWS.height
+
+
+@pytest.mark.parametrize("columns", ["", TOLD])
+def test_rows_of_separators_alone_as_spreadsheets_leave_them_are_no_rows(columns, raw, run):
+    csv(raw, ROWS, columns)
+    with (raw / "train.csv").open("a") as file:
+        file.write(",,\n , ,\n")
+    (raw / "test.csv").write_text("id,sequence\na,ACGU\n,\n")
+    facts = run()
+    assert (facts["rows"], facts["test"]["sequences"]) == (ROWS.height, 1)
+    with (raw / "train.csv").open("a") as file:
+        file.write(",,2.5\n")
+    with pytest.raises(DataError, match="row 13: empty sequence"):
+        run()
 
 
 @pytest.mark.parametrize("case", BAD)

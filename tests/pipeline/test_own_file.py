@@ -14,9 +14,9 @@ from pipeline.competitions import get_competition
 from pipeline.competitions.base import Competition
 from pipeline.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from pipeline.errors import ConfigError, DataError
-from pipeline.labels import Classes, write_labels
+from pipeline.labels import Classes, Numbers, read_labels, write_labels
 from pipeline.paths import Paths
-from pipeline.runs import find_run
+from pipeline.runs import find_run, warn_of_other_data
 from pipeline.stage import Report
 from submissions import own_tables
 from tests import number_tables
@@ -138,6 +138,20 @@ def test_bars_are_as_high_as_the_values_and_stand_over_their_letters():
     assert ">100</text>" in drawing
 
 
+def test_bars_begin_at_zero_where_values_may_be_negative():
+    """A value of 0 had a bar from the lower edge."""
+    drawing = own_tables.profile_drawing("ACG", np.array([[0.0, 0.25, 1.0]]), ["a"], base=0.25)
+    bars = drawing.split(' fill="var(--s0)"')[0].rpartition('d="')[2]
+    assert [bars.count(f" 48v{height}h") for height in ("13.5", "0.0", "-40.5")] == [1, 1, 1]
+
+
+def test_a_fold_is_no_run_and_the_command_that_is_meant_is_told(paths):
+    folder = paths.run_dir(tiny.RUN) / "fold1"
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    with pytest.raises(ConfigError, match=rf"one fold of a run; .* Next: MODEL={folder.parent} FOLD=1\."):
+        find_run(str(folder), split=SPLIT)
+
+
 def test_sequences_longer_than_those_of_training_are_told(paths, tmp_path, capsys):
     file = tmp_path / "long.fasta"
     file.write_text(f">short\nACGU\n>long\n{'ACGU' * 20}\n")
@@ -227,6 +241,8 @@ def test_classes_have_a_column_each_and_the_most_probable_one(tmp_path):
     likely = ["one" if one > two else "two" for one, two in zip(rows["p(one)"], rows["p(two)"], strict=True)]
     assert rows["most_probable"].to_list() == likely
     assert list(report.outputs) == ["table"]
+    of_numbers = get_competition(competition.name, facts={"numbers": ["half_life"]})  # what the data are of by now
+    assert predicted(file, paths, competition=of_numbers).outputs["table"].read_text().startswith("sequence_id,p(one)")
 
 
 def test_numbers_have_a_column_each_by_networks_and_words_as_the_ensemble_joins_them(tmp_path):
@@ -249,6 +265,48 @@ def test_numbers_have_a_column_each_by_networks_and_words_as_the_ensemble_joins_
     np.testing.assert_allclose(rows.sort("sequence_id").select(number_tables.NAMES).to_numpy(), told_NC, rtol=1e-4)
     alone = predicted(file, paths, run=run, competition=get_competition("labelled-melting"))
     assert pl.read_csv(alone.outputs["table"]).columns == rows.columns, "the checkpoint knows their names"
+
+
+def test_runs_that_predicted_other_labels_are_told(tmp_path, capsys):
+    """Numbers in another unit, in the same folds, were scored by predictions of the earlier ones without a word."""
+    paths = Paths(comp="labelled-melting", root=tmp_path / "artifacts")
+    competition = number_tables.write_number_data(paths, np.random.default_rng(3), sequences=48)
+    what: dict[str, Any] = {"competition": competition, "paths": paths}
+    runs = [f"drsn.{SPLIT}", words.run_name(SPLIT)]
+
+    def told() -> list[str]:
+        capsys.readouterr()
+        warn_of_other_data(paths, runs)
+        said = " ".join(capsys.readouterr().err.split())
+        return [run for run in runs if f"{run}: predicted before make data wrote other tables" in said]
+
+    def make(fold: int) -> None:
+        train.run(settings(), run=runs[0], split=SPLIT, fold=fold, restart=True, **what)
+        predict.run(run=runs[0], fold=fold, **what)
+
+    for fold in range(2):
+        make(fold)
+    words.run(paths, competition=competition, split=SPLIT)
+    assert told() == []
+    clean = pl.read_parquet(paths.clean("train"))
+    clean.with_columns(pl.col("numbers").list.eval(pl.element() * 1e-9)).write_parquet(paths.clean("train"))
+    assert told() == runs
+    words.run(paths, competition=competition, split=SPLIT)
+    assert told() == runs[:1]
+    make(0)  # which removes the arrays that the other fold was made of
+    assert told() == runs[:1]
+    make(1)
+    said = "".join(capsys.readouterr())
+    assert "best MCRMSE" in said
+    assert "MCRMSE 0.0000" not in said  # in units as small as these
+    assert told() == []
+
+
+def test_a_file_that_numbers_were_predicted_for_may_be_predicted_by_classes(paths):
+    """…: trained on other data than those in …/predictions/mine/…: classes ('c', 'd') -> numbers ('Tm')."""
+    for labels in (Numbers(("Tm",), (0,), (1.0,), (1.0,), "ACGU"), Classes(("c", "d"), (0, 0), True, "ACGU")) * 2:
+        own_file.keep_labels(labels, paths)
+        assert read_labels(paths).names == labels.names
 
 
 def test_a_single_sequence_is_a_file_of_its_own(paths):

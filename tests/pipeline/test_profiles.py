@@ -211,6 +211,19 @@ def test_numbers_win_over_a_structure_unless_columns_toml_says_otherwise(clean: 
     assert "unpaired" in clean(rows, 'targets = ["structure"]').columns
 
 
+@pytest.mark.parametrize(("unit", "told"), [(1.0, ""), (100.0, "divide it by 100."), (1e-4, "divide it by 0.0001.")])
+def test_values_in_a_unit_that_networks_do_not_learn_are_told(
+    unit: float, told: str, raw: Path, run: Any, capsys: Any
+) -> None:
+    rows = [{"id": "a", "sequence": "GGAAC", "shape": [unit * value for value in (0.5, 0.75, 1.0, 1.25, 1.5)]}]
+    pl.DataFrame(rows).write_parquet(raw / "train.parquet")
+    facts = run()
+    said = " ".join(capsys.readouterr().err.split())
+    assert told in said
+    assert ("values have a mean size of" in said) == bool(told)
+    assert facts["targets"]["shape"]["median"] == pytest.approx(unit)  # not 0 in small units
+
+
 def test_a_short_list_begins_where_a_column_says(clean: Any) -> None:
     table = clean(one(shape=[1.0, 2.0], first_pos=3))
     assert table["shape"].to_list()[0] == [None, None, 1.0, 2.0, None]
@@ -294,6 +307,7 @@ REFUSED: dict[str, tuple[Rows, str, str]] = {
     "beyond": (one(shape=[0.1] * 3, first_pos=4), "", "3 values, from position 4 on"),
     "before": (one(shape=[0.1] * 3, first_pos=0), "", "3 values, from position 0 on"),
     "infinite": (one(shape=[0.1, float("inf"), 0.3, 0.4, 0.5]), "", r"shape holds 'inf' at position 2"),
+    "too-large": (one(shape=[0.1, 1e39, 0.3, 0.4, 0.5]), "", r"shape holds '1e\+39' at position 2"),
     "no-target": (one(), 'targets = ["dms"]', r"no column 'dms', a target; found shape"),
     "no-column": (one(), 'group = "family"', "no column 'family', which columns.toml names"),
     "another-sequence": (
@@ -458,6 +472,17 @@ def test_a_sample_submission_orders_the_targets(raw: Path, run: Any, paths: Path
     table.rename({"dms": "cmct"}).write_csv(raw / "sample_submission.csv")
     with pytest.raises(DataError, match="columns id_seqpos, cmct, shape; expected id_seqpos and"):
         run()
+
+
+def test_a_test_set_need_not_hold_what_only_training_needs(raw: Path, run: Any, paths: Paths) -> None:
+    """test.csv: no column 'family', which columns.toml names."""
+    rows = [row | {"family": f"g{place // 2}", "quality": 2.0, "start": 1} for place, row in enumerate(ROWS)]
+    (raw / "train.jsonl").write_text(json_lines(rows))
+    pl.DataFrame(ROWS).select("id", "sequence").write_csv(raw / "test.csv")
+    (raw / "columns.toml").write_text('group = "family"\nsignal_to_noise = "quality"\nfirst = "start"\n')
+    run()
+    assert pl.read_parquet(paths.clean("test"))["sequence_id"].to_list() == [row["id"] for row in ROWS]
+    assert pl.read_parquet(paths.clean("train"))["group"].n_unique() == 6
 
 
 def test_odd_letters_are_refused_in_a_test_set_and_read_as_another_in_a_hidden_one(

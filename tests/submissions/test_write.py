@@ -180,6 +180,33 @@ def test_nothing_is_said_of_clipping_where_values_have_no_range(paths):
     assert "clipped_values" not in report.facts
 
 
+def profiles(target_range: tuple[float, float] | None):
+    """A set of one's own with the targets of the tables here; `files` make a competition Kaggle's."""
+    own = replace(RIBONANZA, files=(), row_key="id_seqpos", target_range=target_range)
+    assert own.is_own
+    return own
+
+
+def test_numbers_of_ones_own_keep_their_digits_whatever_their_unit(paths):
+    """Values of a few hundred-thousandths were all 0.0000, and accepted."""
+    small = pl.read_parquet(predictions(paths)).with_columns(pl.col(TARGETS).list.eval(pl.element() * 1e-5))
+    small.write_parquet(predictions(paths))
+    written = pl.read_csv(run(paths, comp=profiles(None)).outputs["submission"])
+    told = (
+        pl.read_parquet(paths.clean("test")).select("sequence_id").join(small, on="sequence_id", maintain_order="left")
+    )
+    for name in TARGETS:
+        np.testing.assert_allclose(written[name], told[name].explode(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("fmt", ["csv", "parquet"])
+def test_values_at_the_end_of_a_range_that_float32_rounds_outwards_are_accepted(paths, fmt):
+    """0.1 is 0.10000000149 as float32: a parquet file with it was refused by its own check."""
+    report = run(paths, comp=profiles((0.05, 0.1)), fmt=fmt)
+    assert report.facts["clipped_values"] > 0
+    assert report.facts["ranges"][TARGETS[0]] == pytest.approx([0.05, 0.1])
+
+
 # -- structures
 
 
