@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from scipy.sparse import csr_matrix, vstack
 
-_LETTERS = 1 << 22  # that are counted together
+_LETTERS = 1 << 20  # that are counted together
 
 
 def longest_words(letters: int, most: int) -> int:
@@ -24,11 +24,11 @@ def count_words(sequences: Sequence[str], letters: str, k: int) -> csr_matrix:
     >>> count_words(["ACACNA", "G"], "ACGU", 2).toarray()[:, [1, 4]].tolist()
     [[2.0, 1.0], [0.0, 0.0]]
     """
-    return vstack([_count(part, letters, k) for part in _parts(sequences)], format="csr")
+    return vstack([_count(part, letters, k) for part in in_parts(sequences)], format="csr")
 
 
-def _parts(sequences: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Sequences in order, some million letters at a time: counting takes 100 bytes for each."""
+def in_parts(sequences: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Sequences in order, about a million letters at a time: to count takes 100 bytes a letter."""
     stops = np.cumsum(np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))) // _LETTERS
     edges = [0, *(np.flatnonzero(np.diff(stops)) + 1).tolist(), len(sequences)]
     yield from (sequences[low:high] for low, high in itertools.pairwise(edges))
@@ -36,9 +36,7 @@ def _parts(sequences: Sequence[str]) -> Iterator[Sequence[str]]:
 
 def _count(sequences: Sequence[str], letters: str, k: int) -> csr_matrix:
     lengths_N = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
-    place = np.full(256, -1)
-    place[np.frombuffer(letters.encode(), dtype=np.uint8)] = np.arange(len(letters))
-    token_T = place[np.frombuffer("".join(sequences).encode(), dtype=np.uint8)]
+    token_T = places_in(letters, "".join(sequences))
     start_T = np.flatnonzero(np.arange(len(token_T)) + k <= np.repeat(np.cumsum(lengths_N), lengths_N))
     parts_TK = np.stack([token_T[start_T + shift] for shift in range(k)], axis=1)
     known_T = (parts_TK >= 0).all(axis=1)
@@ -46,3 +44,10 @@ def _count(sequences: Sequence[str], letters: str, k: int) -> csr_matrix:
     owner_T = np.repeat(np.arange(len(sequences)), lengths_N)[start_T[known_T]]
     ones_T = np.ones(len(word_T), dtype=np.float32)
     return csr_matrix((ones_T, (owner_T, word_T)), shape=(len(sequences), len(letters) ** k))
+
+
+def places_in(letters: str, text: str) -> np.ndarray:
+    """[T] int64 place of each sign of a text among some letters; -1 = it is none of them."""
+    place = np.full(256, -1)
+    place[np.frombuffer(letters.encode(), dtype=np.uint8)] = np.arange(len(letters))
+    return place[np.frombuffer(text.encode(), dtype=np.uint8)]

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import csr_matrix, hstack
+from scipy.sparse import csr_matrix, hstack, vstack
 
-from pipeline.kmers import count_words, longest_words
+from pipeline.kmers import count_words, in_parts, longest_words, places_in
 from pipeline.labels import letters_of
 
 #: Most words of the longest k: 4-mers of RNA, 2-mers of proteins; and most pairs of a place and a letter.
@@ -50,12 +50,21 @@ class View:
 
     def features(self, sequences: Sequence[str]) -> csr_matrix:
         """[N, V] float32: length, counts of all words up to the longest, and the letter at each place."""
+        return vstack([self._features(part) for part in in_parts(sequences)], format="csr")
+
+    def _features(self, sequences: Sequence[str]) -> csr_matrix:
         lengths_N1 = np.array([[len(sequence)] for sequence in sequences], dtype=np.float32).reshape(-1, 1)
         words = [count_words(sequences, self.letters, k) for k in range(1, self.longest + 1)]
-        places = [
-            count_words([sequence[at : at + 1] for sequence in sequences], self.letters, 1) for at in range(self.span)
-        ]
-        return csr_matrix(hstack([csr_matrix(lengths_N1), *words, *places]))
+        return hstack([csr_matrix(lengths_N1), *words, self._at_places(sequences)], format="csr")
+
+    def _at_places(self, sequences: Sequence[str]) -> csr_matrix:
+        """[N, V] float32: 1 for the letter at each of the first places."""
+        text = "".join(sequence[: self.span].ljust(self.span) for sequence in sequences)
+        letter_NS = places_in(self.letters, text).reshape(len(sequences), self.span)
+        row_T, place_T = np.nonzero(letter_NS >= 0)
+        column_T = place_T * len(self.letters) + letter_NS[row_T, place_T]
+        ones_T = np.ones(len(row_T), dtype=np.float32)
+        return csr_matrix((ones_T, (row_T, column_T)), shape=(len(sequences), self.span * len(self.letters)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +80,8 @@ class Model:
 
     def predict(self, sequences: Sequence[str]) -> np.ndarray:
         """[N, C] float64, in the units of the data."""
-        said_NC = self.view.features(sequences) @ self.weights_CV.T + self.level_C
-        return np.clip(said_NC, self.low_C, self.high_C)
+        said_NC = np.concatenate([self.view.features(part) @ self.weights_CV.T for part in in_parts(sequences)])
+        return np.clip(said_NC + self.level_C, self.low_C, self.high_C)
 
 
 class _Moments(NamedTuple):

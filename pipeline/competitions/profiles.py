@@ -569,7 +569,7 @@ def _unlearnable(values_T: np.ndarray) -> str:
     160 OpenVaccine profiles (mean size 0.37), a small network, 105 steps, mean absolute error over that of a constant:
     0.73; of ten times the values 0.75, a hundred times 1.01, a tenth 0.77, a hundredth 1.18.
 
-    >>> _unlearnable(np.array([0.1, np.nan, 20.0])), _unlearnable(np.array([-40.0, np.nan, 40.0]))[-23:]
+    >>> _unlearnable(np.array([0.1, np.nan, 15.0])), _unlearnable(np.array([-40.0, np.nan, 40.0]))[-23:]
     ('', 'Next: divide it by 100.')
     """
     size = float(np.nanmean(np.abs(values_T), dtype=np.float64)) if not np.isnan(values_T).all() else 1.0
