@@ -54,10 +54,11 @@ class _Totals:
         kept_F = np.arange(len(self.folds)) != without
         return float(self.competition.score(self.sums_FC[kept_F].sum(axis=0), self.counts_FC[kept_F].sum(axis=0)))
 
-    def named(self) -> dict[str, float | None]:
+    def named(self) -> dict[str, Any]:
+        """``score`` and ``per_target``, which may itself be called score."""
         errors_C = self.competition.target_errors(self.sums_FC.sum(axis=0), self.counts_FC.sum(axis=0))
         told_C = [None if np.isnan(error) else float(error) for error in errors_C]  # a number nowhere measured
-        return {"score": self.score()} | dict(zip(self.competition.targets, told_C, strict=True))
+        return {"score": self.score(), "per_target": dict(zip(self.competition.targets, told_C, strict=True))}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from pipeline.runs import STAGES, read_run_name
 from pipeline.stage import Report, read_result, run_stage
 from pipeline.tables import open_parquet
 
-VERSION = 4
+VERSION = 5
 
 _SHOWN = 8  # most targets in the table for the terminal
 
@@ -233,7 +233,7 @@ def describe(facts: Mapping[str, Any]) -> Table:
         *((run, facts["run_scores"][run]) for run in facts["runs"]),
         ("plain mean", facts["mean_score"]),
     ]:
-        table.add_row(each, _score(score["score"]), *(_score(score[target]) for target in targets))
+        table.add_row(each, _score(score["score"]), *(_score(score["per_target"][target]) for target in targets))
     if facts["learned"]:
         table.add_row("learned, cross-fitted", _score(facts["learned"]["score_cross_fitted"]))
         table.add_row("learned, in sample (optimistic)", _score(facts["learned"]["score_in_sample"]))

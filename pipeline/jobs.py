@@ -23,7 +23,7 @@ from rich.text import Text
 
 from pipeline.errors import BusyError, ConfigError, DataError, PipelineError, StoppedError
 from pipeline.paths import Paths
-from pipeline.runlog import duration, read_status, say
+from pipeline.runlog import duration, read_status, say, score_text
 from pipeline.training.stop import JOB, already_at_work, lock_holder, run_lock
 
 _START = ".start"  # held by who starts a job in the background, until that trains
@@ -398,7 +398,8 @@ def _numbers(row: dict[str, Any]) -> list[str]:
     return [
         "" if row["steps"] is None else f"{row['step']}/{row['steps']}",
         shown("percent", "{:.0f}"),
-        *(shown(key, "{:.4f}") for key in ("metric", "best_metric", "loss")),
+        *("" if row[key] is None else score_text(row[key]) for key in ("metric", "best_metric")),
+        shown("loss", "{:.4f}"),
         shown("tokens_per_s", "{:,.0f}"),
         "" if row["eta_s"] is None else duration(row["eta_s"]),
         "" if row["memory_mib"] is None else f"{row['memory_mib'] / 1024:.1f} GiB",

@@ -159,7 +159,9 @@ def predict_ensemble(source: Path, *, competition: Competition, paths: Paths, na
             continue
         for fold in told["folds"]:
             done = with_best_checkpoint(work, competition=competition, paths=paths, run=run, fold=fold)
-            longest = min(longest or done.facts["trained"]["longest"], done.facts["trained"]["longest"])
+            trained = done.facts["trained"]
+            longest = min(longest or trained["longest"], trained["longest"])
+            competition = _as_trained(competition, trained["facts"], kind=next(iter(trained["labels"]), ""))
     if longest:
         _tell_of_length(longest, own)
     about = f"ensemble {name} of {', '.join(told['runs'])}"

@@ -34,7 +34,8 @@ from pipeline.templates import predict as templates
 from pipeline.templates.collection import collect
 from pipeline.templates.pairs import pairs_from_trace
 
-_VERSION = 1
+_VERSION = 2
+_NAME_LENGTH = 200  # of 255 bytes that file systems have for a name with all that stands around it
 _CUTOFF = "temporal_cutoff"
 _BRACKETS = "()", "[]", "{}", "<>", "Aa", "Bb", "Cc", "Dd"  # of pairs that cross, one kind after the other
 
@@ -96,8 +97,8 @@ def _read(source: Path, own: Paths) -> Report:
 
 
 def _with_file_names(table: pl.DataFrame, source: Path) -> pl.DataFrame:
-    """Ids become names of files: other signs than letters, digits and . _ + - become _."""
-    names = [re.sub(r"[^\w.+-]", "_", name, flags=re.ASCII) for name in table["sequence_id"]]
+    """Ids become names of files: other signs than letters, digits and . _ + - become _; long ones are cut."""
+    names = [re.sub(r"[^\w.+-]", "_", name, flags=re.ASCII)[:_NAME_LENGTH] for name in table["sequence_id"]]
     twice = {name for name in names if names.count(name) > 1}
     for name, given in zip(names, table["sequence_id"], strict=True):
         if name in twice or name.startswith("."):

@@ -59,6 +59,8 @@ def run(
         files |= {table: path for table in competition.either if (path := paths.clean(table)).is_file()}  # known so far
         tables, params = competition.test_tables, params | {"test_only": True, "rows": rows}
     given = {label.partition("/")[0] for label in files}
+    if competition.is_own and not test_only and "train" not in given:
+        raise DataError(f"RAW={raw}: a test set alone; expected the training file too. Next: put train.csv there.")
     tables = tuple(table for table in tables if table not in competition.optional or table in given)
     if not tables:
         raise DataError(f"RAW={raw}: no test set. Next: put test.csv or the like there, or leave --test-only away.")

@@ -172,7 +172,7 @@ def warn_of_other_data(paths: Paths, runs: Sequence[str]) -> None:
         inputs = [done["inputs"] for path in manifests if (done := read_manifest(path))]
         if any(_are_of_other_data(each, train, arrays) for each in inputs):
             warn(
-                f"{run}: predicted before make data wrote other tables, by which it is scored now. Next: "
+                f"{run}: predicted before the clean tables were written anew, by which it is scored now. Next: "
                 f"{_how_to_make(paths.comp, run)}{'' if is_stage(run) else ' RESTART=1, with its SET'}, or leave "
                 "it out (RUNS=…)."
             )

@@ -107,12 +107,15 @@ def evaluate_numbers(
 
 
 def _floors_of(paths: Paths, split: str, own: Predicted, competition: Competition) -> dict[str, np.ndarray]:
-    """Floors fitted on all measured sequences outside a fold, whether predicted or not, at the sequences of `own`."""
+    """Floors fitted on all measured sequences outside a fold, whether predicted or not, at the sequences of `own`.
+
+    As float32, like all predictions: ridge is to differ from the run `words` by nothing.
+    """
     rows, truth_NC = read_known(paths, answers_of(competition), split=split)
     here_N = rows["sequence_id"].is_in(own.ids.to_list()).to_numpy()
     fold_N, cluster_N = (rows[name].to_numpy() for name in ("fold", "cluster"))
     found = predict_floors(rows["sequence"].to_list(), truth_NC, fold_N, cluster_N, read_numbers(paths))
-    return {name: said_NC[here_N] for name, said_NC in found.items()}
+    return {name: said_NC[here_N].astype(np.float32) for name, said_NC in found.items()}
 
 
 def _differences(

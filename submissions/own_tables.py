@@ -21,7 +21,7 @@ from submissions.page import Markup
 from submissions.subject import short_name
 
 #: Raised when the same predictions give other files than before.
-VERSION = 1
+VERSION = 2
 _SHOWN = 50  # sequences on the page
 _SHOWN_NT = 2_000  # of each of them
 _ROWS = 1_024  # sequences of a CSV that are in memory as rows

@@ -431,7 +431,8 @@ def describe(facts: Mapping[str, Any]) -> Table:
     """Rows, size and ranges of a written submission, as a table for the terminal."""
     table = Table(box=None, show_header=False, pad_edge=False)
     size = facts["bytes"]
-    told = f"{size / 2**20:,.1f} MiB" if size >= 2**20 else f"{size / 2**10:,.0f} KiB"
+    told = f"{size / 2**10:,.0f} KiB" if size >= 2**10 else f"{size} bytes"
+    told = f"{size / 2**20:,.1f} MiB" if size >= 2**20 else told
     table.add_row("rows", f"{facts['rows']:,} for {amount(facts['sequences'], 'sequence')}, {told}")
     for name, (low, high) in _of_axes(facts["ranges"]).items():
         table.add_row(escape(name), f"{low:.4g} to {high:.4g}")

@@ -73,7 +73,7 @@ def test_the_help_lists_the_verbs_below_what_their_modules_are_about(capsys, mon
         (["train", "--model", "tiny_hyena", "--fold", "7"], 2, "FOLD=7: the folds of sim80_k5 are 0 to 4"),
         (["train", "--model", "tiny_hyena", "--split", "sim80k5"], 2, "SPLIT='sim80k5'"),
         (["train", "--model", "tiny_hyena", "--tag", "a/b"], 2, "TAG='a/b'"),
-        (["train", "--model", "tiny_hyena", "--tag", "x" * 101], 2, "100 at most"),  # "File name too long"
+        (["train", "--model", "tiny_hyena", "--tag", "x" * 101], 2, "at most 100"),  # "File name too long"
         (["train", "--model", "tiny_hyena", "--tag", "sweep-x"], 2, "left out of ensembles. Next: give another TAG"),
         (
             ["train", "--model", "tiny_hyena", "--tag", "x", "--set", "train.workers=500"],

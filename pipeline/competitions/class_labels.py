@@ -29,9 +29,7 @@ def take_classes(
     if "id" in frame.columns:
         frame = frame.unique(["id", "sequence", "names"], keep="first", maintain_order=True)
     frame = with_ids(frame, "train", may_repeat=True)
-    place = {name: index for index, name in enumerate(names)}
-    places = pl.col("names").list.eval(pl.element().replace_strict(place, return_dtype=pl.UInt16))
-    train = train_table(frame, places.alias("labels"))
+    train = train_table(frame, _places(names))
     counted = dict(train["labels"].explode().drop_nulls().value_counts().iter_rows())
     classes = Classes(tuple(names), tuple(counted.get(index, 0) for index in range(len(names))), exclusive, alphabet)
     for hint in filter(None, (_combined(names, taken=settings.separator), _alike(names), _alone(classes))):
@@ -61,11 +59,14 @@ def take_test_classes(
     strange = sorted(found - set(classes.names))
     if strange or frame["names"].n_unique() < 2:
         return frame, {"labels": f"not used: {strange[0]!r} is no class" if strange else "not used: all the same"}
-    places = [
-        None if names is None else [classes.names.index(name) for name in names] for names in frame["names"].to_list()
-    ]
-    frame = frame.with_columns(pl.Series("labels", places, dtype=pl.List(pl.UInt16)))
+    frame = frame.with_columns(_places(classes.names))
     return frame, {"labelled": frame.height - frame["labels"].null_count()}
+
+
+def _places(names: Sequence[str]) -> pl.Expr:
+    """``labels``: of each row's ``names`` their places among all."""
+    place = {name: index for index, name in enumerate(names)}
+    return pl.col("names").list.eval(pl.element().replace_strict(place, return_dtype=pl.UInt16)).alias("labels")
 
 
 def _split_labels(

@@ -163,13 +163,15 @@ def _sentinel(known: np.ndarray) -> str:
     ('-999 stands apart from all others (0.5 to 2.5) i', '-1 stands apart from all others (0 to 9) in')
     >>> _sentinel(np.array([0.1, 0.2, 0.3, 99.5])), _sentinel(np.array([0.0, 0.0, 1.0, 2.0]))
     ('', '')
+    >>> _sentinel(np.array([0.0, 0.0, 1.0, 1.0]))
+    ''
     """
     for value in (known[0], known[-1]):
         others = known[known != value]
         spread, gap = np.ptp(others), np.abs(others - value).min()
         apart = gap > spread or value < 0 <= others[0]
         nines = re.fullmatch(r"-?9{2,}(\.9*)?", f"{value:.10g}") is not None
-        if apart and len(others) > 1 and (nines or len(known) - len(others) > 1):
+        if apart and len(others) > 1 and (nines or (spread > 0 and len(known) - len(others) > 1)):
             return (
                 f"{value:g} stands apart from all others ({others[0]:g} to {others[-1]:g}) in "
                 f"{len(known) - len(others):,} sequences. Next, if it means not measured: empty these cells."

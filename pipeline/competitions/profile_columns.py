@@ -23,6 +23,7 @@ _BRACKET_TEXT = re.compile(r"[.()\[\]{}<>A-Za-z]+")
 _NUMBER = r"(?:[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|(?i:nan|na|n/a|none|null))"
 _NUMBERS = re.compile(rf"\s*[\[(]?\s*{_NUMBER}?(?:\s*[,;\s]\s*{_NUMBER}?)+\s*[\])]?\s*")
 _NUMBERED = re.compile(r"(.+)_(\d+)|(.*\D)(\d+)")
+_AT_ONCE = 4096  # rows whose text is taken apart together
 _LOOKED_AT = 200  # cells from which it is told what a column holds
 _LARGEST = float(np.finfo(np.float32).max)
 _REPAIR = "Next: repair that row, or remove it."
@@ -44,6 +45,10 @@ class Rows:
     lengths_N: np.ndarray  #: [N] int64
     first_N: np.ndarray  #: [N] float64, position (from 1) of the first value of a list; NaN = not said
     measured_N: np.ndarray  #: [N] float64, how many values from the 5' end a list holds; NaN = not said
+
+    def __getitem__(self, some: slice) -> "Rows":
+        arrays = {name: getattr(self, name)[some] for name in ("lengths_N", "first_N", "measured_N")}
+        return Rows(where=self.where[some], **arrays)
 
 
 def find_targets(frame: pl.DataFrame, rows: Rows, *, told: Sequence[str], where: str) -> dict[str, Source]:
@@ -119,6 +124,11 @@ def read_values(frame: pl.DataFrame, source: Source, rows: Rows) -> np.ndarray:
     Raises:
         DataError: text among numbers, or a list of another length than its sequence; row and position are named.
     """
+    parts = (slice(first, first + _AT_ONCE) for first in range(0, frame.height, _AT_ONCE))
+    return np.concatenate([_read_values(frame[part], source, rows[part]) for part in parts])
+
+
+def _read_values(frame: pl.DataFrame, source: Source, rows: Rows) -> np.ndarray:
     name = source.columns[0]
     if source.is_structure:
         return _unpaired(frame[name].cast(pl.String), rows)
@@ -229,7 +239,10 @@ def read_numbers(
         at = int(bad.arg_max() or 0)
         row = at if row_V is None else int(row_V[at])
         place = "" if at_V is None else f" at position {int(at_V[at]) + 1}"
-        raise DataError(f"{where[row]}: {name} holds {str(column[at])[:40]!r}{place}; expected a number. {_REPAIR}")
+        most = "" if numbers[at] is None else f" of at most {_LARGEST:.2g}"
+        raise DataError(
+            f"{where[row]}: {name} holds {str(column[at])[:40]!r}{place}; expected a number{most}. {_REPAIR}"
+        )
     values_V = numbers.to_numpy().astype(np.float64)
     return np.where(values_V == _NOT_MEASURED, np.nan, values_V)
 

@@ -46,7 +46,7 @@ from pipeline.competitions.sequence_files import (
     tables_in,
 )
 from pipeline.competitions.sequence_files import raw_files as find_files
-from pipeline.competitions.sequence_rows import one_row_an_id, tell_lengths, with_ids
+from pipeline.competitions.sequence_rows import one_row_an_id, tell_lengths, total_of, with_ids
 from pipeline.competitions.wide import normalise_sequences
 from pipeline.errors import DataError
 from pipeline.paths import Paths, how_to_make
@@ -299,7 +299,7 @@ def clean(files: dict[str, Path], parts: dict[str, Path]) -> dict[str, Any]:
     if "test" in parts:
         test = _test(_read(files, "test", settings), settings, hidden=hidden)
         test.write_parquet(parts["test"], **_PARQUET)
-        facts["test"] = {"sequences": test.height, "positions": int(test["sequence"].str.len_bytes().sum())}
+        facts["test"] = {"sequences": test.height, "positions": total_of(test["sequence"].str.len_bytes())}
         if "train" in parts:
             facts["test"]["copies_of_train"] = int(test["sequence"].is_in(train["sequence"].to_list()).sum())
         if "sample" in files and not hidden:
@@ -569,15 +569,15 @@ def _unlearnable(values_T: np.ndarray) -> str:
     160 OpenVaccine profiles (mean size 0.37), a small network, 105 steps, mean absolute error over that of a constant:
     0.73; of ten times the values 0.75, a hundred times 1.01, a tenth 0.77, a hundredth 1.18.
 
-    >>> _unlearnable(np.array([0.1, np.nan, 15.0])), _unlearnable(np.array([-40.0, np.nan, 40.0]))[-23:]
-    ('', 'Next: divide it by 100.')
+    >>> _unlearnable(np.array([0.1, np.nan, 15.0])), _unlearnable(np.array([-40.0, np.nan, 40.0]))[-16:]
+    ('', ' divided by 100.')
     """
     size = float(np.nanmean(np.abs(values_T), dtype=np.float64)) if not np.isnan(values_T).all() else 1.0
     if size == 0.0 or _LEARNED[0] <= size <= _LEARNED[1]:
         return ""
     return (
         f"values have a mean size of {size:.3g}, and networks learn such of {_LEARNED[0]:g} to {_LEARNED[1]:g}. Next: "
-        f"divide it by {10.0 ** round(math.log10(size)):g}."
+        f"write them divided by {10.0 ** round(math.log10(size)):g}."
     )
 
 

@@ -27,6 +27,7 @@ import pyarrow.csv as pa_csv
 
 from pipeline.competitions.raw import kind_of, open_parquet
 from pipeline.errors import DataError
+from pipeline.runlog import say
 
 #: Column of the raw table -> names that it usually has, in small letters.
 _USUAL = {
@@ -65,6 +66,8 @@ class Settings:
 def raw_files(raw: Path, *, endings: Sequence[str] = ENDINGS) -> dict[str, Path]:
     """``train``, and ``test``, ``sample`` and ``columns`` where they are; a folder's files as ``train/<path in it>``.
 
+    Beside a test set there may be no training file, as for a notebook that only predicts.
+
     Args:
         raw: the folder, or the training file itself.
         endings: of the files that are looked for.
@@ -79,7 +82,7 @@ def raw_files(raw: Path, *, endings: Sequence[str] = ENDINGS) -> dict[str, Path]
     if raw.is_file():
         return {"train": raw} | files
     train, test, sample = (_find(raw, stem, endings) for stem in ("train", "test", _SAMPLE))
-    train = train or _only_table(raw, endings)
+    train = train or _only_table(raw, endings, needed=test is None)
     files |= {"test": test} if test and test.is_file() else {}
     if sample and not test:
         raise DataError(f"{raw}: {sample.name} and no test set; expected both or none. Next: add test.csv or the like.")
@@ -87,7 +90,7 @@ def raw_files(raw: Path, *, endings: Sequence[str] = ENDINGS) -> dict[str, Path]
     for table, path in (("train", train), ("test", test)):
         if path and path.is_dir():
             files |= _class_files(path, table)
-    return ({"train": train} if train.is_file() else {}) | files
+    return ({"train": train} if train and train.is_file() else {}) | files
 
 
 def _find(raw: Path, stem: str, endings: Sequence[str]) -> Path | None:
@@ -109,10 +112,12 @@ def ending(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def _only_table(raw: Path, endings: Sequence[str]) -> Path:
+def _only_table(raw: Path, endings: Sequence[str], *, needed: bool) -> Path | None:
     found = [path for path in tables_in(raw, endings) if path.name.partition(".")[0] not in ("test", _SAMPLE)]
     if len(found) == 1:
         return found[0]
+    if not (found or needed):
+        return None
     others = sorted(path for path in raw.iterdir() if not path.name.startswith("."))
     names = ", ".join(path.name for path in (found or others)[:5]) or "nothing of the kind"
     of_classes = (" or folder train/<class>", ", or put a FASTA file for each class into train/")
@@ -158,7 +163,7 @@ def read_told(path: Path | None, settings: type, *, passes_over: bool = False) -
     if path is None:
         return {}
     try:
-        told = tomllib.loads(path.read_text())
+        told = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise DataError(f"{path}: not valid TOML: {err}. Next: correct that line.") from err
     known = {each.name: each.type for each in fields(settings)}
@@ -213,7 +218,12 @@ def _read_columns(path: Path, settings: Settings, *, labelled: bool, also: Seque
     table = read_table(path, [*chosen.values(), *(name for name in several if name not in chosen.values())])
     frame = table.select(pl.col(column).alias(role) for role, column in chosen.items())
     if several and settings.classes:
-        frame = frame.with_columns(_join_flags(table, several, where=path.name))
+        try:
+            frame = frame.with_columns(_join_flags(table, several, where=path.name))
+        except DataError as err:
+            if labelled:
+                raise
+            say(f"{str(err).partition(';')[0]}: its classes are not used")
     is_list = isinstance(frame.schema.get("label"), pl.List)
     kinds = {role: pl.List(pl.String) if is_list and role == "label" else pl.String for role in frame.columns}
     try:

@@ -21,7 +21,7 @@ def choose_letters(frames: Sequence[pl.DataFrame], settings: Settings) -> str:
     if settings.alphabet:
         return ALPHABET if settings.alphabet == "nucleotides" else AMINO_ACIDS
     text = pl.concat([frame["sequence"] for frame in frames])
-    total, nucleotides = (int(text.str.count_matches(sign).sum() or 0) for sign in ("[A-Za-z]", _NUCLEOTIDE))
+    total, nucleotides = (total_of(text.str.count_matches(sign)) for sign in ("[A-Za-z]", _NUCLEOTIDE))
     share = nucleotides / max(total, 1)
     if _PROTEIN_BELOW < share < _NUCLEIC_FROM or not total:
         raise DataError(
@@ -51,7 +51,7 @@ def normalise(
         sign = re.search("[^A-Z]", row["text"])
         what = f"{sign.group()!r} in the sequence" if sign else "empty sequence"
         raise DataError(f"{spot(row)}: {what}; expected letters. Next: remove or repair the row.")
-    gaps = int(frame["before"].sum()) - int(frame["text"].str.len_chars().sum())
+    gaps = total_of(frame["before"]) - total_of(frame["text"].str.len_chars())
     if wrong.height:
         warn(f"{frame['where'][0]}: {wrong.height:,} sequences hold other signs than letters, or nothing")
         letter = pl.col("text").str.replace_all("[^A-Z]", unknown_letter(letters))
@@ -62,7 +62,7 @@ def normalise(
     frame = frame.with_columns(
         text.count_matches(odd).alias("odd"), text.replace_all(odd, unknown_letter(letters)).alias("sequence")
     )
-    total, odd_letters = int(frame["text"].str.len_bytes().sum()), int(frame["odd"].sum())
+    total, odd_letters = total_of(frame["text"].str.len_bytes()), total_of(frame["odd"])
     if odd_letters > settings.max_odd * total and not hidden:
         row = frame.sort("odd", descending=True).row(0, named=True)
         raise DataError(
@@ -94,6 +94,15 @@ def tell_letters(letters: str, odd: Mapping[str, int]) -> dict[str, Any]:
     kind = "RNA or DNA" if letters == ALPHABET else "protein"
     found = {f"odd, read as {unknown_letter(letters)}": odd["odd"], "sequences with odd ones": odd["sequences"]}
     return {"kind": kind} | found | {"gaps removed": odd["gaps"]}
+
+
+def total_of(counts: pl.Series) -> int:
+    """The sum of numbers of 32 bits, which polars gives in 32 bits.
+
+    >>> total_of(pl.Series([1 << 31, 1 << 31], dtype=pl.UInt32))
+    4294967296
+    """
+    return int(counts.cast(pl.Int64).sum())
 
 
 def tell_lengths(sequences: pl.Series) -> dict[str, float]:

@@ -71,9 +71,10 @@ def describe(facts: Mapping[str, Any]) -> list[Any]:
     for column in ("rank", "settings", "n", "mean", "sd", "95 % interval", "p against the first"):
         table.add_column(column, justify="left" if column == "settings" else "right")
     for row in facts["cells"]:
-        interval = "-" if row["low"] is None else f"{row['low']:.5f} … {row['high']:.5f}"
+        kind = ".5g" if row["mean"] is not None and abs(row["mean"]) < 1e-3 else ".5f"  # whatever the metric's unit
+        interval = "-" if row["low"] is None else f"{row['low']:{kind}} … {row['high']:{kind}}"
         lost = f" ({row['diverged']} diverged)" if row["diverged"] else ""
-        numbers = ["-" if row[key] is None else f"{row[key]:.5f}" for key in ("mean", "sd")]
+        numbers = ["-" if row[key] is None else f"{row[key]:{kind}}" for key in ("mean", "sd")]
         p = "" if row["p"] is None else f"{row['p']:.3f}"
         rank = "-" if row["rank"] is None else str(row["rank"])
         table.add_row(rank, label(row["cell"]), f"{row['n']}{lost}", *numbers, interval, p)

@@ -70,7 +70,7 @@ class ErrorMeter:
         assert self._competition.score is not None
         errors_C = self._competition.target_errors(self._sums_C, self._counts_C)
         values = dict(zip(self._competition.targets, map(float, errors_C), strict=True))
-        return {"metric": float(self._competition.score(self._sums_C, self._counts_C)), **values}
+        return values | {"metric": float(self._competition.score(self._sums_C, self._counts_C))}  # last: names are free
 
 
 class StructureMeter:

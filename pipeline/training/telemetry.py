@@ -177,7 +177,7 @@ class Telemetry:
         state = self._state
         if "loss" not in state:
             return ""
-        metric = f"{self._metric_name} {state['metric']:.4f} " if state.get("metric") is not None else ""
+        metric = f"{self._metric_name} {runlog.score_text(state['metric'])} " if state.get("metric") is not None else ""
         memory = state.get("gpu_memory_mib", state["memory_mib"]) / 1024
         rate = f"lr {state['lr']:.1e} {state['tokens_per_s']:,.0f} nt/s"
         return f"loss {state['loss']:.4f} {metric}{rate} {memory:.1f} GiB, {runlog.duration(state['eta_s'])} left"

@@ -104,12 +104,25 @@ def test_a_test_table_with_fewer_numbers_is_refused(made):
         ensemble.run(paths, competition=competition, name="all", runs=RUNS, split=SPLIT)
 
 
+def test_a_number_called_score_does_not_take_the_place_of_the_score(tmp_path):
+    paths, rng = make_paths(tmp_path, "labelled-toy"), np.random.default_rng(11)
+    competition = write_number_data(paths, rng, names=("score", "Tm"))
+    for run in RUNS:
+        write_number_run(paths, run, rng, noise=0.5)
+    facts = ensemble.run(paths, competition=competition, name="all", runs=RUNS, split=SPLIT).facts
+    for told in (*facts["run_scores"].values(), facts["mean_score"]):
+        errors = told["per_target"]
+        assert errors["score"] != pytest.approx(errors["Tm"], rel=1e-3)
+        assert told["score"] == pytest.approx((errors["score"] + errors["Tm"]) / 2)
+
+
 def test_of_many_numbers_the_terminal_tells_the_span_of_the_weights(made):
     _, _, facts = made
     many = [f"n{place}" for place in range(20)]
     weights = {name: facts["weights"][NAMES[place % 2]] for place, name in enumerate(many)}
-    scores = {run: told | dict.fromkeys(many, 1.0) for run, told in facts["run_scores"].items()}
-    mean = facts["mean_score"] | dict.fromkeys(many, 1.0)
+    each = {"per_target": dict.fromkeys(many, 1.0)}
+    scores = {run: told | each for run, told in facts["run_scores"].items()}
+    mean = facts["mean_score"] | each
     told = facts | {"targets": many, "weights": weights, "run_scores": scores, "mean_score": mean}
     console = Console(width=120)
     with console.capture() as shown:

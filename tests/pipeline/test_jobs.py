@@ -277,6 +277,14 @@ def test_a_status_in_a_narrow_terminal_leaves_columns_out_rather_than_breaking_n
     assert ("loss" in head) == (width == 400)
 
 
+def test_metrics_in_small_units_are_shown_in_digits_that_count(tmp_path):
+    """Numbers of 1e-12 were all 0.0000."""
+    tell(tmp_path / "labelled-a" / "runs" / "a.sim80_k2" / "fold0", {"metric": 2.5e-12, "best_metric": 2.25e-12})
+    lines = Console(width=400, record=True, file=io.StringIO())
+    lines.print(jobs.status_table(jobs.survey(tmp_path), width=400))
+    assert re.search(r" 2\.5e-12 +2\.25e-12 ", lines.export_text())
+
+
 def test_no_signal_is_sent_to_a_process_that_does_not_hold_the_folder(tmp_path):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
         (tmp_path / ".job").write_text(f"{stranger.pid}\n")

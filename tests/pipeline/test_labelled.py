@@ -211,6 +211,17 @@ def test_a_column_of_0_and_1_for_each_class_keeps_the_classes_that_no_sequence_h
     assert facts["columns"] == {"classes": ["Um", "m6A", "Am"]}
 
 
+def test_a_test_set_may_have_the_columns_of_classes_empty(raw, paths, run, capsys):
+    """test.csv: column Um holds ''; expected 0 or 1, being one of columns.toml's classes."""
+    (raw / "columns.toml").write_text('classes = ["Um", "Am"]\n')
+    ROWS.drop("label").with_columns(Um=pl.lit(1), Am=pl.Series([0, 1, 1, 0])).write_csv(raw / "train.csv")
+    for cell, labelled in (("", False), ("1", True)):
+        ROWS.drop("label").with_columns(Um=pl.lit(cell), Am=pl.Series(["0", "1", "0", "0"])).write_csv(raw / "test.csv")
+        run()
+        assert ("labels" in pl.read_parquet(paths.clean("test")).columns) is labelled
+    assert "test.csv: column Um holds '': its classes are not used" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_separator_of_nothing_keeps_a_cell_whole(raw, paths, run):
     ROWS.with_columns(pl.Series("label", ["x;y", "z", "z", "x;y"])).write_csv(raw / "train.csv")
     (raw / "columns.toml").write_text('separator = ""\n')
@@ -413,9 +424,10 @@ def test_the_sample_submission_is_kept_as_text(raw, paths, run):
     assert sample.rows() == [("d", "0.5"), ("a", "0.5"), ("b", "1e-3"), ("c", "")]
 
 
-def test_the_test_set_alone_is_read_where_nothing_is_trained(raw, paths, run):
+@pytest.mark.parametrize("beside", ["train.csv", "columns.toml"])
+def test_the_test_set_alone_is_read_where_nothing_is_trained(beside, raw, paths, run):
     ROWS.write_csv(raw / "test.csv")
-    ROWS.write_csv(raw / "train.csv")
+    (raw / beside).write_text(GOOD if beside == "train.csv" else "")
     run(test_only=True)
     assert paths.clean("test").is_file()
     assert not paths.clean("train").exists()
@@ -436,6 +448,7 @@ GOOD = "id,sequence,label\na,ACGU,x\nb,GGGA,y\n"
 BAD: dict[str, tuple[dict[str, str], str]] = {
     "no-file": ({}, r"no train.*found nothing of the kind"),
     "two-files": ({"train.csv": GOOD, "train.fa": ">a x\nACGU\n"}, r"train.csv, train.fa all hold train"),
+    "test-alone": ({"test.csv": GOOD}, r"a test set alone; expected the training file too. Next: put train.csv there"),
     "which-file": ({"one.csv": GOOD, "two.csv": GOOD}, r"no train.*found one.csv, two.csv"),
     "empty": ({"train.csv": ""}, r"train.csv: the file is empty"),
     "web-page": ({"train.csv": "<html>\n"}, r"train.csv: the first line is '<html>'"),

@@ -1,6 +1,7 @@
 """Validation metrics are sums over the whole epoch, whatever the batches were."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -40,6 +41,17 @@ def test_uneven_batches_give_the_metric_of_one_batch(truth):
     error = (predicted.clamp(0, 1) - truth.clamp(0, 1)).abs()
     assert results[0]["metric"] == pytest.approx(float(error.nanmean()), rel=1e-6)
     assert set(results[0]) == {"metric", *tiny.TARGETS}
+
+
+def test_a_target_called_metric_does_not_choose_the_epoch_alone(truth):
+    """Of a set of one's own the metric was that target's error."""
+    results = []
+    for names in (tiny.TARGETS, ("metric", "step")):
+        meter = make_meter(replace(tiny.TINY, targets=names), TrainConfig())
+        predicted = truth.nan_to_num(0.3) + torch.tensor([0.0, 0.4])
+        meter.add(RnaOutputs(predicted), batch_of(truth))
+        results.append(meter.result()["metric"])
+    assert results[0] == results[1] > 0
 
 
 def test_predictions_under_the_padding_do_not_count(truth):

@@ -160,6 +160,11 @@ def test_a_column_that_is_there_twice_is_refused_and_one_that_nobody_reads_is_no
     assert run()["sequences"] == ROWS.height
 
 
+def test_columns_toml_may_begin_with_the_mark_that_editors_write(raw, run):
+    csv(raw, ROWS, f"\ufeff{TOLD}")
+    assert list(run()["numbers"]) == ["half_life"]
+
+
 @pytest.mark.parametrize("columns", ["", TOLD])
 def test_rows_of_separators_alone_as_spreadsheets_leave_them_are_no_rows(columns, raw, run):
     csv(raw, ROWS, columns)

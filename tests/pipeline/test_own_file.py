@@ -265,6 +265,11 @@ def test_numbers_have_a_column_each_by_networks_and_words_as_the_ensemble_joins_
     np.testing.assert_allclose(rows.sort("sequence_id").select(number_tables.NAMES).to_numpy(), told_NC, rtol=1e-4)
     alone = predicted(file, paths, run=run, competition=get_competition("labelled-melting"))
     assert pl.read_csv(alone.outputs["table"]).columns == rows.columns, "the checkpoint knows their names"
+    ensemble.run(paths, competition=competition, name="networks", runs=[run], split=SPLIT)
+    file = Path(shutil.copy(file, tmp_path / "mine.parquet"))
+    shutil.rmtree(paths.clean("train").parent)
+    joined = predicted(file, paths, name="networks", competition=get_competition("labelled-melting"))
+    assert pl.read_csv(joined.outputs["table"]).columns == rows.columns, "it was a KeyError: 'classes'"
 
 
 def test_runs_that_predicted_other_labels_are_told(tmp_path, capsys):
@@ -278,7 +283,7 @@ def test_runs_that_predicted_other_labels_are_told(tmp_path, capsys):
         capsys.readouterr()
         warn_of_other_data(paths, runs)
         said = " ".join(capsys.readouterr().err.split())
-        return [run for run in runs if f"{run}: predicted before make data wrote other tables" in said]
+        return [run for run in runs if f"{run}: predicted before the clean tables were written anew" in said]
 
     def make(fold: int) -> None:
         train.run(settings(), run=runs[0], split=SPLIT, fold=fold, restart=True, **what)

@@ -147,10 +147,10 @@ def test_networks_of_an_ensemble_predict_too(tmp_path, monkeypatch):
 def test_ids_become_names_of_files(tmp_path):
     paths = Paths(comp="rna3d", root=tmp_path / "artifacts")
     source = tmp_path / "odd.csv"
-    source.write_text("id,sequence\nsp|1/x y,GGGGAAACCCC\nä,GGGGAAACCCC\n", encoding="utf-8")
+    source.write_text(f"id,sequence\nsp|1/x y,GGGGAAACCCC\nä,GGGGAAACCCC\n{'n' * 300},GGGG\n", encoding="utf-8")
     own_structures._read(source, own_file.own_paths(source, paths))
     names = pl.read_parquet(own_file.own_paths(source, paths).clean("test"))["sequence_id"].to_list()
-    assert names == ["_", "sp_1_x_y"]
+    assert names == ["_", "n" * 200, "sp_1_x_y"]
 
 
 @pytest.mark.parametrize(

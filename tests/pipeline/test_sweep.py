@@ -309,6 +309,14 @@ def test_the_table_shows_what_a_study_proposed_in_four_digits():
     assert "2 jobs are at work elsewhere" in " ".join(printed.get().split())
 
 
+def test_the_table_shows_digits_that_count_whatever_the_unit():
+    shown = Console(width=120)
+    with shown.capture() as printed:
+        cells = summarise(results(a=[2e-12, 2.5e-12, 3e-12]))
+        shown.print(*describe({"cells": cells, "busy": 0, "metric": "RMSE", "next": ""}))
+    assert re.search(r" 3 +2\.5e-12 +5e-13 +1\.\d+e-12 … 3\.\d+e-12", printed.get())
+
+
 def test_intervals_of_two_results_are_said_to_be_wide():
     """Two seeds apart by 0.02, with sd of 0.0006 and 0.005, shared a rank, and nothing said why."""
     two = {

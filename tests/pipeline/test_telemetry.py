@@ -180,13 +180,14 @@ def test_a_status_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
     assert [row["event"] for row in read_metrics(tmp_path / "metrics.jsonl")] == ["step"]
 
 
-def test_plain_lines_have_all_that_the_bar_has(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("metric", "shown"), [(0.25, "0.2500"), (2.5e-12, "2.5e-12")])
+def test_plain_lines_have_all_that_the_bar_has(metric, shown, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("pipeline.runlog._PLAIN_INTERVAL_S", 0.0)
     with Telemetry(tmp_path, label="a fold0", steps=400, first_step=0, metric="MAE") as telemetry:
-        telemetry.epoch(step=0, epoch=0, train_loss=1.0, metric=0.25, best=True)
+        telemetry.epoch(step=0, epoch=0, train_loss=1.0, metric=metric, best=True)
         telemetry.step(step=1, epoch=0, loss=0.5, weight=1.0, norm=1.0, lr=1e-3, tokens=10)
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("a fold0: 1/400 steps loss 0.5000 MAE 0.2500 lr 1.0e-03 ")
+    assert last.startswith(f"a fold0: 1/400 steps loss 0.5000 MAE {shown} lr 1.0e-03 ")
     assert " nt/s " in last
     assert " GiB, " in last
     assert last.endswith(" left")

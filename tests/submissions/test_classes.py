@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.labels import log_losses, read_classes, write_labels
 from pipeline.paths import Paths
 from pipeline.tables import read_batches
-from submissions import check, class_scores, evaluate, report, write
+from submissions import check, class_scores, classes_report, evaluate, page, report, write
 from submissions.class_evaluation import read_predicted
 from tests.chain_tables import CLASSES, FOLDS, SPLIT, edit, make_paths, write_class_data, write_class_run
 from tests.submissions.test_report import read, visible
@@ -496,6 +496,16 @@ def test_the_page_shows_every_class_its_confusions_and_the_surest_mistakes(paths
         assert f"(none) {' '.join(map(str, counts))}" in text
     assert "The surest mistakes" in text
     assert "all · Labelled sequences, toy" in text
+
+
+def test_accuracy_is_drawn_at_the_middle_of_each_group_of_lengths(plain, monkeypatch):
+    """Sequences of 100 to 149 letters were drawn at 100."""
+    told, drawn = score(plain).facts, []
+    groups = [told["by_length"][0] | {"label": label} for label in ("0-49", "100-149")]
+    monkeypatch.setattr(report, "read_scores", lambda *_, **__: told | {"by_length": groups})
+    monkeypatch.setattr(classes_report.figures, "profile", lambda x, *_, **__: drawn.append(list(x)) or page.join())
+    report.run(plain, competition=LABELLED, name="all")
+    assert drawn == [[25, 125]]
 
 
 def test_the_page_runs_nothing_loads_nothing_and_follows_the_theme(paths):

@@ -240,7 +240,7 @@ def test_a_number_that_these_folds_do_not_measure_is_undefined(two):
         two.paths.oof(run, 2).unlink()
     weights = two.join(allow_partial=True)
     assert weights["weights"]["Tm"] == dict.fromkeys(RUNS, 0.5)
-    assert weights["mean_score"]["Tm"] is None
+    assert weights["mean_score"]["per_target"]["Tm"] is None
     assert printed(ensemble.describe(weights))
     facts = two.score().facts
     assert facts["per_column"][1] == {"column": "Tm", "measured": 0} | dict.fromkeys(
@@ -455,6 +455,8 @@ def test_raw_files_become_a_submission_and_a_page_without_a_network(names, tmp_p
     )
     facts = evaluate.run(paths, competition=competition, split=SPLIT, name="all").facts
     assert facts["score"] < 0.5 * facts["floors"]["mean"]
+    same = next(told["difference"] for floor, told in facts["floor_details"].items() if floor.startswith("ridge"))
+    assert set(same.values()) == {0.0}, "of what is the same, with rounding -1.3e-08 [-2.7e-08, -3.2e-12]"
     assert facts["test"]["scored"] == (11 if len(names) == 1 else 12)
     assert facts["test"]["score"] < 0.5 * facts["floors"]["mean"]
     found = audit.run(paths, splits=[SPLIT], competition=competition).facts["splits"][SPLIT]

@@ -5,7 +5,9 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -22,7 +24,7 @@ from pipeline.stage import write_json
 from submissions import evaluate, figures, page, report
 from submissions.subject import Subject
 from submissions.training_report import Training
-from submissions.values_report import _Gathered
+from submissions.values_report import _Gathered, _strip
 from tests.chain_tables import (
     FOLDS,
     SPLIT,
@@ -248,6 +250,31 @@ def test_a_target_named_as_markup_stays_text_inside_a_figure():
     reader.feed(drawing)
     assert not {"script", "img"} & set(reader.tags)
     assert HOSTILE in "".join(reader.texts)
+
+
+def test_long_names_are_cut_in_figures_so_that_none_lies_on_another():
+    """Titles of four maps beside each other overlapped, and labels of rows took the drawing's place."""
+    names = ("relative luminescence after 24 hours", "relative luminescence after 48 hours")
+    example = {"sequence": "ACGU", "measured": np.ones((2, 4)), "predicted": np.ones((2, 4))}
+    shown = SimpleNamespace(low=0.0, high=1.0)
+    drawing = _strip(example, replace(RIBONANZA, targets=names), shown)
+    assert "relative lumi…r 24 hours measured" in drawing
+    assert names[0] not in drawing
+    assert max(len(figures.brief("x" * length)) for length in range(1, 99)) == 24
+
+
+def test_bars_of_small_heights_say_them():
+    """They were 0.00."""
+    drawing = figures.grouped_bars(["A", "C"], [[6.6e-5, 0.0125]], xlabel="nucleotide", ylabel="error")
+    assert "6.6e-05" in drawing
+    assert "0.0125" not in drawing, "two digits are enough"
+    assert "0.20" in figures.grouped_bars(["A"], [[0.2]], xlabel="nucleotide", ylabel="error")
+
+
+def test_a_score_is_never_broken_into_two_lines():
+    """7.185e-05 was 7.185e- and 05."""
+    (rule,) = re.findall(r"\.score \{[^}]*\}", page.page("any", page.join()))
+    assert "white-space: nowrap" in rule
 
 
 def test_a_second_run_is_current_and_a_rebuilt_page_has_the_same_bytes(values):

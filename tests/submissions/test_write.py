@@ -315,7 +315,7 @@ def test_values_have_no_shapes(paths):
 
 
 def test_of_coordinates_one_range_an_axis_is_told_and_of_small_files_no_zero():
-    """Fifteen ranges without a unit, and "0.0 MiB"."""
+    """Fifteen ranges without a unit, "0.0 MiB" and "0 KiB"."""
     ranges = {f"{axis}_{number}": (-float(number), 2.0 * number) for number in range(1, 6) for axis in "xyz"}
     console = Console(width=100)
     with console.capture() as printed:
@@ -323,3 +323,6 @@ def test_of_coordinates_one_range_an_axis_is_told_and_of_small_files_no_zero():
     lines = [line.split() for line in printed.get().splitlines()]
     assert lines[0] == ["rows", "9", "for", "1", "sequence,", "2", "KiB"]
     assert lines[1:] == [[f"{axis},", "Å", "-5", "to", "10"] for axis in "xyz"]
+    with console.capture() as printed:
+        console.print(stage.describe({"rows": 9, "sequences": 9, "bytes": 300, "ranges": ranges}))
+    assert "9 sequences, 300 bytes" in printed.get()
