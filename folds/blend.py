@@ -171,7 +171,7 @@ def _survey(job: Job) -> tuple[_Sample, dict[str, _Totals], dict[str, Any]]:
 
 
 def _stride(job: Job) -> int:
-    values = pl.lit(job.width) * pl.len() if job.width else pl.col("sequence").str.len_bytes().sum()
+    values = pl.lit(job.width) * pl.len() if job.width else pl.col("sequence").str.len_bytes().cast(pl.Int64).sum()
     scored = pl.scan_parquet(job.paths.clean("train")).filter("scored").select(values).collect().item()
     return max(1, -(-int(scored) // SAMPLE_POSITIONS))
 

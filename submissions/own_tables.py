@@ -123,7 +123,7 @@ def _write_values(
             rows = _by_nucleotide(table.slice(start, _ROWS), targets)
             _rounded(rows).write_csv(handle, include_header=start == 0)
     parts["page"].write_text(_page(table, competition, longest, title=title, name=name), encoding="utf-8")
-    return {"sequences": table.height, "nucleotides": int(table["sequence"].str.len_bytes().sum())}
+    return {"sequences": table.height, "nucleotides": int(table["sequence"].str.len_bytes().cast(pl.Int64).sum())}
 
 
 def _by_nucleotide(table: pl.DataFrame, targets: Sequence[str]) -> pl.DataFrame:
