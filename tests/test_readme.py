@@ -34,7 +34,13 @@ def test_the_file_tour_names_every_module():
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", *(f"{folder}/README.md" for folder in ("pipeline", "models", "tests/benchmarks"))]
+    "name",
+    [
+        "README.md",
+        *(f"{folder}/README.md" for folder in ("pipeline", "models", "tests/benchmarks")),
+        "pipeline/OWN_DATA.md",
+        "pipeline/KAGGLE.md",
+    ],
 )
 def test_every_make_target_in_a_readme_exists(name):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -95,7 +95,7 @@ def test_what_it_cannot_do_is_said_in_a_sentence(paths, tmp_path, monkeypatch):
         Trained(solid.fold_dir(tiny.RUN, 0))
 
 
-@pytest.mark.parametrize("name", ["models/README.md", "pipeline/README.md"])
+@pytest.mark.parametrize("name", ["models/README.md", "pipeline/OWN_DATA.md"])
 def test_the_python_that_a_readme_shows_runs(name, paths):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
     tiny.fit(paths)
