@@ -33,7 +33,7 @@ from pipeline import viennarna
 from pipeline.errors import ConfigError, DataError, PipelineError, StoppedError, StorageError
 from pipeline.labels import read_labels
 from pipeline.paths import Paths
-from pipeline.runlog import Bar, say
+from pipeline.runlog import Bar, amount, say
 from pipeline.stage import Report, read_manifest, run_stage, sha256_file
 from pipeline.training.stop import SIGNALS, StopRequest, run_lock
 
@@ -176,7 +176,7 @@ def _build(
     missing = _locate(wanted, sources).missing
     if missing.size:
         there = len(wanted) - missing.size
-        say(f"bpp: {missing.size:,} sequences to fold" + (f", {there:,} are there already" if there else ""))
+        say(f"bpp: {amount(missing.size, 'sequence')} to fold" + (f", {there:,} are there already" if there else ""))
         _compute([wanted[k] for k in missing], folder=_parts_dir(paths), params=params, workers=workers)
         sources = _sources(paths, params)
     pairs = _merge(wanted, sources, out)

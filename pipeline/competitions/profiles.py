@@ -236,7 +236,7 @@ def _read_file(path: Path, settings: Settings) -> pl.DataFrame:
 
 def _read_rdat(path: Path, settings: Settings) -> pl.DataFrame:
     with open_text(path) as lines:
-        rows = list(read_rdat(lines, where=path.name, stem=path.name.partition(".")[0]))
+        rows = list(read_rdat(lines, where=path.name, stem=Path(path.name.removesuffix(".gz")).stem))
     modifiers = sorted({row["dataset_name"] for row in rows})
     if len(modifiers) > 1 and not settings.modifier:
         raise DataError(

@@ -171,11 +171,12 @@ def test_whole_numbers_and_fractions_may_be_mixed_in_json(raw: Path, paths: Path
 
 
 def test_several_rdat_files_make_one_set(raw: Path, paths: Paths, run: Any) -> None:
-    (raw / "a.rdat").write_text(rdat())
+    (raw / "eterna.a.rdat").write_text(rdat())
     without = "".join(line for line in rdat().splitlines(keepends=True) if "signal" not in line and ":2\t" not in line)
-    (raw / "b.rdat").write_text(without)
+    (raw / "eterna.b.rdat").write_text(without)
     run()
-    assert pl.read_parquet(paths.clean("train"))["sequence_id"].to_list() == ["a-1", "a-2", "b-1"]
+    ids = pl.read_parquet(paths.clean("train"))["sequence_id"].to_list()
+    assert ids == ["eterna.a-1", "eterna.a-2", "eterna.b-1"]
 
 
 def test_the_file_itself_may_be_raw_and_ids_are_numbered_where_there_are_none(
