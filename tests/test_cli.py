@@ -223,7 +223,9 @@ def test_make_takes_a_folder_of_any_name(tmp_path, name):
     """RAW='/tmp/a "b"' was looked for in /tmp/a b, where make clean would have removed it; so was one of two blanks."""
     where = [f"RAW={tmp_path / name}", f"ARTIFACTS={tmp_path / name}", f"FILE={tmp_path / name}", "PY=echo"]
     for verb in ("data", "check"):
-        done = subprocess.run(["make", verb, *where], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["make", "--no-print-directory", verb, *where], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         said = done.stdout.removesuffix("\n")
         folder = str(tmp_path / name.replace("$$", "$"))
         assert said.count(folder) == 2, said
