@@ -5,7 +5,7 @@ Letters: N sequences.
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from pipeline.competitions.base import Competition
 from pipeline.config import RunConfig
 from pipeline.dataset import ExampleSet
 from pipeline.errors import ConfigError, DataError, DivergedError, StoppedError, StorageError
-from pipeline.labels import Labels, labels_of, read_labels
+from pipeline.labels import Labels, labels_of, read_labels, units_of
 from pipeline.packing import STRUCTURE_PAIRS, plan_by_tokens
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, say, warn
@@ -124,11 +124,12 @@ def inputs_of(checkpoint: Path, examples: ExampleSet, paths: Paths) -> dict[str,
 
 
 def as_trained(competition: Competition, meta: dict[str, Any]) -> Competition:
-    """The competition as the data of a checkpoint said that it is, where no clean tables here say so.
+    """The competition as a checkpoint learned it: its units, and its facts where no clean tables here say them.
 
     Raises:
         ConfigError: they have other targets; of labels `require_labels` says more.
     """
+    competition = replace(competition, units=units_of(meta))
     trained = competition.with_facts(meta.get("facts") or {})
     if competition.facts and not competition.has_labels and competition.targets != trained.targets:
         raise ConfigError(

@@ -3,7 +3,7 @@
 Letters: N sequences, C classes or numbers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -89,7 +89,7 @@ class Classes(_Named):
 
 @dataclass(frozen=True)
 class Numbers(_Named):
-    """What was measured of each sequence of a set, in the units of the data."""
+    """What was measured of each sequence of a set, in the units of the data; or of each nucleotide (`of_values`)."""
 
     kind = column = "numbers"
     names: tuple[str, ...]  #: in the order of every list of numbers
@@ -110,14 +110,17 @@ class Numbers(_Named):
         >>> numbers.counts, numbers.means, numbers.deviations
         ((2,), (55.0,), (5.0,))
         """
-        columns = [column[~np.isnan(column)] for column in np.asarray(number_NC, dtype=np.float64).T]
-        return replace(
-            self,
-            counts=tuple(len(column) for column in columns),
-            means=tuple(float(column.mean()) if len(column) else 0.0 for column in columns),
-            # of equal numbers 0, where rounding makes std 1e-17
-            deviations=tuple(float(column.std()) if len(column) and np.ptp(column) else 0.0 for column in columns),
-        )
+        return self._over(np.asarray(number_NC, dtype=np.float64).T)
+
+    @classmethod
+    def of_values(cls, names: tuple[str, ...], columns: Iterable[np.ndarray]) -> "Numbers":
+        """The units of values per nucleotide: mean and deviation of each target; `columns` [T] are taken one by one."""
+        return cls(names, (), (), (), ALPHABET)._over(columns)
+
+    def _over(self, columns: Iterable[np.ndarray]) -> "Numbers":
+        found = [_count_mean_deviation(column[~np.isnan(column)]) for column in columns]
+        counts, means, deviations = zip(*found, strict=True)
+        return replace(self, counts=counts, means=means, deviations=deviations)
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint keeps; there mean and deviation are those of the sequences that trained it."""
@@ -131,6 +134,11 @@ class Numbers(_Named):
 
 
 Labels = Classes | Numbers
+
+
+def units_of(meta: Mapping[str, Any]) -> Numbers | None:
+    """Those of the values that a checkpoint predicts, by its meta; None = its network gives them as they are."""
+    return Numbers.of(meta["units"]) if "units" in meta else None
 
 
 def labels_of(meta: Mapping[str, Any]) -> Labels | None:
@@ -150,6 +158,12 @@ def unknown_letter(alphabet: str) -> str:
     ('N', 'X')
     """
     return "N" if alphabet.startswith(ALPHABET) else "X"
+
+
+def _count_mean_deviation(known: np.ndarray) -> tuple[int, float, float]:
+    if not known.size or not np.ptp(known):  # of equal numbers 0, where rounding makes std 1e-17
+        return known.size, float(known.mean()) if known.size else 0.0, 0.0
+    return known.size, float(known.mean()), float(known.std())
 
 
 def _some(names: list[str]) -> str:

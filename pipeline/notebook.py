@@ -16,7 +16,7 @@ from pipeline.competitions import get_competition
 from pipeline.config import config_from_dict
 from pipeline.dataset import BppArrays, ExampleSet
 from pipeline.errors import ConfigError, DataError
-from pipeline.inference import Job, in_batches, load_network, meta_of, not_finite
+from pipeline.inference import Job, as_trained, in_batches, load_network, meta_of, not_finite
 from pipeline.labels import labels_of, letters_of, unknown_letter
 from pipeline.predict import predict_values
 from pipeline.schema import decode, encode, normalise_sequence
@@ -53,7 +53,7 @@ class Trained:
             )
         path = store.best_folder()
         self.meta = meta_of(path)
-        competition = get_competition(self.meta["competition"], facts=self.meta.get("facts"))
+        competition = as_trained(get_competition(self.meta["competition"]), self.meta)
         if competition.task == "structure":
             raise ConfigError(
                 f"{fold}: predicts structures; expected anything else. Next: make predict COMP={competition.name}."

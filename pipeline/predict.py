@@ -48,7 +48,7 @@ from pipeline.schema import CANDIDATES, decode
 from pipeline.stage import Report, run_stage, sha256_file
 from pipeline.train import build_model
 from pipeline.training.failures import in_one_sentence
-from pipeline.training.losses import label_values
+from pipeline.training.losses import label_values, position_values
 from pipeline.training.precision import choose_device
 from pipeline.training.stop import StopRequest
 
@@ -299,7 +299,7 @@ def predict_values(job: Job, model: RnaModel, device: torch.device, positions: n
 
     def pick(outputs: RnaOutputs, b: int, length: int) -> np.ndarray:
         assert outputs.values_BLC is not None
-        return outputs.values_BLC[b, :length].float().cpu().numpy()
+        return position_values(outputs.values_BLC[b, :length], job.competition.units).cpu().numpy()
 
     return both_ways(job, model, device, positions, pick=pick, turn=lambda values_LC: values_LC[::-1])
 

@@ -24,7 +24,7 @@ from pipeline.competitions.base import Competition
 from pipeline.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from pipeline.dataset import ExampleSet, fold_members, open_examples, read_folds
 from pipeline.errors import ConfigError, DataError, StorageError
-from pipeline.labels import Classes, Labels, Numbers, read_labels
+from pipeline.labels import Classes, Labels, Numbers, read_labels, units_of
 from pipeline.paths import Paths
 from pipeline.runlog import say, score_text, warn
 from pipeline.stage import Report, commit, sha256_file, versions, write_json
@@ -63,6 +63,8 @@ _IDLE: dict[str, dict[str, tuple[str, ...]]] = {
         "train": ("frame_weight", "tm_weight", "confidence_weight", "focal_gamma", "class_balance"),
     },
 }
+#: Quantiles to which values without a range are clipped before they say what their unit is.
+_MIDDLE = (0.001, 0.999)
 #: In a fold's folder when its run is set aside: of the process.
 _STAYS = (".lock", ".job", ".start", "run.log", "attempts")
 
@@ -117,8 +119,14 @@ def run(
         torch.manual_seed(config.train.seed)
         refuse_idle(config, competition)
         model = build_model(config.model, competition, read_labels(paths) if competition.has_labels else None)
+        store = CheckpointStore(folder / "checkpoints", is_held=is_held)
+        if world.is_main:
+            store.sweep()
         with world.main_first():  # arrays are built once
             data, digests = load_data(config, model, competition=competition, paths=paths, split=split, fold=fold)
+        begun, changes = world.from_main(store.newest_meta), list[Change]()
+        units = _units(competition, data, where=f"{split}: fold {fold}") if begun is None else units_of(begun)
+        competition = replace(competition, units=units)
         auto_epochs = config.train.epochs == "auto"
         config = replace(config, train=config.train.settled(len(data.train)))
         meta = {"run": run, "competition": competition.name, "split": split, "fold": fold}
@@ -126,10 +134,7 @@ def run(
         labels = data.examples.labels
         meta |= {labels.kind: labels.facts()} if labels else {}
         meta |= {"facts": dict(competition.facts)} if competition.facts else {}
-        store = CheckpointStore(folder / "checkpoints", is_held=is_held)
-        if world.is_main:
-            store.sweep()
-        begun, changes = world.from_main(store.newest_meta), list[Change]()
+        meta |= {"units": units.facts()} if units else {}
         if begun is None and allow_changes:
             raise ConfigError(f"{folder}: no run was begun here that could be changed. Next: leave out ALLOW_CHANGES.")
         if begun is None and world.is_main:
@@ -298,7 +303,33 @@ def _over_training(examples: ExampleSet, train: np.ndarray, *, where: str) -> Nu
     """The numbers with mean and deviation over the sequences that train: no other one says how they are scaled."""
     assert isinstance(examples.labels, Numbers)
     assert examples.labels_NC is not None
-    numbers = examples.labels.over(examples.labels_NC[train])
+    return _all_measured(examples.labels.over(examples.labels_NC[train]), where=where)
+
+
+def _units(competition: Competition, data: TrainingData, *, where: str) -> Numbers | None:
+    """Mean and deviation of each target of a set of one's own over the values that train; None for other competitions.
+
+    Values are clipped as the loss clips them, or else to the middle 99.8 %: a single wild one would be the unit.
+    """
+    if competition.task != "values" or not competition.is_own:
+        return None
+    examples = data.examples
+    assert examples.targets_TC is not None
+    assert examples.weights_NC is not None
+    teaches_NC = np.isin(np.arange(len(examples.ids_N)), data.train)[:, None] & (examples.weights_NC > 0)
+
+    def values_of(c: int) -> np.ndarray:
+        assert examples.targets_TC is not None
+        values_T = examples.targets_TC[np.repeat(teaches_NC[:, c], np.diff(examples.offsets)), c]
+        values_T = values_T[~np.isnan(values_T)].astype(np.float64)
+        within = competition.target_range or (np.quantile(values_T, _MIDDLE) if values_T.size else (0.0, 0.0))
+        return np.clip(values_T, *within)
+
+    units = Numbers.of_values(competition.targets, map(values_of, range(len(competition.targets))))
+    return _all_measured(units, where=where)
+
+
+def _all_measured(numbers: Numbers, *, where: str) -> Numbers:
     for name, count in zip(numbers.names, numbers.counts, strict=True):
         if not count:
             raise DataError(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.errors import ConfigError, DataError
+from pipeline.labels import Numbers
 from pipeline.paths import Paths
 
 #: (prediction_LC, truth_LC) -> (sums_C, counts_C); truth is NaN where it does not count.
@@ -68,6 +69,8 @@ class Competition:
     #: what these facts, never empty, make of the competition
     apply_facts: Callable[["Competition", Facts], "Competition"] = lambda competition, facts: competition
     facts: Facts = field(default_factory=dict)  #: those that were applied
+    #: of values per nucleotide that a network was trained to give in deviations: mean and deviation of each target
+    units: Numbers | None = None
 
     def with_facts(self, facts: Facts) -> "Competition":
         """The competition as its data say it is."""

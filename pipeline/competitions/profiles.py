@@ -69,7 +69,6 @@ _USUAL = {
     "measured": ("seq_scored",),
 }
 _TAKEN = {"sequence_id", "sequence", "dataset_name", "group", "passes", "scored", "teaches", "fold", "id_seqpos"}
-_LEARNED = (0.01, 10.0)  # mean sizes of values that networks learn
 _MAX_ODD = 0.05  # share of training rows with other letters, which are left out, from which a table is refused
 _HAS, _HAS_NOT = ("1", "1.0", "true"), ("0", "0.0", "false")
 _PARQUET: dict[str, Any] = {"compression": "zstd", "row_group_size": 1 << 12}
@@ -365,9 +364,6 @@ def _train(frame: pl.DataFrame, settings: Settings) -> tuple[pl.DataFrame, dict[
     table = _each_once(table.filter(pl.Series(said_N)), where=where)
     table, quality = _weighed(table, list(sources))
     _require_scored(table, profiles_TC, list(sources), where=where)
-    for c, target in enumerate(sources):
-        if hint := _unlearnable(profiles_TC[:, c]):
-            warn(f"{where}: {target}: {hint}")
     told = {
         "targets": list(sources),
         "metric": settings.metric,
@@ -561,24 +557,6 @@ def _weighed(table: pl.DataFrame, targets: Sequence[str]) -> tuple[pl.DataFrame,
     passes = [(pl.col("passes") & has[target]).alias(f"SN_filter_{target}") for target in targets]
     quality = {"median": round(float(median), 3), "not known, taken for the median": unknown}  # type: ignore[arg-type]
     return table.with_columns(passes).drop("passes"), {"signal_to_noise": quality}
-
-
-def _unlearnable(values_T: np.ndarray) -> str:
-    """A hint where values are far from 1, which networks predict without a unit of their own; else "".
-
-    160 OpenVaccine profiles (mean size 0.37), a small network, 105 steps, mean absolute error over that of a constant:
-    0.73; of ten times the values 0.75, a hundred times 1.01, a tenth 0.77, a hundredth 1.18.
-
-    >>> _unlearnable(np.array([0.1, np.nan, 15.0])), _unlearnable(np.array([-40.0, np.nan, 40.0]))[-16:]
-    ('', ' divided by 100.')
-    """
-    size = float(np.nanmean(np.abs(values_T), dtype=np.float64)) if not np.isnan(values_T).all() else 1.0
-    if size == 0.0 or _LEARNED[0] <= size <= _LEARNED[1]:
-        return ""
-    return (
-        f"values have a mean size of {size:.3g}, and networks learn such of {_LEARNED[0]:g} to {_LEARNED[1]:g}. Next: "
-        f"write them divided by {10.0 ** round(math.log10(size)):g}."
-    )
 
 
 def _shown_range(profiles_TC: np.ndarray) -> list[float]:

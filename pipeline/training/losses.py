@@ -41,7 +41,7 @@ class Loss(Protocol):
 
 @dataclass(frozen=True)
 class MaskedError:
-    """Mean absolute or square error on clipped targets, each profile with its weight.
+    """Mean absolute or square error on clipped targets, each profile with its weight, in deviations if there are units.
 
     Predictions are not clipped: beyond the range they keep a gradient that brings them back.
 
@@ -52,6 +52,7 @@ class MaskedError:
 
     target_range: tuple[float, float] | None
     power: Literal[1, 2] = 1
+    units: Numbers | None = None  # what of each target is 0 and 1 to the network; None = the data's own
 
     def weight(self, batch: RnaBatch) -> float:
         assert batch.target_BLC is not None
@@ -62,6 +63,7 @@ class MaskedError:
         assert outputs.values_BLC is not None
         real_BL1 = batch.inputs.mask_BL.unsqueeze(-1)
         target_BLC = batch.target_BLC if self.target_range is None else batch.target_BLC.clamp(*self.target_range)
+        target_BLC = target_BLC if self.units is None else _in_deviations(target_BLC, self.units)
         # Both are filled before the difference: a NaN under torch.where still has a NaN gradient. Where a real
         # nucleotide was not measured the error is multiplied by 0, so that a NaN prediction is seen even there.
         predicted_BLC = torch.where(real_BL1, outputs.values_BLC.float(), 0.0)
@@ -268,9 +270,9 @@ class NumberLoss:
     def total(self, outputs: RnaOutputs, batch: RnaBatch) -> Tensor:
         assert outputs.class_logits_BC is not None
         assert batch.label_BC is not None
-        mean_C, scale_C = _standard(self.numbers, batch.label_BC)
-        true_BC = torch.where(torch.isnan(batch.label_BC), mean_C, batch.label_BC)  # as in MaskedError
-        error_BC = outputs.class_logits_BC.float() - ((true_BC - mean_C) / scale_C).float()
+        true_BC = _in_deviations(batch.label_BC, self.numbers)
+        true_BC = torch.where(torch.isnan(true_BC), 0.0, true_BC)  # as in MaskedError
+        error_BC = outputs.class_logits_BC.float() - true_BC
         return (error_BC.square() * self._weights(batch)).sum()
 
     @staticmethod
@@ -287,12 +289,28 @@ def _standard(numbers: Numbers, like: Tensor) -> tuple[Tensor, Tensor]:
     return both_2C[0], both_2C[1]
 
 
+def _in_deviations(values: Tensor, numbers: Numbers) -> Tensor:
+    """[..., C] float32: how far from the mean."""
+    mean_C, scale_C = _standard(numbers, values)
+    return ((values - mean_C) / scale_C).float()
+
+
+def in_units(deviations: Tensor, numbers: Numbers) -> Tensor:
+    """What a network says, [..., C], in the units of the data: float64."""
+    mean_C, scale_C = _standard(numbers, deviations)
+    return deviations.double() * scale_C + mean_C
+
+
+def position_values(values: Tensor, units: Numbers | None) -> Tensor:
+    """What a network says of nucleotides, [..., C], in the units of the data: float32."""
+    return values.float() if units is None else in_units(values, units).float()
+
+
 def label_values(logits_BC: Tensor, labels: Labels) -> Tensor:
     """What a network says of whole sequences: probabilities of classes, or numbers in their units; [B, C] float64."""
     if isinstance(labels, Classes):
         return class_probabilities(logits_BC, exclusive=labels.exclusive)
-    mean_C, scale_C = _standard(labels, logits_BC)
-    return logits_BC.double() * scale_C + mean_C
+    return in_units(logits_BC, labels)
 
 
 def class_weights(counts_C: np.ndarray, *, beta: float) -> np.ndarray:
@@ -342,7 +360,7 @@ def training_loss(competition: Competition, settings: TrainConfig, labels: Label
         return NumberLoss(labels)
     if competition.task == "structure":
         return StructureLoss(settings.frame_weight, settings.tm_weight, settings.confidence_weight)
-    return MaskedError(competition.target_range, competition.error_power)
+    return MaskedError(competition.target_range, competition.error_power, competition.units)
 
 
 def profile_weights(

@@ -12,7 +12,7 @@ from pipeline.config import TrainConfig
 from pipeline.errors import DivergedError
 from pipeline.labels import Classes, Labels, Numbers, log_losses
 from pipeline.training.distributed import World
-from pipeline.training.losses import StructureLoss, StructureTerms, class_probabilities, label_values
+from pipeline.training.losses import StructureLoss, StructureTerms, class_probabilities, label_values, position_values
 
 
 class Meter(Protocol):
@@ -61,7 +61,7 @@ class ErrorMeter:
         assert outputs.values_BLC is not None
         assert batch.target_BLC is not None
         mask_BL = batch.inputs.mask_BL
-        return outputs.values_BLC[mask_BL].float(), batch.target_BLC[mask_BL]
+        return position_values(outputs.values_BLC[mask_BL], self._competition.units), batch.target_BLC[mask_BL]
 
     def join(self, world: World) -> None:
         self._sums_C, self._counts_C = np.split(np.array(world.sum(*self._sums_C, *self._counts_C)), 2)
