@@ -1,5 +1,7 @@
 """Sequences of one's own: what `predict` and `structures` do where they are given some, from the file to its tables."""
 
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +10,7 @@ import typer
 from pipeline.cli.program import show
 from pipeline.errors import ConfigError
 from pipeline.paths import Paths
+from pipeline.runlog import amount
 from pipeline.runs import check_fold, find_run
 
 OwnFile = Annotated[
@@ -47,6 +50,7 @@ def predict_file(
     from pipeline import own_file
     from submissions import own_tables
 
+    started = time.monotonic()
     if ensemble:
         done = own_file.predict_ensemble(source, competition=competition, paths=paths, name=ensemble)
     else:
@@ -57,7 +61,8 @@ def predict_file(
     folder = own_file.folder_of(source, paths)
     which: dict[str, Any] = {"name": done.name, "folder": folder, "title": source.name, "longest": done.longest}
     report = own_tables.run(done.own, competition=done.competition, **which)
-    show(report, f"{_count(report.facts['sequences'], 'sequence')}, {done.about}")
+    told = f"{amount(report.facts['sequences'], 'sequence')}, {done.about}"
+    show(replace(report, seconds=time.monotonic() - started), told)
 
 
 def predict_structures(source: Path, *, competition: Any, paths: Paths, split: str, name: str) -> None:
@@ -67,6 +72,7 @@ def predict_structures(source: Path, *, competition: Any, paths: Paths, split: s
     from pipeline.training.stop import StopRequest
     from submissions import structure_files
 
+    started = time.monotonic()
     with StopRequest():
         which: dict[str, Any] = {"competition": competition, "name": name}
         done = own_structures.predict(source, paths=paths, split=split, **which)
@@ -74,9 +80,5 @@ def predict_structures(source: Path, *, competition: Any, paths: Paths, split: s
         home = own_file.folder_of(source, paths) / "structures"
         table = own_structures.write_table(done, home / "candidates.csv")
         report = structure_files.run(done.own, competition=competition, name=done.name, home=home, title=source.name)
-    show(table, f"{_count(table.facts['sequences'], 'RNA')}, {done.about}")
-    show(report)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+    show(table, f"{amount(table.facts['sequences'], 'RNA')}, {done.about}")
+    show(replace(report, seconds=time.monotonic() - started))
