@@ -3,6 +3,7 @@
 import numpy as np
 import polars as pl
 
+from pipeline.labels import Classes, write_labels
 from pipeline.paths import Paths
 from pipeline.schema import ALPHABET, AMINO_ACIDS
 
@@ -36,6 +37,21 @@ def write_folds(paths: Paths, *, folds: int = 2) -> str:
     numbers = pl.Series([index // 2 % folds for index in range(len(ids))], dtype=pl.UInt8)
     pl.DataFrame({"sequence_id": ids, "fold": numbers, "cluster": ids}).write_parquet(path)
     return path.stem
+
+
+def write_planted(paths: Paths) -> pl.DataFrame:
+    """Clean tables and folds of 24 planted sequences, 21 nt, odd letters known; and `planted`, which they are."""
+    frame = planted(np.random.default_rng(0), count=24, length=21)
+    clean = frame.select("sequence", sequence_id="id").with_columns(
+        pl.lit("train").alias("dataset_name"),
+        pl.lit(True).alias("scored"),
+        pl.Series("labels", [[list(MOTIFS).index(label)] for label in frame["label"]], dtype=pl.List(pl.UInt16)),
+    )
+    paths.clean("train").parent.mkdir(parents=True)
+    clean.write_parquet(paths.clean("train"))
+    write_labels(paths.clean("classes"), Classes(tuple(MOTIFS), (12, 12), True, ALPHABET + "N"))
+    write_folds(paths)
+    return frame
 
 
 def measured(rng: np.random.Generator, *, count: int, length: int = 30) -> pl.DataFrame:

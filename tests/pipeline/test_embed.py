@@ -14,7 +14,6 @@ from pipeline.competitions import get_competition
 from pipeline.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from pipeline.dataset import open_examples
 from pipeline.errors import ConfigError, DataError, DivergedError, StoppedError
-from pipeline.labels import Classes, write_labels
 from pipeline.paths import Paths
 from pipeline.stage import Report
 from pipeline.training.checkpoint import CheckpointStore
@@ -216,17 +215,7 @@ def test_a_labelled_set_brings_its_letters_and_its_crop(tmp_path):
     """Odd letters become N where the network has one; windows are seen as in training."""
     competition = get_competition("labelled-mine")
     paths = Paths(comp="labelled-mine", root=tmp_path / "artifacts")
-    frame = labelled_sets.planted(np.random.default_rng(0), count=24, length=21)
-    places = [["one", "two"].index(label) for label in frame["label"]]
-    clean = frame.select("sequence", sequence_id="id").with_columns(
-        pl.lit("train").alias("dataset_name"),
-        pl.lit(True).alias("scored"),
-        pl.Series("labels", [[k] for k in places], dtype=pl.List(pl.UInt16)),
-    )
-    paths.clean("train").parent.mkdir(parents=True)
-    clean.write_parquet(paths.clean("train"))
-    write_labels(paths.clean("classes"), Classes(("one", "two"), (12, 12), True, "ACGUN"))
-    labelled_sets.write_folds(paths)
+    frame = labelled_sets.write_planted(paths)
     fit(paths, settings(data={"crop": 11}), competition=competition)
     file, middle = tmp_path / "some.csv", frame["sequence"][0][5:16]
     file.write_text(f"id,sequence\nwhole,{frame['sequence'][0]}\nmiddle,{middle}\nodd,{middle[:5]}R{middle[6:]}\n")

@@ -14,7 +14,7 @@ from pipeline.competitions import get_competition
 from pipeline.competitions.base import Competition
 from pipeline.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from pipeline.errors import ConfigError, DataError
-from pipeline.labels import Classes, Numbers, read_labels, write_labels
+from pipeline.labels import Classes, Numbers, read_labels
 from pipeline.paths import Paths
 from pipeline.runs import find_run, warn_of_other_data
 from pipeline.stage import Report
@@ -218,17 +218,7 @@ def test_a_run_may_lie_anywhere_and_is_not_written_to(paths, file, tmp_path):
 def test_classes_have_a_column_each_and_the_most_probable_one(tmp_path):
     competition = get_competition("labelled-mine")
     paths = Paths(comp="labelled-mine", root=tmp_path / "artifacts")
-    frame = labelled_sets.planted(np.random.default_rng(0), count=24, length=21)
-    places = [["one", "two"].index(label) for label in frame["label"]]
-    clean = frame.select("sequence", sequence_id="id").with_columns(
-        pl.lit("train").alias("dataset_name"),
-        pl.lit(True).alias("scored"),
-        pl.Series("labels", [[k] for k in places], dtype=pl.List(pl.UInt16)),
-    )
-    paths.clean("train").parent.mkdir(parents=True)
-    clean.write_parquet(paths.clean("train"))
-    write_labels(paths.clean("classes"), Classes(("one", "two"), (12, 12), True, "ACGUN"))
-    labelled_sets.write_folds(paths)
+    labelled_sets.write_planted(paths)
     for fold in (0, 1):
         train.run(settings(), competition=competition, paths=paths, run=tiny.RUN, split=tiny.SPLIT, fold=fold)
     file = tmp_path / "some.csv"
