@@ -6,12 +6,12 @@
 COMP  ?= ribonanza#        competition: ribonanza, openvaccine, rna3d, rna3d2 (part 2), or a set of your own: labelled-<name>, profiles-<name>
 RAW   ?=#                  folder with the competition's files, or the training file of a set of your own; empty = where download puts them
 FILES ?=#                  names on Kaggle that download fetches; empty = what data reads, all = everything
-MODEL ?=#                  a config in pipeline/configs, or a path to a TOML file; empty = ribonanza_mamba, for rna3d small_structure, for sets of your own a small one; predict and embed: also a run's folder, or reactivity-v1, weights that come along
+MODEL ?=#                  a config in pipeline/configs, or a path to a TOML file; empty = ribonanza_mamba, for rna3d small_structure, for sets of your own a small one; predict and embed: also a run's folder, or reactivity-v2, weights that come along
 SPLIT ?= sim80_k5#         <kind><identity %>_k<folds>: sim80_k5, length_k5, random_k5
 FOLD  ?= 0#                fold to hold out, from 0
 NAME   = all#              name of an ensemble; unlike the others it is not taken from the environment
 RUNS  ?=#                  runs to ensemble; empty = every finished run of SPLIT
-RUN   ?=#                  for evaluate and report: a single run, <model>.<split>, instead of the ensemble NAME
+RUN   ?=#                  for evaluate and report: a single run, <model> or <model>.<split>, instead of the ensemble NAME
 SET   ?=#                  overrides: SET="train.lr=1e-3 train.epochs=5" TAG=fast
 TAG   ?=#                  names a variant of MODEL
 OVER  ?=#                  what a sweep varies: OVER="train.lr=[1e-3,2e-3] train.batch_size=[32,64]"
@@ -43,6 +43,9 @@ SHELL := /bin/bash
 # sequences of your own are predicted with every fold, unless one is said, and with an ensemble only where one is
 ONE_FOLD := $(if $(filter command environment,$(firstword $(origin FOLD))),--fold "$(strip $(FOLD))")
 ONE_NAME := $(if $(filter command,$(firstword $(origin NAME))),--name "$(strip $(NAME))")
+# what this command says itself: of make within make the other one's variables are among its own
+OUTER := $(foreach word,$(shell echo "$${MAKEFLAGS-}"),$(firstword $(subst =, ,$(word))))
+GIVEN := $(filter-out $(OUTER),$(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name))))
 override COMP := $(strip $(COMP))
 override MODEL := $(strip $(MODEL))
 override SPLIT := $(strip $(SPLIT))
@@ -58,11 +61,18 @@ override EXTRAS := $(strip $(EXTRAS))
 override RAW := $(call path,$(RAW))
 override FILE := $(call path,$(FILE))
 
-# a variable in small letters is another one, and would be left out without a word
-SMALL := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
-SMALL := $(foreach name,$(SMALL),$(if $(filter-out $(name),$(shell echo '$(name)' | tr a-z A-Z)),$(name)))
+# a variable in small letters is another one, and would be left out without a word; so would a mistyped one be
+SMALL := $(foreach name,$(GIVEN),$(if $(filter-out $(name),$(shell echo '$(name)' | tr a-z A-Z)),$(name)))
 ifneq ($(strip $(SMALL)),)
 $(error $(strip $(SMALL)): variables are in capitals. Next: $(foreach name,$(SMALL),$(shell echo '$(name)' | tr a-z A-Z)=$($(name))))
+endif
+# a name with a _ may be some program's, such as OMP_NUM_THREADS; compilers go by two names without
+UNKNOWN := $(sort $(foreach name,$(filter-out SHELL MAKE MAKEFLAGS CC CXX $(shell grep -ohE '[A-Z_]+ *\??=' $(MAKEFILE_LIST) | tr -d ' ?='),$(GIVEN)),$(if $(findstring _,$(name)),,$(name))))
+ifneq ($(UNKNOWN),)
+$(error $(UNKNOWN): no target reads that. Next: make help lists the variables; one of the environment goes before make)
+endif
+ifneq ($(and $(filter MODEL,$(GIVEN)),$(MODEL),$(MAKECMDGOALS),$(if $(filter-out ensemble submit submit-kaggle evaluate report,$(MAKECMDGOALS)),,by name)),)
+$(error MODEL=$(MODEL): what is blended, scored or sent goes by name. Next: RUN=<run> for evaluate and report, RUNS="<run> <run>" for ensemble; make status lists the runs)
 endif
 ifneq ($(and $(strip $(SET)),$(if $(TAG)$(ALLOW_CHANGES)$(filter plan sweep,$(MAKECMDGOALS)),,untagged)),)
 $(error SET changes what a run is, so name the variant: add TAG=some-name)
@@ -71,8 +81,8 @@ endif
 # a sentence that ends with a command of make repeats an interpreter of one's own
 RNA := $(if $(filter-out .venv/bin/python,$(PY)),env RNA_PY=$(PY)) $(PY) -m pipeline
 NO_NETWORK := $(if $(filter rna3d%,$(COMP)),denovo templates-predict) $(if $(filter labelled%,$(COMP)),words)
-GPU := models/test_kernels models/test_causal_conv models/test_ssd models/test_long_conv pipeline/test_plan models/test_triton_scan \
-  pipeline/test_training_gpu models/test_contract models/test_compile
+GPU := models/test_kernels models/test_causal_conv models/test_ssd models/test_long_conv pipeline/test_plan pipeline/test_muon \
+  models/test_triton_scan pipeline/test_training_gpu models/test_contract models/test_compile
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 named = \( -name bench $(patsubst %,-o -name '%',$(1)) \)
 OWN := demo kernel-check wheels
@@ -143,19 +153,19 @@ test-floor: .venv-floor/.ready ## the same tests on the oldest packages that pyp
 	.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/floor-constraints.txt -e ".[$(EXTRAS)]"
 	touch $@
 test-faults: $(ENVIRONMENT) ## kill, damage and poison runs at random, and write the table of what happened
-	@OMP_NUM_THREADS=1 $(PY) -m tests.faults
+	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m tests.faults
 test-gpu: $(ENVIRONMENT) ## tests that need a GPU, the cheapest first (PY=python3: with what is installed there)
 	@exec $(PY) -m pytest -q -m gpu $(GPU:%=tests/%.py)
 lint: $(ENVIRONMENT) ## format the code and fix what ruff can fix
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
-download: $(ENVIRONMENT) ## fetch the competition's files from Kaggle (EXTRAS=dev,kaggle installs the client)
+download: $(ENVIRONMENT) ## fetch the competition's files from Kaggle
 	@exec $(RNA) download $(AT) $(foreach file,$(FILES),--file '$(file)')
 data: $(ENVIRONMENT) ## raw files in RAW -> checked clean tables
 	@exec $(RNA) data $(AT) --raw "$(RAW)"
 bpp: $(ENVIRONMENT) ## base-pair probabilities of all sequences (ViennaRNA)
 	@exec $(RNA) bpp $(AT)
-templates: $(ENVIRONMENT) ## mmCIF or PDB files in RAW -> dated library of RNA chains (EXTRAS=dev,templates installs gemmi)
+templates: $(ENVIRONMENT) ## mmCIF or PDB files in RAW -> dated library of RNA chains
 	@exec $(RNA) templates $(AT) --raw "$(RAW)"
 folds: $(ENVIRONMENT) ## clean tables -> fold of every sequence, verified by its lock (RELOCK=1 writes the lock)
 	@exec $(RNA) folds $(AT) --split "$(SPLIT)" $(if $(RELOCK),--relock)
@@ -204,10 +214,10 @@ evaluate: $(ENVIRONMENT) ## score out-of-fold predictions beside the trivial flo
 	@exec $(RNA) evaluate $(AT) --split "$(SPLIT)" --name "$(NAME)" $(if $(strip $(RUN)),--run $(strip $(RUN))) $(if $(ENGINE),--engine $(strip $(ENGINE)))
 score-tm: $(ENVIRONMENT) ## both TM-scores of a folder of C1' traces: make score-tm TRACES=<folder> OUT=scores.parquet (ENGINE=usalign)
 	@exec $(RNA) score-tm --traces "$(TRACES)" --out "$(strip $(OUT))" $(if $(ENGINE),--engine $(strip $(ENGINE)))
-structures: $(ENVIRONMENT) ## PDB and mmCIF files of an ensemble, and a page that shows them offline (TABLE=oof: training targets; FILE or SEQ: RNAs of your own)
-	@exec $(RNA) structures $(AT) --name "$(NAME)" --split "$(SPLIT)" $(if $(TABLE),--table $(TABLE)) $(OWN_FILE)
+structures: $(ENVIRONMENT) ## PDB and mmCIF files of an ensemble, and a page that shows them offline (TABLE=oof: training targets; FILE or SEQ: RNAs of your own; MODEL: by this run alone)
+	@exec $(RNA) structures $(AT) --name "$(NAME)" --split "$(SPLIT)" $(if $(TABLE),--table $(TABLE)) $(if $(OWN_FILE),$(if $(MODEL),--model "$(MODEL)" $(if $(TAG),--tag $(TAG))) $(OWN_FILE))
 report: $(ENVIRONMENT) ## one self-contained HTML page for the ensemble (RUN=<run>: for a single run, after make evaluate RUN=<run>)
-	@exec $(RNA) report $(AT) --name "$(NAME)" $(if $(strip $(RUN)),--run $(strip $(RUN)))
+	@exec $(RNA) report $(AT) --split "$(SPLIT)" --name "$(NAME)" $(if $(strip $(RUN)),--run $(strip $(RUN)))
 
 kernel: $(ENVIRONMENT) ## pack a Kaggle notebook without internet (KERNEL=train|predict OWNER=<user> LIMIT=9h ALL=1 RESUME=owner/slug)
 	@exec $(RNA) kernel $(AT) --owner "$(strip $(OWNER))" --mode $(or $(strip $(KERNEL)),train) $(VARIANT) $(JOB) --name "$(NAME)" \

@@ -250,7 +250,7 @@ def assign_folds(table: pl.DataFrame, plan: Split, *, seed: int, where: str) -> 
     if clusters.height < plan.folds:
         raise ConfigError(
             f"SPLIT={where!r}: {plan.folds} folds, but the {table.height:,} sequences make only {clusters.height} "
-            f"clusters. Next: SPLIT={where.rsplit('_', 1)[0]}_k{max(2, clusters.height)}, or a higher identity."
+            f"cluster{'s' * (clusters.height > 1)}. Next: {_smaller_split(table.height, clusters.height, where=where)}."
         )
     ties = [hashlib.sha256(f"{seed}:{name}".encode()).hexdigest() for name in clusters["cluster"]]
     clusters = clusters.with_columns(pl.Series("tie", ties, dtype=pl.String))
@@ -258,6 +258,19 @@ def assign_folds(table: pl.DataFrame, plan: Split, *, seed: int, where: str) -> 
     folds_C = _balance(table, clusters, held_C, folds=plan.folds, first=int(plan.kind == "length"))
     fold_of = clusters.select("cluster", pl.Series("fold", folds_C, dtype=pl.UInt8))
     return table.join(fold_of, on="cluster", how="left", validate="m:1", maintain_order="left")
+
+
+def _smaller_split(sequences: int, clusters: int, *, where: str) -> str:
+    """What to try where a split has more folds than there are clusters.
+
+    >>> _smaller_split(9, 3, where="sim80_k5"), _smaller_split(1, 1, where="random_k5")
+    ('SPLIT=sim80_k3, or a higher identity', 'add sequences: of a single one there are no folds')
+    """
+    if sequences < 2:
+        return "add sequences: of a single one there are no folds"
+    if clusters < 2:
+        return "try a higher identity (SPLIT=sim95_k2), or SPLIT=random_k2: all are relatives, so that its scores leak"
+    return f"SPLIT={where.rsplit('_', 1)[0]}_k{clusters}, or a higher identity"
 
 
 def _hold_longest(clusters: pl.DataFrame, folds: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Our clustering beside MMseqs2 and cd-hit, judged by the relatives that each leaves across folds.
 
 All programs get the same designs (`folds.similarity.find_designs`), 80 % identity and two threads. The judge is the
-comparison of all pairs, for the mutants that of a sample of them with all: how many pairs of at least 80 % identity
+comparison of all pairs (of the mutants, of a sample with all): how many pairs of at least 80 % identity
 have their ends in different clusters, and in different folds when five folds are filled with whole clusters.
 
 Letters: N designs.
@@ -23,10 +23,10 @@ import polars as pl
 from rich.table import Table
 
 from folds.assign import assign_folds, parse_split
-from folds.audit import PERCENTS, compare
 from folds.components import find_roots, unite_pairs
 from folds.edit_distance import Packed, pack
 from folds.similarity import find_designs, link
+from folds.survey import PERCENTS, compare
 from pipeline.errors import ConfigError, DataError
 from pipeline.memory import peak_memory_mib
 from pipeline.paths import REPOSITORY, Paths

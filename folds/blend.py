@@ -221,8 +221,8 @@ def _fit(job: Job, predictions_TM: np.ndarray, truth_T: np.ndarray) -> Weights:
         return Weights(values_M=np.full(len(job.runs), 1.0 / len(job.runs)), loss=0.0, gap=0.0)
     if job.classes is None:
         low, high = job.scoring.target_range or (-np.inf, np.inf)
-        unit = truth_T.std() or 1.0 if job.width else 1.0  # numbers may be thousands or thousandths
         truth_T = np.clip(truth_T, low, high)
+        unit = truth_T.std() or 1.0 if job.competition.is_own else 1.0  # theirs may be thousands or thousandths
         return learn_weights(predictions_TM / unit, truth_T / unit, power=job.scoring.error_power)
     true_T = truth_T > 0.5
     right_TM = np.where(true_T[:, None], predictions_TM, 1.0 - predictions_TM)

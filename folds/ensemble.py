@@ -88,7 +88,7 @@ def run(
         },
         params={
             "version": VERSION,
-            "competition": competition.name,
+            **competition.params,
             "runs": list(runs),
             "split": split,
             "folds": folds,
@@ -154,7 +154,7 @@ def apply(
         "ensemble",
         inputs={"weights": weights} | tables,
         outputs={"test": paths.ensemble_dir(name) / "test.parquet"},
-        params={"version": VERSION, "competition": competition.name, "test_only": True, "folds": chosen},
+        params={"version": VERSION, **competition.params, "test_only": True, "folds": chosen},
         build=partial(choose_test, job, told.get("policy"))
         if is_structure
         else partial(blend_test, job, told["weights"]),

@@ -25,7 +25,6 @@ MIN_DESIGN = 20
 _SAMPLE = 20_000
 _STEMS = range(5, 13)  # base pairs of a barcode's stem
 _LOOP = 4
-_NONE = 255
 _PAIRS = tuple((ord(pair[0]), ord(pair[1])) for pair in CANONICAL_PAIRS)
 
 
@@ -64,7 +63,7 @@ def cut_flanks(sequence: str, flank: Flank) -> slice:
 
 
 def _end_letters(sequences: Sequence[str], width: int) -> np.ndarray:
-    """First letters of all sequences, [S, width] uint8 codes; `_NONE` behind the end."""
+    """First letters of all sequences, [S, width] uint8 codes; 255 behind the end."""
     text = b"".join(sequence[:width].encode().ljust(width, b"\xff") for sequence in sequences)
     return np.frombuffer(text, dtype=np.uint8).reshape(len(sequences), width)
 

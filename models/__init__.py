@@ -1,4 +1,4 @@
-"""Networks: PyTorch code, never saved weights. The imports below are the registry that one can read."""
+"""Networks: PyTorch code. The imports below are the registry that one can read."""
 
 from models import drsn, hyena, ribonanza_mamba, transformer_sepconv
 from models.registry import create_model, list_models

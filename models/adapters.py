@@ -1,6 +1,7 @@
-"""Low-rank adapters: a network that was trained learns another task with a few numbers more for each of its matrices.
+"""A trained network learns another task by few new parameters: adapters in its matrices, or a prompt before sequences.
 
-Source: Hu et al. 2021, LoRA, arXiv:2106.09685.
+Source: Hu et al. 2021, LoRA, arXiv:2106.09685; Lester et al. 2021, soft prompts, arXiv:2104.08691, here as HyenaDNA
+(Nguyen et al. 2023, section 4.3) has them, but with heads that train too.
 """
 
 import math
@@ -10,8 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from models.encoder import RnaEncoder
 from models.heads import is_head
 from models.interface import RnaModel
+from models.layers.undecayed import leave_undecayed
+
+_PROMPT_STD = 0.02
 
 
 class LowRank(nn.Module):
@@ -44,8 +49,7 @@ def add_adapters(model: RnaModel, *, rank: int, alpha: float) -> None:
     Raises:
         ValueError: the network has no such layer.
     """
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_head(name))
+    _freeze(model)
     layers = [
         module
         for name, module in model.named_modules()
@@ -57,6 +61,31 @@ def add_adapters(model: RnaModel, *, rank: int, alpha: float) -> None:
         parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank=rank, alpha=alpha))
 
 
+def add_prompt(model: RnaModel, *, length: int) -> None:
+    """Give the blocks vectors to learn that stand before every sequence, and freeze all else but the heads.
+
+    Heads see the sequence alone: no pool, value or pair has the prompt in it.
+
+    Args:
+        model: changed in place.
+        length: N, of the vectors.
+
+    Raises:
+        ValueError: the network has no place for them.
+    """
+    if not isinstance(model, RnaEncoder):
+        raise ValueError(f"model {model.name!r}: no place for a soft prompt; expected an RnaEncoder (soft_prompt).")
+    _freeze(model)
+    scale = model.norm.weight
+    model.prompt_ND = nn.Parameter(_PROMPT_STD * torch.randn(length, len(scale)).to(scale))
+    leave_undecayed([model.prompt_ND])
+
+
+def _freeze(model: RnaModel) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_head(name))
+
+
 def merge_adapters(model: nn.Module) -> None:
     """Add every adapter to the weight it adapts, for good; a network without them stays as it is."""
     for module in model.modules():
@@ -65,11 +94,11 @@ def merge_adapters(model: nn.Module) -> None:
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a network as it is called without adapters, and without them; the tensors are its own."""
+    """The state dict of a network without adapters or prompt, named as it is then; the tensors are its own."""
     return {
         name.replace(".parametrizations.weight.original", ".weight"): tensor
         for name, tensor in model.state_dict().items()
-        if ".parametrizations.weight.0." not in name
+        if ".parametrizations.weight.0." not in name and name != "prompt_ND"
     }
 
 

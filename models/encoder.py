@@ -1,12 +1,14 @@
 """What all networks here share: embedding, a stack of blocks, a last norm, heads.
 
-Letters: B batch, L length, D width, P pair channel.
+Letters: B batch, L length, D width, P pair channel, N vectors of a soft prompt.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from models.heads import Heads, Pool
 from models.interface import RnaInputs, RnaModel, RnaOutputs
@@ -44,6 +46,7 @@ class RnaEncoder(RnaModel):
     """
 
     blocks: nn.ModuleList
+    prompt_ND: nn.Parameter | None  #: what the blocks see before the sequence, see `models.adapters.add_prompt`
 
     def __init__(
         self,
@@ -71,6 +74,7 @@ class RnaEncoder(RnaModel):
         self.embedding = InputEmbedding(width, use_bpp=use_bpp, stem_kernel=stem_kernel, vocabulary=vocabulary)
         self.pair_bias: PairBias | None = None
         self.pair_start: PairStart | None = None
+        self.register_parameter("prompt_ND", None)
         self.norm = nn.LayerNorm(width)
         self.heads = Heads(
             width,
@@ -110,16 +114,27 @@ class RnaEncoder(RnaModel):
         return zero_pads(at_least_float32(self._encode(inputs)[0]), inputs.mask_BL)
 
     def _encode(self, inputs: RnaInputs) -> tuple[Tensor, Tensor | None]:
-        """Last hidden layer, and pair features [B, L, L, P] for the heads if there are any."""
-        _, mask_BL, bpp_BLL = inputs
-        x_BLD, blocks, pair_BLLP = self.embedding(inputs), list(self.blocks), None
+        """Last hidden layer, and pair features [B, L, L, P] for the heads if there are any; of the sequence alone."""
+        x_BLD, mask_BL, bpp_BLL = self._behind_prompt(self.embedding(inputs), inputs.mask_BL, inputs.bpp_BLL)
+        blocks, pair_BLLP, first = list(self.blocks), None, 0 if self.prompt_ND is None else len(self.prompt_ND)
         bias = None if self.pair_bias is None else self.pair_bias(mask_BL, bpp_BLL)
         if self.pair_start is None:
             x_BLD = run_blocks(blocks, x_BLD, mask_BL, bias, every=self.checkpoint_every)
         else:
             state = (x_BLD, self.pair_start(mask_BL, bpp_BLL))
             x_BLD, pair_BLLP = run_blocks(blocks, state, mask_BL, bias, every=self.checkpoint_every)
-        return self.norm(x_BLD), pair_BLLP
+        return self.norm(x_BLD[:, first:]), None if pair_BLLP is None else pair_BLLP[:, first:, first:]
+
+    def _behind_prompt(
+        self, x_BLD: Tensor, mask_BL: Tensor, bpp_BLL: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """All three with the prompt in front, if there is one: N more positions, unpaired."""
+        if self.prompt_ND is None:
+            return x_BLD, mask_BL, bpp_BLL
+        n = len(self.prompt_ND)
+        prompt_BND = self.prompt_ND.to(x_BLD.dtype).expand(len(x_BLD), -1, -1)
+        bpp_BLL = None if bpp_BLL is None else pad(bpp_BLL, (n, 0, n, 0))
+        return torch.cat([prompt_BND, x_BLD], dim=1), pad(mask_BL, (n, 0), value=True), bpp_BLL
 
 
 class BlockEncoder(RnaEncoder):

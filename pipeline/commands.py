@@ -66,8 +66,9 @@ def remember(given: Mapping[str, object], *, verbs: Mapping[str, Iterable[str]] 
     _takes.update(
         (verb, {VARIABLES[name][0] for name in ("py", *names) if name in VARIABLES}) for verb, names in verbs.items()
     )
-    train = _takes.get("train", set())
+    train, structures = _takes.get("train", set()), _takes.get("structures", set())
     _takes.update({"train": train - {"ALL"}, "train-bg": train, "train-all": train - {"ALL", "FOLD"}})
+    _takes["structures"] = structures - {"MODEL", "TAG"}  # a single run predicts RNAs of one's own alone
 
 
 def _text(value: object) -> str:

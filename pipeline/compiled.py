@@ -5,14 +5,18 @@ every sum; its work queue leaves torch alone.
 
 numba takes compiled code from its cache as long as the function's own file is the same, also when a function of another
 file that it calls has changed. So the cache lies in a folder named after the contents of all files that compile.
+Where there is no place for it, or what it holds is damaged, functions are compiled anew.
 """
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numba
-from numba import njit, prange
+from numba import prange
 
 numba.config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]
 
@@ -27,6 +31,31 @@ def cache_folder(home: Path) -> Path:
         if b"from pipeline.compiled import" in text:
             digest.update(text)
     return home / "pipeline" / "__pycache__" / f"numba-{digest.hexdigest()[:16]}"
+
+
+def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """`numba.njit` with a cache that may be missing, damaged, or on a full disk."""
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        try:
+            made = numba.njit(**options)(function)
+        except RuntimeError:  # package and home take no file
+            return numba.njit(**{**options, "cache": False})(function)
+        if hasattr(made, "_cache"):  # not the plain function, as NUMBA_DISABLE_JIT=1 has it
+            made._cache._guard_against_spurious_io_errors = lambda: _forgiving(made._cache)
+        return made
+
+    return compiled
+
+
+@contextlib.contextmanager
+def _forgiving(cache: Any) -> Iterator[None]:
+    """What fails here was not in the cache, or is not saved: numba's own guard, which is for Windows alone."""
+    try:
+        yield
+    except Exception:  # what a power cut left of a pickle may raise anything
+        with contextlib.suppress(OSError):
+            cache.flush()
 
 
 if not numba.config.CACHE_DIR and os.access(Path(__file__).parent, os.W_OK):  # type: ignore[attr-defined]

@@ -20,8 +20,12 @@ from pipeline.errors import ConfigError
 CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 
 #: Epochs that "auto" means, and the optimiser steps that they make at least: of a small set they are more. 10 epochs of
-#: 256 sequences make 160 steps, too few to learn much from; pipeline/README.md has numbers.
+#: 256 sequences make 160 steps, too few to learn much from; pipeline/OWN_DATA.md has numbers.
 AUTO_EPOCHS, AUTO_STEPS = 10, 600
+
+
+#: Settings of a model that train what they add to initial weights, and heads, while all else stays as it was loaded.
+FREEZING = {"lora_rank": "adapters", "soft_prompt": "soft prompts"}
 
 
 #: Smallest and largest sensible value of a number; numbers that are not here may be any finite one.
@@ -38,6 +42,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "lr": (0, math.inf),
     "lora_rank": (0, math.inf),
     "lora_alpha": (0, math.inf),
+    "soft_prompt": (0, math.inf),
     "backbone_lr_share": (0, 1),
     "weight_decay": (0, math.inf),
     "warmup": (0, 1),
@@ -55,6 +60,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "tm_weight": (0, math.inf),
     "confidence_weight": (0, math.inf),
     "focal_gamma": (0, math.inf),
+    "focal_alpha": (0, 1 - 1e-9),
     "class_balance": (0, 1 - 1e-9),
 }
 
@@ -70,6 +76,8 @@ class ModelConfig:
     # of what adapters of low rank add to these weights, which stay as they are but for the heads (LoRA); 0 = all train
     lora_rank: int = 0
     lora_alpha: float = 16.0  # the adapters' sum counts alpha / rank times
+    # vectors that are learned and stand before every sequence, with the heads alone in training (soft prompt); 0 = none
+    soft_prompt: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +128,17 @@ class TrainConfig:
     process_timeout: float = 300.0  # seconds after which one of several training processes that is silent is lost
     max_skips: int = 5  # batches in a row that may be left out for non-finite values or loss spikes
     max_rollbacks: int = 3
+    # of targets in the loss, by name, where others weigh 1: {deg_pH10 = 0, deg_50C = 0}; of values and numbers
+    target_weights: dict[str, float] = field(default_factory=dict)
     # terms of a structure's loss, beside distances, which weigh 1; they count where model.kwargs.coordinates is on
     frame_weight: float = 1.0  # of coordinates as seen from local frames
     tm_weight: float = 1.0  # of coordinates after superposition
     confidence_weight: float = 0.1  # of the confidence in them
     # of a labelled set: how much less a class counts the surer it is (Lin et al. 2017); 0 = cross-entropy
     focal_gamma: float = 0.0
+    # what having a label weighs against 1 - alpha of not having it, where each is had or not: more recall, less
+    # precision above 0.5; 0 = off
+    focal_alpha: float = 0.0
     # and how much more a rare class counts: beta of the effective number of its sequences (Cui et al. 2019); 0 = off
     class_balance: float = 0.0
     # a loss so many robust standard deviations above the last 128 is a spike: its batch is left out; 0 = off, because
@@ -138,6 +151,12 @@ class TrainConfig:
                 f"[train] length_stages: got {self.length_stages!r}; expected <nt>x<epochs>, with commas between. "
                 "Next: write '64x1,128x2', for example."
             )
+        for name, weight in self.target_weights.items():
+            if type(weight) not in (int, float) or not 0 <= weight < math.inf:
+                raise ConfigError(
+                    f"[train] target_weights: {name} = {weight!r}; expected a finite number of at least 0. Next: "
+                    "correct the value."
+                )
         if self.sharding == "fsdp2" and self.optimizer != "adamw":
             raise ConfigError(
                 f"[train] optimizer: got {self.optimizer!r} with sharding = 'fsdp2', which knows 'adamw' alone. Next: "

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from folds import assign, ensemble
 from pipeline import bpp, commands, predict, preprocess, synthetic, train, viennarna
-from pipeline.cli import show
+from pipeline.cli.program import show
 from pipeline.competitions import get_competition
 from pipeline.config import load_config
 from pipeline.paths import Paths

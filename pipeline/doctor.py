@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from pipeline.errors import ConfigError
 from pipeline.memory import free_bytes
 
 _KAGGLE_FILES = ("kaggle.json", "access_token", "access_token.txt")
@@ -57,7 +58,7 @@ def _python() -> Finding:
 def _torch() -> Iterator[Finding]:
     import torch
 
-    from pipeline.training.precision import choose_precision
+    from pipeline.training.precision import choose_device, choose_precision
 
     yield Finding("torch", "ok", f"{torch.__version__}, threads: {torch.get_num_threads()}")
     if torch.cuda.is_available():
@@ -65,13 +66,15 @@ def _torch() -> Iterator[Finding]:
             card = torch.cuda.get_device_properties(index)
             memory = card.total_memory / 2**30
             yield Finding("GPU", "ok", f"{card.name}, compute capability {card.major}.{card.minor}, {memory:.0f} GiB")
-        device = torch.device("cuda")
     else:
         built = f"this torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build of torch"
         yield Finding("GPU", "absent", f"{built}; everything runs on the CPU")
-        device = torch.device("cpu")
-    precision = choose_precision("auto", device)
-    yield Finding("precision", "ok", f"{precision.name} will be used; {precision.reason}")
+    try:
+        precision = choose_precision("auto", choose_device())
+    except (ConfigError, RuntimeError) as err:  # CUDA's own say more on further lines
+        yield Finding("GPU", "problem", str(err).partition("\n")[0])
+    else:
+        yield Finding("precision", "ok", f"{precision.name} will be used; {precision.reason}")
 
 
 def _fast_kernels() -> Iterator[Finding]:

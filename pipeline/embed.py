@@ -177,6 +177,6 @@ def _embed(job: Job, model: RnaModel, device: torch.device, positions: np.ndarra
     """x_LD of each example."""
 
     def pick(x_BLD: Tensor, b: int, length: int) -> np.ndarray:
-        return x_BLD[b, :length].cpu().numpy()
+        return x_BLD[b, :length].numpy()
 
     return both_ways(job, model.embed, device, positions, pick=pick, turn=lambda x_LD: x_LD[::-1])

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from models.adapters import merge_adapters
 from models.interface import RnaInputs, RnaModel
@@ -20,17 +22,17 @@ from pipeline.augment import flip
 from pipeline.batch import make_batch
 from pipeline.competitions.base import Competition
 from pipeline.config import RunConfig
-from pipeline.dataset import ExampleSet
+from pipeline.dataset import ExampleSet, RnaExample
 from pipeline.errors import ConfigError, DataError, DivergedError, StoppedError, StorageError
 from pipeline.labels import Labels, labels_of, read_labels, units_of
+from pipeline.network import build_model
 from pipeline.packing import STRUCTURE_PAIRS, plan_by_tokens
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, say, warn
 from pipeline.runs import SWEEP
 from pipeline.stage import Report
-from pipeline.train import build_model
 from pipeline.training.checkpoint import CheckpointStore, DamagedError, load_weights, read_meta
-from pipeline.training.failures import is_out_of_memory
+from pipeline.training.failures import fitting, is_out_of_memory
 from pipeline.training.precision import choose_device
 from pipeline.training.stop import StopRequest
 
@@ -71,7 +73,7 @@ def with_best_checkpoint(
 
     Raises:
         ConfigError: the run is of another competition.
-        DataError: this fold was never trained.
+        DataError: this fold was never trained, or other code trained it.
         StorageError: every checkpoint is damaged.
     """
     store = CheckpointStore(paths.fold_dir(run, fold) / "checkpoints")
@@ -170,9 +172,11 @@ def load_network(job: Job) -> tuple[RnaModel, torch.device]:
     device = choose_device()
     model = build_model(job.config.model, job.competition, job.examples.labels)
     try:
-        model.load_state_dict(load_weights(job.checkpoint))
+        weights = load_weights(job.checkpoint)
     except DamagedError as err:
         raise _damaged(job.checkpoint, err) from err
+    with fitting(job.checkpoint):
+        model.load_state_dict(weights)
     merge_adapters(model)
     if job.examples.labels:
         take_unknown_letters(model, job.examples.labels)
@@ -234,16 +238,21 @@ def both_ways(
         network: what a padded batch goes through.
         device: where.
         positions: of the examples.
-        pick: (what the network gives, place in the batch, length in nt) -> the example's array.
+        pick: (what the network gives, on the CPU, place in the batch, length in nt) -> the example's array.
         turn: an array of the reversed sequence as one of the sequence.
     """
     lengths = job.examples.lengths[positions].tolist()
+
+    def outputs_of(change: Callable[[RnaExample, int], RnaExample] | None = None) -> Computed:
+        inputs = make_batch(job.examples, positions, change=change).to(device).inputs
+        return tree_map_only(Tensor, Tensor.cpu, network(inputs))  # at once: each copy waits for the device
+
     with torch.no_grad():
-        outputs = network(make_batch(job.examples, positions).to(device).inputs)
+        outputs = outputs_of()
         forward = [pick(outputs, b, length) for b, length in enumerate(lengths)]
         if job.config.data.flip == 0:
             return forward
-        outputs = network(make_batch(job.examples, positions, change=lambda one, _: flip(one)).to(device).inputs)
+        outputs = outputs_of(lambda one, _: flip(one))
         pairs = zip(forward, lengths, strict=True)
         return [(one + turn(pick(outputs, b, length))) / 2 for b, (one, length) in enumerate(pairs)]
 

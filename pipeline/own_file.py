@@ -123,7 +123,7 @@ def predict_run(
     require_file(source, verb="predict")
     own = own_paths(source, paths)
     work = partial(apply_checkpoint, competition=competition, source=source, own=own, paths=paths)
-    folds = [fold] if fold is not None else _trained_folds(paths.run_dir(run), competition)
+    folds = [fold] if fold is not None else trained_folds(paths.run_dir(run), competition)
     for k in folds:  # never none
         trained = with_best_checkpoint(work, competition=competition, paths=paths, run=run, fold=k).facts["trained"]
     _tell_of_length(trained["longest"], own)
@@ -231,7 +231,7 @@ def _require_no_structures(competition: Competition) -> None:
         )
 
 
-def _trained_folds(folder: Path, competition: Competition) -> list[int]:
+def trained_folds(folder: Path, competition: Competition) -> list[int]:
     """Folds that have a checkpoint; the first where none has, so that the sentence for it is told."""
     stores = {path.name.removeprefix("fold"): CheckpointStore(path / "checkpoints") for path in folder.glob("fold*")}
     found = sorted(int(number) for number, store in stores.items() if number.isdigit() and store.steps())

@@ -20,7 +20,7 @@ from pipeline.competitions.base import Competition
 from pipeline.competitions.labelled import read_sequences
 from pipeline.errors import DataError
 from pipeline.inference import with_best_checkpoint
-from pipeline.own_file import Predicted, apply_checkpoint, own_paths, require_file
+from pipeline.own_file import Predicted, apply_checkpoint, own_paths, require_file, trained_folds
 from pipeline.paths import Paths
 from pipeline.runlog import say
 from pipeline.runs import is_stage
@@ -40,7 +40,9 @@ _CUTOFF = "temporal_cutoff"
 _BRACKETS = "()", "[]", "{}", "<>", "Aa", "Bb", "Cc", "Dd"  # of pairs that cross, one kind after the other
 
 
-def predict(source: Path, *, competition: Competition, paths: Paths, split: str, name: str) -> Predicted:
+def predict(
+    source: Path, *, competition: Competition, paths: Paths, split: str, name: str, run: str | Path | None = None
+) -> Predicted:
     """Give every RNA of a file its candidates, by all sources of an ensemble, or else by assembly and templates.
 
     Args:
@@ -49,10 +51,11 @@ def predict(source: Path, *, competition: Competition, paths: Paths, split: str,
         paths: where runs and ensembles are; all is written below ``predictions/<name of the file>/``.
         split: of the runs that are used without an ensemble.
         name: of the ensemble whose choice is used, if it is there.
+        run: by this one alone instead: its name, or its folder where that lies elsewhere.
 
     Raises:
         ConfigError: the competition is not about structures.
-        DataError: the file is not what it should be, or an RNA is too long.
+        DataError: the file is not what it should be, an RNA is too long, or `run` has no trained fold.
         StoppedError: asked to stop; nothing is left half-written.
     """
     competition.require_structures("structures")
@@ -62,15 +65,17 @@ def predict(source: Path, *, competition: Competition, paths: Paths, split: str,
     if viennarna.available()[0]:
         bpp.run(own, tables=("test",))
     weights = paths.ensemble_dir(name) / "weights.json"
-    if weights.is_file():
+    if run is None and weights.is_file():
         told = read_result(weights, hint=f"make ensemble COMP={paths.comp} NAME={name}")
         about = f"chosen as by ensemble {name}"
     else:
-        told, about = _without_ensemble(competition, paths, split=split), "the most confident ones (no ensemble)"
+        told = _without_ensemble(competition, paths, split=split, run=run)
+        about = f"the most confident ones{' (no ensemble)' if run is None else ''}"
         weights = own.ensemble_dir("best") / "weights.json"
+    given = told["runs"] if run is None else [run]
+    told["runs"] = [_predict_run(each, told, competition=competition, paths=paths, own=own) for each in given]
+    if weights.is_relative_to(own.home):
         write_json(weights, told)
-    for run in told["runs"]:
-        _predict_run(run, told, competition=competition, paths=paths, own=own)
     about = f"candidates of {', '.join(told['runs'])}, {about}"
     return Predicted(own=own, competition=competition, name=weights.parent.name, weights=weights, about=about)
 
@@ -130,12 +135,15 @@ def _require_short(table: pl.DataFrame, source: Path) -> None:
         )
 
 
-def _without_ensemble(competition: Competition, paths: Paths, *, split: str) -> dict[str, Any]:
-    """What an ensemble would say of runs whose confidence is a TM-score: those without a network."""
-    runs = [denovo.run_name(split)]
-    if all((paths.run_dir(templates.run_name(split)) / file).is_file() for file in templates.CARRIED):
+def _without_ensemble(competition: Competition, paths: Paths, *, split: str, run: str | Path | None) -> dict[str, Any]:
+    """What an ensemble would say of a single run, or of those whose confidence is a TM-score: all without a network."""
+    runs = [denovo.run_name(split) if run is None else Path(run).name]
+    if run is None and all((paths.run_dir(templates.run_name(split)) / file).is_file() for file in templates.CARRIED):
         runs.append(templates.run_name(split))
-    folds = sorted({0}.union(*(_dealt(paths.run_dir(run)) for run in runs)))
+    if run is None or is_stage(runs[0]):
+        folds = sorted({0}.union(*(_dealt(paths.run_dir(each)) for each in runs)))
+    else:
+        folds = trained_folds(paths.run_dir(run), competition)
     told = {"competition": competition.name, "task": competition.task, "split": split, "folds": folds, "runs": runs}
     return told | {"targets": list(competition.targets), "policy": None}
 
@@ -146,17 +154,20 @@ def _dealt(folder: Path) -> set[int]:
     return {int(number) for number in found if number.isdigit()}
 
 
-def _predict_run(run: str, told: dict[str, Any], *, competition: Competition, paths: Paths, own: Paths) -> None:
+def _predict_run(run: str | Path, told: dict[str, Any], *, competition: Competition, paths: Paths, own: Paths) -> str:
+    """Returns the name under which it predicted."""
     source, split = paths.run_dir(run), told["split"]
-    if not is_stage(run):
+    if not is_stage(source.name):
         work = partial(apply_checkpoint, competition=competition, source=None, own=own, paths=paths)
-        for fold in told["folds"]:
-            with_best_checkpoint(work, competition=competition, paths=paths, run=run, fold=fold)
-    elif run == templates.run_name(split):
+        for fold in told["folds"]:  # never none
+            done = with_best_checkpoint(work, competition=competition, paths=paths, run=run, fold=fold)
+        return str(done.facts["trained"]["run"])
+    if source.name == templates.run_name(split):
         templates.apply(own, competition=competition, split=split, source=source)
     else:
         learned = all((source / file).is_file() for file in denovo.CARRIED)
         denovo.apply(own, competition=competition, split=split, source=source if learned else _unlearned(paths, own))
+    return source.name
 
 
 def _unlearned(paths: Paths, own: Paths) -> Path:

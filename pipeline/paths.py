@@ -73,7 +73,7 @@ class Paths:
     def fold_dir(self, run: str | Path, fold: int) -> Path:
         return self.run_dir(run) / f"fold{fold}"
 
-    def oof(self, run: str, fold: int) -> Path:
+    def oof(self, run: str | Path, fold: int) -> Path:
         return self.fold_dir(run, fold) / "oof.parquet"
 
     def test(self, run: str, fold: int) -> Path:

@@ -29,6 +29,7 @@ from models.layers import kernels
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, StorageError
 from pipeline.memory import Free, free_bytes
+from pipeline.runlog import amount, size_text
 from pipeline.training.optim import make_optimizer
 from pipeline.training.precision import Precision, choose_device, choose_precision
 
@@ -110,10 +111,11 @@ class Plan:
         step, checkpointing = self.step, self.step.gradient_checkpointing
         each = f" in each of {step.processes} processes" if step.processes > 1 else ""
         part = f"1/{step.processes} of the network, " if step.sharded else ""
+        need, free = size_text(self.need.total), size_text(self.available.size)
         return (
-            f"needs about {_gib(self.need.total)} of {_gib(self.available.size)} free on {self.device.type}{each}"
+            f"needs about {need} of {free} free on {self.device.type}{each}"
             f"{f' (limit: {self.available.limit})' if self.available.limit else ''}: {part}"
-            f"{step.micro_batch:,} sequences of {step.length:,} nt, {self.precision.name}"
+            f"{amount(step.micro_batch, 'sequence')} of {step.length:,} nt, {self.precision.name}"
             f"{f', gradient checkpointing every {checkpointing}' if checkpointing else ''}"
         )
 
@@ -136,7 +138,7 @@ class Plan:
             if getattr(step, name) != getattr(self.step, name):
                 settings[f"train.{name}"] = getattr(step, name)
         told = " ".join(f"{name}={value}" for name, value in settings.items())
-        raise StorageError(f"{line}. Next: set {told}, which needs about {_gib(need.total)}.")
+        raise StorageError(f"{line}. Next: set {told}, which needs about {size_text(need.total)}.")
 
     def table(self) -> Table:
         """All parts, for a terminal."""
@@ -148,11 +150,11 @@ class Plan:
         names |= {"together": "blocks that are whole at one time"}
         for part, size in asdict(self.need).items():
             if part != "parameters" and size:
-                table.add_row(names.get(part, part), _gib(size))
-        table.add_row("[bold]needs about[/]", f"[bold]{_gib(self.need.total)}[/]")
+                table.add_row(names.get(part, part), size_text(size))
+        table.add_row("[bold]needs about[/]", f"[bold]{size_text(self.need.total)}[/]")
         each = f", to each of {self.step.processes} processes" if self.step.processes > 1 else ""
         limit = f"; limit: {self.available.limit}" if self.available.limit else ""
-        table.add_row(f"free ({self.device.type}{each}{limit})", _gib(self.available.size))
+        table.add_row(f"free ({self.device.type}{each}{limit})", size_text(self.available.size))
         return table
 
 
@@ -445,7 +447,3 @@ def longest_sequence(*tables: Path) -> int | None:
 
     there = [pq.read_table(table, columns=["sequence"])["sequence"] for table in tables if table.is_file()]
     return max((pc.max(pc.utf8_length(column)).as_py() for column in there), default=None)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"

@@ -41,12 +41,12 @@ from pipeline.inference import (
     with_best_checkpoint,
 )
 from pipeline.labels import Labels, read_labels
+from pipeline.network import build_model
 from pipeline.packing import plan_by_tokens
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, say, warn
 from pipeline.schema import CANDIDATES, decode
 from pipeline.stage import Report, run_stage, sha256_file
-from pipeline.train import build_model
 from pipeline.training.failures import in_one_sentence
 from pipeline.training.losses import label_values, position_values
 from pipeline.training.precision import choose_device
@@ -299,7 +299,7 @@ def predict_values(job: Job, model: RnaModel, device: torch.device, positions: n
 
     def pick(outputs: RnaOutputs, b: int, length: int) -> np.ndarray:
         assert outputs.values_BLC is not None
-        return position_values(outputs.values_BLC[b, :length], job.competition.units).cpu().numpy()
+        return position_values(outputs.values_BLC[b, :length], job.competition.units).numpy()
 
     return both_ways(job, model, device, positions, pick=pick, turn=lambda values_LC: values_LC[::-1])
 
@@ -399,7 +399,7 @@ def _axes(xyz_L3: np.ndarray) -> dict[str, np.ndarray]:
 def _predict_distances(job: Job, model: RnaModel, device: torch.device, position: int) -> np.ndarray:
     def pick(outputs: RnaOutputs, b: int, length: int) -> np.ndarray:
         assert outputs.distance_logits_BLLK is not None
-        return outputs.distance_logits_BLLK[b, :length, :length].float().cpu().numpy()
+        return outputs.distance_logits_BLLK[b, :length, :length].float().numpy()
 
     one = np.array([position])
     logits = unless_out_of_memory(

@@ -19,11 +19,11 @@ from pipeline.config import config_from_dict
 from pipeline.errors import ConfigError, DataError
 from pipeline.inference import as_trained
 from pipeline.labels import labels_of
+from pipeline.network import build_model
 from pipeline.paths import Paths
 from pipeline.stage import Report
-from pipeline.train import build_model
 from pipeline.training.bad_batch import BadBatch, find_bad_batches, load_bad_batch
-from pipeline.training.failures import in_one_sentence
+from pipeline.training.failures import fitting, in_one_sentence
 from pipeline.training.guard import Activation, Origin, Seen, classify, find_origin
 from pipeline.training.losses import training_loss
 from pipeline.training.optim import gradients, total_norm
@@ -160,13 +160,8 @@ def _choose(paths: Paths, *, run: str, fold: int, step: int | None) -> Any:
 
 def _network(bad: BadBatch, competition: Competition, *, where: str) -> RnaModel:
     model = build_model(config_from_dict(bad.meta["config"], where=where).model, competition, labels_of(bad.meta))
-    try:
+    with fitting(where):
         model.load_state_dict(dict(bad.weights))
-    except RuntimeError as err:
-        raise DataError(
-            f"{where}: its weights do not fit the network of today's code: {str(err).splitlines()[0]} Next: replay it "
-            "with the code that trained it."
-        ) from err
     return model.train()
 
 

@@ -174,7 +174,7 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_torn_tail(path)
+        cut_torn_tail(path)
         self.path, self._waiting, self._warned = path, b"", False
         self._handle = path.open("ab", buffering=0)
 
@@ -194,13 +194,22 @@ class MetricsLog:
         self._handle.close()
 
 
-def _cut_torn_tail(path: Path) -> None:
-    """Cut a half-written last line, as a killed run leaves it, so that the next line does not run into it."""
+def cut_torn_tail(path: Path) -> None:
+    """Cut a half-written last line, as a killed run leaves it, so that the next line does not run into it.
+
+    One that lacks its end alone, as an editor may leave it, gets it.
+    """
     lines = path.read_bytes() if path.exists() else b""
-    whole = lines.rfind(b"\n") + 1
-    if whole < len(lines):
-        with path.open("r+b") as handle:
-            handle.truncate(whole)
+    tail = lines[lines.rfind(b"\n") + 1 :]
+    if not tail:
+        return
+    with path.open("r+b") as handle:
+        try:
+            json.loads(tail)
+            handle.seek(len(lines))
+            handle.write(b"\n")
+        except ValueError:
+            handle.truncate(len(lines) - len(tail))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -262,11 +271,24 @@ def duration(seconds: float) -> str:
 def amount(count: int, noun: str) -> str:
     """So many of something, for people.
 
-    >>> amount(1, "batch"), amount(1200, "batch"), amount(0, "file")
-    ('1 batch', '1,200 batches', '0 files')
+    >>> amount(1, "batch"), amount(1200, "batch"), amount(2, "epoch"), amount(0, "file")
+    ('1 batch', '1,200 batches', '2 epochs', '0 files')
     """
-    ending = "" if count == 1 else "es" if noun.endswith("ch") else "s"
+    ending = "" if count == 1 else "es" if noun.endswith("tch") else "s"
     return f"{count:,} {noun}{ending}"
+
+
+def size_text(size: int) -> str:
+    """Bytes for people, in the unit that suits them.
+
+    >>> [size_text(size) for size in (700, 200 * 2**10, 3 * 2**20 + 2**19, 47 * 2**20, 22 * 2**30)]
+    ['700 bytes', '200 KiB', '3.5 MiB', '47 MiB', '22.0 GiB']
+    """
+    if size >= 2**30:
+        return f"{size / 2**30:,.1f} GiB"
+    if size >= 2**20:
+        return f"{size / 2**20:.{1 if size < 10 * 2**20 else 0}f} MiB"
+    return f"{size / 2**10:.0f} KiB" if size >= 2**10 else f"{size} bytes"
 
 
 def score_text(value: float, digits: int = 4) -> str:

@@ -37,7 +37,7 @@ def find_run(model: str, *, split: str, tag: str = "") -> str | Path:
     Raises:
         ConfigError: a fold's folder.
 
-    >>> find_run("hyena", split="sim80_k5"), find_run("reactivity-v1", split="sim80_k5").parent.name
+    >>> find_run("hyena", split="sim80_k5"), find_run("reactivity-v2", split="sim80_k5").parent.name
     ('hyena.sim80_k5', 'pretrained')
     """
     if re.fullmatch(r"fold\d+", Path(model).name) and (Path(model) / "checkpoints").is_dir():
@@ -49,6 +49,12 @@ def find_run(model: str, *, split: str, tag: str = "") -> str | Path:
         if any(folder.glob("fold*/checkpoints")):
             return folder.resolve()
     return run_name(model, split=split, tag=tag)
+
+
+def whole_name(run: str, *, split: str, paths: Paths) -> str:
+    """The run that RUN or RUNS means, which may leave its split to SPLIT."""
+    whole = f"{run}.{split}"
+    return whole if paths.run_dir(whole).is_dir() and not paths.run_dir(run).is_dir() else run
 
 
 def read_run_name(run: str) -> tuple[str, str, str]:
@@ -98,7 +104,7 @@ def check_fold(fold: int, split: str) -> int:
     return fold
 
 
-def _is_begun(folder: Path) -> bool:
+def is_begun(folder: Path) -> bool:
     """Whether a folder of runs holds one: training left a checkpoint, or a stage without training its predictions."""
     return any(folder.glob("fold*/checkpoints")) or any(folder.glob("fold*/oof.parquet"))
 
@@ -109,7 +115,7 @@ def finished_runs(paths: Paths, split: str, *, partial: bool = False) -> list[st
     Raises:
         DataError: there is none.
     """
-    begun = sorted(path.name for path in (paths.home / "runs").glob("*.*") if _is_begun(path))
+    begun = sorted(path.name for path in (paths.home / "runs").glob("*.*") if is_begun(path))
     runs = [run for run in begun if run.endswith(f".{split}") and f"+{SWEEP}" not in run]
     tested = get_competition(paths.comp).has_test(paths)
     complete = [
@@ -125,10 +131,9 @@ def finished_runs(paths: Paths, split: str, *, partial: bool = False) -> list[st
         others = sorted({read_run_name(run)[2] for run in begun} - {split})
         advice = f"SPLIT={' or '.join(others)}, or " if others and not runs else ""
         advice += _how_to_make(paths.comp, runs[0]) if runs else f"make train-all COMP={paths.comp}"
-        advice += ", or PARTIAL=1 to do without the folds that are missing" if runs else ""
-        raise DataError(
-            f"{paths.home / 'runs'}: no run of {split} has predictions of all its folds (seen: {seen}). Next: {advice}."
-        )
+        advice += ", or PARTIAL=1 to do without the folds that are missing" if runs and not partial else ""
+        lacks = f"no run of {split} has predictions of {'any fold' if partial else 'all its folds'}"
+        raise DataError(f"{paths.home / 'runs'}: {lacks} (seen: {seen}). Next: {advice}.")
     for run in sorted(set(runs) - set(complete)):
         say(f"{run}: left out, its folds are not complete")
     return complete

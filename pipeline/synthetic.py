@@ -392,7 +392,9 @@ def _sample(molecules: Sequence[_Molecule]) -> pl.DataFrame:
     )
 
 
-def write_labelled(folder: Path, *, sequences: int = 480, test: int = 60, seed: int = 0) -> dict[str, Path]:
+def write_labelled(
+    folder: Path, *, sequences: int = 480, test: int = 60, seed: int = 0, numbers: bool = False
+) -> dict[str, Path]:
     """A labelled set, ``train.csv`` and ``test.csv``: of two motifs, which is nearer to the 5' end?
 
     Every sequence, 40 to 60 nt, holds both, up to 20 nt apart: neither letters nor words tell the classes apart.
@@ -402,23 +404,25 @@ def write_labelled(folder: Path, *, sequences: int = 480, test: int = 60, seed: 
         sequences: of the training set.
         test: sequences of the test set, which has no labels.
         seed: of all choices.
+        numbers: ask instead where the first of them begins, as a share of the length.
 
     Returns:
         Name -> file.
     """
     rng = np.random.default_rng([seed, 4])
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [_ordered_motifs(rng, place) for place in range(sequences + test)]
+    rows = [_ordered_motifs(rng, place, numbers=numbers) for place in range(sequences + test)]
     files = {"train": folder / "train.csv", "test": folder / "test.csv"}
     pl.DataFrame(rows[:sequences]).write_csv(files["train"])
     pl.DataFrame(rows[sequences:]).drop("label").write_csv(files["test"])
     return files
 
 
-def _ordered_motifs(rng: np.random.Generator, place: int) -> dict[str, str]:
+def _ordered_motifs(rng: np.random.Generator, place: int, *, numbers: bool) -> dict[str, str]:
     length, order = int(rng.integers(40, 61)), _MOTIFS if place % 2 else _MOTIFS[::-1]
     letters, first = rng.choice(list(ALPHABET), length), int(rng.integers(0, length - 20))
     second = int(rng.integers(first + 8, min(length - 5, first + 20) + 1))
     for start, motif in zip((first, second), order, strict=True):
         letters[start : start + len(motif)] = list(motif)
-    return {"id": f"motifs{place:04d}", "sequence": "".join(letters), "label": f"{order[0]} first"}
+    label = f"{first / length:.4f}" if numbers else f"{order[0]} first"
+    return {"id": f"motifs{place:04d}", "sequence": "".join(letters), "label": label}

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -12,57 +11,37 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from models.adapters import add_adapters, merged_state
-from models.heads import is_head
 from models.interface import RnaModel
-from models.layers import kernels
-from models.registry import create_model, model_arguments
 from pipeline import plan
 from pipeline.competitions.base import Competition
-from pipeline.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from pipeline.config import ModelConfig, RunConfig
 from pipeline.dataset import ExampleSet, fold_members, open_examples, read_folds
-from pipeline.errors import ConfigError, DataError, StorageError
-from pipeline.labels import Classes, Labels, Numbers, read_labels, units_of
+from pipeline.errors import ConfigError, DataError
+from pipeline.labels import Classes, Numbers, read_labels, units_of
+from pipeline.network import build_model, resolved_config
 from pipeline.paths import Paths
-from pipeline.runlog import say, score_text, warn
-from pipeline.stage import Report, commit, sha256_file, versions, write_json
-from pipeline.training.checkpoint import CheckpointStore, DamagedError, initial_checkpoint, load_weights, read_meta
+from pipeline.runlog import say, score_text
+from pipeline.runs import is_begun
+from pipeline.stage import Report, sha256_file, write_json
+from pipeline.training.announce import announce, describe, tell_changes
+from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.distributed import ALONE, World, load_newest
 from pipeline.training.failures import in_one_sentence
-from pipeline.training.initial import has_seen, load_fitting, trained_on
+from pipeline.training.initial import load_initial
 from pipeline.training.loop import Trainer, TrainingData
 from pipeline.training.losses import label_weights, profile_weights
 from pipeline.training.metrics import metric_name
-from pipeline.training.optim import learning_rate
 from pipeline.training.precision import choose_device, choose_precision, deterministic_algorithms
 from pipeline.training.pseudo import find_teachers, with_pseudo_labels
 from pipeline.training.recovery import REPORT
 from pipeline.training.resume import Change, environment, require_same, warn_of_other_environment, warn_of_other_folds
+from pipeline.training.settings import check_focal_alpha, check_sharding, refuse_idle
 from pipeline.training.state import Progress
 from pipeline.training.stop import StopRequest, run_lock
 from pipeline.training.telemetry import Silence, Telemetry, drop_rows_after, settle_status
 from pipeline.training.trackers import OpenTracker
 
-#: Bins of the C1'–C1' distance, for the structure task: 1.9 Å wide between 4 and 60 Å.
-NUM_DISTANCE_BINS = 32
-_HEADS = ("num_channels", "num_distance_bins", "num_classes")  # a network's arguments that follow from the competition
-_ANSWERS = {"values": "values are", "structure": "structures are", "classes": "classes are", "numbers": "numbers are"}
-_COORDINATES = "coordinates"  # a head that a structure competition's configuration may have, and others leave out
-#: Settings that say something of other tasks only, by their section.
-_IDLE: dict[str, dict[str, tuple[str, ...]]] = {
-    "values": {"data": ("crop",), "train": ("focal_gamma", "class_balance")},
-    "structure": {"data": ("crop", "pseudo"), "train": ("focal_gamma", "class_balance")},
-    "classes": {
-        "data": ("min_signal_to_noise", "weighting", "flip"),  # read backwards it is another sequence
-        "train": ("frame_weight", "tm_weight", "confidence_weight"),
-    },
-    "numbers": {
-        "data": ("min_signal_to_noise", "weighting", "flip"),
-        "train": ("frame_weight", "tm_weight", "confidence_weight", "focal_gamma", "class_balance"),
-    },
-}
 #: Quantiles to which values without a range are clipped before they say what their unit is.
 _MIDDLE = (0.001, 0.999)
 #: In a fold's folder when its run is set aside: of the process.
@@ -105,7 +84,7 @@ def run(
 
     Raises:
         ConfigError: unknown model or argument, or the run was begun with other settings or data (exit code 2).
-        DataError: tables are missing or do not belong together (3).
+        DataError: tables are missing or do not belong together, or other code wrote the checkpoint (3).
         DivergedError: non-finite values that no fallback cured (4).
         StorageError: disk or memory ran out, or every checkpoint is damaged (5).
         StoppedError: asked to stop, the device or another process is lost, or another process trains here (75).
@@ -135,7 +114,7 @@ def run(
         meta |= {labels.kind: labels.facts()} if labels else {}
         meta |= {"facts": dict(competition.facts)} if competition.facts else {}
         meta |= {"units": units.facts()} if units else {}
-        if begun is None and allow_changes:
+        if begun is None and allow_changes and not is_begun(folder.parent):  # a run of which other folds are
             raise ConfigError(f"{folder}: no run was begun here that could be changed. Next: leave out ALLOW_CHANGES.")
         if begun is None and world.is_main:
             told: dict[str, Any] = {"label": f"{run} fold{fold}", "auto_epochs": auto_epochs}
@@ -157,95 +136,6 @@ def run(
         if best is not None and world.is_main:
             say(f"{run} fold{fold}: best {metric_name(competition)} {score_text(best)} at step {step}")
         return _report(store, done, status="built", seconds=time.monotonic() - started)
-
-
-def refuse_idle(config: RunConfig, competition: Competition) -> None:
-    """ConfigError for a setting that is not at its default and means nothing to the competition's task."""
-    if config.data.crop and config.data.crop % 2 == 0:
-        raise ConfigError(
-            f"[data] crop: got {config.data.crop}; expected an odd number. Next: crop = {config.data.crop + 1}."
-        )
-    if config.data.crop and config.train.length_stages:
-        raise ConfigError(
-            f"[train] length_stages = {config.train.length_stages!r} crops anywhere, and [data] crop = "
-            f"{config.data.crop} keeps the middle alone; expected one of them. Next: leave one out."
-        )
-    share = config.train.backbone_lr_share
-    if share != 1 and not config.model.init:
-        raise ConfigError(
-            f"[train] backbone_lr_share = {share:g} without model.init would hold back what has learned nothing yet; "
-            "expected 1. Next: model.init = a checkpoint's folder, or leave it out."
-        )
-    if config.model.lora_rank and (not config.model.init or config.train.sharding != "none"):
-        raise ConfigError(
-            f"[model] lora_rank = {config.model.lora_rank}: adapters need the weights of another run (model.init), and "
-            "all of them in each process (train.sharding = 'none'). Next: give model.init, or leave it out."
-        )
-    if config.model.lora_rank and not (share and config.model.lora_alpha):
-        raise ConfigError(
-            f"[model] lora_rank = {config.model.lora_rank} with lora_alpha = {config.model.lora_alpha:g} and "
-            f"backbone_lr_share = {share:g}: adapters learn nothing where either is 0. Next: leave that one out."
-        )
-    if config.data.pseudo and config.train.focal_gamma:
-        raise ConfigError(
-            f"[data] pseudo with [train] focal_gamma = {config.train.focal_gamma:g}: probabilities hold no right "
-            "answer that a network could be sure of; expected one of the two. Next: leave one out."
-        )
-    defaults = {"data": DataConfig(), "train": TrainConfig()}
-    for section, names in _IDLE[competition.task].items():
-        for name in names:
-            got, usual = getattr(getattr(config, section), name), getattr(defaults[section], name)
-            if got != usual:
-                raise ConfigError(
-                    f"[{section}] {name} = {got!r} means nothing where {_ANSWERS[competition.task]} predicted "
-                    f"({competition.name}); expected {usual!r}. Next: leave it out."
-                )
-
-
-def build_model(config: ModelConfig, competition: Competition, labels: Labels | None = None) -> RnaModel:
-    """The network of a configuration, with the heads that the competition's task asks for.
-
-    Args:
-        config: name and arguments.
-        competition: what is predicted.
-        labels: of a labelled set: they give the number of logits, and the token table a row for every letter at least.
-
-    Raises:
-        ConfigError: the model or one of its arguments is unknown or makes no sense.
-    """
-    is_structure = competition.task == "structure"
-    channels, bins = (0, NUM_DISTANCE_BINS) if is_structure else (0 if labels else len(competition.targets), 0)
-    heads = {"num_channels": channels, "num_distance_bins": bins} | (
-        {"num_classes": len(labels.names)} if labels else {}
-    )
-    kwargs = {key: value for key, value in config.kwargs.items() if is_structure or key != _COORDINATES}
-    if not kwargs.get("num_classes", 1):  # a checkpoint's settings name the default
-        del kwargs["num_classes"]
-    rows = kwargs.get("vocabulary", 0)
-    if labels and type(rows) is int and rows < len(labels.alphabet):
-        kwargs["vocabulary"] = len(labels.alphabet)
-    for key in _HEADS:
-        if key in kwargs:
-            raise ConfigError(f"[model] kwargs: {key} follows from the competition. Next: leave it out.")
-    try:
-        model = create_model(config.name, **heads, **kwargs)
-        if config.lora_rank:
-            add_adapters(model, rank=config.lora_rank, alpha=config.lora_alpha)
-        return model
-    except (TypeError, ValueError) as err:
-        hint = "" if "Next:" in str(err) else " Next: correct it there."
-        raise ConfigError(f"[model] {err}{hint}") from err
-
-
-def resolved_config(config: RunConfig, model: RnaModel) -> dict[str, Any]:
-    """The settings as a checkpoint keeps them: with the defaults of the network's constructor written out.
-
-    A default that changes in the code later neither changes a run that goes on nor how its checkpoints predict.
-    """
-    arguments = {name: parameter.default for name, parameter in model_arguments(type(model)).items()}
-    left_out = ("num_channels", "num_distance_bins")
-    chosen = {name: value for name, value in arguments.items() if name not in left_out} | config.model.kwargs
-    return asdict(replace(config, model=replace(config.model, kwargs=chosen)))
 
 
 def load_data(
@@ -282,6 +172,8 @@ def load_data(
             )
     if isinstance(examples.labels, Numbers):
         examples = replace(examples, labels=_over_training(examples, train, where=f"{table}: fold {fold}"))
+    if isinstance(examples.labels, Classes):
+        check_focal_alpha(config.train.focal_alpha, examples.labels)
     if isinstance(examples.labels, Classes) and config.train.class_balance:
         assert examples.labels_NC is not None
         how: dict[str, Any] = {"exclusive": examples.labels.exclusive, "beta": config.train.class_balance}
@@ -369,11 +261,11 @@ def _train(
     device = choose_device()
     precision = choose_precision(config.train.precision, device)
     checkpoint, here = load_newest(store, world), environment(device, processes=world.size)
-    initial = checkpoint.meta.get("initial") if checkpoint else _load_initial(model, config.model, meta)
+    initial = checkpoint.meta.get("initial") if checkpoint else load_initial(model, config.model, meta)
     meta = meta | {"environment": checkpoint.meta.get("environment", here) if checkpoint else here}
     meta |= {"initial": initial} if initial else {}
     plan.set_gradient_checkpointing(model, config.train.gradient_checkpointing)
-    _check_sharding(config.train, world)
+    check_sharding(config.train, world)
     size = {"length": int(data.examples.lengths[data.train].max()), "sequences": len(data.train)}
     build = partial(build_model, config.model, competition, data.examples.labels)
     needs = plan.check(config, build, **size, device=device, processes=world.size)
@@ -397,11 +289,11 @@ def _train(
             (folder / REPORT).unlink(missing_ok=True)  # of an earlier attempt
             drop_rows_after(folder / "metrics.jsonl", step=trainer.progress.step, epoch=trainer.progress.epoch)
             write_json(folder / "config.json", meta)
-    facts, first = _describe(trainer, meta), trainer.progress.step
+    facts, first = describe(trainer, meta), trainer.progress.step
     label = f"{meta['run']} fold{meta['fold']}"
-    _announce(trainer, facts, needs=needs, goes_on=checkpoint is not None, label=label)
+    announce(trainer, facts, needs=needs, goes_on=checkpoint is not None, label=label)
     warn_of_other_environment(meta["environment"], here, label=label)
-    _tell_changes(trainer, changes, label=label)
+    tell_changes(trainer, changes, label=label)
     stop.defer()
     listeners: dict[str, Any] = {"trackers": trackers, "meta": meta, "work": trainer.source.read_until}
     told = {"label": label, "steps": trainer.steps, "first_step": first, "metric": facts["metric_name"], **listeners}
@@ -411,135 +303,6 @@ def _train(
             telemetry.log.write("changed", step=first, **change._asdict())
         trainer.fit(telemetry, max_steps=max_steps)
         telemetry.log.write("done", step=trainer.progress.step, **_outcome(asdict(trainer.progress)))
-
-
-def _announce(trainer: Trainer, facts: dict[str, Any], *, needs: str, goes_on: bool, label: str) -> None:
-    """Say what begins: who trains, where, in which memory, from which step, and what of the network is held back."""
-    state, config, first = trainer.state, trainer.config, trainer.progress.step
-    say(f"{label}: {facts['train']:,} sequences train, {facts['valid']:,} validate; {facts['parameters']:,} parameters")
-    if facts["pseudo"]:
-        say(f"{label}: {facts['pseudo']:,} of them with what was predicted for them: {config.data.pseudo}")
-    processes = trainer.world.size
-    devices = f"{processes} processes, each on {trainer.device}" if processes > 1 else str(trainer.device)
-    say(f"{label}: {devices}, {state.precision.name} ({state.precision.reason})")
-    say(f"{label}: {needs}")
-    if facts["kernels"]:
-        say(f"{label}: {facts['kernels']}")
-    steps = f"{trainer.steps} steps, {config.train.epochs} epochs"
-    say(f"{label}: goes on at step {first} of {steps}" if goes_on else f"{label}: {steps}")
-    learning = {
-        name: parameter.numel() for name, parameter in state.model.named_parameters() if parameter.requires_grad
-    }
-    if config.model.lora_rank:
-        trained = sum(learning.values())
-        say(f"{label}: {trained:,} of the parameters train ({trained / facts['parameters']:.1%}), adapters and heads")
-    if config.train.backbone_lr_share != 1:
-        held = sum(count for name, count in learning.items() if not is_head(name))
-        say(f"{label}: {held:,} parameters of the backbone at {config.train.backbone_lr_share:g} of the learning rate")
-    if config.train.length_stages:
-        _announce_stages(trainer, label=label)
-
-
-def _announce_stages(trainer: Trainer, *, label: str) -> None:
-    """Say in which crops the run trains now, and where the stages outlast it."""
-    config, epoch = trainer.config, trainer.progress.epoch
-    longest = int(trainer.data.examples.lengths[trainer.data.train].max())
-    say(f"{label}: epoch {epoch + 1} in crops of {config.longest(epoch)} nt ({config.train.length_stages})")
-    if (most := max(map(config.longest, range(config.train.num_epochs)))) < min(longest, config.data.max_length):
-        warn(
-            f"{label}: train.length_stages = {config.train.length_stages!r} last longer than train.epochs = "
-            f"{config.train.epochs}: nothing trains on more than {most} nt of sequences of up to {longest} nt"
-        )
-
-
-def _tell_changes(trainer: Trainer, changes: list[Change], *, label: str) -> None:
-    """Say every change that a run goes on with, and where more epochs move the learning rate."""
-    for change in changes:
-        say(f"{label}: {change.key} {change.before} -> {change.now}: {change.remark}")
-        if change.key == "config.train.epochs":
-            settings, updates = trainer.config.train, trainer.progress.updates
-            shape: dict[str, Any] = {"lr": settings.lr, "warmup": settings.warmup, "schedule": settings.schedule}
-            before, now = (
-                learning_rate(updates, total=trainer.source.batches * epochs, **shape)
-                for epochs in (change.before, change.now)
-            )
-            say(f"{label}: the next update's learning rate {before:.2e} -> {now:.2e}")
-
-
-def _describe(trainer: Trainer, meta: dict[str, Any]) -> dict[str, Any]:
-    """The "start" row: all that a number of this run can depend on."""
-    return {
-        **meta,
-        "resumed_step": trainer.progress.step,
-        "steps": trainer.steps,
-        "metric_name": metric_name(trainer.competition),
-        "device": str(trainer.device),
-        "processes": trainer.world.size,
-        "device_name": torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "",
-        "precision": trainer.state.precision.name,
-        "precision_reason": trainer.state.precision.reason,
-        "kernels": kernels.describe(trainer.state.model, trainer.device),
-        "threads": torch.get_num_threads(),
-        "parameters": sum(parameter.numel() for parameter in trainer.state.model.parameters()),
-        "train": len(trainer.data.train),
-        "pseudo": int((trainer.data.train >= len(trainer.data.examples.ids_N)).sum()),
-        "valid": len(trainer.data.valid),
-        "versions": versions(),
-        "commit": commit(),
-        "command": sys.argv,
-    }
-
-
-def _load_initial(model: RnaModel, config: ModelConfig, meta: dict[str, Any]) -> dict[str, Any] | None:
-    """Begin with all that fits of another run's weights, if the configuration names them, and say what that is.
-
-    Warns where they have seen the held-out fold: weights of another fold, or of another split of the same competition,
-    were trained on what this run validates on; likewise those that they themselves began with.
-    """
-    if not config.init:
-        return None
-    try:
-        folder = initial_checkpoint(Path(config.init), fold=meta["fold"])
-        source = read_meta(folder)
-        found = load_fitting(model, _merged(load_weights(folder), source["config"]["model"]))
-        if config.lora_rank and found.share < 1:  # what is fresh would stay as it is
-            raise ValueError(f"only {found.share:.0%} of the backbone fit, and lora_rank freezes all of it")
-    except (DamagedError, OSError, ValueError, StorageError) as err:
-        raise ConfigError(
-            f"model.init = {config.init!r}: {' '.join(str(err).split())[:300]}; expected a run's folder with this fold "
-            "in it, or a checkpoint's (…/checkpoints/step-…), of a network with the same [model], heads aside. Next: "
-            "correct the path."
-        ) from err
-    seen = has_seen(source)
-    for each in seen:
-        if each["competition"] == meta["competition"] and each != trained_on(meta):
-            warn(
-                f"model.init = {config.init!r} was trained with fold {each['fold']} of {each['split']!r} held out, so "
-                f"it has seen sequences of fold {meta['fold']}: scores of this run are not out of fold"
-            )
-    facts = found.facts()
-    told = "; ".join(f"{fate} {', '.join(facts[fate]) or 'nothing'}" for fate in ("loaded", "fresh", "ignored"))
-    say(f"initial weights of {source.get('run')} fold{source.get('fold')}: {found.share:.0%} of the backbone; {told}")
-    return {key: source.get(key) for key in ("run", "fold", "step")} | facts | {"trained_on": seen}
-
-
-def _merged(weights: dict[str, Tensor], model: dict[str, Any]) -> dict[str, Tensor]:
-    """Weights of a checkpoint with the adapters in them that its configuration names."""
-    rank = model.get("lora_rank", 0)  # of older checkpoints, none
-    return merged_state(weights, scale=model["lora_alpha"] / rank) if rank else weights
-
-
-def _check_sharding(settings: TrainConfig, world: World) -> None:
-    """Say where there is nobody to share a network with, and refuse what a shared one cannot do."""
-    if settings.sharding == "none":
-        return
-    if world.is_alone:
-        say("train.sharding = 'fsdp2': a single process keeps the whole network; NPROC=2 or more share it")
-    elif settings.micro_batch == "auto":
-        raise ConfigError(
-            "[train] micro_batch = 'auto' with sharding = 'fsdp2': a process whose memory runs out cannot call the "
-            "others out of the pass that they share. Next: give a number (make plan finds one), or sharding = 'none'."
-        )
 
 
 def _outcome(progress: dict[str, Any]) -> dict[str, Any]:

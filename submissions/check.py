@@ -5,40 +5,31 @@ thing wrong is named with its data row (from 1) and line of the file.
 """
 
 import dataclasses
-import gzip
-import io
 import itertools
 import time
-import zlib
-from collections import Counter
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 
 from pipeline.competitions.base import Competition
-from pipeline.competitions.raw import csv_cells
 from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, warn
 from pipeline.schema import CANDIDATES, MIN_RESOLVED
 from pipeline.stage import Report
-from pipeline.tables import open_parquet
 from submissions.class_layout import ClassLayout, read_class_layout
+from submissions.file_blocks import ARROW, FileFormat, read_blocks, sniff, wrong_row
 from submissions.layout import (
     IdRuns,
     Keys,
-    Kind,
     Layout,
     PositionKeys,
     ResidueKeys,
     layout_of,
-    other_competition,
     read_layout,
     submission_columns,
 )
@@ -47,12 +38,6 @@ from submissions.number_rows import read_number_layout
 #: C1'-C1' distances of neighbours that are believed, Å: 99.5 % of those in 182 chains of the PDB.
 _STEPS = (3.5, 10.0)
 _CHAIN = (1.0, 100.0)  # Å: a candidate whose median is outside is no chain of nucleotides, or not in Å
-_BLOCK_BYTES = 1 << 24
-_BATCH_ROWS = 1 << 18
-_ARROW = {"text": pa.string(), "whole": pa.int64(), "number": pa.float64()}
-_WORDS = {"text": "text", "whole": "a whole number", "number": "a number"}
-
-FileFormat = Literal["csv", "csv.gz", "parquet"]
 
 
 def run(paths: Paths, *, competition: Competition, file: Path, sample: Path | None = None) -> Report:
@@ -134,146 +119,6 @@ def check_file(file: Path, layout: Layout, *, values: bool = True) -> dict[str, 
     return {"rows": rows, "format": fmt, "columns": layout.columns} | ({"ranges": ranges} if values else {})
 
 
-def sniff(file: Path) -> FileFormat:
-    """Format of a file by its first bytes, as a download or a temporary file may have any name.
-
-    Raises:
-        DataError: missing, empty, a folder, an archive or a web page.
-    """
-    if file.is_dir():
-        raise DataError(f"{file}: a folder; expected a submission. Next: make check FILE=my.csv.")
-    if not file.is_file():
-        raise DataError(f"{file}: no such file. Next: make submit.")
-    with file.open("rb") as handle:
-        start = handle.read(512)
-    if not start.strip():
-        raise DataError(f"{file}: empty. Next: make submit again, or copy the file again.")
-    if start.startswith(b"PAR1"):
-        return "parquet"
-    if start.startswith(b"\x1f\x8b"):
-        return "csv.gz"
-    if start.startswith(b"PK\x03\x04"):
-        raise DataError(f"{file}: a zip archive; expected CSV, CSV.GZ or parquet. Next: unpack it.")
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{file}: text in UTF-16; expected UTF-8. Next: save it as CSV in UTF-8.")
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise DataError(f"{file}: a web page, not a submission (a login page?). Next: download the file again.")
-    return "csv"
-
-
-# ------------------------------------------------------------------------------------------------------------ reading
-
-
-def read_blocks(file: Path, columns: Mapping[str, Kind], *, fmt: FileFormat) -> Iterator[pa.Table]:
-    """Blocks of a submission in its order: whole numbers as int64, names as text, values as float64 (null = empty).
-
-    Args:
-        file: the submission.
-        columns: its header, and what the cells of each column are.
-        fmt: as `sniff` says.
-
-    Raises:
-        DataError: other columns, a row that does not parse, or a damaged file.
-    """
-    if fmt == "parquet":
-        yield from _parquet_blocks(file, columns)
-        return
-    try:
-        with gzip.open(file) if fmt == "csv.gz" else file.open("rb") as handle:
-            yield from _csv_blocks(cast(BinaryIO, handle), file, columns)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as err:
-        raise DataError(f"{file}: the compressed data end early or are damaged ({err}). Next: copy it again.") from err
-
-
-def _csv_blocks(handle: BinaryIO, file: Path, columns: Mapping[str, Kind]) -> Iterator[pa.Table]:
-    header = handle.readline(1 << 16).removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
-    _check_columns(csv_cells(header), list(columns), file=file)
-    rows, rest = 0, b""
-    while True:
-        data = handle.read(_BLOCK_BYTES)
-        text = rest + data
-        cut = text.rfind(b"\n") + 1 if data else len(text)
-        if rest and not data:
-            warn(f"{file}: the last line has no end: if the file was cut there, the last number is not whole")
-        if cut:
-            block = _parse(text[:cut], columns, file=file, rows=rows)
-            rows += block.num_rows
-            yield block
-        if not data:
-            return
-        rest = text[cut:]
-
-
-def _parse(text: bytes, columns: Mapping[str, Kind], *, file: Path, rows: int) -> pa.Table:
-    types = {name: _ARROW[kind] for name, kind in columns.items()}
-    try:
-        return pacsv.read_csv(
-            pa.BufferReader(text),
-            read_options=pacsv.ReadOptions(use_threads=False, column_names=list(columns), block_size=len(text) + 1),
-            parse_options=pacsv.ParseOptions(ignore_empty_lines=False),
-            convert_options=pacsv.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=True),
-        )
-    except pa.ArrowInvalid as err:
-        raise _unparsable(text, columns, file=file, rows=rows, err=err) from err
-
-
-def _unparsable(text: bytes, columns: Mapping[str, Kind], *, file: Path, rows: int, err: Exception) -> DataError:
-    """Find the row that the fast parser refused, slowly."""
-    for row, line in enumerate(io.StringIO(text.decode("utf-8", "replace"), newline="\n"), start=rows + 1):
-        cells = csv_cells(line)
-        if len(cells) != len(columns):
-            cut = ": the file may be cut" if len(cells) < len(columns) else ""
-            return _wrong(file, row, f"{len(cells)} cells ({','.join(cells)[:60]!r}); expected {len(columns)}{cut}")
-        for (name, kind), cell in zip(columns.items(), cells, strict=True):
-            if cell and not _reads_as(cell, kind):
-                return _wrong(file, row, f"{name} is {cell[:40]!r}; expected {_WORDS[kind]}")
-    return DataError(f"{file}: from data row {rows + 1:,}: {' '.join(str(err).split())}. Next: make submit again.")
-
-
-def _reads_as(cell: str, kind: Kind) -> bool:
-    if kind == "text":
-        return True
-    try:
-        number = int(cell) if kind == "whole" else float(cell)
-    except ValueError:
-        return False
-    return "_" not in cell and (kind != "whole" or -(2**63) <= number < 2**63)
-
-
-def _parquet_blocks(file: Path, columns: Mapping[str, Kind]) -> Iterator[pa.Table]:
-    opened = open_parquet(file)
-    _check_columns(opened.schema_arrow.names, list(columns), file=file)
-    for name, kind in columns.items():
-        got = opened.schema_arrow.field(name).type
-        ok = pa.types.is_integer(got) if kind == "whole" else kind == "text" or pa.types.is_floating(got)
-        if not ok:
-            expected = "a whole number" if kind == "whole" else "a floating-point number"
-            raise DataError(f"{file}: column {name} is {got}; expected {expected}. Next: make submit again.")
-    schema = pa.schema([(name, _ARROW[kind]) for name, kind in columns.items()])
-    try:
-        for batch in opened.iter_batches(batch_size=_BATCH_ROWS):
-            yield pa.Table.from_batches([batch]).cast(schema)
-    except (pa.ArrowInvalid, OSError) as err:
-        raise DataError(f"{file}: damaged ({str(err).splitlines()[0]}). Next: make submit again.") from err
-
-
-def _check_columns(got: list[str], expected: list[str], *, file: Path) -> None:
-    if got == expected:
-        return
-    wrong, fitting = "other columns", other_competition(got)
-    if [name.strip() for name in got] == expected:
-        wrong = "blanks around the names"  # which pandas, and so Kaggle, takes for a part of them
-    elif sorted(got) == sorted(expected):
-        wrong = "columns in another order"
-    advice = "see that COMP fits the file" if fitting else "write the expected columns, between commas"
-    raise DataError(
-        f"{file}: {wrong}: got {','.join(got)[:200]!r}{fitting}; expected {','.join(expected)!r}. Next: {advice}."
-    )
-
-
-# ----------------------------------------------------------------------------------------------------------- comparing
-
-
 def _check_keys(block: pa.Table, before: int, layout: Layout, *, file: Path, fmt: FileFormat) -> None:
     stop = min(before + block.num_rows, layout.keys.rows)
     inside = stop - before
@@ -281,13 +126,13 @@ def _check_keys(block: pa.Table, before: int, layout: Layout, *, file: Path, fmt
     expected = layout.keys.block(before, stop) if inside > 0 else {}
     for name, column in expected.items():
         got = block[name].slice(0, inside)
-        same = pc.fill_null(pc.equal(got, pa.array(column, _ARROW[layout.kinds[name]])), False).to_numpy()
+        same = pc.fill_null(pc.equal(got, pa.array(column, ARROW[layout.kinds[name]])), False).to_numpy()
         if not same.all() and (first_wrong is None or int(np.argmin(same)) < first_wrong[0]):
             first_wrong = int(np.argmin(same)), name
     if first_wrong:
         at, name = first_wrong
         got, wanted = block[name][at].as_py(), expected[name][at]
-        raise _wrong(
+        raise wrong_row(
             file,
             before + at + 1,
             _explain(name, got, wanted, before + at, layout, file, fmt),
@@ -298,7 +143,7 @@ def _check_keys(block: pa.Table, before: int, layout: Layout, *, file: Path, fmt
         got = block[layout.keys.names[0]][max(inside, 0)].as_py()
         what = "an empty line or a row without key" if got is None else f"an extra row ({layout.keys.names[0]} {got!r})"
         what += f"; expected {layout.keys.rows:,} rows"
-        raise _wrong(file, before + max(inside, 0) + 1, what, fmt=fmt, advice=layout.advice)
+        raise wrong_row(file, before + max(inside, 0) + 1, what, fmt=fmt, advice=layout.advice)
 
 
 def _explain(name: str, got: Any, wanted: Any, row: int, layout: Layout, file: Path, fmt: FileFormat) -> str:
@@ -345,7 +190,7 @@ def _check_values(block: pa.Table, before: int, layout: Layout, *, file: Path, f
         what = "empty" if got is None else f"{got!r}"
         limits = f"a finite number from {layout.low:.7g} to {layout.high:.7g}"
         key = f"{layout.keys.names[0]} {block[layout.keys.names[0]][at].as_py()!r}"
-        raise _wrong(file, before + at + 1, f"{name} of {key} is {what}; expected {limits}", fmt=fmt)
+        raise wrong_row(file, before + at + 1, f"{name} of {key} is {what}; expected {limits}", fmt=fmt)
 
 
 def _check_classes(block: pa.Table, before: int, layout: ClassLayout, *, file: Path, fmt: FileFormat) -> None:
@@ -357,7 +202,7 @@ def _check_classes(block: pa.Table, before: int, layout: ClassLayout, *, file: P
         if off_T.any():
             at = int(off_T.argmax())
             got = f"probabilities of {key} {table[key][at]!r} sum to {sum_T[at]:.6g}; expected 1"
-            raise _wrong(file, before + at + 1, got, fmt=fmt)
+            raise wrong_row(file, before + at + 1, got, fmt=fmt)
     if not layout.label:
         return
     said = table[layout.label].fill_null("")
@@ -366,7 +211,7 @@ def _check_classes(block: pa.Table, before: int, layout: ClassLayout, *, file: P
         at = int(wrong.arg_max() or 0)
         some = f"{'one' if layout.classes.exclusive else 'some'} of {', '.join(layout.classes.names)[:120]}"
         got = f"{layout.label} of {key} {table[key][at]!r} is {said[at]!r}; expected {some}"
-        raise _wrong(file, before + at + 1, got, fmt=fmt)
+        raise wrong_row(file, before + at + 1, got, fmt=fmt)
 
 
 def _check_steps(file: Path, layout: Layout, *, fmt: FileFormat) -> None:
@@ -413,11 +258,6 @@ def _warn_repeated(table: pl.DataFrame, file: Path) -> None:
         warn(f"{file}: {same.height:,} {have} the same candidate more than once: {some}; the best of five counts")
 
 
-def _wrong(file: Path, row: int, what: str, *, fmt: FileFormat = "csv", advice: str = Layout.advice) -> DataError:
-    line = "" if fmt == "parquet" else f" (line {row + 1:,})"
-    return DataError(f"{file}: data row {row:,}{line}: {what}. Next: {advice}.")
-
-
 def _layout_from_sample(sample: Path, competition: Competition) -> Layout:
     """Layout with the keys that a sample submission has, when there is no clean test table."""
     blocks = read_blocks(sample, submission_columns(competition), fmt=sniff(sample))
@@ -426,7 +266,7 @@ def _layout_from_sample(sample: Path, competition: Competition) -> Layout:
         parts = [pl.DataFrame(block.select(ResidueKeys.names)) for block in blocks]
         keys = ResidueKeys(pl.concat(parts) if parts else pl.DataFrame(schema=ResidueKeys.names))
     elif competition.row_key == "id_seqpos":
-        keys = _positions([name for block in blocks for name in block["id_seqpos"].to_pylist()], sample)
+        keys = _positions(sample, competition)
     else:
         none = np.zeros(0, dtype=np.int64)
         first, count = zip((none, none), *(_runs(block["id"], sample) for block in blocks), strict=True)
@@ -436,13 +276,24 @@ def _layout_from_sample(sample: Path, competition: Competition) -> Layout:
     return layout_of(competition, keys)
 
 
-def _positions(names: list[str | None], sample: Path) -> PositionKeys:
-    counts = Counter((name or "").rpartition("_")[0] for name in names)
-    keys = PositionKeys(pl.Series(list(counts), dtype=pl.String), np.array(list(counts.values()), dtype=np.int64))
-    for row, (got, wanted) in enumerate(zip(names, keys.block(0, keys.rows)["id_seqpos"], strict=True), start=1):
-        if got != wanted:
+def _positions(sample: Path, competition: Competition) -> PositionKeys:
+    """Keys of a sample submission, read twice: to count the positions of each sequence, and to compare."""
+    fmt, columns = sniff(sample), submission_columns(competition)
+    named = pl.col("id_seqpos").fill_null("").str.replace("_[^_]*$", "").rle().struct.unnest()
+    runs = [pl.DataFrame(block.select(["id_seqpos"])).select(named) for block in read_blocks(sample, columns, fmt=fmt)]
+    none = pl.DataFrame(schema={"len": pl.UInt32, "value": pl.String})
+    counts = pl.concat([none, *runs]).group_by("value", maintain_order=True).agg(pl.col("len").cast(pl.Int64).sum())
+    keys = PositionKeys(counts["value"], counts["len"].to_numpy())
+    before = 0
+    for block in read_blocks(sample, columns, fmt=fmt):
+        got, wanted = block["id_seqpos"], keys.block(before, before + block.num_rows)["id_seqpos"]
+        same = pc.fill_null(pc.equal(got, pa.array(wanted, pa.string())), False).to_numpy()
+        if not same.all():
+            at = int(same.argmin())
             advice = "give the competition's own sample submission"
-            raise _wrong(sample, row, f"id_seqpos {got!r}; expected {wanted!r}", advice=advice)
+            what = f"id_seqpos {got[at].as_py()!r}; expected {wanted[at]!r}"
+            raise wrong_row(sample, before + at + 1, what, advice=advice)
+        before += block.num_rows
     return keys
 
 

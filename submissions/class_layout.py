@@ -1,8 +1,8 @@
 """What a submission of classes must look like: one row a sequence, a column a class, or the label, or both.
 
 Without a sample submission: ``id`` and a column of probabilities for each class, in the order of the test set. With
-one: its columns and its order. A single column beside its ids is the label if it holds class names, and of two classes
-else the probability of the second.
+one: its columns and its order. A single column beside its ids is the label if it holds class names; else, of two
+classes, the probability of the second.
 """
 
 from collections.abc import Sequence

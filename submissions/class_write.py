@@ -1,11 +1,14 @@
 """The rows of a submission of classes: probabilities, labels or both, in the order that is asked for."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
+from pipeline.errors import DataError
+from pipeline.labels import Classes, read_classes
 from pipeline.paths import Paths
 from pipeline.stage import read_result
 from submissions import class_scores
@@ -71,17 +74,51 @@ def _thresholds(paths: Paths, name: str, layout: ClassLayout) -> tuple[np.ndarra
     """What a probability must reach, and in words how labels are chosen."""
     if not _needs_thresholds(layout):
         return 0.5, "the most probable class"
-    told = _read_weights(paths, name)
-    own = read_predicted(
-        paths, split=told["split"], folds=told["folds"], tables=[paths.ensemble_dir(name) / "oof.parquet"], name=name,
-        classes=layout.classes,
-    )  # fmt: skip
+    tables = [paths.ensemble_dir(name) / "oof.parquet"]
+    return _learn_thresholds(paths, layout.classes, told=_read_weights(paths, name), tables=tables)
+
+
+def _learn_thresholds(
+    paths: Paths, classes: Classes, *, told: Mapping[str, Any], tables: Sequence[Path]
+) -> tuple[np.ndarray, str]:
+    """[K] thresholds from all out-of-fold predictions, and the sentence that tells them."""
+    which: dict[str, Any] = {"split": told["split"], "folds": told["folds"], "tables": tables}
+    own = read_predicted(paths, name=", ".join(told["runs"]), classes=classes, **which)
     thresholds_K = class_scores.learn_thresholds(own.said_NK, own.truth())
-    shown = ", ".join(f"{each} {limit:.3f}" for each, limit in zip(layout.classes.names, thresholds_K, strict=True))
+    shown = ", ".join(f"{each} {limit:.3f}" for each, limit in zip(classes.names, thresholds_K, strict=True))
     return thresholds_K, f"classes from these thresholds on, learned on {len(own.ids):,} sequences out of fold: {shown}"
+
+
+def thresholds_here(
+    paths: Paths, classes: Classes, *, told: Mapping[str, Any], tables: Sequence[Path]
+) -> tuple[np.ndarray | float, str]:
+    """As of a submission, where the data and predictions to learn thresholds from are at hand; else 0.5.
+
+    Args:
+        paths: where the clean tables may be.
+        classes: of the networks.
+        told: ``split, folds, runs`` of what was predicted.
+        tables: its out-of-fold predictions.
+
+    Returns:
+        [K] or 0.5, and the sentence that tells them and, of 0.5, why.
+    """
+    needed = [paths.clean("train"), paths.clean("classes"), paths.fold_table(told["split"]), *tables]
+    why = "there are no out-of-fold predictions here to learn better ones"
+    if all(path.is_file() for path in needed) and read_classes(paths).identity() == classes.identity():
+        try:
+            return _learn_thresholds(paths, classes, told=told, tables=tables)
+        except DataError as err:  # the training data are others by now, or damaged: what is predicted is neither
+            why = f"better ones cannot be learned here ({str(err).partition(' Next:')[0].rstrip('.')})"
+    return 0.5, f"classes from a probability of 0.5 on: {why}"
 
 
 def _labels(probability_NK: np.ndarray, thresholds: np.ndarray | float, layout: ClassLayout) -> list[str]:
     decided_NK = class_scores.decide(probability_NK, exclusive=layout.classes.exclusive, thresholds=thresholds)
-    names = np.array(layout.classes.names, dtype=object)
+    return joined_labels(decided_NK, layout.classes)
+
+
+def joined_labels(decided_NK: np.ndarray, classes: Classes) -> list[str]:
+    """The classes that each sequence is taken for, as a cell of a table."""
+    names = np.array(classes.names, dtype=object)
     return [SEPARATOR.join(names[decided_K]) for decided_K in decided_NK]

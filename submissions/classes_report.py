@@ -165,7 +165,7 @@ def _errors_section(subject: Subject, own: ClassesPredicted, decided_NK: np.ndar
     if len(rows) > 1:
         middles = [int(row["label"].partition("-")[0]) + LENGTH_STEP / 2 for row in rows]
         drawing = figures.profile(
-            middles, [[row["accuracy"] for row in rows]], xlabel="length, letters", ylabel="accuracy"
+            middles, {0: [row["accuracy"] for row in rows]}, xlabel="length, letters", ylabel="accuracy"
         )
         cells = [
             [row["label"].replace("-", "–"), page.number(row["score"]), page.number(row["accuracy"]), row["sequences"]]

@@ -28,7 +28,7 @@ from pipeline.paths import Paths
 from pipeline.runlog import score_text, spread_text, warn
 from pipeline.stage import Report, commit, read_result, run_stage
 from pipeline.tables import open_parquet
-from submissions import class_evaluation, log, number_evaluation
+from submissions import class_evaluation, log, number_evaluation, value_scores
 from submissions.class_evaluation import evaluate_classes
 from submissions.number_evaluation import evaluate_numbers
 from submissions.number_scores import tell
@@ -67,11 +67,11 @@ def run(
     """
     if (name is None) == (run is None):
         raise ConfigError("evaluate: not both and not neither. Next: give the name of an ensemble or that of a run.")
-    subject = _read_ensemble(paths, str(name), split) if run is None else _find_run(paths, run, split)
+    subject = _read_ensemble(paths, str(name), split, competition) if run is None else _find_run(paths, run, split)
     inputs = {"train": paths.clean("train"), "folds": paths.fold_table(split)} | subject.inputs()
     is_structure = competition.task == "structure"
     extra = {
-        "values": {"bpp": paths.bpp},
+        "values": {"bpp": paths.bpp} | ({"test": paths.clean("test")} if subject.test else {}),
         "classes": {"classes": paths.clean("classes"), "test": paths.clean("test")},
         "numbers": {"numbers": paths.clean("numbers"), "test": paths.clean("test")},
         "structure": {"references": paths.clean("references"), "test": paths.clean("test")},
@@ -89,7 +89,7 @@ def run(
         "evaluate",
         inputs=inputs,
         outputs={"scores": subject.home / "scores.json"},
-        params={"version": VERSION, "competition": competition.name, "split": split, "subject": subject.name}
+        params={"version": VERSION, **competition.params, "split": split, "subject": subject.name}
         | ({"engine": chosen.matched_by} if chosen else {}),
         build=lambda parts: _write_scores(parts["scores"], build()),
     )
@@ -144,7 +144,7 @@ class _Subject:
         return tables | ({"predictions of test": self.test} if self.test else {})
 
 
-def _read_ensemble(paths: Paths, name: str, split: str) -> _Subject:
+def _read_ensemble(paths: Paths, name: str, split: str, competition: Competition) -> _Subject:
     home = paths.ensemble_dir(name)
     hint = f"make ensemble COMP={paths.comp} NAME={name}"
     facts = read_result(home / "weights.json", manifest=home / "ensemble.manifest.json", hint=hint)
@@ -154,7 +154,7 @@ def _read_ensemble(paths: Paths, name: str, split: str) -> _Subject:
             f"COMP={paths.comp} SPLIT={facts['split']}."
         )
     runs = {f"run {each}": [paths.oof(each, fold) for fold in facts["folds"]] for each in facts["runs"]}
-    may_be_known = facts["task"] == "structure" or (facts["task"] in ("classes", "numbers") and has_test_truth(paths))
+    may_be_known = competition.task == "structure" or has_test_truth(paths, competition.targets)
     sources = {name: [home / "oof.parquet"]} | runs
     return _Subject(
         name=name,
@@ -211,6 +211,8 @@ def _score_predictions(paths: Paths, competition: Competition, subject: _Subject
     others, paired = scored.pop("others"), scored.pop("paired", None)
     if subject.test and competition.task == "numbers":
         scored["test"] = number_evaluation.evaluate_test(paths, competition=competition, predictions=subject.test)
+    elif subject.test and competition.task == "values":
+        scored["test"] = value_scores.evaluate_test(paths, competition=competition, predictions=subject.test)
     elif subject.test:
         thresholds = [row["threshold"] for row in scored["per_class"]]
         scored["test"] = class_evaluation.evaluate_test(paths, predictions=subject.test, thresholds=thresholds)
@@ -359,7 +361,8 @@ def describe(facts: Mapping[str, Any]) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="bold")
     folds = f"{len(facts['folds'])} fold{'s' if len(facts['folds']) > 1 else ''}"
     table.add_column(f"{facts['metric']}, {folds} of {facts['split']}, out of fold", overflow="fold")
-    for column in ("score", *targets, "folds: mean ± sd"):
+    both = ["sequence-independent"] if facts["task"] == "structure" else []
+    for column in ("score", *both, *targets, "folds: mean ± sd"):
         table.add_column(column, justify="right", overflow="fold")
     if facts.get("best_run"):
         table.add_column("less the best run, 95 %", justify="right", overflow="fold")
@@ -367,8 +370,8 @@ def describe(facts: Mapping[str, Any]) -> RenderableType:
     for each, scores in sorted(facts["runs"].items()):
         mark = ["best run"] if each == facts.get("best_run") else []
         table.add_row(*_cells(f"  {each}", scores, targets), *mark)
-    for name, score in _floors(facts).items():
-        details = facts.get("floor_details", {}).get(name, {"score": score})
+    for name in _floors(facts):
+        details = facts["floor_details"][name] if not both else _floor_of_both(facts, name)
         table.add_row(*_cells(f"floor: {name}", details, targets), style="dim")
     if facts["task"] != "structure" and "test" in facts:
         table.add_row(*_cells(f"test set, {facts['test']['scored']:,} sequences", facts["test"], targets))
@@ -379,17 +382,26 @@ def describe(facts: Mapping[str, Any]) -> RenderableType:
         return Group(*parts, Text(), more) if more else Group(*parts)
     from submissions import structure_scores  # numba is slow to import
 
-    parts.append(Text(structure_scores.describe(dict(facts))))
+    parts.append(Text(structure_scores.describe(facts, with_floors=False)))
     if facts["test"]:
         parts.append(Text(f"\ntest targets of known structure\n{structure_scores.describe(facts['test'])}"))
     return Group(*parts)
+
+
+def _floor_of_both(facts: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A floor's scores of structures, as those of a run."""
+    return {
+        "score": facts["floors"][name],
+        "sequence_independent": {"score": facts["sequence_independent"]["floors"][name]},
+    }
 
 
 def _cells(label: str, scores: Mapping[str, Any], targets: Sequence[str]) -> list[str]:
     spread = _number(scores.get("fold_mean"))
     if scores.get("fold_sd") is not None:
         spread += f" ± {spread_text(scores['fold_sd'], mean=scores['fold_mean'])}"
-    told = (tell(scores["per_target"][target], target) for target in targets)
+    told = [tell(scores["per_target"][target], target) for target in targets]
+    told += [_number(scores["sequence_independent"]["score"])] if "sequence_independent" in scores else []
     cells = [label, _number(scores["score"]), *told, spread]
     return [*cells, tell_difference(scores["difference"])] if "difference" in scores else cells
 

@@ -241,22 +241,27 @@ _GROUPS = 12  # along the x axis of residuals
 
 
 def grouped_bars(
-    labels: Sequence[str], values: Sequence[Sequence[float]], *, xlabel: str, ylabel: str, notes: Sequence[str] = ()
+    labels: Sequence[str],
+    values: Mapping[int, Sequence[float]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    notes: Sequence[str] = (),
 ) -> Markup:
     """Bars side by side for every label, one per series, with their heights written on them where there is room.
 
     Args:
         labels: of the groups.
-        values: series -> height of each group.
+        values: place in the series -> height of each group.
         xlabel: with unit.
         ylabel: with unit.
         notes: second line under each label.
     """
-    width, most = 0.8 / len(values), max(map(max, values))
+    width, most = 0.8 / len(values), max(map(max, values.values()))
     with canvas(4.6, 2.9) as made:
         axes = made.axes
-        for place, heights in enumerate(values):
-            x = np.arange(len(labels)) + (place - (len(values) - 1) / 2) * width
+        for at, (place, heights) in enumerate(values.items()):
+            x = np.arange(len(labels)) + (at - (len(values) - 1) / 2) * width
             drawn = axes.bar(x, heights, width * 0.92, color=SERIES[place % len(SERIES)])
             if len(labels) * len(values) <= 12:
                 written = [f"{height:.2f}" if most >= 0.1 else f"{height:.2g}" for height in heights]
@@ -348,11 +353,11 @@ def heat_colour(share: float) -> tuple[str, str]:
     return mpl.colors.to_hex(colour), "#111111" if light > 0.55 else "#ffffff"
 
 
-def profile(x: Sequence[float], values: Sequence[Sequence[float]], *, xlabel: str, ylabel: str) -> Markup:
-    """Lines over positions, one per series."""
+def profile(x: Sequence[float], values: Mapping[int, Sequence[float]], *, xlabel: str, ylabel: str) -> Markup:
+    """Lines over positions, one per place in the series."""
     with canvas(9.4, 2.6) as made:
         axes = made.axes
-        for place, heights in enumerate(values):
+        for place, heights in values.items():
             axes.plot(x, heights, color=SERIES[place % len(SERIES)], linewidth=1.4)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_ylim(bottom=0)
@@ -360,15 +365,13 @@ def profile(x: Sequence[float], values: Sequence[Sequence[float]], *, xlabel: st
     return made.drawing
 
 
-def strip(letters: str, rows: Sequence[tuple[str, np.ndarray]], *, first: int, low: float, high: float) -> Markup:
+def strip(letters: str, rows: Sequence[tuple[str, np.ndarray]], *, first: int) -> Markup:
     """Measured and predicted values of one sequence as pairs of rows of coloured cells under its letters.
 
     Args:
         letters: of the positions shown.
-        rows: label and [L] values; NaN is left blank.
+        rows: label and [L] values, from 0 (the palest colour) to 1; NaN is left blank.
         first: 1-based number of the first position.
-        low: value of the palest colour.
-        high: value of the darkest.
     """
     length = len(letters)
     with canvas(10.4, 0.62 + 0.21 * len(rows)) as made:
@@ -377,7 +380,7 @@ def strip(letters: str, rows: Sequence[tuple[str, np.ndarray]], *, first: int, l
         for height, (_, values_L) in zip(heights, rows, strict=True):
             axes.axhspan(height + 0.04, height + 0.96, color=BLANK, linewidth=0, zorder=-1)
             axes.imshow(
-                values_L[None], cmap=HEAT, vmin=low, vmax=high, aspect="auto", interpolation="none",
+                values_L[None], cmap=HEAT, vmin=0.0, vmax=1.0, aspect="auto", interpolation="none",
                 extent=(first - 0.5, first + length - 0.5, height + 0.96, height + 0.04),
             )  # fmt: skip
         axes.set(xlim=(first - 0.5, first + length - 0.5), ylim=(heights[-1] + 1.0, 0.0))
@@ -395,21 +398,19 @@ def strip(letters: str, rows: Sequence[tuple[str, np.ndarray]], *, first: int, l
     return made.drawing
 
 
-def heat_maps(maps: Sequence[tuple[str, np.ndarray]], *, first: int, low: float, high: float, ylabel: str) -> Markup:
-    """Maps of many sequences side by side, with a common scale.
+def heat_maps(maps: Sequence[tuple[str, np.ndarray]], *, first: int, ylabel: str) -> Markup:
+    """Maps of many sequences side by side.
 
     Args:
-        maps: title and [N, L] values; NaN is left blank.
+        maps: title and [N, L] values, from 0 (the palest colour) to 1; NaN is left blank.
         first: 1-based number of the first position.
-        low: value of the palest colour.
-        high: value of the darkest.
         ylabel: what the rows are.
     """
     with canvas(10.4, 4.0, ncols=len(maps), sharey=True) as made:
         for axes, (title, values_NL) in zip(made.figure.axes, maps, strict=True):
             count, length = values_NL.shape
             axes.imshow(
-                values_NL, cmap=HEAT, vmin=low, vmax=high, aspect="auto", interpolation="none",
+                values_NL, cmap=HEAT, vmin=0.0, vmax=1.0, aspect="auto", interpolation="none",
                 extent=(first - 0.5, first + length - 0.5, count, 0),
             )  # fmt: skip
             axes.set_facecolor(BLANK)

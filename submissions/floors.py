@@ -6,14 +6,15 @@ unpaired). All floors come from one table of statistics over (fold, target, 5-me
 sums over longer ones, and what is left of all folds without one is the training data of that fold.
 
 For medians the statistics are a histogram: the clipped truth is counted in `STEPS` bins and a bin each for the two ends
-of its range, where clipping piles values up. Where nothing is clipped, the range is that of figures, and a median
-beyond it comes out at its end. A median is exact to the width of a bin (0.004 for [0, 1]). On the 1,259,923 scored
-positions of 13,075 real sequences, in five clustered folds, the floors differ from those of exact medians by 3.8e-5
-(constant) and 1.3e-5 (nucleotide).
+of its range, where clipping piles values up. Where nothing is clipped, the range is that of the target's figures, and
+a median beyond it comes out at its end. A median is exact to the width of a bin (0.004 for [0, 1]). On the 1,259,923
+scored positions of 13,075 real sequences, in five clustered folds, the floors differ from those of exact medians by
+3.8e-5 (constant) and 1.3e-5 (nucleotide).
 
 Letters: T positions, C targets, F folds, K 5-mers, U unpaired bins, S statistics (histogram bins; count and sum).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -104,11 +105,12 @@ class Means:
         return stats_S[..., 1] / np.maximum(stats_S[..., 0], 1.0)
 
 
-def usual_of(competition: Competition) -> Usual:
-    """Which constant has the least error in a competition's metric."""
+def usuals_of(competition: Competition) -> list[Usual]:
+    """Which constant has the least error in a competition's metric, for each target."""
+    within = competition.target_range
     if competition.error_power == 2:
-        return Means(*(competition.target_range or ()))
-    return Medians(*(competition.target_range or competition.shown_range))
+        return [Means(*(within or ())) for _ in competition.targets]
+    return [Medians(*(within or shown)) for shown in competition.shown_ranges]
 
 
 class FloorTables:
@@ -118,11 +120,11 @@ class FloorTables:
     as much again while fitting; a tenth without unpaired probabilities. Of means: 5 MB for five folds of five targets.
     """
 
-    def __init__(self, usual: Usual, *, folds: list[int], num_targets: int, unpaired: bool) -> None:
-        self.usual, self.folds, self.unpaired = usual, folds, unpaired
+    def __init__(self, usuals: Sequence[Usual], *, folds: list[int], unpaired: bool) -> None:
+        self.usuals, self.folds, self.unpaired = usuals, folds, unpaired
         bins = UNPAIRED_BINS + 1 if unpaired else 1
-        statistics, kind = usual.shape
-        self._stats_FCKUS = np.zeros((len(folds), num_targets, _KMERS, bins, statistics), dtype=kind)
+        statistics, kind = usuals[0].shape
+        self._stats_FCKUS = np.zeros((len(folds), len(usuals), _KMERS, bins, statistics), dtype=kind)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -140,13 +142,13 @@ class FloorTables:
         """
         flat = self._stats_FCKUS.reshape(-1)
         place_T = np.searchsorted(self.folds, fold_T)
-        for target in range(truth_TC.shape[1]):
+        for target, usual in enumerate(self.usuals):
             here_T = np.isfinite(truth_TC[:, target])
             many = int(here_T.sum())
             unpaired_T = bin_T[here_T] if self.unpaired else np.zeros(many, dtype=np.intp)
             where = (place_T[here_T], np.full(many, target), kmer_T[here_T], unpaired_T)
             cell_T = np.ravel_multi_index(where, self._stats_FCKUS.shape[:-1])
-            self.usual.add(flat, cell_T, truth_TC[here_T, target])
+            usual.add(flat, cell_T, truth_TC[here_T, target])
 
     def fit(self) -> dict[str, np.ndarray]:
         """Usual values by fold that is left out.
@@ -168,7 +170,7 @@ class FloorTables:
 
     def _fit_one(self, stats_CKUS: np.ndarray) -> dict[str, np.ndarray]:
         plain_CKS = stats_CKUS.sum(axis=2)
-        constant_CK = np.repeat(self.usual.value(plain_CKS.sum(axis=1, keepdims=True)), _KMERS, axis=1)
+        constant_CK = np.repeat(self._values(plain_CKS.sum(axis=1, keepdims=True)), _KMERS, axis=1)
         nucleotide_CK = self._backed_off(plain_CKS, constant_CK, contexts=(1,))
         kmer_CK = self._backed_off(plain_CKS, nucleotide_CK, contexts=(3, 5))
         fitted = {"constant": constant_CK, "nucleotide": nucleotide_CK, "5-mer": kmer_CK}
@@ -186,9 +188,13 @@ class FloorTables:
         table_CK = fallback_CK
         for context in contexts:
             stats = _narrow(stats_CKS, context)
-            enough = self.usual.examples(stats) >= MIN_EXAMPLES
-            table_CK = np.where(_widen(enough, context), _widen(self.usual.value(stats), context), table_CK)
+            enough = self.usuals[0].examples(stats) >= MIN_EXAMPLES
+            table_CK = np.where(_widen(enough, context), _widen(self._values(stats), context), table_CK)
         return table_CK
+
+    def _values(self, stats_CKS: np.ndarray) -> np.ndarray:
+        """[C, K] what stands for each context's statistics."""
+        return np.stack([usual.value(stats_KS) for usual, stats_KS in zip(self.usuals, stats_CKS, strict=True)])
 
 
 def _narrow(stats_CKS: np.ndarray, context: int) -> np.ndarray:

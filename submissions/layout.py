@@ -10,13 +10,14 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
 from pipeline.competitions import competitions
 from pipeline.competitions.base import Competition
 from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.schema import CANDIDATES
-from pipeline.tables import open_parquet, read_batches
+from pipeline.tables import open_parquet, position_keys, read_batches
 
 #: Range of a submitted coordinate, Å; the PDB format that the scorer writes has eight characters for it.
 LOWEST_SUBMITTED, MAX_SUBMITTED = -999.999, 9999.999
@@ -79,17 +80,13 @@ class PositionKeys:
     kinds: tuple[Kind, ...] = ("text",)
 
     def __init__(self, ids: pl.Series, count_K: np.ndarray) -> None:
-        self._ids, self._count = ids.to_numpy(), count_K
+        self._ids, self._count = ids.to_arrow().cast(pa.string()), count_K
         self._before = np.cumsum(count_K) - count_K
         self._place = {name: place for place, name in enumerate(ids.to_list())}
         self.rows = int(count_K.sum())
 
     def block(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        row_T = np.arange(start, stop)
-        place_T = np.searchsorted(self._before, row_T, side="right") - 1
-        position_T = row_T - self._before[place_T]
-        pairs = zip(self._ids[place_T], position_T.tolist(), strict=True)
-        return {"id_seqpos": np.array([f"{name}_{position}" for name, position in pairs], dtype=object)}
+        return {"id_seqpos": position_keys(self._ids, self._before, start, stop).to_numpy(zero_copy_only=False)}
 
     def row_of(self, key: Any) -> int | None:
         name, _, position = str(key).rpartition("_")

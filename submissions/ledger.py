@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import DataError
+from pipeline.runlog import cut_torn_tail
 
 State = Literal["sent", "listed", "scored", "failed"]
 
@@ -36,6 +37,7 @@ class Sent:
 def append(path: Path, sent: Sent) -> None:
     """Add a line, on the disk before this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    cut_torn_tail(path)
     row = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | asdict(sent)
     with path.open("a") as handle:
         handle.write(json.dumps(row) + "\n")

@@ -16,12 +16,14 @@ from pipeline.paths import Paths
 from pipeline.stage import Report, run_stage
 from pipeline.tables import read_batches
 from submissions import page
+from submissions.class_scores import decide
+from submissions.class_write import joined_labels
 from submissions.figures import series_colour
 from submissions.page import Markup
 from submissions.subject import short_name
 
 #: Raised when the same predictions give other files than before.
-VERSION = 2
+VERSION = 3
 _SHOWN = 50  # sequences on the page
 _SHOWN_NT = 2_000  # of each of them
 _ROWS = 1_024  # sequences of a CSV that are in memory as rows
@@ -30,14 +32,22 @@ _LINE, _CELL, _BARS, _GAP = 100, 9, 54, 16  # nt of a line; units of a nucleotid
 
 
 def run(
-    paths: Paths, *, competition: Competition, name: str, folder: Path, title: str, longest: int | None = None
+    paths: Paths,
+    *,
+    competition: Competition,
+    name: str,
+    folder: Path,
+    title: str,
+    longest: int | None = None,
+    thresholds: np.ndarray | float = 0.5,
 ) -> Report:
     """Write ``<name>.csv`` and, of values per nucleotide, ``<name>.parquet`` and ``<name>.html``.
 
     Sequences are in the order of their file. Of values the CSV has a row for each nucleotide: ``sequence_id``,
     ``position`` (from 1), ``nucleotide`` and the targets; of classes a row for each sequence: ``sequence_id``, the
-    probability of each class and ``most_probable``; of numbers likewise, a column for each. Values lie within the
-    competition's range, as in a submission.
+    probability of each class, ``most_probable`` and, where several are possible, ``labels``, those that reach their
+    thresholds, with ";" between; of numbers likewise, a column for each. Values lie within the competition's range, as
+    in a submission.
 
     Args:
         paths: where the file's clean test table and the joined predictions are.
@@ -46,6 +56,7 @@ def run(
         folder: for the files.
         title: of the page.
         longest: nt of the longest sequence that was trained on; longer ones are marked.
+        thresholds: [K] or one for all, what the probability of a label must reach.
 
     Raises:
         DataError: a table is missing or damaged.
@@ -62,7 +73,7 @@ def run(
         table = _in_order(paths.clean("test"), predictions)
         if competition.task == "values":
             return _write_values(table, competition, parts, longest, title=title, name=name)
-        wide = _classes(table, paths) if competition.task == "classes" else _numbers(table, competition)
+        wide = _classes(table, paths, thresholds) if competition.task == "classes" else _numbers(table, competition)
         _rounded(wide).write_csv(parts["table"])
         return {"sequences": wide.height}
 
@@ -70,7 +81,8 @@ def run(
         "own-predictions",
         inputs=inputs,
         outputs=outputs,
-        params={"version": VERSION, "title": title, "longest": longest, "targets": list(competition.targets)},
+        params={"version": VERSION, "title": title, "longest": longest, **competition.params}
+        | {"thresholds": np.atleast_1d(thresholds).tolist()},
         build=build,
         manifest=folder / f"{name}.manifest.json",
     )
@@ -83,12 +95,17 @@ def _in_order(sequences: Path, predictions: Path) -> pl.DataFrame:
     return first.join(found, on="sequence_id", how="left", maintain_order="left", validate="1:1")
 
 
-def _classes(table: pl.DataFrame, paths: Paths) -> pl.DataFrame:
-    names = read_classes(paths).names
+def _classes(table: pl.DataFrame, paths: Paths, thresholds: np.ndarray | float) -> pl.DataFrame:
+    classes = read_classes(paths)
+    names = classes.names
     probability_NC = np.stack(table["probabilities"].to_list())
     columns = {f"p({name})": probability_NC[:, place] for place, name in enumerate(names)}
     likely = [names[place] for place in probability_NC.argmax(axis=1)]
-    return pl.DataFrame({"sequence_id": table["sequence_id"], **columns, "most_probable": likely})
+    wide = pl.DataFrame({"sequence_id": table["sequence_id"], **columns, "most_probable": likely})
+    if classes.exclusive:
+        return wide
+    decided_NC = decide(probability_NC, exclusive=False, thresholds=thresholds)
+    return wide.with_columns(pl.Series("labels", joined_labels(decided_NC, classes)))
 
 
 def _numbers(table: pl.DataFrame, competition: Competition) -> pl.DataFrame:
@@ -134,13 +151,12 @@ def _by_nucleotide(table: pl.DataFrame, targets: Sequence[str]) -> pl.DataFrame:
 
 
 def _page(table: pl.DataFrame, competition: Competition, longest: int | None, *, title: str, name: str) -> str:
-    low, high = competition.shown_range
-    base = min(max(low, 0.0), high)  # bars begin at 0, or at the edge that is next to it
+    low_C1, high_C1 = np.array(competition.shown_ranges).T[..., None]
+    base_C1 = np.clip(0.0, low_C1, high_C1)  # bars begin at 0, or at the edge that is next to it
     names = [short_name(target) for target in competition.targets]
     shown = table.head(_SHOWN)
     words = f"{table.height:,} sequences" if table.height > 1 else "1 sequence"
-    edges = f"{low:g} and {high:g}" if low < base else f"{high:g}"
-    words += f", predicted by {name}. Bars begin at {base:g} and are cut at {edges}. "
+    words += f", predicted by {name}. {_told_ends(competition.shown_ranges, names)} "
     words += f"Every value is in {name}.csv."
     if table.height > shown.height:
         words += f" Drawn: the first {shown.height}."
@@ -149,8 +165,9 @@ def _page(table: pl.DataFrame, competition: Competition, longest: int | None, *,
         about = f"{sequence_id} · {len(sequence):,} nt"
         about += f", longer than the {longest:,} nt of training" if longest and len(sequence) > longest else ""
         about += f", the first {_SHOWN_NT:,} drawn" if len(sequence) > _SHOWN_NT else ""
-        heights_CL = (np.array(values)[:, :_SHOWN_NT].clip(low, high) - low) / (high - low)
-        drawing = profile_drawing(sequence[:_SHOWN_NT], heights_CL, names, base=(base - low) / (high - low))
+        shares_CL = (np.array(values)[:, :_SHOWN_NT] - low_C1) / (high_C1 - low_C1)
+        bases = ((base_C1 - low_C1) / (high_C1 - low_C1))[:, 0].tolist()
+        drawing = profile_drawing(sequence[:_SHOWN_NT], shares_CL.clip(0.0, 1.0), names, bases=bases)
         drawings.append(page.figure(drawing, title=about, wide=True))
     key = page.legend([(label, series_colour(place)) for place, label in enumerate(names)])
     body = page.join(
@@ -163,7 +180,23 @@ def _page(table: pl.DataFrame, competition: Competition, longest: int | None, *,
     return page.page(title, body)
 
 
-def profile_drawing(letters: str, heights_CL: np.ndarray, names: Sequence[str], *, base: float = 0.0) -> Markup:
+def _told_ends(ranges: Sequence[tuple[float, float]], names: Sequence[str]) -> str:
+    """Where bars begin and are cut, in a sentence; of every target where they differ.
+
+    >>> _told_ends([(0.0, 1.0), (0.0, 1.0)], ["DMS", "2A3"])
+    'Bars begin at 0 and are cut at 1.'
+    >>> _told_ends([(-5.0, 5.0), (0.0, 1.0)], ["a", "b"])
+    'Bars begin at 0 and are cut at -5 and 5 (a); begin at 0 and are cut at 1 (b).'
+    """
+    told = []
+    for low, high in ranges:
+        base = min(max(low, 0.0), high)
+        told.append(f"begin at {base:g} and are cut at {f'{low:g} and ' if low < base else ''}{high:g}")
+    each = [f"{words} ({name})" for words, name in zip(told, names, strict=True)]
+    return f"Bars {told[0] if len(set(told)) == 1 else '; '.join(each)}."
+
+
+def profile_drawing(letters: str, heights_CL: np.ndarray, names: Sequence[str], *, bases: Sequence[float]) -> Markup:
     """Bars of a sequence's values over its letters, a hundred nucleotides a line.
 
     Drawn without matplotlib, which takes a second for the letters of a few hundred nucleotides.
@@ -172,13 +205,13 @@ def profile_drawing(letters: str, heights_CL: np.ndarray, names: Sequence[str], 
         letters: [L].
         heights_CL: [C, L] in [0, 1].
         names: of the targets, for those who listen.
-        base: in [0, 1], where bars begin.
+        bases: [C] in [0, 1], where bars begin.
     """
     lines = [slice(start, start + _LINE) for start in range(0, len(letters), _LINE)]
     height = len(names) * (_BARS + _GAP) + 2 * _GAP
     width = _LINE * _CELL + 2 * _CELL  # also of a short sequence, whose letters have the same size; room for numbers
     parts = [
-        _line(letters[line], heights_CL[:, line], base, first=line.start, top=number * height)
+        _line(letters[line], heights_CL[:, line], bases, first=line.start, top=number * height)
         for number, line in enumerate(lines)
     ]
     return Markup(
@@ -188,10 +221,10 @@ def profile_drawing(letters: str, heights_CL: np.ndarray, names: Sequence[str], 
     )
 
 
-def _line(letters: str, heights_CL: np.ndarray, base: float, *, first: int, top: int) -> str:
+def _line(letters: str, heights_CL: np.ndarray, bases: Sequence[float], *, first: int, top: int) -> str:
     """One line: a row of bars for each target, the letters, and every tenth position."""
     parts = []
-    for place, heights_L in enumerate(heights_CL):
+    for place, (heights_L, base) in enumerate(zip(heights_CL, bases, strict=True)):
         foot = top + (place + 1) * (_BARS + _GAP) - _GAP // 2
         zero = foot - round(base * _BARS)
         bars = "".join(

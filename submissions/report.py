@@ -51,7 +51,7 @@ def run(paths: Paths, *, competition: Competition, name: str | None = None, run:
         "report",
         inputs=subject.inputs(),
         outputs={"report": home / "report.html"},
-        params={"version": VERSION, "competition": competition.name, "subject": subject.name},
+        params={"version": VERSION, **competition.params, "subject": subject.name},
         build=lambda parts: _write(subject, parts["report"]),
     )
 

@@ -9,7 +9,7 @@ Letters: N pairs of traces, M candidates, R references, L residues, 3 xyz; lengt
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -373,16 +373,27 @@ def _mean(values: Iterable[float]) -> float:
     return float(np.mean(np.fromiter(values, dtype=np.float64)))
 
 
-def describe(scores: dict[str, Any]) -> str:
-    """What `evaluate_structure` found, as lines of text; of the targets the best ones."""
+def describe(scores: Mapping[str, Any], *, with_floors: bool = True) -> str:
+    """What `evaluate_structure` found, as lines of text; of the targets the best ones.
+
+    Args:
+        scores: JSON-able.
+        with_floors: False where the floors' scores stand elsewhere: then only who computed them, if it was another.
+    """
     rows = sorted(scores["targets"], key=lambda row: (-row["score"], row["sequence_id"]))
     independent = scores["sequence_independent"]
     heads = ("target", "length", "resolved", "references", "templates", "score", "candidate", "floor")
     lines = [
         f"{scores['metric']}, best candidate of each of {len(rows)} targets: {_describe_mode(scores)}",
-        _describe_floors(scores),
+        *([scores["copies_note"]] if scores["copies_note"] else []),
+        *_describe_floors(scores, with_floors=with_floors),
         f"sequence-independent: {_describe_mode(independent)}",
-        _describe_floors(independent),
+        *_describe_floors(independent, with_floors=with_floors),
+        *(
+            [f"aligned without residue names, which no table tells: {len(independent['unnamed'])} targets"]
+            if independent["unnamed"]
+            else []
+        ),
         *(
             f"  {group['length']:<16} {group['targets']:>4} targets  {group['score']:.4f}  "
             f"best floor {group['best_floor']:.4f}; sequence-independent {other['score']:.4f}, "
@@ -392,22 +403,19 @@ def describe(scores: dict[str, Any]) -> str:
         "{:<14} {:>6} {:>8} {:>10} {:>9} {:>7} {:>9} {:>7} {:>9} {:>7}".format(*heads, "seq.-ind.", "floor"),
         *map(_describe_target, rows[:_SHOWN]),
     ]
-    if independent["unnamed"]:
-        lines.insert(4, f"aligned without residue names, which no table tells: {len(independent['unnamed'])} targets")
-    if scores["copies_note"]:
-        lines.insert(1, scores["copies_note"])
     if len(rows) > _SHOWN:
         lines.append(f"… and {len(rows) - _SHOWN} more")
     return "\n".join(lines)
 
 
-def _describe_mode(scores: dict[str, Any]) -> str:
+def _describe_mode(scores: Mapping[str, Any]) -> str:
     return f"{scores['score']:.4f} (candidate 1 alone {scores['first_candidate']:.4f}); {scores['engine']}"
 
 
-def _describe_floors(scores: dict[str, Any]) -> str:
-    by = "" if scores["engine"] == scores["floor_engine"] else f"; {scores['floor_engine']}"
-    return "floors: " + ", ".join(f"{name} {score:.4f}" for name, score in scores["floors"].items()) + by
+def _describe_floors(scores: Mapping[str, Any], *, with_floors: bool) -> list[str]:
+    told = [", ".join(f"{name} {score:.4f}" for name, score in scores["floors"].items())] if with_floors else []
+    told += [scores["floor_engine"]] if scores["engine"] != scores["floor_engine"] else []
+    return [f"floors: {'; '.join(told)}"] if told else []
 
 
 def _describe_target(row: dict[str, Any]) -> str:

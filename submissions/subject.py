@@ -157,7 +157,7 @@ def score_cells(told: Mapping[str, Any], targets: Sequence[str], *, lost: str | 
 
 
 def test_table(scores: Mapping[str, Any]) -> Markup:
-    """Scores of the test set, where its classes or numbers are known."""
+    """Scores of the test set, where its classes, numbers or values are known."""
     if "test" not in scores:
         return page.join()
     told, columns = scores["test"], scores["columns"]

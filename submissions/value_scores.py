@@ -15,9 +15,9 @@ from pipeline.competitions.base import Competition
 from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, warn
-from pipeline.tables import OofBatch, out_of_fold, truth_that_counts
+from pipeline.tables import OofBatch, finite_values, flat_lists, out_of_fold, read_batches, truth_that_counts
 from submissions.breakdown import Breakdown, Groups, fold_summary
-from submissions.floors import FLOORS, FloorTables, UnpairedBins, kmers, usual_of
+from submissions.floors import FLOORS, FloorTables, UnpairedBins, kmers, usuals_of
 from submissions.paired import Paired
 
 
@@ -85,6 +85,36 @@ def evaluate_values(
     }
 
 
+def evaluate_test(paths: Paths, *, competition: Competition, predictions: Path) -> dict[str, Any]:
+    """Score the test sequences whose values are known; nothing else reads these.
+
+    Args:
+        paths: where the clean tables are.
+        competition: gives the metric.
+        predictions: of the test set.
+
+    Returns:
+        As of a fold: ``score``, ``per_target``, ``positions``; and ``scored``, how many sequences have such.
+
+    Raises:
+        DataError: a test sequence has no prediction, or none of these targets.
+    """
+    targets = competition.targets
+    test = pl.read_parquet(paths.clean("test"), columns=["sequence_id", "sequence", *targets])
+    said = pl.concat(list(read_batches(predictions, ["sequence_id", *targets])))
+    said = test.select("sequence_id").join(said, on="sequence_id", how="left", maintain_order="left", validate="1:1")
+    if said[targets[0]].null_count():
+        raise DataError(f"{predictions}: not of this test set. Next: make predict, then make ensemble.")
+    lengths_N, none_N = test["sequence"].str.len_bytes().to_numpy().astype(np.int64), np.zeros(test.height, dtype=bool)
+    said_TC = finite_values(said, lengths_N, targets=targets, missing_N=none_N, where=str(predictions))
+    where, ids = "clean test table", test["sequence_id"]
+    truth_TC = np.stack([flat_lists(test[name], lengths_N, ids=ids, where=where) for name in targets], axis=1)
+    row_T = np.repeat(np.arange(test.height), lengths_N)
+    total = Groups(competition)
+    total.add_positions(np.zeros(len(row_T), dtype=np.intp), said_TC, truth_TC)
+    return total.summary() | {"scored": len(np.unique(row_T[np.isfinite(truth_TC).all(axis=1)]))}
+
+
 def _batches(
     paths: Paths,
     competition: Competition,
@@ -118,9 +148,7 @@ class _Floors:
         table = pl.read_parquet(paths.fold_table(split), columns=["fold"])
         folds = table["fold"].unique().sort().to_list()
         self._bins = UnpairedBins(paths.bpp, paths.clean("train")) if paths.bpp.is_file() else None
-        self._tables = FloorTables(
-            usual_of(competition), folds=folds, num_targets=len(competition.targets), unpaired=self._bins is not None
-        )
+        self._tables = FloorTables(usuals_of(competition), folds=folds, unpaired=self._bins is not None)
         self.notes = self._notes(paths)
         for batch in _batches(paths, competition, split, folds, {}, label="fit floors"):
             truth_TC = truth_that_counts(batch, competition.targets)
@@ -132,7 +160,8 @@ class _Floors:
 
     def _notes(self, paths: Paths) -> list[str]:
         if self._bins is None:
-            return [f"{FLOORS[-1]}: left out, there is no {paths.bpp}. Next: make bpp, if ViennaRNA is installed."]
+            then = f"Next: make bpp COMP={paths.comp}, if ViennaRNA is installed."
+            return [f"{FLOORS[-1]}: left out, there is no {paths.bpp}. {then}"]
         if self._bins.without:
             return [
                 f"{FLOORS[-1]}: {self._bins.without:,} sequences without base-pair probabilities have their own bin"

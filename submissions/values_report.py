@@ -17,7 +17,7 @@ from pipeline.tables import OofBatch, out_of_fold, truth_that_counts
 from submissions import figures, page
 from submissions.breakdown import Groups, sums_by
 from submissions.page import Markup
-from submissions.subject import Subject, score_cells, short_name
+from submissions.subject import Subject, score_cells, short_name, test_table
 
 _BINS = 100  # of the calibration's histogram, along each axis
 _STRIPS = 6  # sequences shown letter by letter
@@ -30,7 +30,7 @@ class _Gathered:
 
     def __init__(self, competition: Competition) -> None:
         self.competition = competition
-        self.low, self.high = competition.shown_range
+        self.low_C, self.high_C = np.array(competition.shown_ranges).T
         self.counts_CBB = np.zeros((len(competition.targets), _BINS, _BINS))
         self.nucleotides = Groups(competition)
         self.ids: list[str] = []
@@ -53,7 +53,7 @@ class _Gathered:
         self.errors += self.competition.target_errors(sums_NC, counts_NC).mean(axis=1).tolist()
 
     def _bin(self, values_TC: np.ndarray) -> np.ndarray:
-        share_TC = (values_TC - self.low) / (self.high - self.low)
+        share_TC = (values_TC - self.low_C) / (self.high_C - self.low_C)
         return np.clip(share_TC * _BINS, 0, _BINS - 1).astype(np.intp)
 
     def spread_out(self, count: int) -> dict[str, float]:
@@ -89,7 +89,8 @@ def _calibration_section(gathered: _Gathered) -> Markup:
     for place, (target, counts_BB) in enumerate(zip(gathered.competition.targets, gathered.counts_CBB, strict=True)):
         unit = "degradation" if target.startswith("deg_") else "reactivity"
         unit = figures.brief(target) if gathered.competition.is_own else unit
-        drawing = figures.calibration(counts_BB, low=gathered.low, high=gathered.high, unit=unit, colour=place)
+        low, high = gathered.competition.shown_ranges[place]
+        drawing = figures.calibration(counts_BB, low=low, high=high, unit=unit, colour=place)
         drawings.append(page.figure(drawing, title=short_name(target)))
     words = (
         "Points: mean of the measured values whose prediction falls into a bin; band: their middle half; grey: density "
@@ -106,8 +107,13 @@ def _errors_section(subject: Subject, gathered: _Gathered) -> Markup:
     scores, targets = subject.scores, subject.competition.targets
     ylabel = subject.competition.error_name
 
-    def series(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-        return [[row["per_target"][target] or 0.0 for row in rows] for target in targets]
+    scales = _scales(subject.competition)
+
+    def series(rows: Sequence[Mapping[str, Any]], places: Sequence[int]) -> dict[int, list[float]]:
+        return {place: [row["per_target"][targets[place]] or 0.0 for row in rows] for place in places}
+
+    def titled(title: str, places: Sequence[int]) -> str:
+        return title if len(scales) == 1 else f"{title}: {_named(places, targets)}"
 
     letters = sorted(gathered.nucleotides.table("letter"), key=lambda row: ALPHABET.index(row["letter"]))
     groups = {
@@ -126,16 +132,29 @@ def _errors_section(subject: Subject, gathered: _Gathered) -> Markup:
     drawings = [
         page.figure(
             figures.grouped_bars(
-                labels, series(rows), xlabel=xlabel, ylabel=ylabel, notes=[_many(row["positions"]) for row in rows]
+                labels,
+                series(rows, together),
+                xlabel=xlabel,
+                ylabel=ylabel,
+                notes=[_many(row["positions"]) for row in rows],
             ),
-            title=title,
+            title=titled(title, together),
         )
         for title, (rows, labels, xlabel) in groups.items()
+        for together in scales
         if rows
     ]
     most = max(row["positions"] for row in scores["by_position"])
     places = [row for row in scores["by_position"] if row["positions"] >= _RARE * most]
-    along = figures.profile([row["position"] for row in places], series(places), xlabel="position, nt", ylabel=ylabel)
+    x = [row["position"] for row in places]
+    along = [
+        page.figure(
+            figures.profile(x, series(places, together), xlabel="position, nt", ylabel=ylabel),
+            title=titled("Along the sequence", together),
+            wide=True,
+        )
+        for together in scales
+    ]
     sets = [[row["dataset_name"], *score_cells(row, targets), f"{row['positions']:,}"] for row in scores["by_dataset"]]
     names = [short_name(target) for target in targets]
     by_set = page.table(["data set", scores["metric"], *names, "positions"], sets)
@@ -143,10 +162,32 @@ def _errors_section(subject: Subject, gathered: _Gathered) -> Markup:
         page.legend([(name, figures.series_colour(place)) for place, name in enumerate(names)]),
         page.panels(drawings),
         page.element("p", "Small numbers under the labels: positions scored.", class_="note"),
-        page.figure(along, title="Along the sequence", wide=True),
+        *along,
         page.element("h4", "By data set"),
         by_set,
+        test_table(scores),
     )
+
+
+def _scales(competition: Competition) -> list[list[int]]:
+    """Places of the targets that can share an axis: values of other units would be lost beside each other."""
+    ranges = competition.shown_ranges
+    return [[place for place, each in enumerate(ranges) if each == one] for one in dict.fromkeys(ranges)]
+
+
+def _named(places: Sequence[int], targets: Sequence[str]) -> str:
+    return ", ".join(short_name(targets[place]) for place in places)
+
+
+def _key(competition: Competition) -> Markup:
+    """What the colours of the maps stand for, on every scale."""
+    ramp = page.element("span", class_="ramp", style=f"background: {figures.heat_gradient()}")
+    below, keys, scales = "" if competition.target_range else " and below", [], _scales(competition)
+    for places in scales:
+        low, high = competition.shown_ranges[places[0]]
+        names = [] if len(scales) == 1 else [page.element("span", f"{_named(places, competition.targets)}:")]
+        keys.append(page.element("div", *names, f"{low:g}{below}", ramp, f"{high:g} and above", class_="legend"))
+    return page.join(*keys)
 
 
 def _many(count: int) -> str:
@@ -160,20 +201,18 @@ def _examples_section(subject: Subject, gathered: _Gathered) -> Markup:
     competition = subject.competition
     strips, mapped = gathered.spread_out(_STRIPS), gathered.spread_out(_MAPPED)
     examples = _read_examples(subject, [*strips, *mapped])
-    scale = page.element("span", class_="ramp", style=f"background: {figures.heat_gradient()}")
-    below = "" if competition.target_range else " and below"
-    key = page.element("div", f"{gathered.low:g}{below}", scale, f"{gathered.high:g} and above", class_="legend")
+    key = _key(competition)
     first, last = _span(examples.values())
     maps = []
     for place, target in enumerate(competition.targets):
         for kind in ("measured", "predicted"):
-            rows = [_padded(examples[name], kind, place, first, last) for name in mapped]
+            rows = [_share(_padded(examples[name], kind, place, first, last), competition, place) for name in mapped]
             maps.append((f"{figures.brief(short_name(target))}, {kind}", np.stack(rows)))
-    draw = partial(figures.heat_maps, first=first + 1, low=gathered.low, high=gathered.high)
+    draw = partial(figures.heat_maps, first=first + 1)
     overview = [draw(maps[at : at + 4], ylabel="sequences, best predicted on top") for at in range(0, len(maps), 4)]
     drawings = [
         page.figure(
-            _strip(examples[name], competition, gathered),
+            _strip(examples[name], competition),
             title=f"{name} · error {score_text(error, 3)} · {examples[name]['about']}",
             wide=True,
         )
@@ -227,12 +266,18 @@ def _padded(example: Mapping[str, Any], kind: str, place: int, first: int, last:
     return shown
 
 
-def _strip(example: Mapping[str, Any], competition: Competition, gathered: _Gathered) -> Markup:
+def _share(values_L: np.ndarray, competition: Competition, place: int) -> np.ndarray:
+    """[L] a target's values, 0 and 1 being the ends of its range."""
+    low, high = competition.shown_ranges[place]
+    return (values_L - low) / (high - low)
+
+
+def _strip(example: Mapping[str, Any], competition: Competition) -> Markup:
     first, last = _span([example])
     rows = [
-        (f"{figures.brief(short_name(target))} {kind}", example[kind][place][first:last])
+        (f"{figures.brief(short_name(target))} {kind}", _share(example[kind][place][first:last], competition, place))
         for place, target in enumerate(competition.targets)
         for kind in ("measured", "predicted")
     ]
     letters = example["sequence"][first:last]
-    return figures.strip(letters, rows, first=first + 1, low=gathered.low, high=gathered.high)
+    return figures.strip(letters, rows, first=first + 1)

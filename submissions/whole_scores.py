@@ -112,12 +112,12 @@ def read_known(paths: Paths, answers: Answers, *, split: str) -> tuple[pl.DataFr
     return rows.filter(pl.Series(scored_N)), truth_NK[scored_N]
 
 
-def has_test_truth(paths: Paths) -> bool:
-    """Whether the classes or numbers of test sequences are known."""
+def has_test_truth(paths: Paths, targets: Sequence[str]) -> bool:
+    """Whether the classes or numbers of test sequences, or the values of their nucleotides, are known."""
     if not paths.clean("test").is_file():
         return False
-    table = pl.scan_parquet(paths.clean("test")).select(pl.selectors.by_name("labels", "numbers", require_all=False))
-    return any(column.count() for column in table.collect())
+    known = pl.selectors.by_name("labels", "numbers", *targets, require_all=False)
+    return any(column.count() for column in pl.scan_parquet(paths.clean("test")).select(known).collect())
 
 
 def read_test(paths: Paths, answers: Answers, predictions: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -29,7 +29,7 @@ from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.memory import peak_memory_mib
 from pipeline.paths import Paths
-from pipeline.runlog import Bar, amount, say
+from pipeline.runlog import Bar, amount, say, size_text
 from pipeline.schema import CANDIDATES, split_id
 from pipeline.stage import Report, run_stage
 from pipeline.tables import finite_values, read_batches
@@ -100,7 +100,7 @@ def run(paths: Paths, *, competition: Competition, name: str, fmt: str = "csv", 
         "submit",
         inputs=inputs,
         outputs={"submission": paths.submission(name, suffix=fmt)},
-        params={"version": VERSION, "competition": competition.name, "format": fmt, "decimals": decimals, "fill": fill},
+        params={"version": VERSION, **competition.params, "format": fmt, "decimals": decimals, "fill": fill},
         build=build,
         manifest=home / f"submit-{fmt}.manifest.json",
     )
@@ -430,10 +430,8 @@ def _wide_coordinates(
 def describe(facts: Mapping[str, Any]) -> Table:
     """Rows, size and ranges of a written submission, as a table for the terminal."""
     table = Table(box=None, show_header=False, pad_edge=False)
-    size = facts["bytes"]
-    told = f"{size / 2**10:,.0f} KiB" if size >= 2**10 else f"{size} bytes"
-    told = f"{size / 2**20:,.1f} MiB" if size >= 2**20 else told
-    table.add_row("rows", f"{facts['rows']:,} for {amount(facts['sequences'], 'sequence')}, {told}")
+    told = f"{facts['rows']:,} for {amount(facts['sequences'], 'sequence')}, {size_text(facts['bytes'])}"
+    table.add_row("rows", told)
     for name, (low, high) in _of_axes(facts["ranges"]).items():
         table.add_row(escape(name), f"{low:.4g} to {high:.4g}")
     if "labels" in facts:

@@ -32,14 +32,19 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         parser.addini("timeout", "seconds after which a test ends; not without pytest-timeout")
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a GPU where there is none, whatever marks were asked for; on one, float32 means float32."""
-    if item.get_closest_marker("gpu"):
-        import torch
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide a GPU unless tests for one are asked for (``-m gpu``): the others ask for the CPU's bits, resumed or not."""
+    if "gpu" not in config.getoption("markexpr").replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device")
-        torch.backends.cudnn.allow_tf32 = False  # as `choose_device` leaves it: convolutions round to 10 bits otherwise
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none, whatever marks were asked for; on one, all is as in a run."""
+    if item.get_closest_marker("gpu"):
+        from pipeline.training.precision import choose_device
+
+        if choose_device().type != "cuda":
+            pytest.skip("needs a CUDA device, and -m gpu")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

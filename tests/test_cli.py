@@ -40,14 +40,15 @@ def test_every_verb_explains_itself_and_each_of_its_options(verb, capsys):
 
 
 def test_the_help_lists_the_verbs_below_what_their_modules_are_about(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+    """80 columns cut "Predictors that train no network: structures from templates or pairing, lab"."""
+    monkeypatch.setenv("COLUMNS", "80")
     assert call("--help") == 0
     panels = capsys.readouterr().out.split("╭─ ")[2:]  # behind the program's own options
-    found = {panel.partition(" ─")[0]: re.findall(r"^│ ([a-z-]+) ", panel, re.MULTILINE) for panel in panels}
+    found = {panel.partition("─")[0].strip(): re.findall(r"^│ ([a-z-]+) ", panel, re.MULTILINE) for panel in panels}
     assert sorted(verb for verbs in found.values() for verb in verbs) == VERBS
     assert found["From raw files to clean tables and folds"] == ["download", "data", "bpp", "folds", "audit"]
     homes = {command.callback.__module__ for command in typer.main.get_command(app).commands.values()}
-    assert len(found) == len(homes) > 5
+    assert found.keys() == {(sys.modules[home].__doc__ or "").partition("\n")[0].rstrip(".") for home in homes}
 
 
 @pytest.mark.parametrize(
@@ -110,6 +111,13 @@ def test_a_mistake_ends_in_one_sentence_and_its_exit_code(arguments, code, sente
     assert "Traceback" not in said
     assert said.startswith("error: ")
     assert list(tmp_path.rglob("*.part-*")) == []
+
+
+def test_what_a_refused_download_leaves_is_no_raw_data(tmp_path, capsys):
+    """`make data` after it said "found .incoming. Next: download the competition's files", and nothing of RAW."""
+    (Paths(comp="ribonanza", root=tmp_path).raw / ".incoming" / "train_data.csv").mkdir(parents=True)
+    assert call("data", "--artifacts", str(tmp_path)) == 2
+    assert "holds no files. Next: RAW=<folder>" in capsys.readouterr().err
 
 
 def test_many_outputs_are_told_by_their_folder(tmp_path, capsys):
@@ -270,6 +278,11 @@ def test_an_ensemble_of_the_folds_there_are_is_asked_for(tmp_path):
     with pytest.raises(DataError, match="or PARTIAL=1 to do without the folds that are missing"):
         finished_runs(paths, "sim80_k3")
     assert finished_runs(paths, "sim80_k3", partial=True) == ["tiny_drsn.sim80_k3"]
+    paths.oof("tiny_drsn.sim80_k3", 1).unlink()
+    with pytest.raises(
+        DataError, match=r"has predictions of any fold .*Next: make train-all [^,]*$"
+    ):  # not PARTIAL=1 again
+        finished_runs(paths, "sim80_k3", partial=True)
     command = ["make", "-n", "ensemble", "PARTIAL=1", "PY=python3"]
     assert "--partial" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
@@ -340,6 +353,53 @@ def test_make_refuses_variables_in_small_letters():
     done = subprocess.run(["make", "-n", "train", "fold=3"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "fold: variables are in capitals. Next: FOLD=3." in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("train FOLDS=3", "FOLDS: no target reads that. Next: make help lists the variables"),
+        ("train MODLE=hyena EPOCHS=5", "EPOCHS MODLE: no target reads that."),
+        ("train GPU=1", "GPU: no target reads that."),
+        ("evaluate report MODEL=hyena", "MODEL=hyena: what is blended, scored or sent goes by name. Next: RUN=<run>"),
+    ],
+)
+def test_make_refuses_variables_that_would_be_left_out(words, sentence):
+    """`make train FOLDS=3 MODLE=hyena` trained fold 0 of another model; `make evaluate MODEL=hyena` scored all runs."""
+    done = subprocess.run(["make", "-n", *words.split()], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train OMP_NUM_THREADS=2 RESTART=1 CXX=g++",
+        "train evaluate MODEL=hyena",
+        "audit SPLITS=a",
+        "status MAKEFLAGS=-k",
+    ],
+)
+def test_make_takes_what_a_target_or_a_program_below_it_reads(words):
+    subprocess.run(["make", "-n", *words.split()], cwd=ROOT, capture_output=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [("V=1 MODEL=hyena prefix=/usr", 0), ("FOLDS=3 V=1 WITH=FOLDS=2", 0), ("WITH=FOLDS=2", 2)]
+)
+def test_make_leaves_the_variables_of_a_makefile_around_it_alone(words, code, tmp_path):
+    """Its `make all V=1 MODEL=hyena` ended at the ensemble, which makes of make inherit all of."""
+    (tmp_path / "Makefile").write_text(f"all:\n\t$(MAKE) -n -C {ROOT} ensemble $(WITH)\n")
+    done = subprocess.run(["make", "all", *words.split()], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert ("FOLDS: no target reads that" in done.stderr) == bool(code)
+
+
+def test_a_makefile_that_includes_ours_passes_its_variables_on(tmp_path):
+    (tmp_path / "mine.mk").write_text(f"DEPTH ?= 1\ninclude {ROOT}/Makefile\n")
+    command = ["make", "-n", "-f", str(tmp_path / "mine.mk"), "sweep", "OVER=train.lr=[1e-3]", "DEPTH=2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "--over 'train.lr=[1e-3]'" in done
 
 
 def test_make_clean_removes_artefacts(tmp_path):
@@ -420,6 +480,30 @@ def test_error_of_the_system_is_a_sentence(tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert "Not a directory" in said
+
+
+@pytest.mark.parametrize(
+    "err",
+    [
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),  # ulimit -v 1000000
+        OSError("libcudart.so.12: cannot open shared object file: No such file or directory"),
+    ],
+    ids=lambda err: type(err).__name__,
+)
+def test_a_package_whose_own_code_cannot_be_loaded_is_a_sentence(err, tmp_path, capsys, monkeypatch):
+    """A traceback of forty lines; one of ours, which names no such file, still gives one."""
+    words = ["status", "--artifacts", str(tmp_path)]
+    monkeypatch.setattr("pipeline.jobs.survey", lambda _: _raise(err))
+    assert run_verb(words) == 2
+    said = capsys.readouterr().err
+    assert f"error: {err}: a package's own code cannot be loaded. Next: see whether ulimit -v" in " ".join(said.split())
+    monkeypatch.setattr("pipeline.jobs.survey", lambda _: _raise(ImportError("no module named 'ours.sources'")))
+    with pytest.raises(ImportError, match="sources"):
+        run_verb(words)
+
+
+def _raise(err: Exception) -> None:
+    raise err
 
 
 def test_error_of_the_system_that_polars_met_is_a_sentence(tmp_path, capsys, monkeypatch):

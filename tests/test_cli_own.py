@@ -23,33 +23,33 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_reactivities_of_a_file_need_no_data(place, capsys):
     pytest.importorskip("RNA")
-    assert run_verb(["predict", "mine.fasta", "--model", "reactivity-v1"]) == 0
+    assert run_verb(["predict", "mine.fasta", "--model", "reactivity-v2"]) == 0
     home = place / "artifacts" / "ribonanza" / "predictions" / "mine"
-    rows = pl.read_csv(home / "reactivity-v1.sim80_k5.csv")
+    rows = pl.read_csv(home / "reactivity-v2.sim80_k5.csv")
     assert rows.columns == ["sequence_id", "position", "nucleotide", "reactivity_DMS_MaP", "reactivity_2A3_MaP"]
     assert "".join(rows.filter(sequence_id="hairpin")["nucleotide"]) == HAIRPIN
     assert rows.height == 54
     for target in rows.columns[3:]:
         assert rows[target].is_between(0, 1).all()
-    assert (home / "reactivity-v1.sim80_k5.html").is_file()
+    assert (home / "reactivity-v2.sim80_k5.html").is_file()
     said = capsys.readouterr().out
-    assert "2 sequences, reactivity-v1.sim80_k5, mean of folds 0, 1, 2, 3, 4" in said
-    assert "reactivity-v1.sim80_k5.csv" in said
+    assert "2 sequences, reactivity-v2.sim80_k5, mean of folds 0, 1, 2, 3, 4" in said
+    assert "reactivity-v2.sim80_k5.csv" in said
 
 
 def test_a_sequence_on_the_command_line_is_predicted_by_the_fold_that_is_said(place, capsys):
     pytest.importorskip("RNA")
-    assert run_verb(["predict", "--sequence", HAIRPIN, "--model", "reactivity-v1", "--fold", "2"]) == 0
-    assert "1 sequence, reactivity-v1.sim80_k5, fold 2" in capsys.readouterr().out
+    assert run_verb(["predict", "--sequence", HAIRPIN, "--model", "reactivity-v2", "--fold", "2"]) == 0
+    assert "1 sequence, reactivity-v2.sim80_k5, fold 2" in capsys.readouterr().out
     (table,) = place.glob("artifacts/ribonanza/predictions/sequence-*/*.csv")
     assert pl.read_csv(table).height == 30
 
 
 def test_shipped_weights_embed_too(place):
     pytest.importorskip("RNA")
-    assert run_verb(["embed", "mine.fasta", "--model", "reactivity-v1", "--fold", "1"]) == 0
+    assert run_verb(["embed", "mine.fasta", "--model", "reactivity-v2", "--fold", "1"]) == 0
     (table,) = place.glob("artifacts/ribonanza/embeddings/mine/*.parquet")
-    assert table.name == "reactivity-v1.sim80_k5.fold1.parquet"
+    assert table.name == "reactivity-v2.sim80_k5.fold1.parquet"
     assert pl.read_parquet(table)["sequence_id"].to_list() == ["hairpin", "dna"]
 
 
@@ -77,12 +77,13 @@ def test_structures_of_a_file_need_no_data(place, capsys):
         (["predict", "absent.fasta"], 3, "absent.fasta: no such file. Next: make predict FILE="),
         (["predict", "mine.fasta", "--sequence", "ACGU"], 2, "expected one of them. Next: "),
         (["predict", "mine.fasta"], 3, "never trained"),
-        (["predict", "mine.fasta"], 3, "MODEL=reactivity-v1 are weights that come with the program"),
-        (["predict", "mine.fasta", "--comp", "openvaccine", "--model", "reactivity-v1"], 2, "expected openvaccine"),
+        (["predict", "mine.fasta"], 3, "MODEL=reactivity-v2 are weights that come with the program"),
+        (["predict", "mine.fasta", "--comp", "openvaccine", "--model", "reactivity-v2"], 2, "expected openvaccine"),
         (["predict", "mine.fasta", "--comp", "rna3d"], 2, "Next: make structures FILE="),
         (["predict", "mine.fasta", "--name", "best"], 3, "Next: make ensemble COMP=ribonanza NAME=best"),
-        (["predict", "--sequence", "ACGX", "--model", "reactivity-v1"], 3, "Next: "),
+        (["predict", "--sequence", "ACGX", "--model", "reactivity-v2"], 3, "Next: "),
         (["structures", "mine.fasta", "--comp", "ribonanza"], 2, "ribonanza is not about structures"),
+        (["structures", "--model", "denovo"], 2, "--model is for RNAs of your own"),
         (["structures", "--sequence", "ACGU" * 2_501], 3, "has 10,004 nt; expected at most 10,000"),
     ],
 )
@@ -107,5 +108,8 @@ def test_make_hands_over_files_sequences_folds_and_ensembles_only_where_they_are
     assert '--fold "0"' in words("predict", "FILE=x.fa", "FOLD=0")
     assert '--name "best"' in words("predict", "SEQ=ACGU", "NAME=best")
     assert '--sequence "ACGU"' in words("structures", "SEQ=ACGU", "COMP=rna3d")
+    assert "--model" not in words("structures", "MODEL=small_structure", "COMP=rna3d")
+    one = words("structures", "SEQ=ACGU", "MODEL=small_structure", "TAG=x", "COMP=rna3d")
+    assert '--model "small_structure" --tag x' in one
     assert '--fold "0"' in words("predict")
     assert "--name" not in words("predict", "NAME=best")

@@ -1,6 +1,7 @@
 """Every failure that a user can act on says what to do next."""
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,11 @@ def texts(node: ast.AST, variables: dict[str, list[ast.expr]]) -> Iterator[str]:
                 yield from texts(value, {})
 
 
+def imported(module: str, name: str) -> object:
+    """A constant of another module of the packages, whose text a message may end with."""
+    return getattr(importlib.import_module(module), name, None) if module.startswith("pipeline.") else None
+
+
 def silent(source: str) -> Iterator[tuple[str, int]]:
     """Function and line of every failure whose message has no "Next:" in it."""
     tree = ast.parse(source)
@@ -64,6 +70,9 @@ def silent(source: str) -> Iterator[tuple[str, int]]:
         for target in node.targets if isinstance(node, ast.Assign) else ():
             if isinstance(target, ast.Name):
                 variables.setdefault(target.id, []).append(node.value)
+        for alias in node.names if isinstance(node, ast.ImportFrom) and node.module else ():
+            if alias.name.isupper() and isinstance(text := imported(str(node.module), alias.name), str):
+                variables.setdefault(alias.name, []).append(ast.Constant(text))
     kinds = kinds_of(tree)
 
     def visit(node: ast.AST, function: str) -> Iterator[tuple[str, int]]:

@@ -8,6 +8,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [
+    "README.md",
+    *(f"{folder}/README.md" for folder in ("pipeline", "models", "tests/benchmarks")),
+    "pipeline/OWN_DATA.md",
+    "pipeline/KAGGLE.md",
+]
 MODULES = [
     path.relative_to(ROOT)
     for package in ("pipeline", "models", "folds", "submissions")
@@ -33,15 +39,18 @@ def test_the_file_tour_names_every_module():
     assert not absent
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "README.md",
-        *(f"{folder}/README.md" for folder in ("pipeline", "models", "tests/benchmarks")),
-        "pipeline/OWN_DATA.md",
-        "pipeline/KAGGLE.md",
-    ],
-)
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_leads_somewhere_and_every_table_has_even_rows(name):
+    text = re.sub(r"```.*?```", "", (ROOT / name).read_text(), flags=re.DOTALL)
+    for target, _, anchor in (link.partition("#") for link in re.findall(r"\]\((?!http)([^)]*)\)", text)):
+        page = (ROOT / name).parent / target if target else ROOT / name
+        titles = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+        assert anchor in {"", *(re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles)}
+    for table in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_every_make_target_in_a_readme_exists(name):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     text = (ROOT / name).read_text()

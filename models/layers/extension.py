@@ -37,23 +37,30 @@ def load(name: str) -> tuple[bool, str]:
 
 
 def _built(name: str) -> Path:
-    """Path of the shared object, compiled if the cache has none for this source, torch and CPU."""
+    """Path of the shared object, compiled if the cache has no whole one for this source, torch and CPU.
+
+    Its name ends with the digest of what it holds: one that a power cut left torn ended every process by SIGBUS.
+    """
     source = _SOURCES / f"{name}.cpp"
     flags = [*_FLAGS, "-march=native"] if platform.machine() in ("x86_64", "AMD64") else list(_FLAGS)
     key = hashlib.sha256("\0".join([source.read_text(), torch.__version__, _cpu(), *flags]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("RNA_CACHE") or Path.home() / ".cache" / "rna-competition-pipeline")
-    built = cache / f"{name}-{key}.so"
-    if not built.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        _compile(source, built, flags)
-    return built
+    for built in cache.glob(f"{name}-{key}-*.so"):
+        if built.stem.endswith(_digest(built)):
+            return built
+    cache.mkdir(parents=True, exist_ok=True)
+    return _compile(source, cache / f"{name}-{key}", flags)
 
 
-def _compile(source: Path, built: Path, flags: list[str]) -> None:
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _compile(source: Path, stem: Path, flags: list[str]) -> Path:
     """Build in a private folder and rename: two processes may do so at once, and a killed one leaves no lock."""
     from torch.utils import cpp_extension
 
-    with tempfile.TemporaryDirectory(dir=built.parent, prefix=".build-") as folder, _own_programs_found():
+    with tempfile.TemporaryDirectory(dir=stem.parent, prefix=".build-") as folder, _own_programs_found():
         cpp_extension.load(
             name=source.stem,
             sources=[str(source)],
@@ -62,7 +69,8 @@ def _compile(source: Path, built: Path, flags: list[str]) -> None:
             build_directory=folder,
             is_python_module=False,
         )
-        Path(folder, f"{source.stem}.so").replace(built)
+        made = Path(folder, f"{source.stem}.so")
+        return made.replace(f"{stem}-{_digest(made)}.so")
 
 
 @contextlib.contextmanager

@@ -93,9 +93,12 @@ def choose(operator: str, device: torch.device) -> Choice:
     return _choose(operator, _one_name(torch.device(device)), mode(), torch.are_deterministic_algorithms_enabled())
 
 
-@torch.compiler.assume_constant_result
 def path(operator: str, device: torch.device) -> str:
     """The name alone, which a compiled graph takes as a constant."""
+    if torch.compiler.is_compiling():
+        from models.layers import constant
+
+        return constant.path(operator, device)
     return choose(operator, device).path
 
 

@@ -52,7 +52,7 @@ def bench_tm(
 def bench_structures(
     comp: Comp = "rna3d", artifacts: Artifacts = ARTIFACTS, model: Model = "", split: Split = SPLIT
 ) -> None:
-    """What each way to five traces takes by the length of a target, after train-all."""
+    """Measure what each way to five traces takes, by the length of a target, after train-all."""
     from pipeline import bench_structures as bench
 
     bench.run(find_paths(comp, artifacts), split=split, network=run_name(model, split=split))

@@ -43,9 +43,9 @@ def data(
     from pipeline import preprocess
 
     competition, paths = find_competition(comp), find_paths(comp, artifacts)
-    if not raw and not paths.raw.is_dir():
+    if not raw and not any(paths.raw.glob("[!.]*")):  # a download that was refused leaves a folder with a dot
         raise ConfigError(
-            f"data: RAW is empty and {paths.raw} does not exist. Next: RAW=<folder> with the files, or make download."
+            f"data: RAW is empty and {paths.raw} holds no files. Next: RAW=<folder> with the files, or make download."
         )
     if rows is not None and not test_only:
         raise ConfigError("data: --rows shortens the test set alone. Next: give --test-only with it, or leave it out.")

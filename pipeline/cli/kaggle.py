@@ -1,4 +1,4 @@
-"""What goes to Kaggle and comes back: submissions, notebooks, a winner's files."""
+"""To Kaggle and back: submissions, notebooks, a winner's files."""
 
 import sys
 from pathlib import Path
@@ -146,7 +146,12 @@ def kernel_check(
     comp: Comp = COMP,
     artifacts: Artifacts = ARTIFACTS,
     python: Annotated[
-        Path, typer.Option("--python", help="Of an environment with the packages of Kaggle's image; default: this one.")
+        Path,
+        typer.Option(
+            "--python",
+            help="Of an environment with the packages of Kaggle's image; default: this one.",
+            show_default=False,
+        ),
     ] = Path(sys.executable),
     slug: Slug = "",
     raw: Annotated[

@@ -1,4 +1,4 @@
-"""Predictors that train no network: structures from templates or pairing, labels from words."""
+"""Predictors without a network: structures from templates or pairing, words."""
 
 from pathlib import Path
 from types import ModuleType

@@ -41,7 +41,7 @@ Model = Annotated[
         callback=_model_or_default,
     ),
 ]
-Split = Annotated[str, typer.Option("--split", help="Split: sim80_k5, length_k5 or random_k5.")]
+Split = Annotated[str, typer.Option("--split", help="<kind><identity %>_k<folds>: sim80_k5, length_k5, random_k5.")]
 Fold = Annotated[int, typer.Option("--fold", help="Fold to hold out, from 0.", min=0)]
 Tag = Annotated[str, typer.Option("--tag", help="Names a variant of the model; needed with --set.")]
 Sets = Annotated[

@@ -10,8 +10,9 @@ import typer
 from pipeline.cli.program import show
 from pipeline.errors import ConfigError
 from pipeline.paths import Paths
-from pipeline.runlog import amount
+from pipeline.runlog import amount, say
 from pipeline.runs import check_fold, find_run
+from pipeline.stage import read_result
 
 OwnFile = Annotated[
     Path | None,
@@ -48,7 +49,9 @@ def predict_file(
     """Predict a file with the folds of a run, joined by their mean, or with an ensemble, and write its tables."""
     from folds import ensemble as joining
     from pipeline import own_file
+    from pipeline.labels import read_classes
     from submissions import own_tables
+    from submissions.class_write import thresholds_here
 
     started = time.monotonic()
     if ensemble:
@@ -60,12 +63,21 @@ def predict_file(
     joining.apply(done.own, competition=done.competition, name=done.name, weights=done.weights)
     folder = own_file.folder_of(source, paths)
     which: dict[str, Any] = {"name": done.name, "folder": folder, "title": source.name, "longest": done.longest}
+    if done.competition.task == "classes" and not (classes := read_classes(done.own)).exclusive:
+        joined = read_result(done.weights, hint="make ensemble")
+        tables = (
+            [paths.ensemble_dir(ensemble) / "oof.parquet"] if ensemble else [paths.oof(run, k) for k in joined["folds"]]
+        )
+        which["thresholds"], words = thresholds_here(paths, classes, told=joined, tables=tables)
+        say(f"labels: {words}")
     report = own_tables.run(done.own, competition=done.competition, **which)
     told = f"{amount(report.facts['sequences'], 'sequence')}, {done.about}"
     show(replace(report, seconds=time.monotonic() - started), told)
 
 
-def predict_structures(source: Path, *, competition: Any, paths: Paths, split: str, name: str) -> None:
+def predict_structures(
+    source: Path, *, competition: Any, paths: Paths, split: str, name: str, run: str | Path | None
+) -> None:
     """Give the RNAs of a file their candidates, and write them as files, as a table and as a page."""
     from folds import ensemble as joining
     from pipeline import own_file, own_structures
@@ -74,7 +86,7 @@ def predict_structures(source: Path, *, competition: Any, paths: Paths, split: s
 
     started = time.monotonic()
     with StopRequest():
-        which: dict[str, Any] = {"competition": competition, "name": name}
+        which: dict[str, Any] = {"competition": competition, "name": name, "run": run}
         done = own_structures.predict(source, paths=paths, split=split, **which)
         joining.apply(done.own, competition=competition, name=done.name, weights=done.weights, partial_runs=True)
         home = own_file.folder_of(source, paths) / "structures"

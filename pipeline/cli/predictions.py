@@ -26,7 +26,15 @@ from pipeline.cli.options import (
 )
 from pipeline.cli.own import OwnFile, OwnSequence, predict_file, source_of
 from pipeline.cli.program import show, verb
-from pipeline.runs import check_fold, find_run, finished_runs, run_name, warn_of_other_data, warn_of_unfinished
+from pipeline.runs import (
+    check_fold,
+    find_run,
+    finished_runs,
+    run_name,
+    warn_of_other_data,
+    warn_of_unfinished,
+    whole_name,
+)
 
 
 @verb()
@@ -51,7 +59,7 @@ def predict(
     """Predict the held-out fold and the test set with a trained checkpoint, or sequences of your own with all folds.
 
     A checkpoint carries its own configuration. Of sequences of your own a table is written that a spreadsheet opens,
-    and of values per nucleotide a page that shows them; --model may be the folder of a run, too, or reactivity-v1,
+    and of values per nucleotide a page that shows them; --model may be the folder of a run, too, or reactivity-v2,
     weights that come with the program.
     """
     from pipeline.training.stop import StopRequest
@@ -125,7 +133,8 @@ def ensemble(
         report = stage.apply(paths, competition=find_competition(comp, artifacts), name=name, **which)
         show(report, f"{report.facts['test_rows']:,} test rows from folds {report.facts['folds']}")
         return
-    runs = run or finished_runs(paths, split, partial=partial)
+    named = [whole_name(each, split=split, paths=paths) for each in run or ()]
+    runs = named or finished_runs(paths, split, partial=partial)
     warn_of_unfinished(paths, runs)
     warn_of_other_data(paths, runs)
     which = {"name": name, "runs": runs, "split": split, "allow_partial": partial}

@@ -63,11 +63,14 @@ def run_verb(arguments: Sequence[str] | None = None) -> int:
         return _fail(
             f"out of memory: {err}. Next: close other programs, or lower the batch size.", StorageError.exit_code
         )
-    except OSError as err:
-        said = _system_failure(err)
-        if not said:
+    except (OSError, ImportError) as err:
+        said = _system_failure(err) if isinstance(err, OSError) else ""
+        if said:
+            return _fail(f"{said}. Next: check the path, its permissions and the disk.", StorageError.exit_code)
+        if not re.search(r"\.so\b", str(err)):
             raise
-        return _fail(f"{said}. Next: check the path, its permissions and the disk.", StorageError.exit_code)
+        told = "a package's own code cannot be loaded. Next: see whether ulimit -v leaves it room, or install it again."
+        return _fail(f"{err}: {told}", ConfigError.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         return _interrupted()
     except Exception as err:

@@ -14,15 +14,16 @@ from pipeline.cli.options import (
     Comp,
     Name,
     Split,
+    Tag,
     find_competition,
     find_paths,
 )
 from pipeline.cli.own import OwnFile, OwnSequence, predict_structures, source_of
 from pipeline.cli.program import show, verb
 from pipeline.errors import ConfigError
-from pipeline.runs import read_run_name, warn_of_other_data
+from pipeline.runs import find_run, read_run_name, warn_of_other_data, whole_name
 
-SingleRun = Annotated[str, typer.Option("--run", help="A single run, <model>.<split>, instead of the ensemble.")]
+SingleRun = Annotated[str, typer.Option("--run", help="A single run, <model>[.<split>], instead of the ensemble.")]
 Engine = Annotated[
     str, typer.Option("--engine", help="Of TM-scores: built-in, usalign (the program), or auto: it, where installed.")
 ]
@@ -57,9 +58,10 @@ def evaluate(
     """Score the out-of-fold predictions by the organisers' metric, beside the trivial floors."""
     from submissions import evaluate as stage
 
+    competition, paths = find_competition(comp, artifacts), find_paths(comp, artifacts)
+    single_run = single_run and whole_name(single_run, split=split, paths=paths)
     which = {"run": single_run} if single_run else {"name": name}
     split = read_run_name(single_run)[2] if single_run else split
-    competition, paths = find_competition(comp, artifacts), find_paths(comp, artifacts)
     report = stage.run(paths, competition=competition, split=split, engine=engine, **which)
     warn_of_other_data(paths, [single_run] if single_run else [*report.facts["runs"]])
     show(report, stage.describe(report.facts))
@@ -91,26 +93,40 @@ def structures(
     split: Split = SPLIT,
     name: Name = NAME,
     table: Annotated[str, typer.Option("--table", help="test, or oof for the training targets.")] = "test",
+    model: Annotated[
+        str, typer.Option("--model", help="RNAs of your own: by this run alone, its name or folder.")
+    ] = "",
+    tag: Tag = "",
 ) -> None:
     """Write predicted structures as PDB and mmCIF files, and a page that shows them, also offline.
 
-    Of RNAs of your own structures are predicted first, as an ensemble of this name does; without one by assembly from
-    pairing, and templates if these were made.
+    For RNAs of your own, structures are predicted first: as the ensemble of this name does or, without one, by assembly
+    from pairing, and by templates if these were made; with --model by a single run: a network, denovo or templates.
     """
     from submissions import structure_files as stage
 
     source = source_of(file, sequence, find_paths(comp, artifacts))
     if source is not None:
         which: dict[str, Any] = {"competition": find_competition(comp, artifacts), "split": split, "name": name}
+        which["run"] = find_run(model, split=split, tag=tag) if model else None
         predict_structures(source, paths=find_paths(comp, artifacts), **which)
         return
+    if model:
+        raise ConfigError("structures: --model is for RNAs of your own. Next: give them with it, or leave it out.")
     show(stage.run(find_paths(comp, artifacts), competition=find_competition(comp, artifacts), name=name, table=table))
 
 
 @verb()
-def report(comp: Comp = COMP, artifacts: Artifacts = ARTIFACTS, name: Name = NAME, single_run: SingleRun = "") -> None:
+def report(
+    comp: Comp = COMP,
+    artifacts: Artifacts = ARTIFACTS,
+    split: Split = SPLIT,
+    name: Name = NAME,
+    single_run: SingleRun = "",
+) -> None:
     """Write one self-contained HTML page: curves, calibration, errors, heat maps, configuration, hashes."""
     from submissions import report as stage
 
-    which = {"run": single_run} if single_run else {"name": name}
-    show(stage.run(find_paths(comp, artifacts), competition=find_competition(comp, artifacts), **which))
+    paths = find_paths(comp, artifacts)
+    which = {"run": whole_name(single_run, split=split, paths=paths)} if single_run else {"name": name}
+    show(stage.run(paths, competition=find_competition(comp, artifacts), **which))

@@ -1,4 +1,4 @@
-"""Training of networks: memory beforehand, one run or many, in the background too, and a bad batch again."""
+"""Training of networks: one run or many, also in the background."""
 
 import contextlib
 import json
@@ -47,7 +47,7 @@ def plan(
     from pipeline import plan as planning
     from pipeline.config import load_config
     from pipeline.labels import read_labels
-    from pipeline.train import build_model
+    from pipeline.network import build_model
 
     config, competition = load_config(model, set_ or ()), find_competition(comp, artifacts)
     labels = read_labels(find_paths(comp, artifacts)) if competition.has_labels else None

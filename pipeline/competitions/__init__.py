@@ -4,7 +4,7 @@ import difflib
 import re
 from dataclasses import replace
 
-from pipeline.competitions.base import Competition, Facts
+from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError
 from pipeline.paths import Paths
 
@@ -24,29 +24,18 @@ def competition_of(paths: Paths) -> Competition:
     return competition.with_facts(competition.read_facts(paths))
 
 
-def get_competition(name: str, *, facts: Facts | None = None) -> Competition:
+def get_competition(name: str) -> Competition:
     """A competition by name; ``labelled-<name>`` and ``profiles-<name>`` (or without -<name>) are sets of one's own.
 
-    Such a set may be a competition of Kaggle's: then <name> is its name in Kaggle's addresses.
+    Such a set may be a competition of Kaggle's: then <name> is its name in Kaggle's addresses. What its data say,
+    `competition_of` reads from the clean tables.
 
     Args:
         name: as COMP=… says it.
-        facts: what its data say, as a checkpoint keeps it; `competition_of` reads them from the clean tables.
 
     Raises:
         ConfigError: unknown name; the message lists the known ones.
     """
-    return _by_name(name).with_facts(facts or {})
-
-
-def _own_sets() -> dict[str, Competition]:
-    from pipeline.competitions.labelled import LABELLED
-    from pipeline.competitions.profiles import PROFILES
-
-    return {own.name: own for own in (LABELLED, PROFILES)}
-
-
-def _by_name(name: str) -> Competition:
     if own := re.fullmatch(r"(labelled|profiles)(-\w[\w.-]*)?", name):
         slug = re.fullmatch(r"\w+-([a-z\d][a-z\d-]*)", name)
         return replace(_own_sets()[own[1]], name=name, slug=slug[1] if slug else "")
@@ -57,3 +46,10 @@ def _by_name(name: str) -> Competition:
         expected = f"{', '.join(known)}, labelled-<name> or profiles-<name>"
         raise ConfigError(f"COMP={name!r} is not known; expected one of {expected}.{hint} Next: correct COMP.")
     return known[name]
+
+
+def _own_sets() -> dict[str, Competition]:
+    from pipeline.competitions.labelled import LABELLED
+    from pipeline.competitions.profiles import PROFILES
+
+    return {own.name: own for own in (LABELLED, PROFILES)}

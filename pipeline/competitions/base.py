@@ -1,5 +1,6 @@
 """What the rest of the pipeline needs to know of a competition. One file beside this one describes each."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -63,7 +64,7 @@ class Competition:
     test_inputs: tuple[str, ...] = ()
     test_tables: tuple[str, ...] = ()
     default_model: str = "ribonanza_mamba"  #: config that is trained unless another is named
-    shown_range: tuple[float, float] = (0.0, 1.0)  #: of values in figures
+    shown_ranges: tuple[tuple[float, float], ...] = ()  #: of each target's values in figures
     #: of a set of one's own: what its clean tables say that this description cannot; {} where there are none yet
     read_facts: Callable[[Paths], Facts] = lambda paths: {}
     #: what these facts, never empty, make of the competition
@@ -75,6 +76,11 @@ class Competition:
     def with_facts(self, facts: Facts) -> "Competition":
         """The competition as its data say it is."""
         return replace(self.apply_facts(self, facts), facts=facts) if facts else self
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """What the outputs of a stage depend on of it, for `pipeline.stage.run_stage`."""
+        return {"competition": self.name} | ({"facts": dict(self.facts)} if self.facts else {})
 
     @property
     def has_labels(self) -> bool:
@@ -126,15 +132,51 @@ def length_counts(lengths_N: np.ndarray) -> dict[str, int]:
     return {str(length): count for length, count in zip(lengths.tolist(), counts.tolist(), strict=True)}
 
 
-def positions_that_count(prediction_LC: np.ndarray, truth_LC: np.ndarray, *, targets: tuple[str, ...]) -> np.ndarray:
-    """[L] bool: where all targets were measured, after a look at the predictions.
+def error_sums(
+    prediction_LC: np.ndarray,
+    truth_LC: np.ndarray,
+    *,
+    targets: tuple[str, ...],
+    target_range: tuple[float, float] | None,
+    power: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and counts of absolute (`power` 1) or square (2) errors over positions where all targets were measured.
+
+    Args:
+        prediction_LC: [L, C] float, not clipped.
+        truth_LC: [L, C] float, NaN = not measured; clipped to the range, if there is one.
+        targets: names, for messages.
+        target_range: least and largest truth.
+        power: of the errors.
+
+    Returns:
+        [C] float64 sums of the errors and [C] int64 counts of positions.
 
     Raises:
-        DataError: a prediction is NaN or infinite, measured position or not.
-        ValueError: the shapes differ.
+        DataError, ValueError: see `require_finite`.
+
+    >>> truth = np.array([[2.0], [np.nan], [0.5]])
+    >>> error_sums(np.zeros((3, 1)), truth, targets=("a",), target_range=(0, 1), power=2)
+    (array([1.25]), array([2]))
     """
     require_finite(prediction_LC, truth_LC, targets=targets, place="position")
-    return ~np.isnan(truth_LC).any(axis=1)
+    counted_L = ~np.isnan(truth_LC).any(axis=1)
+    truth = truth_LC[counted_L].astype(np.float64)
+    truth = truth if target_range is None else np.clip(truth, *target_range)
+    sums_C = (np.abs(prediction_LC[counted_L] - truth) ** power).sum(axis=0)
+    return sums_C, np.full(sums_C.shape, counted_L.sum(), dtype=np.int64)
+
+
+def mean_error(sums_C: np.ndarray, counts_C: np.ndarray, *, power: int, scored_C: Any = slice(None)) -> float:
+    """Mean over the targets, or those that are scored, of their errors; NaN if no position counts.
+
+    >>> mean_error(np.array([4.0, 36.0]), np.array([4, 4]), power=2)
+    2.0
+    """
+    if not np.all(counts_C):
+        return math.nan
+    errors_C = (np.asarray(sums_C, dtype=np.float64) / counts_C) ** (1 / power)
+    return float(np.mean(errors_C[scored_C]))
 
 
 def require_finite(prediction_NC: np.ndarray, truth_NC: np.ndarray, *, targets: tuple[str, ...], place: str) -> None:

@@ -1,7 +1,7 @@
 """Sequences with classes, one each or any number of them, and what may be wrong with how they are written."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import polars as pl
@@ -24,37 +24,40 @@ def take_classes(
     """The clean train table, its classes, and what there is to say of both."""
     rows, where = frame.height, frame["where"][0]
     frame, exclusive = _split_labels(frame, settings)
-    names = sorted(set(settings.classes)) or frame["names"].explode().drop_nulls().unique().sort().to_list()
-    _check_classes(names, int(frame["names"].is_not_null().sum()), exclusive=exclusive, where=where)
-    if "id" in frame.columns:
-        frame = frame.unique(["id", "sequence", "names"], keep="first", maintain_order=True)
+    frame, names, tidied = _tidy(frame, settings, exclusive=exclusive)
+    labelled = None if settings.classes else int(frame["names"].is_not_null().sum())  # as columns they are no doubt
+    _check_classes(names, labelled, exclusive=exclusive, where=where)
     frame = with_ids(frame, "train", may_repeat=True)
     train = train_table(frame, _places(names))
     counted = dict(train["labels"].explode().drop_nulls().value_counts().iter_rows())
     classes = Classes(tuple(names), tuple(counted.get(index, 0) for index in range(len(names))), exclusive, alphabet)
     for hint in filter(None, (_combined(names, taken=settings.separator), _alike(names), _alone(classes))):
         warn(f"{where}: {hint}")
+    of_column = f", from {frame['label_name'][0]}" if frame["label_name"][0] != "label" else ""
     facts = {
         "rows": rows,
         "sequences": train.height,
-        "labels": "one class each" if exclusive else "any number of classes each",
+        "labels": ("one class each" if exclusive else "any number of classes each") + of_column,
         "unlabelled": int((~train["scored"]).sum()),
         "classes": dict(zip(names, classes.counts, strict=True)),
         "duplicates": duplicates(train, frame, "labels", rows=rows),
     }
-    return train, classes, facts
+    return train, classes, facts | tidied
 
 
 def take_test_classes(
-    frame: pl.DataFrame, classes: Classes, settings: Settings
+    frame: pl.DataFrame, classes: Classes, settings: Settings, *, dropped: Iterable[str] = ()
 ) -> tuple[pl.DataFrame, dict[str, str | int]]:
     """Add ``labels`` to a test set whose labels are known, which nothing but its score ever reads; and what was found.
 
-    Columns that only look like labels, or hold the same everywhere, are passed over.
+    Columns that only look like labels, or hold the same everywhere, are passed over. `dropped`: classes that the
+    training set has no more; a sequence with one alone is not scored.
     """
     if "label" not in frame.columns:
         return frame, {}
     frame, _ = _split_labels(frame, settings, exclusive=classes.exclusive)
+    for names in (settings.merge, dict.fromkeys(dropped, "")):
+        frame = _rename(frame, names, exclusive=classes.exclusive)
     found = set(frame["names"].explode().drop_nulls())
     strange = sorted(found - set(classes.names))
     if strange or frame["names"].n_unique() < 2:
@@ -91,19 +94,67 @@ def _split_labels(
     return frame.with_columns(known.alias("names")), exclusive
 
 
+def _tidy(
+    frame: pl.DataFrame, settings: Settings, *, exclusive: bool
+) -> tuple[pl.DataFrame, list[str], dict[str, dict[str, int]]]:
+    """Merge and drop classes as columns.toml says, leave out rows that come again, and tell how many had each.
+
+    A row that comes again may have made a class seem large enough: what is dropped is looked for until all stays. The
+    same settings then change nothing of what comes out.
+    """
+    found, where = _count(frame), frame["where"][0]
+    if strange := sorted(settings.merge.keys() - found.keys() - set(settings.classes)):
+        warn(f"{where}: no label {strange[0]!r}, which columns.toml merges. Next: correct or remove it there.")
+    merged = {old: new for old, new in settings.merge.items() if old in found}
+    frame = _rename(frame, merged, exclusive=exclusive)
+    given = {settings.merge.get(name, name) for name in settings.classes} - {""}
+    names, dropped = sorted(given or _count(frame)), {old: found[old] for old, new in merged.items() if not new}
+    while True:
+        if "id" in frame.columns:
+            frame = frame.unique(["id", "sequence", "names"], keep="first", maintain_order=True)
+        counts = _count(frame)
+        rare = {name: counts.get(name, 0) for name in names if counts.get(name, 0) < settings.min_count}
+        if not rare:
+            break
+        frame = _rename(frame, dict.fromkeys(rare, ""), exclusive=exclusive)
+        names, dropped = [name for name in names if name not in rare], dropped | rare
+    least = 2 if exclusive else 1
+    if dropped and len(names) < least:
+        raise DataError(
+            f"{where}: columns.toml leaves {', '.join(names) or 'none'} of {len(found):,} classes; expected at least "
+            f"{least}. Next: lower min_count (it is {settings.min_count}), or merge less."
+        )
+    told = {"merged": {f"{old} -> {new}": found[old] for old, new in merged.items() if new}, "dropped": dropped}
+    return frame, names, {kind: counts for kind, counts in told.items() if counts}
+
+
+def _count(frame: pl.DataFrame) -> dict[str, int]:
+    """Rows that have each class."""
+    return dict(frame["names"].explode().drop_nulls().value_counts().iter_rows())
+
+
+def _rename(frame: pl.DataFrame, names: Mapping[str, str], *, exclusive: bool) -> pl.DataFrame:
+    """Other classes in place of some, "" = none; of a row that then has none where each has one, it is not known."""
+    if not names:
+        return frame
+    renamed = pl.col("names").list.eval(pl.element().replace(dict(names)))
+    kept = renamed.list.eval(pl.element().filter(pl.element() != "")).list.unique().list.sort()
+    return frame.with_columns(pl.when((kept.list.len() > 0) | (not exclusive)).then(kept).alias("names"))
+
+
 def are_too_many(names: int, labelled: int) -> bool:
     """Whether so many different labels of so many sequences are none."""
     return names > _MOST_CLASSES or (names > 10 and 2 * names > labelled)
 
 
-def _check_classes(names: Sequence[str], labelled: int, *, exclusive: bool, where: str) -> None:
+def _check_classes(names: Sequence[str], labelled: int | None, *, exclusive: bool, where: str) -> None:
     least = 2 if exclusive else 1
     if len(names) < least:
         raise DataError(
             f"{where}: {len(names)} class{'' if len(names) == 1 else 'es'} ({', '.join(names) or 'no label at all'}); "
             f"expected at least {least}. Next: check the label's column, or name another in columns.toml."
         )
-    if are_too_many(len(names), labelled):
+    if labelled is not None and are_too_many(len(names), labelled):
         raise DataError(
             f"{where}: {len(names):,} different labels on {labelled:,} sequences, such as {names[0]!r}; expected "
             "classes that come again. Next: name the column in columns.toml: label = '<of classes>', or "
@@ -146,9 +197,11 @@ def _alike(names: Sequence[str]) -> str:
     for name in names:
         first = written.setdefault(name.lower().removesuffix(".0"), name)
         if first != name:
-            return f"labels {first!r} and {name!r} are taken for two classes. Next, if they are one: write them alike."
+            cure = f"merge = {{ '{name}' = '{first}' }} in columns.toml"
+            return f"labels {first!r} and {name!r} are taken for two classes. Next, if they are one: {cure}."
         if name.lower() in UNSAID:
-            return f"the label {name!r} is taken for a class. Next, if it means that none is known: empty these cells."
+            cure = f"empty these cells, or merge = {{ '{name}' = '' }} in columns.toml"
+            return f"the label {name!r} is taken for a class. Next, if it means that none is known: {cure}."
     return ""
 
 
@@ -159,5 +212,6 @@ def _alone(classes: Classes) -> str:
         return ""
     return (
         f"{len(alone):,} of {len(classes.names):,} classes have a single sequence, such as {alone[0]!r}: where that is "
-        "held out, nothing has taught its class. Next: join such classes, or leave them out."
+        "held out, nothing has taught its class. Next: min_count = 2 in columns.toml drops such classes, merge joins "
+        "them to others."
     )

@@ -7,8 +7,8 @@ a prediction, whatever is in it, and what is odd is counted.
 Letters: N sequences, C numbers.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,9 @@ import polars as pl
 
 from pipeline.competitions.base import Competition, Facts, require_finite
 from pipeline.competitions.class_labels import take_classes, take_test_classes
+from pipeline.competitions.columns_toml import tell_settings
 from pipeline.competitions.number_labels import number_names, take_numbers, take_test_numbers
-from pipeline.competitions.sequence_files import (
-    ENDINGS,
-    Settings,
-    column_names,
-    ending,
-    raw_files,
-    read_raw,
-    read_settings,
-    read_table,
-)
+from pipeline.competitions.sequence_files import ENDINGS, Settings, raw_files, read_raw, read_settings
 from pipeline.competitions.sequence_rows import (
     choose_letters,
     normalise,
@@ -39,6 +31,7 @@ from pipeline.competitions.sequence_rows import (
     warn_of_unknown,
     with_ids,
 )
+from pipeline.competitions.table_files import column_names, ending, read_table
 from pipeline.errors import DataError
 from pipeline.labels import (
     Classes,
@@ -50,7 +43,7 @@ from pipeline.labels import (
     write_labels,
 )
 from pipeline.paths import Paths
-from pipeline.runlog import warn
+from pipeline.runlog import amount, warn
 
 _KINDS = ("classes", "numbers")  # tables of which there is one
 _PARQUET: dict[str, Any] = {"compression": "zstd", "row_group_size": 1 << 14}
@@ -91,7 +84,7 @@ def clean(files: dict[str, Path], parts: dict[str, Path]) -> dict[str, Any]:
         test = one_row_an_id(tables["test"]) if hidden else tables["test"]
         test = with_ids(test, "test", may_repeat=False)
         warn_of_unknown(test, alphabet)
-        test, told = _take_test(test, labels, settings) if "train" in tables else (test, {})
+        test, told = _take_test(test, labels, settings, facts) if "train" in tables else (test, {})
         test = test.select("sequence_id", "sequence", *({"labels", "numbers"} & set(test.columns)))
         test.write_parquet(parts["test"], **_PARQUET)
         facts["test"] = {"sequences": test.height, **told, "letters": tell_letters(letters, odd["test"])}
@@ -100,8 +93,7 @@ def clean(files: dict[str, Path], parts: dict[str, Path]) -> dict[str, Any]:
             facts["test"]["copies_of_train"] = int(test["sequence"].is_in(train["sequence"].to_list()).sum())
         if "sample" in parts:
             _write_sample(files["sample"], test["sequence_id"], parts["sample"], hidden=hidden)
-    chosen = {name: value for name, value in asdict(settings).items() if value != getattr(Settings(), name)}
-    return facts | ({"columns": chosen} if chosen else {})
+    return facts | tell_settings(settings)
 
 
 def _take(frame: pl.DataFrame, alphabet: str, settings: Settings) -> tuple[pl.DataFrame, Labels, dict[str, Any]]:
@@ -109,9 +101,11 @@ def _take(frame: pl.DataFrame, alphabet: str, settings: Settings) -> tuple[pl.Da
     return take_numbers(frame, names, alphabet) if names else take_classes(frame, alphabet, settings)
 
 
-def _take_test(frame: pl.DataFrame, labels: Labels, settings: Settings) -> tuple[pl.DataFrame, dict[str, str | int]]:
+def _take_test(
+    frame: pl.DataFrame, labels: Labels, settings: Settings, facts: Mapping[str, Any]
+) -> tuple[pl.DataFrame, dict[str, str | int]]:
     if isinstance(labels, Classes):
-        return take_test_classes(frame, labels, settings)
+        return take_test_classes(frame, labels, settings, dropped=facts.get("dropped", ()))
     return take_test_numbers(frame, labels)
 
 
@@ -139,7 +133,7 @@ def read_sequences(path: Path, *, alphabet: str, also: Sequence[str] = ()) -> tu
     if found["odd"] and unknown not in alphabet:
         row = frame.filter(pl.col("sequence").str.contains(unknown, literal=True)).row(0, named=True)
         raise DataError(
-            f"{spot(row)}: {row['sequence'].count(unknown)} letters that are none of {letters}, and the "
+            f"{spot(row)}: {amount(row['sequence'].count(unknown), 'letter')} other than {letters}, and the "
             "network was trained on those alone. Next: remove or repair the row."
         )
     kept = ["sequence_id", "sequence", *(name for name in also if name in frame.columns)]

@@ -24,7 +24,8 @@ def number_names(frame: pl.DataFrame, settings: Settings) -> tuple[str, ...]:
     Where columns.toml does not say, labels are numbers if all of them can be read as such, they are more than ten
     different ones, and no classes: some are not whole, or hardly one comes again. This is said.
     """
-    if settings.numbers or settings.classes or settings.label or isinstance(frame.schema["label"], pl.List):
+    told = settings.classes or settings.label or settings.merge or settings.min_count  # that they are classes
+    if settings.numbers or told or isinstance(frame.schema["label"], pl.List):
         return tuple(dict.fromkeys(settings.numbers))
     texts = frame.select(_told(pl.col("label")))["label"].drop_nulls()
     values, different = texts.cast(pl.Float64, strict=False), texts.n_unique()

@@ -23,10 +23,11 @@ _BRACKET_TEXT = re.compile(r"[.()\[\]{}<>A-Za-z]+")
 _NUMBER = r"(?:[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|(?i:nan|na|n/a|none|null))"
 _NUMBERS = re.compile(rf"\s*[\[(]?\s*{_NUMBER}?(?:\s*[,;\s]\s*{_NUMBER}?)+\s*[\])]?\s*")
 _NUMBERED = re.compile(r"(.+)_(\d+)|(.*\D)(\d+)")
+_COMMAS = r"\d,\d+[;\s]+[+-]?\d+,\d"  # of decimals, in lists that have other signs between their numbers
 _AT_ONCE = 4096  # rows whose text is taken apart together
 _LOOKED_AT = 200  # cells from which it is told what a column holds
 _LARGEST = float(np.finfo(np.float32).max)
-_REPAIR = "Next: repair that row, or remove it."
+REPAIR = "Next: repair that row, or remove it."
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ def find_targets(frame: pl.DataFrame, rows: Rows, *, told: Sequence[str], where:
     """
     numbered = numbered_columns(frame.columns)
     listed = ", ".join(_short(frame.columns, numbered)) or "no other column"
+    if uncounted := _uncounted(frame.columns, numbered):
+        listed += f" ({uncounted[0]} to {uncounted[-1]} are not numbered 1, 2, 3 … without a gap, after a name)"
     if told:
         found = {name: _source(frame, name, numbered) for name in told}
         if lost := [name for name, source in found.items() if source is None]:
@@ -110,6 +113,17 @@ def numbered_columns(names: Sequence[str]) -> dict[str, list[str]]:
     return {stem: [found[place] for place in sorted(found)] for stem, found in whole.items()}
 
 
+def _uncounted(names: Sequence[str], numbered: Mapping[str, Sequence[str]]) -> list[str]:
+    """Columns that are numbered, ten or more, and not as positions are.
+
+    >>> _uncounted([f"r_{k}" for k in range(12)], {})[0], _uncounted(["pH7", "pH10"], {})
+    ('r_0', [])
+    """
+    inside = {name for each in numbered.values() for name in each}
+    found = [name for name in names if name not in inside and re.fullmatch(r"(.*\D)?\d+", name)]
+    return found if len(found) >= 10 else []
+
+
 def error_source(frame: pl.DataFrame, target: str) -> Source | None:
     """Where the errors of a target's values are: ``<target>_error``, or as OpenVaccine calls them."""
     numbered = numbered_columns(frame.columns)
@@ -136,6 +150,10 @@ def _read_values(frame: pl.DataFrame, source: Source, rows: Rows) -> np.ndarray:
         values_NW = np.stack([read_numbers(frame[column], rows.where, column) for column in source.columns], axis=1)
         counts_N = np.full(len(values_NW), values_NW.shape[1])
         return _place(values_NW.ravel(), counts_N, np.zeros(len(counts_N), dtype=np.int64), rows, name=name)
+    if frame[name].dtype == pl.String and (commas := frame[name].str.contains(_COMMAS).fill_null(False)).any():
+        at = int(commas.arg_max() or 0)
+        cell = str(frame[name][at])[:24]
+        raise DataError(f"{rows.where[at]}: {name} holds '{cell} …'; expected numbers with a decimal point. {REPAIR}")
     lists = _split(frame[name])
     counts_N = lists.list.len().fill_null(0).to_numpy().astype(np.int64)
     flat = lists.filter(lists.list.len() > 0).explode()
@@ -240,8 +258,9 @@ def read_numbers(
         row = at if row_V is None else int(row_V[at])
         place = "" if at_V is None else f" at position {int(at_V[at]) + 1}"
         most = "" if numbers[at] is None else f" of at most {_LARGEST:.2g}"
+        most += ", with a decimal point" if re.fullmatch(r"\s*[-+]?\d+,\d+\s*", str(column[at])) else ""
         raise DataError(
-            f"{where[row]}: {name} holds {str(column[at])[:40]!r}{place}; expected a number{most}. {_REPAIR}"
+            f"{where[row]}: {name} holds {str(column[at])[:40]!r}{place}; expected a number{most}. {REPAIR}"
         )
     values_V = numbers.to_numpy().astype(np.float64)
     return np.where(values_V == _NOT_MEASURED, np.nan, values_V)
@@ -280,7 +299,7 @@ def _place(values_V: np.ndarray, counts_N: np.ndarray, start_N: np.ndarray, rows
         row = int(row_V[at])
         raise DataError(
             f"{rows.where[row]}: {name} holds {values_V[at]:g} at position {at_V[at] + 1}; the sequence ends with "
-            f"letter {rows.lengths_N[row]}, expected nothing beyond. {_REPAIR}"
+            f"letter {rows.lengths_N[row]}, expected nothing beyond. {REPAIR}"
         )
     flat_T = np.full(int(rows.lengths_N.sum()), np.nan, dtype=np.float32)
     offsets_N = np.cumsum(rows.lengths_N) - rows.lengths_N
@@ -293,9 +312,9 @@ def _unpaired(column: pl.Series, rows: Rows) -> np.ndarray:
     texts = [(text or "").strip() for text in column.to_list()]
     for text, length, where in zip(texts, rows.lengths_N.tolist(), rows.where, strict=True):
         if text and len(text) != length:
-            raise DataError(f"{where}: a structure of {len(text)} signs; expected {length}, one a letter. {_REPAIR}")
+            raise DataError(f"{where}: a structure of {len(text)} signs; expected {length}, one a letter. {REPAIR}")
         if text and not (_BRACKET_TEXT.fullmatch(text) and _is_balanced(text)):
-            raise DataError(f"{where}: structure {text[:40]!r}; expected dots and brackets that close. {_REPAIR}")
+            raise DataError(f"{where}: structure {text[:40]!r}; expected dots and brackets that close. {REPAIR}")
     signs = "".join(text or " " * length for text, length in zip(texts, rows.lengths_N.tolist(), strict=True))
     sign_T = np.frombuffer(signs.encode(), dtype="S1")
     return np.where(sign_T == b".", 1.0, np.where(sign_T == b" ", np.nan, 0.0)).astype(np.float32)

@@ -35,7 +35,12 @@ _HEAD_BYTES = 1 << 20
 _MIB = 1 << 20
 _NULLS = ["", "NaN", "nan", "NA", "N/A", "null", "NULL", "None"]
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|infinity|nan)", re.IGNORECASE)
+_WHOLE = re.compile(r"[+-]?\d+")
 
+_ONE_A_LINE = (
+    "expected one JSON object a line. Next: write it so (pandas: to_json(lines=True, orient='records')), or download "
+    "it again."
+)
 _ODD = f"(?i)[^{ALPHABET}T]"
 
 Kind = Literal["csv", "parquet", "zip", "gzip"]
@@ -284,29 +289,28 @@ def replace_odd_letters(sequences: pa.StringArray, *, where: str) -> pa.StringAr
 
 
 def read_json_lines(path: Path, stem: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row, record) of a file with one JSON object a line, rows from 1; blank lines do not count.
+    """(row, record) of a file with one JSON object a line, rows from 1; blank lines count and are no records.
 
     Raises:
         DataError: a line that is no JSON object, a cut or damaged file, a web page, or no row at all.
     """
-    row = 0
+    found = False
     with open_raw_bytes(path, stem, suffix=".json") as source:
-        for line, is_last in _lines(source):
-            row += 1
+        for row, (line, is_last) in enumerate(_lines(source), start=1):
+            if not line.strip():
+                continue
+            found = True
             try:
-                record = json.loads(line)
+                record = json.loads(line.removeprefix("\ufeff"))
             except ValueError as err:
                 if row == 1 and line.lstrip().startswith("<"):
                     raise _web_page(path) from err
                 what = ", the last one: the file was cut short" if is_last else ""
-                raise DataError(f"{path.name}: row {row:,} is no JSON ({err}){what}. Next: download it again.") from err
+                raise DataError(f"{path.name}: row {row:,} is no JSON ({err}){what}; {_ONE_A_LINE}") from err
             if not isinstance(record, dict):
-                raise DataError(
-                    f"{path.name}: row {row:,} is a {type(record).__name__}; expected one JSON object a line. "
-                    "Next: download it again."
-                )
+                raise DataError(f"{path.name}: row {row:,} is a {type(record).__name__}; {_ONE_A_LINE}")
             yield row, record
-    if not row:
+    if not found:
         raise DataError(f"{path.name}: the file is empty. Next: download it again.")
 
 
@@ -314,11 +318,11 @@ def _csv_batches(
     path: Path, stem: str, types: Mapping[str, pa.DataType], *, multiline: bool
 ) -> Iterator[pa.RecordBatch]:
     read = pa_csv.ReadOptions(block_size=BLOCK_BYTES)
-    parse = pa_csv.ParseOptions(newlines_in_values=multiline)
+    parse = pa_csv.ParseOptions(newlines_in_values=multiline, ignore_empty_lines=False)  # or rows would be misnumbered
     convert = pa_csv.ConvertOptions(
         column_types=dict(types), include_columns=list(types), null_values=_NULLS, strings_can_be_null=False
     )
-    done = 0
+    done, empty = 0, list[pa.RecordBatch]()
     with open_raw_bytes(path, stem) as source, Bar(f"read {stem}", total=source.total // _MIB, unit="MiB") as bar:
         shown = 0
         try:
@@ -328,7 +332,12 @@ def _csv_batches(
                     done += batch.num_rows
                     bar.advance(source.consumed // _MIB - shown, note=f"{done:,} rows")
                     shown = source.consumed // _MIB
-                    yield batch
+                    if end := _last_filled(batch):
+                        yield from empty
+                        yield batch.slice(0, end)
+                        empty.clear()
+                    if end < batch.num_rows:
+                        empty.append(batch.slice(end))
         except pa.ArrowInvalid as err:
             _explain(path, stem, types, good_rows=done, err=err)
         last = source.last
@@ -336,11 +345,19 @@ def _csv_batches(
         raise DataError(f"{path.name}: the last line has no end: the file was cut short. Next: download it again.")
 
 
+def _last_filled(batch: pa.RecordBatch) -> int:
+    """How many rows there are up to the last one with anything in it: at the end of a file the others are none."""
+    end = batch.num_rows
+    while end and not any(column[end - 1].as_py() not in ("", None) for column in batch.columns):
+        end -= 1
+    return end
+
+
 def _explain(
     path: Path, stem: str, types: Mapping[str, pa.DataType], *, good_rows: int, err: pa.ArrowInvalid
 ) -> NoReturn:
     """Raise the sentence for Arrow's refusal: it names a value or a line, and only a second look names the row."""
-    numbers = [name for name, kind in types.items() if not pa.types.is_string(kind)]
+    numbers = {name: pa.types.is_integer(kind) for name, kind in types.items() if not pa.types.is_string(kind)}
     names = _csv_header(path, stem)
     with open_raw_bytes(path, stem) as source:
         for row, line, is_last in _data_lines(source, skip=good_rows):
@@ -352,32 +369,32 @@ def _explain(
                     "again."
                 ) from err
             record = dict(zip(names, cells, strict=True))
-            for name in numbers:
-                if record[name] not in _NULLS and not _NUMBER.fullmatch(record[name].strip()):
+            for name, is_whole in numbers.items():
+                if record[name] not in _NULLS and not (_WHOLE if is_whole else _NUMBER).fullmatch(record[name].strip()):
                     raise DataError(
                         f"{path.name}: row {row:,} ({names[0]} {cells[0]}): column {name!r} holds "
-                        f"{record[name][:40]!r}; expected a number. Next: repair the row, or download the file again."
+                        f"{record[name][:40]!r}; expected a {'whole ' * is_whole}number. Next: repair the row, or "
+                        "download the file again."
                     ) from err
     raise DataError(f"{path.name}: after row {good_rows}: {str(err)[:200]}. Next: download it again.") from err
 
 
 def _data_lines(source: RawBytes, *, skip: int) -> Iterator[tuple[int, str, bool]]:
-    """(row, line, is it the file's last) below the header, from row `skip` + 1 on; blank lines do not count."""
+    """(row, line, is it the file's last) below the header, from row `skip` + 1 on."""
     for row, (line, is_last) in enumerate(_lines(source)):
         if row > skip:
             yield row, line, is_last
 
 
 def _lines(source: RawBytes) -> Iterator[tuple[str, bool]]:
-    """(line, is it the file's last), blank ones left out."""
+    """(line, is it the file's last)."""
     rest = b""
     while True:
         block = source.read(BLOCK_BYTES)
         lines = (rest + block).splitlines(keepends=True)
         rest = lines.pop() if lines and block else b""
         for position, line in enumerate(lines):
-            if line.strip():
-                yield line.decode("utf-8", "replace").rstrip("\r\n"), not block and position == len(lines) - 1
+            yield line.decode("utf-8", "replace").rstrip("\r\n"), not block and position == len(lines) - 1
         if not block:
             return
 
@@ -419,10 +436,10 @@ def _as_type(column: pa.Array, kind: pa.DataType, *, where: str, name: str) -> p
     got = column.type
     decoded = got.value_type if pa.types.is_dictionary(got) else got
     text = pa.types.is_string(decoded) or pa.types.is_large_string(decoded) or pa.types.is_string_view(decoded)
-    if text != pa.types.is_string(kind):
+    if text != pa.types.is_string(kind) and column.null_count < len(column):  # of nulls alone, any type says the same
         raise DataError(f"{where}: column {name!r} has type {got}; expected {kind}. Next: write the file again.")
     try:
         cast = column.cast(kind)
     except pa.ArrowException as err:
         raise DataError(f"{where}: column {name!r} ({got}) is no {kind}: {err}. Next: write the file again.") from err
-    return cast.fill_null("") if text else cast
+    return cast.fill_null("") if pa.types.is_string(kind) else cast

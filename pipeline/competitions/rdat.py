@@ -141,11 +141,21 @@ def _mutate(construct: _Construct, told: list[tuple[str, str]], *, where: str) -
 
 
 def _place(construct: _Construct, numbers: list[float], length: int, *, where: str) -> list[float | None]:
-    """Values at their letters; SEQPOS may go on beyond a sequence that is shorter than others of its construct."""
-    if len(numbers) != len(construct.positions):
-        raise DataError(f"{where}: {len(numbers)} values; SEQPOS has {len(construct.positions)} positions. {_NEXT}")
+    """Values at their letters; SEQPOS may go on beyond a sequence that is shorter than others of its construct.
+
+    Without SEQPOS there is a value for each letter.
+    """
+    positions = construct.positions or range(construct.offset + 1, construct.offset + length + 1)
+    if len(numbers) != len(positions):
+        of = "SEQPOS has" if construct.positions else "there is no SEQPOS, and the sequence has"
+        raise DataError(f"{where}: {len(numbers)} values; {of} {len(positions)} positions. {_NEXT}")
     placed: list[float | None] = [None] * length
-    for position, value in zip(construct.positions, numbers, strict=True):
+    for position, value in zip(positions, numbers, strict=True):
         if 0 < position - construct.offset <= length:
             placed[position - construct.offset - 1] = value
+    if max(positions) <= construct.offset or min(positions) > construct.offset + length:
+        raise DataError(
+            f"{where}: SEQPOS {min(positions)} to {max(positions)} with OFFSET {construct.offset}; expected "
+            f"{construct.offset + 1} to {construct.offset + length}, the letters of its sequence. Next: correct OFFSET."
+        )
     return placed

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.competitions.base import Competition, length_counts, positions_that_count
+from pipeline.competitions import base
+from pipeline.competitions.base import Competition, length_counts
 from pipeline.competitions.raw import (
     column_names,
     find_table,
@@ -54,43 +56,10 @@ _QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 _BIN_LOW, _BIN_HIGH, _BINS_PER_UNIT = -5, 15, 1000  # the organisers round reactivities to three decimals
 
 
-def error_sums(prediction_LC: np.ndarray, truth_LC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sums and counts of the organisers' mean absolute error over one sequence that is ``scored``.
-
-    A position counts where both probes were measured. The truth is clipped to [0, 1], the prediction is not.
-
-    Args:
-        prediction_LC: [L, C] float, in the order of `TARGETS`.
-        truth_LC: [L, C] float, NaN = not measured.
-
-    Returns:
-        [C] float64 sums of absolute errors and [C] int64 counts of positions.
-
-    Raises:
-        DataError, ValueError: see `positions_that_count`.
-
-    Source:
-        score_mae_standard.m; positions with either value missing have Usage = Ignored (create_Usage_column.m).
-
-    >>> sums, counts = error_sums(np.array([[0.5, 1.5], [0.5, 0.5]]), np.array([[2.0, -1.0], [np.nan, 0.5]]))
-    >>> sums.tolist(), counts.tolist()
-    ([0.5, 1.5], [1, 1])
-    """
-    counted_L = positions_that_count(prediction_LC, truth_LC, targets=TARGETS)
-    truth = np.clip(truth_LC[counted_L].astype(np.float64), 0.0, 1.0)
-    sums_C = np.abs(prediction_LC[counted_L] - truth).sum(axis=0)
-    return sums_C, np.full(sums_C.shape, counted_L.sum(), dtype=np.int64)
-
-
-def score(sums_C: np.ndarray, counts_C: np.ndarray) -> float:
-    """Mean over the probes of the mean absolute error; NaN if no position counts.
-
-    >>> score(np.array([10.0, 30.0]), np.array([100, 100]))
-    0.2
-    """
-    if not np.all(counts_C):
-        return math.nan
-    return float(np.mean(np.asarray(sums_C, dtype=np.float64) / counts_C))
+#: The organisers' mean absolute error over one sequence that is ``scored``: positions of which either value is missing
+#: have Usage = Ignored (create_Usage_column.m); the truth is clipped, the prediction is not (score_mae_standard.m).
+error_sums = partial(base.error_sums, targets=TARGETS, target_range=(0.0, 1.0), power=1)
+score = partial(base.mean_error, power=1)
 
 
 def raw_files(raw: Path) -> dict[str, Path]:
@@ -374,10 +343,11 @@ def _csv_ends(path: Path) -> tuple[str, str, int]:
             rows += block.count(b"\n")
             bar.advance((source.consumed >> 20) - shown)
             shown = source.consumed >> 20
-    rows += not tail.endswith(b"\n")
+    end = tail.rstrip(b"\r\n")
+    rows -= tail[len(end) :].count(b"\n") - 1  # blank lines at the end are none
     lines = head.splitlines()
     first = lines[1].split(b",")[0] if len(lines) > 1 else b""
-    last = tail.splitlines()[-1].split(b",")[0]
+    last = end.splitlines()[-1].split(b",")[0]
     return first.decode("utf-8", "replace"), last.decode("utf-8", "replace"), rows
 
 
@@ -445,6 +415,7 @@ RIBONANZA = Competition(
     row_key="id",
     targets=TARGETS,
     target_range=(0.0, 1.0),
+    shown_ranges=((0.0, 1.0),) * 2,
     signal_to_noise=tuple(f"signal_to_noise_{probe}" for probe in PROBES),
     metric="MAE",
     error_sums=error_sums,

@@ -9,23 +9,27 @@ for each sequence. Columns are found by their usual names; ``columns.toml`` in t
 Source: Klimentova et al. 2023, GenomicBenchmarks, BMC Genomic Data 24:25 (the folders).
 """
 
-import contextlib
-import csv
-import gzip
 import re
-import tomllib
-import typing
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Literal
 
 import polars as pl
-import pyarrow as pa
-import pyarrow.csv as pa_csv
 
-from pipeline.competitions.raw import kind_of, open_parquet
+from pipeline.competitions.columns_toml import read_told
+from pipeline.competitions.table_files import (
+    FASTA,
+    HAS,
+    HAS_NOT,
+    TEXT,
+    column_names,
+    ending,
+    number_rows,
+    open_text,
+    read_fasta,
+    read_table,
+)
 from pipeline.errors import DataError
 from pipeline.runlog import say
 
@@ -38,12 +42,9 @@ _USUAL = {
 }
 _LABEL_ENDS = ("_label", "_class", "_family")  # of a label's column where none has a usual name
 _NUMBER_NAMES = ("value", "y", "efficacy", "efficiency", "activity", "half_life", "tm")  # and where none ends so
-_TEXT = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
-FASTA = (".fasta", ".fa", ".fna", ".faa")
-ENDINGS = (*_TEXT, ".parquet", *FASTA)
+_UNIT = re.compile(r"\s*[(\[][^()\[\]]*[)\]]$")  # "tm [°C]"
+ENDINGS = (*TEXT, ".parquet", *FASTA)
 _SAMPLE = "sample_submission"
-_HAS, _HAS_NOT = ("1", "1.0", "true"), ("0", "0.0", "false")  # what a column of a class holds
-_NUCLEOTIDE = "[ACGTUNacgtun]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,9 @@ class Settings:
     classes: list[str] = field(default_factory=list)
     #: or one column or several of measured numbers, an empty cell where there is none
     numbers: list[str] = field(default_factory=list)
+    #: label -> the class that it is read as; "" = none
+    merge: dict[str, str] = field(default_factory=dict)
+    min_count: int = 0  #: classes of fewer training sequences are dropped
     group: str = ""  #: column of known relatives, which share a fold
     separator: str = ";"  #: between the labels of one sequence; "" = a cell is one label, whatever it holds
     alphabet: Literal["", "nucleotides", "amino acids"] = ""
@@ -105,11 +109,7 @@ def _find(raw: Path, stem: str, endings: Sequence[str]) -> Path | None:
 
 def tables_in(raw: Path, endings: Sequence[str]) -> list[Path]:
     """Files of a folder that may be tables, by name."""
-    return [path for path in sorted(raw.iterdir()) if path.is_file() and ending(path) in endings]
-
-
-def ending(path: Path) -> str:
-    return Path(path.name.lower().removesuffix(".gz")).suffix
+    return [path for path in sorted(raw.glob("[!.]*")) if path.is_file() and ending(path) in endings]
 
 
 def _only_table(raw: Path, endings: Sequence[str], *, needed: bool) -> Path | None:
@@ -146,53 +146,27 @@ def read_settings(path: Path | None, *, of_any_set: bool = False) -> Settings:
         raise DataError(f"{path}: alphabet = {told['alphabet']!r}. Next: write 'nucleotides' or 'amino acids'.")
     if len(given := [name for name in ("label", "classes", "numbers") if told.get(name)]) > 1:
         raise DataError(f"{path}: {' and '.join(given)}; expected one of them. Next: remove the rest.")
-    return Settings(**told)
-
-
-def read_told(path: Path | None, settings: type, *, passes_over: bool = False) -> dict[str, Any]:
-    """What ``columns.toml`` says, each of the type that a dataclass of settings has under that name.
-
-    Args:
-        path: of the file; None = there is none.
-        settings: the dataclass.
-        passes_over: leave out what it does not know.
-
-    Raises:
-        DataError: another name or type, or no TOML.
-    """
-    if path is None:
-        return {}
-    try:
-        told = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
-        raise DataError(f"{path}: not valid TOML: {err}. Next: correct that line.") from err
-    known = {each.name: each.type for each in fields(settings)}
-    told = {key: value for key, value in told.items() if key in known} if passes_over else told
-    for key, value in told.items():
-        if key not in known or not _is_of(value, known[key]):
-            kinds = {name: type(value).__name__ for name, value in asdict(settings()).items()}
-            expected = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-            raise DataError(f"{path}: {key} = {value!r}; expected {expected}. Next: correct that line.")
-    return told
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value is a text, a number, or a list of such, as a type says.
-
-    >>> _is_of("MAE", str), _is_of(["a", 1], list[str]), _is_of([0, 1.5], list[float])
-    (True, False, True)
-    """
-    if typing.get_origin(kind) is list:
-        return isinstance(value, list) and all(_is_of(each, typing.get_args(kind)[0]) for each in value)
-    return type(value) in ((int, float) if kind is float else (str,))
+    settings = Settings(**told)
+    tidies = [name for name in ("merge", "min_count") if told.get(name)]
+    if settings.numbers and tidies:
+        raise DataError(f"{path}: {tidies[0]} is for classes, numbers says there are none. Next: remove one of them.")
+    if twice := sorted(settings.merge.keys() & settings.merge.values()):
+        raise DataError(
+            f"{path}: merge: {twice[0]!r} is merged and merged into; expected one of the two. Next: name the class "
+            "that each label is in the end."
+        )
+    if settings.min_count < 0:
+        raise DataError(f"{path}: min_count = {settings.min_count}; expected 0 or more. Next: correct that line.")
+    return settings
 
 
 def read_raw(files: Mapping[str, Path], table: str, settings: Settings, *, also: Sequence[str] = ()) -> pl.DataFrame:
     """A table as its file has it.
 
     Returns:
-        ``row`` (from 1), ``where``, ``sequence``, and what there is of ``id``, ``group``, ``label`` (text, or lists of
-        text) with ``label_name`` (its column), ``cells`` (of the columns of numbers, lists of text) and `also`.
+        ``row`` (from 1, empty ones counted), ``where``, ``sequence``, and what there is of ``id``, ``group``, ``label``
+        (text, or lists of text) with ``label_name`` (its column), ``cells`` (of the columns of numbers, lists of text)
+        and `also`.
     """
     is_train = table == "train"
     if table in files:
@@ -206,7 +180,8 @@ def read_raw(files: Mapping[str, Path], table: str, settings: Settings, *, also:
         frame = _read_folders({label: path for label, path in files.items() if label.startswith(f"{table}/")})
     if not frame.height:
         raise DataError(f"{where}: no sequence in it. Next: check the file.")
-    return frame.with_row_index("row", offset=1).with_columns(pl.lit(where).alias("where"))
+    frame = frame if "row" in frame.columns else frame.with_row_index("row", offset=1)
+    return frame.with_columns(pl.lit(where).alias("where"))
 
 
 def _read_columns(path: Path, settings: Settings, *, labelled: bool, also: Sequence[str]) -> pl.DataFrame:
@@ -215,7 +190,9 @@ def _read_columns(path: Path, settings: Settings, *, labelled: bool, also: Seque
     chosen |= {name: name for name in also if name in names}
     several = list(dict.fromkeys(settings.classes or settings.numbers))
     several = several if labelled or set(several) <= set(names) else []
-    table = read_table(path, [*chosen.values(), *(name for name in several if name not in chosen.values())])
+    columns = [*chosen.values(), *(name for name in several if name not in chosen.values())]
+    is_any_row_one = not (labelled or "id" in chosen)  # of a test set without ids
+    table = read_table(path, columns, blank_lines=not is_any_row_one)
     frame = table.select(pl.col(column).alias(role) for role, column in chosen.items())
     if several and settings.classes:
         try:
@@ -237,101 +214,22 @@ def _read_columns(path: Path, settings: Settings, *, labelled: bool, also: Seque
             f"{path.name}: columns {', '.join(table.columns)} are {kinds_found}; expected text. "
             "Next: say which columns are meant in columns.toml beside the file."
         ) from err
-    frame = _without_empty_rows(frame) if labelled or "id" in chosen else frame
+    frame = frame if is_any_row_one else number_rows(frame, "row")
     return frame.with_columns(pl.lit(chosen.get("label", "label")).alias("label_name"))
-
-
-def _without_empty_rows(frame: pl.DataFrame) -> pl.DataFrame:
-    """Rows with anything in them: spreadsheets end with others, of separators alone."""
-    lists = [name for name, kind in frame.schema.items() if isinstance(kind, pl.List)]
-    texts = frame.with_columns(pl.col(lists).list.join("", ignore_nulls=True)).fill_null("")
-    return frame.filter(~texts.select(pl.all_horizontal(pl.all().str.strip_chars() == "")).to_series())
 
 
 def _join_flags(table: pl.DataFrame, names: Sequence[str], *, where: str) -> pl.Series:
     """``label``: of each row the names of the columns that hold 1."""
     texts = table.select(pl.col(names).cast(pl.String).str.strip_chars().str.to_lowercase())
     for name in names:
-        odd = texts[name].filter(~texts[name].is_in([*_HAS, *_HAS_NOT]).fill_null(False))
+        odd = texts[name].filter(~texts[name].is_in([*HAS, *HAS_NOT]).fill_null(False))
         if odd.len():
             raise DataError(
                 f"{where}: column {name} holds {odd[0]!r}; expected 0 or 1, being one of columns.toml's classes. "
                 "Next: repair that cell, or correct columns.toml."
             )
-    flags = [pl.when(pl.col(name).is_in(_HAS)).then(pl.lit(name)) for name in names]
+    flags = [pl.when(pl.col(name).is_in(HAS)).then(pl.lit(name)) for name in names]
     return texts.select(pl.concat_list(flags).list.drop_nulls().alias("label"))["label"]
-
-
-def column_names(path: Path) -> list[str]:
-    if kind_of(path) != "parquet":
-        return _header(path)[0]
-    with open_parquet(path) as file:
-        return list(file.schema_arrow.names)
-
-
-def read_table(path: Path, columns: Sequence[str]) -> pl.DataFrame:
-    """Some columns of a table, those of a text file as text.
-
-    Raises:
-        DataError: the file is cut short or damaged, or a row has another number of cells than the first line.
-    """
-    try:
-        if kind_of(path) == "parquet":
-            with open_parquet(path) as file:
-                return pl.DataFrame(file.read(columns=list(columns)))
-        names, separator = _header(path)
-        with pa.input_stream(str(path), compression="gzip" if kind_of(path) == "gzip" else None) as source:
-            return pl.DataFrame(
-                pa_csv.read_csv(
-                    source,
-                    read_options=pa_csv.ReadOptions(column_names=names, skip_rows=1),
-                    parse_options=pa_csv.ParseOptions(delimiter=separator, newlines_in_values=True),
-                    convert_options=pa_csv.ConvertOptions(
-                        include_columns=list(columns),
-                        column_types=dict.fromkeys(columns, pa.string()),
-                        strings_can_be_null=False,
-                    ),
-                )
-            )
-    except (pa.ArrowException, OSError) as err:
-        told = " ".join(str(err).split())[:200]
-        raise DataError(f"{path.name}: {told}. Next: repair that row, or get the file again.") from err
-
-
-def _header(path: Path) -> tuple[list[str], str]:
-    """Column names of a text table, and what stands between them."""
-    if kind_of(path) == "zip":
-        raise DataError(f"{path.name}: an archive, or a workbook; expected text. Next: unpack it, or save it as CSV.")
-    with open_text(path) as lines:
-        first = next(iter(lines), "").rstrip("\r\n")
-    if first.lstrip()[:1] in ("<", ""):
-        raise DataError(f"{path.name}: the first line is {first[:40]!r}; expected column names. Next: check the file.")
-    usual = _TEXT.get(ending(path), ",")
-    separator = max((usual, ",", "\t", ";"), key=first.count)  # the first of equals
-    names = next(csv.reader([first], delimiter=separator, skipinitialspace=True))
-    if any(re.fullmatch(f"{_NUCLEOTIDE}{{20,}}", name.strip()) for name in names):
-        raise DataError(
-            f"{path.name}: the first line holds a sequence; expected column names. Next: begin with a line such as "
-            f"{separator.join(('id', 'sequence', 'label'))!r}, in the order of the columns."
-        )
-    return [name.strip() for name in names], separator
-
-
-@contextlib.contextmanager
-def open_text(path: Path) -> Iterator[IO[str]]:
-    """Lines of a text file, plain or gzipped.
-
-    Raises:
-        DataError: the file is empty, cut short, or no UTF-8.
-    """
-    opener = gzip.open if kind_of(path) == "gzip" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig") as handle:
-            yield handle
-    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as err:
-        raise DataError(
-            f"{path.name}: damaged, cut short or no UTF-8 text: {err}. Next: save it as UTF-8, or get it again."
-        ) from err
 
 
 def _choose_columns(names: Sequence[str], settings: Settings, *, labelled: bool, where: str) -> dict[str, str]:
@@ -379,44 +277,8 @@ def _usual_columns(names: Sequence[str], role: str) -> list[str]:
     found = [name for name in names if name.strip().lower() in _USUAL[role]]
     if role == "label" and not found:
         found = [name for name in names if name.strip().lower().endswith(_LABEL_ENDS)]
-        found = found or [name for name in names if name.strip().lower() in _NUMBER_NAMES]
+        found = found or [name for name in names if _UNIT.sub("", name.strip().lower()) in _NUMBER_NAMES]
     return found
-
-
-def read_fasta(path: Path, *, labelled: bool) -> pl.DataFrame:
-    ids: list[str] = []
-    labels: list[str] = []
-    texts: list[list[str]] = []
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            line = line.strip()
-            if line.startswith(">"):
-                name, label = _split_header(line[1:].strip(), labelled=labelled)
-                ids.append(name)
-                labels.append(label)
-                texts.append([])
-            elif line and not texts:
-                raise DataError(
-                    f"{path.name}: line {number} is {line[:40]!r}; expected '>id label' first. Next: check the file."
-                )
-            elif line:
-                texts[-1].append(line)
-    frame = {"id": ids, "sequence": ["".join(parts) for parts in texts], "label": labels}
-    told = pl.DataFrame(frame, schema_overrides={"sequence": pl.String})
-    return told.with_columns(pl.lit("label").alias("label_name"))
-
-
-def _split_header(header: str, *, labelled: bool) -> tuple[str, str]:
-    """Id and label of ``id label`` or ``id|label``; of a test sequence the id alone.
-
-    >>> _split_header("a1 beta lactam", labelled=True), _split_header("a|1|tRNA", labelled=True)
-    (('a1', 'beta lactam'), ('a|1', 'tRNA'))
-    """
-    first, *rest = header.split(maxsplit=1) or [""]
-    if rest or not labelled:
-        return first, "".join(rest)
-    name, bar, label = first.rpartition("|")
-    return (name, label) if bar else (first, "")
 
 
 def _read_folders(files: Mapping[str, Path]) -> pl.DataFrame:

@@ -108,7 +108,8 @@ def normalise_sequences(
         ends = np.concatenate([[0], np.cumsum(lengths_N)]).astype(np.int32)
         return pa.StringArray.from_buffers(len(sequences), pa.py_buffer(ends), pa.py_buffer(letters))
     rows = enumerate(zip(ids.to_pylist(), sequences.to_pylist(), strict=True), start=first_row)
-    clean = [normalise_sequence(letters, where=f"{where}: row {row:,} (id {key})") for row, (key, letters) in rows]
+    named = ((f"{where}: row {row:,}" + f" (id {key})" * bool(key), letters) for row, (key, letters) in rows)
+    clean = [normalise_sequence(letters, where=place) for place, letters in named]
     return pa.array(clean, pa.string())
 
 

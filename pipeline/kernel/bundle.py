@@ -196,8 +196,9 @@ def _train_settings(order: Order, dataset: Path) -> dict[str, Any]:
     config = load_config(order.model, order.overrides)
     if config.data.pseudo:
         raise ConfigError(
-            f"kernel: data.pseudo = {config.data.pseudo!r}: a training notebook makes its fold table anew and has no "
-            "networks that held out the same; expected none. Next: make train here, or leave data.pseudo out."
+            f"kernel: data.pseudo = {config.data.pseudo!r}: predictions of these runs do not travel, and the notebook "
+            "makes its fold table anew, so nothing would show that they held out the same fold; expected no "
+            "pseudo-labels in a training notebook. Next: make train here, or leave data.pseudo out."
         )
     toml = find_config(order.model)
     shutil.copyfile(toml, dataset / toml.name)
@@ -294,7 +295,8 @@ def _pack_reading(order: Order, split: str, dataset: Path, places: dict[str, lis
             f"{manifest}: the data have no table of test sequences; expected one like that which a notebook is to "
             "predict. Next: put test.csv or the like beside the training file, then make data."
         )
-    settings = made["facts"].get("columns", {})
+    told = made["facts"].get("columns", {})  # a hidden test set has no labels to tidy
+    settings = {name: value for name, value in told.items() if name not in ("merge", "min_count")}
     if labels:
         settings |= {"alphabet": "nucleotides" if labels.is_nucleic else "amino acids"}
     lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in settings.items()]

@@ -1,9 +1,9 @@
 """A rehearsal of both kinds of notebook: bare Python, no network, inputs that nothing may be written to.
 
-On synthetic data of values, structures and classes: a training notebook trains every fold of a tiny network, a
-prediction notebook predicts a test set of another size with all that the ensemble has, and again a few rows as in an
-interactive session, and the submission is checked here. Or a bundle that is to be sent, on raw files of one's own. Two
-processes work at once, as they do on two GPUs.
+On synthetic data of values, structures, classes, numbers and profiles: a training notebook trains every fold of a tiny
+network, a prediction notebook predicts a test set of another size with all that the ensemble has, and again a few rows
+as in an interactive session, and the submission is checked here. Or a bundle that is to be sent, on raw files of one's
+own. Two processes work at once, as they do on two GPUs.
 
 Bare means: an interpreter whose packages are those that Kaggle's image has (`wheels.IMAGE`) and what these need, linked
 from an environment that has them, so that nothing of torch's size is installed again; our own code and everything that
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import synthetic
-from pipeline.competitions import get_competition
+from pipeline.competitions import competition_of, get_competition
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.kernel import script
@@ -39,6 +39,8 @@ _SYNTHETIC: dict[str, Callable[..., object]] = {
     "ribonanza": partial(synthetic.write_ribonanza, sequences=60),
     "rna3d": partial(synthetic.write_rna3d, targets=16),
     "labelled-motifs": partial(synthetic.write_labelled, sequences=120),
+    "labelled-places": partial(synthetic.write_labelled, sequences=120, numbers=True),
+    "profiles-rates": partial(synthetic.write_openvaccine, sequences=60),
 }
 _RERUN = {"KAGGLE_IS_COMPETITION_RERUN": "1", "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
 _TWO = {"RNA_PROCESSES": "2"}  # as on Kaggle's two T4
@@ -76,7 +78,7 @@ print(json.dumps({"python": sys.version.split()[0], "found": found}))
 
 
 def run(folder: Path, *, python: Path) -> Report:
-    """Rehearse both kinds of notebook, for values, structures and classes, in a folder that is emptied first.
+    """Rehearse both kinds of notebook, for every kind of data, in a folder that is emptied first.
 
     Args:
         folder: for environment, inputs and outputs.
@@ -147,6 +149,7 @@ def _rehearse(room: "Room", competition: Competition, write: Callable[..., objec
     here = Paths(comp=competition.name, root=folder / "here")
     if competition.is_own:  # its tables travel along
         _here("data", "--comp", competition.name, "--artifacts", str(here.root), "--raw", str(folder / "raw"))
+        order["competition"] = competition = competition_of(here)
     trained = build(Order(mode="train", paths=here, folds=(0, 1), **changes, **order)).outputs
     seconds = {"train": room.play(trained, folder / "raw", work=folder / "raw-work", more=_TWO)}
     after = Paths(comp=competition.name, root=folder / "raw-work" / "artifacts")

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from pipeline.errors import DivergedError, StorageError
 from pipeline.paths import PRETRAINED
-from pipeline.runlog import warn
+from pipeline.runlog import size_text, warn
 from pipeline.stage import DISK_FULL, fsync, write_json
 
 _FORMAT = 1
@@ -191,10 +191,10 @@ class CheckpointStore:
         except OSError as err:
             if err.errno not in DISK_FULL:
                 raise
-            size = sum(map(len, payload.values())) / 2**20
+            size = size_text(sum(map(len, payload.values())))
             raise StorageError(
-                f"{self.folder}: the disk is full; the checkpoint of step {step} needs {size:.0f} MiB. The one before "
-                "it is intact. Next: free space and run again, training goes on from there."
+                f"{self.folder}: the disk is full; the checkpoint of step {step} needs {size}. The one before it "
+                "is intact. Next: free space and run again, training goes on from there."
             ) from err
 
     def _prune(self, *, keep: int, best_step: int | None) -> None:

@@ -365,14 +365,15 @@ def launch(arguments: Sequence[str], *, processes: int, module: str = "pipeline"
     try:
         run(parse_args([*options, "-m", module, *arguments]))
     except ChildFailedError as err:
-        return _code({rank: failure.exitcode for rank, failure in err.failures.items()})
+        ended = sorted(err.failures.items(), key=lambda one: one[1].timestamp)
+        return _code({rank: failure.exitcode for rank, failure in ended})
     except SignalException as err:
         raise StoppedError(f"stopped ({err.sigval.name}). Next: {_GOES_ON}.") from err
     return 0
 
 
 def _code(failed: Mapping[int, int]) -> int:
-    """What the exit codes of the processes that ended by themselves come to; torch writes a signal as -number.
+    """What the exit codes of processes, in the order in which they ended, come to; torch writes a signal as -number.
 
     A process that a signal ended takes the others with it, which leave with 75 or by torchrun's SIGTERM; what one of
     them failed with, and said so, counts more.
@@ -384,7 +385,7 @@ def _code(failed: Mapping[int, int]) -> int:
     killed = {rank: -code for rank, code in failed.items() if code < 0}
     if all(code == LostProcessError.exit_code for code in told) and killed:
         torchruns: dict[int, int] = {signal.SIGKILL: 1, signal.SIGTERM: 2}  # how it ends the others: less to blame
-        rank, number = min(killed.items(), key=lambda one: (torchruns.get(one[1], 0), one))
+        rank, number = min(killed.items(), key=lambda one: torchruns.get(one[1], 0))  # of equals the first to end
         name = next((known.name for known in signal.Signals if known == number), f"signal {number}")
         raise LostProcessError(f"process {rank} of the run was ended by {name}. Next: {_GOES_ON}.")
     return next((code for code in told if code != LostProcessError.exit_code), told[0])

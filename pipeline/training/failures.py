@@ -7,11 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import distributed
 
-from pipeline.errors import LostDeviceError, StorageError
+from pipeline.errors import DataError, LostDeviceError, StorageError
 
-#: What CUDA's libraries say where there is no memory left for them.
+#: What CUDA's libraries say where there is no memory left for them; PyTorch's convolutions try all that cuDNN has, keep
+#: to themselves why each failed, and find none (pytorch/pytorch issue 108645).
 _NO_MEMORY = re.compile(
-    r"out of memory|can't allocate memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|CUFFT_ALLOC_FAILED", re.IGNORECASE
+    r"out of memory|can't allocate memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|CUFFT_ALLOC_FAILED"
+    r"|unable to find (an engine to execute this computation|a valid cuDNN algorithm)",
+    re.IGNORECASE,
 )
 #: Errors after which nothing can be read from the device any more: CUDA's own, its libraries' and the driver's.
 _DEVICE_LOST = re.compile(
@@ -77,3 +80,25 @@ def in_one_sentence(what: str) -> Iterator[None]:
                 "dmesg."
             ) from err
         raise
+
+
+@contextlib.contextmanager
+def fitting(what: object) -> Iterator[None]:
+    """Say what it means where the network or optimiser of today's code has no place for what an earlier one saved.
+
+    Args:
+        what: was saved, for the message.
+
+    Raises:
+        DataError: it does not fit.
+    """
+    try:
+        yield
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as err:
+        if is_out_of_memory(err) or is_device_lost(err) or is_process_lost(err):
+            raise
+        raise DataError(
+            f"{what}: does not fit today's code ({' '.join(str(err).split())[:200].rstrip('. ')}); expected what this "
+            'version would write. Next: take the code that wrote it (commit and versions: the "start" rows of the '
+            "run's metrics.jsonl), or TAG=<name> for a new run beside it."
+        ) from err

@@ -1,13 +1,19 @@
 """Weights of another run to begin with: all that fits the new network, whatever the other was trained for."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.adapters import plain_state
+from models.adapters import merged_state, plain_state
 from models.heads import HEADS, is_head
+from models.interface import RnaModel
+from pipeline.config import FREEZING, ModelConfig
+from pipeline.errors import ConfigError, StorageError
+from pipeline.runlog import say, warn
+from pipeline.training.checkpoint import DamagedError, initial_checkpoint, load_weights, read_meta
 
 _LEAST = 0.5  # of the backbone's numbers
 _SHOWN = 3  # tensors that do not fit
@@ -18,7 +24,7 @@ class Loaded(NamedTuple):
 
     loaded: list[str]
     fresh: list[str]  # of the new network, as it was made
-    ignored: list[str]  # of the other one: no such name or shape here
+    ignored: list[str]  # of the other one: no such name or shape here, or heads in other units
     share: float  # of the backbone's numbers that were loaded
 
     def facts(self) -> dict[str, Any]:
@@ -30,6 +36,55 @@ class Loaded(NamedTuple):
             "fresh": _parts(fresh, beside=loaded),
             "ignored": _parts(ignored, beside=loaded),
         }
+
+
+def load_initial(model: RnaModel, config: ModelConfig, meta: dict[str, Any]) -> dict[str, Any] | None:
+    """Begin with all that fits of another run's weights, if the configuration names them, and say what that is.
+
+    Warns where they have seen the held-out fold: weights of another fold, or of another split of the same competition,
+    were trained on what this run validates on; likewise those that they themselves began with.
+    """
+    if not config.init:
+        return None
+    try:
+        folder = initial_checkpoint(Path(config.init), fold=meta["fold"])
+        source = read_meta(folder)
+        weights = _merged(load_weights(folder), source["config"]["model"])
+        found = load_fitting(model, weights, heads=_said_in(source) == _said_in(meta))
+        for name in FREEZING:
+            if getattr(config, name) and found.share < 1:  # what is fresh would stay as it is
+                raise ValueError(f"only {found.share:.0%} of the backbone fit, and {name} freezes all of it")
+    except (DamagedError, OSError, ValueError, StorageError) as err:
+        raise ConfigError(
+            f"model.init = {config.init!r}: {' '.join(str(err).split())[:300]}; expected a run's folder with this fold "
+            "in it, or a checkpoint's (…/checkpoints/step-…), of a network with the same [model], heads aside. Next: "
+            "correct the path."
+        ) from err
+    seen = has_seen(source)
+    for each in seen:
+        if each["competition"] == meta["competition"] and each != trained_on(meta):
+            warn(
+                f"model.init = {config.init!r} was trained with fold {each['fold']} of {each['split']!r} held out, so "
+                f"it has seen sequences of fold {meta['fold']}: scores of this run are not out of fold"
+            )
+    facts = found.facts()
+    told = "; ".join(f"{fate} {', '.join(facts[fate]) or 'nothing'}" for fate in ("loaded", "fresh", "ignored"))
+    if _said_in(source) != _said_in(meta):
+        told += f"; heads that give {_said_in(source)} do not begin others, of {_said_in(meta)}"
+    say(f"initial weights of {source.get('run')} fold{source.get('fold')}: {found.share:.0%} of the backbone; {told}")
+    return {key: source.get(key) for key in ("run", "fold", "step")} | facts | {"trained_on": seen}
+
+
+def _said_in(meta: Mapping[str, Any]) -> str:
+    """What a network's heads give: the same shape may mean other units."""
+    kinds = {"classes": "logits", "numbers": "deviations of numbers", "units": "deviations of values"}
+    return next((said for key, said in kinds.items() if key in meta), "values as they are")
+
+
+def _merged(weights: dict[str, Tensor], model: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights of a checkpoint with the adapters in them that its configuration names."""
+    rank = model.get("lora_rank", 0)  # of older checkpoints, none
+    return merged_state(weights, scale=model["lora_alpha"] / rank) if rank else weights
 
 
 def trained_on(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,18 +99,20 @@ def has_seen(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*initial.get("trained_on", []), *pseudo.get("trained_on", []), trained_on(meta)]
 
 
-def load_fitting(model: nn.Module, weights: Mapping[str, Tensor]) -> Loaded:
+def load_fitting(model: nn.Module, weights: Mapping[str, Tensor], *, heads: bool = True) -> Loaded:
     """Copy every tensor that the network has too, by name and shape.
 
     Args:
         model: changed in place.
         weights: name -> tensor of another network.
+        heads: False leaves the heads as they are.
 
     Raises:
         ValueError: less than half of the backbone fits; nothing is changed then.
     """
     own = plain_state(model)
-    loaded = [name for name, tensor in own.items() if name in weights and weights[name].shape == tensor.shape]
+    fitting = [name for name, tensor in own.items() if name in weights and weights[name].shape == tensor.shape]
+    loaded = [name for name in fitting if heads or not is_head(name)]
     backbone = {name: tensor.numel() for name, tensor in own.items() if not is_head(name)}
     share = sum(backbone.get(name, 0) for name in loaded) / max(sum(backbone.values()), 1)
     taken = set(loaded)

@@ -23,11 +23,18 @@ from pipeline.batch import RnaBatch, make_batch, unpack
 from pipeline.competitions.base import Competition
 from pipeline.config import RunConfig
 from pipeline.dataset import ExampleSet, RnaExample
-from pipeline.errors import DivergedError, LostDeviceError, StoppedError, StorageError
+from pipeline.errors import DataError, DivergedError, LostDeviceError, StoppedError, StorageError
 from pipeline.packing import STRUCTURE_PAIRS, plan_by_tokens
+from pipeline.runlog import amount
 from pipeline.training.checkpoint import Checkpoint, CheckpointStore
 from pipeline.training.distributed import ALONE, World
-from pipeline.training.failures import OutOfMemoryEverywhere, is_device_lost, is_out_of_memory, is_process_lost
+from pipeline.training.failures import (
+    OutOfMemoryEverywhere,
+    fitting,
+    is_device_lost,
+    is_out_of_memory,
+    is_process_lost,
+)
 from pipeline.training.guard import Seen, classify, decide, is_spike, remember
 from pipeline.training.loader import BatchSource, Loader, Place
 from pipeline.training.losses import training_loss
@@ -166,11 +173,7 @@ class Trainer:
         train_seconds = time.monotonic() - self._epoch_started
         values = self.evaluate()
         metric = values.pop("metric")
-        is_best = math.isfinite(metric) and (progress.best_metric is None or metric < progress.best_metric)
-        if is_best:
-            progress.best_metric, progress.best_step, progress.stale_epochs = metric, progress.step, 0
-        else:
-            progress.stale_epochs += 1
+        is_best = progress.enter(metric, values.pop("choice", metric))
         self.telemetry.epoch(
             step=progress.step,
             epoch=progress.epoch,
@@ -187,7 +190,7 @@ class Trainer:
         self.save()
 
     def evaluate(self) -> dict[str, float]:
-        """Metric of the averaged weights on the validation examples: ``{"metric": …, <target>: …}``.
+        """Metric of the averaged weights on the validation examples: as `Meter.result`.
 
         Whole sequences, but only the middle ``max_length`` of a structure: its pair map grows with the square.
         """
@@ -373,8 +376,17 @@ class Trainer:
             )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint. A finished run goes on too, if it was given more epochs or patience since."""
-        self.state.restore(checkpoint)
+        """Go on from a checkpoint. A finished run goes on too, if it was given more epochs or patience since.
+
+        Raises:
+            DataError: another version of the code wrote it.
+        """
+        try:
+            with fitting(checkpoint.folder):
+                self.state.restore(checkpoint)
+        except DataError as err:
+            self.world.agreed(err)
+            raise
         progress = self.progress
         progress.finished = progress.finished and progress.is_over(self.config.train)
         self._saved_at = (progress.step, progress.epoch)
@@ -414,7 +426,7 @@ class Trainer:
         step, in_epoch = self.progress.step, self.progress.batch < self.source.batches
         where = f"at step {step + 1}" if in_epoch else f"in the validation after step {step}"
         told = StorageError(
-            f"{self.device} is out of memory {where} with micro-batches of {size} sequences; "
+            f"{self.device} is out of memory {where} with micro-batches of {amount(size, 'sequence')}; "
             f"{'the state is saved' if saves else 'the last checkpoint is intact'}. Next: {smaller}."
         )
         return self.world.agreed(told) if together else told

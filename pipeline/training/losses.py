@@ -8,7 +8,7 @@ is the weighted sum of errors. The loss of an optimiser step is the sum of total
 micro-batches in all processes: 2 x 16 sequences give the gradient of 32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -27,6 +27,8 @@ from pipeline.training import traces
 
 #: Pairs of one structure in a training step; more are sampled. All of them count in validation.
 _TRAIN_PAIRS = 65_536
+#: How much each target counts beside the others, the largest 1; None = all alike.
+TargetWeights = tuple[float, ...] | None
 
 
 class Loss(Protocol):
@@ -53,10 +55,11 @@ class MaskedError:
     target_range: tuple[float, float] | None
     power: Literal[1, 2] = 1
     units: Numbers | None = None  # what of each target is 0 and 1 to the network; None = the data's own
+    target_weights: TargetWeights = None
 
     def weight(self, batch: RnaBatch) -> float:
         assert batch.target_BLC is not None
-        return float(_element_weights(batch).sum(dtype=torch.float64))
+        return float(self._weights(batch).sum(dtype=torch.float64))
 
     def total(self, outputs: RnaOutputs, batch: RnaBatch) -> Tensor:
         assert batch.target_BLC is not None
@@ -70,14 +73,21 @@ class MaskedError:
         target_BLC = torch.where(torch.isnan(target_BLC), 0.0, target_BLC)
         difference_BLC = predicted_BLC - target_BLC
         error_BLC = difference_BLC.abs() if self.power == 1 else difference_BLC.square()
-        return (error_BLC * _element_weights(batch)).sum()
+        return (error_BLC * self._weights(batch)).sum()
+
+    def _weights(self, batch: RnaBatch) -> Tensor:
+        """[B, L, C] float32: the profile's weight where measured, else 0."""
+        assert batch.target_BLC is not None
+        assert batch.weight_BC is not None
+        weight_BC = _times(batch.weight_BC, self.target_weights)
+        return torch.where(torch.isnan(batch.target_BLC), 0.0, weight_BC.unsqueeze(1))
 
 
-def _element_weights(batch: RnaBatch) -> Tensor:
-    """[B, L, C] float32: the profile's weight where measured, else 0."""
-    assert batch.target_BLC is not None
-    assert batch.weight_BC is not None
-    return torch.where(torch.isnan(batch.target_BLC), 0.0, batch.weight_BC.unsqueeze(1))
+def _times(weight_BC: Tensor, target_weights: TargetWeights) -> Tensor:
+    """Weights of sequences or profiles, [B, 1] or [B, C], with those of the targets in them."""
+    if target_weights is None:
+        return weight_BC
+    return weight_BC * torch.tensor(target_weights).to(weight_BC, non_blocking=True)  # new_tensor waits for a GPU
 
 
 @dataclass(frozen=True)
@@ -204,14 +214,17 @@ class ClassLoss:
     Args:
         exclusive: one class a sequence.
         focal_gamma: factor (1 - p)^gamma on every term, p being what the truth was given; 0 = none.
+        focal_alpha: factor on the term of a label that a sequence has, 1 - alpha of one that it has not; of two classes
+            that exclude each other the second is had or not. 0 = none, 0.5 = half of the loss without it.
 
     Source:
-        Lin et al. 2017 (focal loss), without its alpha: `class_weights` are that. log(1 - p) is computed from the
-        logits, so that its gradient is finite where p rounds to 1.
+        Lin et al. 2017 (focal loss, equation 5). log(1 - p) is computed from the logits, so that its gradient is finite
+        where p rounds to 1.
     """
 
     exclusive: bool
     focal_gamma: float = 0.0
+    focal_alpha: float = 0.0
 
     def weight(self, batch: RnaBatch) -> float:
         assert batch.weight_BC is not None
@@ -226,6 +239,9 @@ class ClassLoss:
             return (self._soft_error(logits_BC, label_BC) * batch.weight_BC).mean(dim=1).sum()
         log_p, log_rest = (_softmax_logs if self.exclusive else _sigmoid_logs)(logits_BC, label_BC)
         error = -log_p * (self.focal_gamma * log_rest).exp() if self.focal_gamma else -log_p
+        if self.focal_alpha:
+            has_BC = label_BC[:, 1:] if self.exclusive else label_BC
+            error = error * torch.where(has_BC, self.focal_alpha, 1 - self.focal_alpha)
         return (error * batch.weight_BC).mean(dim=1).sum()
 
     def _soft_error(self, logits_BC: Tensor, label_BC: Tensor) -> Tensor:
@@ -263,6 +279,7 @@ class NumberLoss:
     """
 
     numbers: Numbers
+    target_weights: TargetWeights = None
 
     def weight(self, batch: RnaBatch) -> float:
         return float(self._weights(batch).sum(dtype=torch.float64))
@@ -275,12 +292,11 @@ class NumberLoss:
         error_BC = outputs.class_logits_BC.float() - true_BC
         return (error_BC.square() * self._weights(batch)).sum()
 
-    @staticmethod
-    def _weights(batch: RnaBatch) -> Tensor:
+    def _weights(self, batch: RnaBatch) -> Tensor:
         """[B, C] float32: the sequence's weight where measured, else 0."""
         assert batch.label_BC is not None
         assert batch.weight_BC is not None
-        return torch.where(torch.isnan(batch.label_BC), 0.0, batch.weight_BC)
+        return torch.where(torch.isnan(batch.label_BC), 0.0, _times(batch.weight_BC, self.target_weights))
 
 
 def _standard(numbers: Numbers, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -355,12 +371,25 @@ def label_weights(label_NC: np.ndarray, train: np.ndarray, *, exclusive: bool, b
 def training_loss(competition: Competition, settings: TrainConfig, labels: Labels | None = None) -> Loss:
     """The loss that a competition's network is trained with; `labels` are those of a labelled set."""
     if isinstance(labels, Classes):
-        return ClassLoss(labels.exclusive, settings.focal_gamma)
+        return ClassLoss(labels.exclusive, settings.focal_gamma, settings.focal_alpha)
     if labels is not None:
-        return NumberLoss(labels)
+        return NumberLoss(labels, relative_weights(settings.target_weights, labels.names))
     if competition.task == "structure":
         return StructureLoss(settings.frame_weight, settings.tm_weight, settings.confidence_weight)
-    return MaskedError(competition.target_range, competition.error_power, competition.units)
+    weights = relative_weights(settings.target_weights, competition.targets)
+    return MaskedError(competition.target_range, competition.error_power, competition.units, weights)
+
+
+def relative_weights(weights: Mapping[str, float], targets: Sequence[str]) -> TargetWeights:
+    """Of every target, 1 where `weights` says nothing, over the largest; None where it says nothing at all.
+
+    Equal weights become 1, whatever they are, and change no bit.
+
+    >>> relative_weights({"DMS": 0.5}, ("DMS", "2A3")), relative_weights({"a": 4.0, "b": 2.0}, ("a", "b"))
+    ((0.5, 1.0), (1.0, 0.5))
+    """
+    each = [weights.get(name, 1.0) for name in targets]
+    return tuple(weight / max(each) for weight in each) if weights else None
 
 
 def profile_weights(

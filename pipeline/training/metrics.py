@@ -12,7 +12,14 @@ from pipeline.config import TrainConfig
 from pipeline.errors import DivergedError
 from pipeline.labels import Classes, Labels, Numbers, log_losses
 from pipeline.training.distributed import World
-from pipeline.training.losses import StructureLoss, StructureTerms, class_probabilities, label_values, position_values
+from pipeline.training.losses import (
+    StructureLoss,
+    StructureTerms,
+    class_probabilities,
+    label_values,
+    position_values,
+    relative_weights,
+)
 
 
 class Meter(Protocol):
@@ -29,7 +36,10 @@ class Meter(Protocol):
         """Count what all processes have counted."""
 
     def result(self) -> dict[str, float]:
-        """``metric`` (lower is better) and, if there are several targets, one value for each."""
+        """``metric`` (lower is better) and, if there are several targets, one value for each.
+
+        ``choice`` is what chooses the best epoch, where that is not the metric.
+        """
 
 
 class ErrorMeter:
@@ -38,9 +48,10 @@ class ErrorMeter:
     Give it scored examples only.
     """
 
-    def __init__(self, competition: Competition, numbers: Numbers | None = None) -> None:
+    def __init__(self, competition: Competition, settings: TrainConfig, numbers: Numbers | None = None) -> None:
         assert competition.error_sums is not None
         self._numbers = numbers
+        self._weights = relative_weights(settings.target_weights, competition.targets)
         self._competition, self._error_sums = competition, competition.error_sums
         self._sums_C = np.zeros(len(competition.targets))
         self._counts_C = np.zeros(len(competition.targets))
@@ -70,7 +81,17 @@ class ErrorMeter:
         assert self._competition.score is not None
         errors_C = self._competition.target_errors(self._sums_C, self._counts_C)
         values = dict(zip(self._competition.targets, map(float, errors_C), strict=True))
-        return values | {"metric": float(self._competition.score(self._sums_C, self._counts_C))}  # last: names are free
+        metric = float(self._competition.score(self._sums_C, self._counts_C))
+        return values | {"metric": metric, "choice": self._choice(errors_C, metric)}  # last: names are free
+
+    def _choice(self, errors_C: np.ndarray, metric: float) -> float:
+        """Mean error of several targets in deviations, as they were learned: by their weights, and no unit's say."""
+        units = self._numbers or self._competition.units
+        weights_C = np.where(np.isfinite(errors_C), self._weights or 1.0, 0.0)
+        if units is None or len(errors_C) == 1 or not weights_C.any():
+            return metric
+        learned_C = weights_C > 0
+        return float(np.average((errors_C / units.scales)[learned_C], weights=weights_C[learned_C]))
 
 
 class StructureMeter:
@@ -145,4 +166,4 @@ def make_meter(competition: Competition, settings: TrainConfig, labels: Labels |
     """An empty meter for a competition's task; `labels` are those of a labelled set."""
     if isinstance(labels, Classes):
         return ClassMeter(labels)
-    return StructureMeter(settings) if competition.task == "structure" else ErrorMeter(competition, labels)
+    return StructureMeter(settings) if competition.task == "structure" else ErrorMeter(competition, settings, labels)

@@ -122,6 +122,9 @@ class Ema:
 
     def __init__(self, model: nn.Module, *, decay: float) -> None:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        for part in self.module.modules():
+            if isinstance(part, nn.RNNBase):  # copies lie apart: cuDNN would put them together in every call, and warn
+                part.flatten_parameters()
         self._decay = decay
 
     def update(self, model: nn.Module, *, updates: int) -> None:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from pipeline.errors import ConfigError
+
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -34,12 +36,34 @@ def choose_device() -> torch.device:
     """The first CUDA device, where float32 means float32 from here on, or the CPU.
 
     cuDNN rounds the factors of convolutions and recurrent layers to 10 bits unless it is told not to: predictions would
-    depend on the batch, and the last rung of the ladder would be hardly above bf16.
+    depend on the batch, and the last rung of the ladder would be hardly above bf16. And PyTorch looks once, at a
+    process's first matrix product, whether cuBLAS was told to be repeatable: `deterministic_algorithms` comes too late
+    where something else was computed before.
+
+    Attention takes the kernels that know a learned bias, in validation and with adapters as well. Since 2.11 PyTorch
+    prefers cuDNN's on an H100 where the bias has no gradient, whose gradients can be NaN at lengths of 64 modulo 128
+    (pytorch/pytorch issue 196678).
+
+    Raises:
+        ConfigError: this torch has no code for the GPU.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.backends.cudnn.allow_tf32 = False
-    return torch.device("cuda")
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    device = torch.device("cuda")
+    try:
+        torch.ones(1, device=device)
+    except RuntimeError as err:
+        if "no kernel image" not in str(err):
+            raise
+        raise ConfigError(
+            f"{torch.cuda.get_device_name()}: torch {torch.__version__} has no code for it; expected one of "
+            f"{', '.join(torch.cuda.get_arch_list())}. Next: take another GPU (on Kaggle T4 x2, not P100), a torch "
+            "built for this one, or CUDA_VISIBLE_DEVICES= before the same command for the CPU."
+        ) from err
+    return device
 
 
 def choose_precision(requested: str, device: torch.device) -> Precision:
@@ -86,7 +110,6 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
         yield

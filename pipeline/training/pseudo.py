@@ -7,6 +7,7 @@ Each table is therefore traced to the checkpoint that wrote it, and that one to 
 Letters: N sequences, T nucleotides (or classes) of all sequences in a row, C target or class.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -22,7 +23,7 @@ from pipeline.dataset import ExampleSet, open_arrays, open_examples
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.stage import read_manifest, sha256_file
-from pipeline.training.checkpoint import read_meta
+from pipeline.training.checkpoint import DamagedError, read_meta
 from pipeline.training.initial import has_seen, trained_on
 
 _VERSION = 1
@@ -81,10 +82,11 @@ def _source(path: Path, paths: Paths) -> tuple[str, dict[str, Any]]:
     if told.get("outputs") == {"test": digest}:
         for meta in path.parent.glob("checkpoints/step-*/meta.json"):
             if told["inputs"].get("checkpoint") == sha256_file(meta):
-                return digest, read_meta(meta.parent)
+                with contextlib.suppress(DamagedError):
+                    return digest, read_meta(meta.parent)
     raise DataError(
-        f"{path}: not written by a checkpoint in {path.parent / 'checkpoints'}, so what its network has seen is not "
-        "known; expected a network's own predictions. Next: predict with that run again, or name another."
+        f"{path}: not written by a whole checkpoint in {path.parent / 'checkpoints'}, so what its network has seen is "
+        "not known; expected a network's own predictions. Next: predict with that run again, or name another."
     )
 
 

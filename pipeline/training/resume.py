@@ -1,5 +1,6 @@
 """Whether a run may go on as it is now: the same settings and data, or changes that were asked for and do no harm."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +27,8 @@ _HARMLESS = {
     "config.train.process_timeout": "matters where a process is lost",
     "config.train.gradient_checkpointing": "the same gradients in other memory",
 }
+_OF_FIGURES = ("facts.shown_range", "facts.shown_ranges")  # which nothing that is learned depends on
+_MISSING = "(absent)"
 
 
 class Change(NamedTuple):
@@ -69,10 +72,14 @@ def require_same(
         return changes
     tables = [key for key in harmful if key.startswith("data.") and not key.startswith("data.pseudo.")]
     repair = "make data folds if a table was damaged, " if tables else ""
+    before = _as_overrides(change for change in changes if change.key in harmful or not allow_changes)
     if not harmful:
         repair = "--allow-changes (make: ALLOW_CHANGES=1) to go on with the change, "
     elif allow_changes:
-        repair += f"leave {', '.join(harmful)} as it was, since it would make the run another one, or "
+        how = f" ({before} in SET)" if before else ""
+        repair += f"leave {', '.join(harmful)} as it was{how}, since it would make the run another one, or "
+    elif before:
+        repair = f"the same command with {before} in SET (--set) and ALLOW_CHANGES=1 to go on as it was begun, "
     raise ConfigError(
         f"{where}: this run was begun with other settings or data: {_told(changes)}. "
         f"Next: {repair}TAG=<name> for a new run beside it, or --restart (make: RESTART=1) to begin this one anew."
@@ -104,13 +111,24 @@ def _changes(wanted: Mapping[str, Any], begun: Mapping[str, Any], defaults: Mapp
     now = dict(_leaves(wanted))
     told = dict(_leaves({key: begun.get(key) for key in wanted}))
     before = dict(_leaves(defaults)) | {key: value for key, value in told.items() if key in now or value}
-    missing = "(absent)"
-    keys = [key for key in sorted(now.keys() | before.keys()) if now.get(key, missing) != before.get(key, missing)]
-    return [Change(key, before.get(key, missing), now.get(key, missing), _HARMLESS.get(key, "")) for key in keys]
+    found = [(key, before.get(key, _MISSING), now.get(key, _MISSING)) for key in sorted(now.keys() | before.keys())]
+    return [
+        Change(key, was, is_, _HARMLESS.get(key, ""))
+        for key, was, is_ in found
+        if was != is_ and key not in _OF_FIGURES
+    ]
 
 
 def _told(changes: Iterable[Change]) -> str:
     return "; ".join(f"{change.key} {change.before} -> {change.now}" for change in changes)
+
+
+def _as_overrides(changes: Iterable[Change]) -> str:
+    """The settings of before as a command takes them; empty where a change is none of settings, or not to be undone."""
+    changes = list(changes)
+    if not all(change.key.startswith("config.") and _MISSING not in (change.before, change.now) for change in changes):
+        return ""
+    return " ".join(f"{change.key.removeprefix('config.')}={json.dumps(change.before)}" for change in changes)
 
 
 def _is_harmless(change: Change) -> bool:

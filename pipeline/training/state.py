@@ -28,7 +28,8 @@ class Progress:
     batch: int = 0  # next one of the epoch
     loss_sum: float = 0.0  # of the epoch
     loss_weight: float = 0.0
-    best_metric: float | None = None
+    best_metric: float | None = None  # of the best epoch
+    best_choice: float | None = None  # what made it the best; None in checkpoints that knew the metric alone
     best_step: int | None = None
     stale_epochs: int = 0  # since the best one
     finished: bool = False
@@ -42,6 +43,24 @@ class Progress:
     def from_dict(cls, tree: dict[str, Any]) -> "Progress":
         """The inverse of ``dataclasses.asdict``."""
         return cls(**{**tree, "guard": GuardCounts(**tree["guard"])})
+
+    def enter(self, metric: float, choice: float) -> bool:
+        """Count the score of the epoch that ends, and say whether it is the best.
+
+        A run that chose by the metric so far goes on by it: its best epoch is not known in other units.
+
+        >>> begun = Progress(step=5, best_metric=300.0, best_step=3)
+        >>> begun.enter(310.0, 0.9), begun.enter(290.0, 0.8), begun.enter(291.0, 0.7), begun.best_metric
+        (False, True, False, 290.0)
+        """
+        by_metric = self.best_choice is None and self.best_metric is not None
+        now, least = (metric, self.best_metric) if by_metric else (choice, self.best_choice)
+        is_best = math.isfinite(now) and (least is None or now < least)
+        if is_best:
+            self.best_metric, self.best_choice = metric, None if by_metric else choice
+            self.best_step = self.step
+        self.stale_epochs = 0 if is_best else self.stale_epochs + 1
+        return is_best
 
     def is_over(self, settings: TrainConfig) -> bool:
         """Whether the epochs or the patience are used up."""

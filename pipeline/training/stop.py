@@ -99,7 +99,7 @@ def _in_a_door(frame: FrameType | None) -> bool:
     what an operator does, an error from nowhere can end in its C++, which aborts the process.
     """
     while frame is not None:
-        module, name = frame.f_globals["__name__"], frame.f_code.co_name
+        module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name  # generated code has none
         if name in ("__enter__", "__exit__") and (module == __name__ or module.startswith("torch.")):
             return True
         if name in ("__torch_function__", "__torch_dispatch__"):

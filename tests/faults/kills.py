@@ -28,6 +28,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "fp16 and scaler": {"precision": "fp16"},
     "micro-batches": {"micro_batch": 3},
     "micro-batches, fp16, no average": {"micro_batch": 3, "precision": "fp16", "ema_decay": 0.0},
+    "Muon, averaged weights": {"optimizer": "muon"},
+    "Muon, micro-batches, fp16": {"optimizer": "muon", "micro_batch": 3, "precision": "fp16"},
     "two loader workers": {"workers": 2, "data": {"flip": 0.5, "max_length": 25}},
     "flipped and cropped, a save each step": {"data": {"flip": 0.5, "max_length": 25}, "save_every": 1},
 }

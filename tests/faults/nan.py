@@ -31,6 +31,7 @@ class NanPoint:
     how: str
     poke: Poke
     precision: str = "fp32"
+    optimizer: str = "adamw"
     model: ModelConfig | None = None  # None = the network with all parts
 
 
@@ -117,7 +118,7 @@ def spoil_average(trainer: Trainer) -> None:
 
 def spoil_moment(name: str, value: float) -> Poke:
     def poke(trainer: Trainer) -> None:
-        moments = next(iter(trainer.state.optimizer.state.values()))
+        moments = next(found for found in trainer.state.optimizer.state.values() if name in found)
         moments[name].view(-1)[0] = value
 
     return poke
@@ -164,6 +165,8 @@ NAN_POINTS = [
     NanPoint("gradient hook, fp16", "a parameter's gradient times NaN", spoil_gradient(math.nan), "fp16"),
     NanPoint("optimiser, first moment", "one NaN between two steps", spoil_moment("exp_avg", math.nan)),
     NanPoint("optimiser, second moment", "one inf between two steps", spoil_moment("exp_avg_sq", math.inf)),
+    NanPoint("Muon's momentum", "one NaN between two steps", spoil_moment("momentum", math.nan), optimizer="muon"),
+    NanPoint("Muon's momentum, fp16", "one inf between two steps", spoil_moment("momentum", math.inf), "fp16", "muon"),
     NanPoint("loss scale, infinite", "set between two steps", spoil_scale(math.inf), "fp16"),
     NanPoint("loss scale, NaN", "set between two steps", spoil_scale(math.nan), "fp16"),
 ]
@@ -202,7 +205,7 @@ def config(*, model: dict[str, Any] | None = None, **settings: Any) -> RunConfig
 
 def recover(point: NanPoint, paths: Paths, *, run: str = tiny.RUN) -> dict[str, Any]:
     """Train with the fault; what the guard did, and whether the run ended with finite weights and metric."""
-    settings = config(precision=point.precision)
+    settings = config(precision=point.precision, optimizer=point.optimizer)
     if point.model:
         settings = replace(settings, model=point.model)
     with poked(point.poke):

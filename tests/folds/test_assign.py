@@ -191,6 +191,16 @@ def test_more_folds_than_clusters_are_refused(rng, paths):
     assert not paths.fold_table("sim80_k5").exists()
 
 
+def test_relatives_alone_are_told_of_a_split_that_exists(rng, paths, monkeypatch):
+    """It said "Next: SPLIT=sim80_k2" of one cluster, which was refused with the same words."""
+    save(make_table(families(rng, parents=1, size=10, length=80, edits=2)), paths)
+    said = r"10 sequences make only 1 cluster\. Next: try a higher identity .*, or SPLIT=random_k2: .* scores leak"
+    for split in ("sim80_k5", "sim80_k2"):
+        with pytest.raises(ConfigError, match=said):
+            assigned(paths, split)
+    assert assigned(paths, "random_k2")[1]["fold"].n_unique() == 2
+
+
 def test_a_missing_or_wrong_clean_table_is_refused(rng, paths):
     with pytest.raises(DataError, match=r"train file .* is missing"):
         assigned(paths, "sim80_k5")

@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 from folds import assign, audit
+from folds.copies import copy_aligned
 from folds.lock import LOCKS
 from pipeline import runlog
 from pipeline.competitions import get_competition
@@ -108,7 +109,7 @@ def test_copies_follow_the_alignment(rng):
     profile[4:] = values[:60]
     profile[20] = np.nan
     for one, two in ((here, there), (here, ("GGGG" + genome[:60], genome[:58]))):
-        copied = audit._copy(np.full((62, 2), -1.0, np.float32), one, two, profile)
+        copied = copy_aligned(np.full((62, 2), -1.0, np.float32), one, two, profile)
         length = len(two[1]) - 15  # the last letters have no counterpart and may lie anywhere
         assert (copied[2 : 2 + length] == np.where(np.isnan(profile), -1, profile)[11 : 11 + length]).all()
         assert (copied[:2] == -1).all()
@@ -163,7 +164,7 @@ def test_copied_numbers_are_near_where_relatives_are_across_folds_and_that_is_to
     table = table.with_columns(lists(numbers_NC), scored=pl.lit(True))
     table.write_parquet(paths.clean("train"))
     write_labels(paths.clean("numbers"), Numbers(("Tm", "yield"), (), (), (), "ACGU").over(numbers_NC))
-    competition = get_competition("labelled", facts={"numbers": ["Tm", "yield"]})
+    competition = get_competition("labelled").with_facts({"numbers": ["Tm", "yield"]})
     facts = audit.run(paths, splits=SPLITS, competition=competition).facts
     said = capsys.readouterr().err
     sequences = table["sequence"].to_list()

@@ -275,6 +275,18 @@ def test_weights_are_learned_per_target(paths):
         assert sum(of_target.values()) == pytest.approx(1.0, abs=1e-6)
 
 
+def test_weights_of_an_own_set_do_not_depend_on_its_unit(paths):
+    """Of profiles in hundred-thousandths they were never learned: any two runs had a half each."""
+    told = {"targets": TARGETS, "metric": "MAE", "range": None, "signal_to_noise": False}
+    own = get_competition("profiles-mine").with_facts(told | {"shown_ranges": [[0.0, 1.0]] * 2})
+    before = join(paths, comp=own).facts["learned"]["weights"]
+    for table in (paths.clean("train"), *paths.home.glob("runs/*/fold*/*.parquet")):
+        smaller = [pl.col(target).list.eval(pl.element() * 2.0**-17) for target in TARGETS]
+        edit(table, pl.read_parquet(table).with_columns(smaller))
+    assert join(paths, comp=own).facts["learned"]["weights"] == before
+    assert all(max(weights.values()) > 0.6 for weights in before.values())
+
+
 def test_the_better_of_run_and_mean_is_used_when_weights_do_not_help(paths, rng):
     write_run(paths, "noise.sim80_k3", rng, noise=dict.fromkeys(TARGETS, 5.0))
     report = join(paths, runs=["good.sim80_k3", "noise.sim80_k3"], learn_weights=False)

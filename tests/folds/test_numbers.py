@@ -90,7 +90,7 @@ def test_test_numbers_are_the_weighted_mean_of_runs_and_folds(made):
 
 def test_weights_of_other_numbers_join_nothing(made):
     paths, _, _ = made
-    other = get_competition("labelled-toy", facts={"numbers": ["half_life", "yield"]})
+    other = get_competition("labelled-toy").with_facts({"numbers": ["half_life", "yield"]})
     weights = paths.ensemble_dir("all") / "weights.json"
     assert json.loads(weights.read_text())["targets"] == list(NAMES)
     with pytest.raises(ConfigError, match=r"weights of half_life, Tm; expected those of half_life, yield\. Next: "):

@@ -1,14 +1,22 @@
 """What holds on a pretended GPU (`tests.models.pretended_gpu`); `tests/models/test_pretended_gpu.py` runs it."""
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from models.interface import RnaInputs, RnaOutputs
 from models.layers.ssd import ssd
+from pipeline import inference
+from pipeline.batch import RnaBatch
 from pipeline.training.precision import choose_device, choose_precision
 from tests.models import pretended_gpu
 from tests.models.cases import CASES, batch, build, outputs
 from tests.models.test_ssd import arguments
+from tests.pipeline.test_training_gpu import LOSSES, loss_and_gradient
 
 #: networks of which every kind of part is in one
 WAITLESS = [case for case in CASES if "gru" not in case]
@@ -49,6 +57,13 @@ def test_no_network_makes_the_program_wait(case: str):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+def test_no_loss_of_values_or_labels_makes_the_program_wait(kind: str):
+    """Weights of targets were made on the device out of a list, which waits for it."""
+    loss_and_gradient(kind, "cuda")
+    assert pretended_gpu.waits == []
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.endswith(("/all-heads", "/gru", "/mamba-2"))])
 def test_numbers_are_those_of_the_cpu(case: str):
     """Half of the branches on a device's kind are those for a GPU."""
@@ -78,6 +93,24 @@ def test_mamba_2_runs_under_deterministic_algorithms(reverse: bool):
     torch.testing.assert_close(found.cpu(), expected)
     for grad, other in zip(grads, torch.autograd.grad(expected.square().sum(), args), strict=True):
         torch.testing.assert_close(grad.cpu(), other, rtol=1e-5, atol=1e-4)
+
+
+def test_predictions_wait_once_for_all_sequences_of_a_batch(monkeypatch: pytest.MonkeyPatch):
+    """Each of some 370 of a batch had a copy of its own, in both directions."""
+    tokens_BL = torch.arange(15).view(3, 5)
+    batch = RnaBatch((), RnaInputs(tokens_BL, tokens_BL >= 0))
+    monkeypatch.setattr(inference, "make_batch", lambda *_, **__: batch)
+    examples = SimpleNamespace(lengths=np.array([3, 4, 5]))
+    job: Any = SimpleNamespace(examples=examples, config=SimpleNamespace(data=SimpleNamespace(flip=0.5)))
+
+    def network(inputs: RnaInputs) -> RnaOutputs:
+        return RnaOutputs(values_BLC=inputs.tokens_BL.unsqueeze(-1))
+
+    how: dict[str, Any] = {"pick": lambda outputs, b, length: outputs.values_BLC[b, :length, 0].numpy()}
+    device = torch.device("cuda")
+    found = inference.both_ways(job, network, device, np.arange(3), turn=lambda one: one[::-1], **how)
+    assert [one.tolist() for one in found] == [[1, 1, 1], [6.5, 6.5, 6.5, 6.5], [12, 12, 12, 12, 12]]
+    assert len(pretended_gpu.waits) == 2
 
 
 def test_float32_means_float32():

@@ -283,6 +283,13 @@ def pytest_configure() -> None:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: Any) -> Iterator[Any]:
+    """What is asked of a GPU before a test."""
+    with Device():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: Any) -> Iterator[Any]:
     """Every test runs where the device exists."""
     waits.clear()

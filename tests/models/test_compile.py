@@ -1,5 +1,8 @@
 """Whole networks under `torch.compile`: one graph, the same numbers, and one graph for many lengths."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +42,14 @@ def forgotten():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+def test_networks_are_imported_without_the_compiler():
+    """It took 1.3 s of every command that loads one."""
+    code = "import models, sys; print('models.layers.kernels' in sys.modules, 'torch._dynamo' in sys.modules)"
+    root = Path(__file__).parents[2]
+    told = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert told == "True False\n"
 
 
 @pytest.mark.parametrize(("case", "graphs"), GRAPHS.items())

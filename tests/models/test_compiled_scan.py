@@ -1,6 +1,7 @@
 """The compiled scan: built where there is a compiler, done without where there is none, and the same numbers."""
 
 import errno
+import hashlib
 import os
 import subprocess
 import sys
@@ -100,8 +101,35 @@ def test_a_cache_that_is_named_needs_no_home(tmp_path, monkeypatch):
     """Without HOME, and with a user that the system does not know, Path.home() fails."""
     monkeypatch.setenv("RNA_CACHE", str(tmp_path))
     monkeypatch.setattr(Path, "home", lambda: pytest.fail("asked for the home"))
-    monkeypatch.setattr(extension, "_compile", lambda source, built, flags: None)
+    monkeypatch.setattr(extension, "_compile", lambda source, stem, flags: stem)
     assert extension._built("selective_scan").parent == tmp_path
+
+
+def _write(source: Path, stem: Path, flags: list[str]) -> Path:
+    """What a compiler does, for tests of what is kept."""
+    made = stem.with_name(f"{stem.name}-{hashlib.sha256(b'code').hexdigest()[:16]}.so")
+    made.write_bytes(b"code")
+    return made
+
+
+@pytest.mark.parametrize("damage", [b"", b"co", b"cod\0"], ids=["emptied", "cut", "zeroed"])
+def test_a_compiled_file_that_is_not_what_was_compiled_is_compiled_again(tmp_path, monkeypatch, damage):
+    """Cut in half it ended every process that loaded it by SIGBUS; empty, the slow path was taken ever after."""
+    monkeypatch.setenv("RNA_CACHE", str(tmp_path))
+    monkeypatch.setattr(extension, "_compile", _write)
+    built = extension._built("selective_scan")
+    monkeypatch.setattr(extension, "_compile", lambda *_: pytest.fail("compiled though it is there"))
+    assert extension._built("selective_scan") == built
+    built.write_bytes(damage)
+    monkeypatch.setattr(extension, "_compile", _write)
+    assert extension._built("selective_scan") == built
+    assert built.read_bytes() == b"code"
+
+
+@needs_compiler
+def test_what_is_compiled_is_named_after_what_it_holds():
+    built = extension._built("selective_scan")
+    assert built.stem.endswith(f"-{hashlib.sha256(built.read_bytes()).hexdigest()[:16]}")
 
 
 @needs_compiler

@@ -17,13 +17,8 @@ plain_case = pytest.mark.parametrize("case", [case for case in CASES if case.end
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def device(request: pytest.FixtureRequest) -> str:
     """Where a contract is tested."""
-    if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
-        # float32 means float32 here: cuDNN rounds to 10 bits otherwise
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return request.param
 
 

@@ -35,6 +35,11 @@ def test_make_test_gpu_names_every_file_that_has_a_test_for_a_gpu():
     assert sorted(files()) == sorted(str(path.relative_to(ROOT)) for path in marked if path != Path(__file__))
 
 
+def test_what_is_not_for_a_gpu_does_not_see_one():
+    """On a machine with a GPU `make test` trained there, where sums by atomics differ from run to run."""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
 RUN = """
 import sys
 import without

@@ -32,14 +32,17 @@ def hooks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CONTRACT = "cuda and /all-heads and (changes_no_gradient and 2 or autocast_stays and 1.0 and fp16)"
-RUNS = "memory_that or predicts_the_same or structures_train or test_a_run_stopped and fp16"
+RUNS = "memory_that or predicts_the_same or structures_train or test_a_run_stopped and fp16 and muon"
 
 
 @pytest.mark.parametrize(
     ("files", "which"),
     [
         (["models/on_pretended_gpu.py", "models/test_causal_conv.py", "models/test_ssd.py"], "gpu or cuda"),
-        (["pipeline/test_training_gpu.py", "models/test_contract.py"], f"{RUNS} or {CONTRACT}"),
+        (
+            ["pipeline/test_training_gpu.py", "pipeline/test_muon.py", "models/test_contract.py"],
+            f"{RUNS} or on_a_gpu or {CONTRACT}",
+        ),
     ],
     ids=["operators and networks", "runs and contracts"],
 )

@@ -1,4 +1,4 @@
-"""What tests of training start from: tiny tables, the tiny network, and a place to make something go wrong."""
+"""What tests start from: tiny tables, the tiny network, a place to make something go wrong; folders of raw files."""
 
 import errno
 import io
@@ -11,6 +11,8 @@ import pytest
 from torch import Tensor
 
 from models.registry import register_model
+from pipeline import preprocess
+from pipeline.competitions import get_competition
 from pipeline.paths import Paths
 from tests.faults.network import PartsModel
 from tests.pipeline import tiny
@@ -34,6 +36,20 @@ def paths(tmp_path: Path, known_model: None) -> Paths:
     paths = Paths(comp="tiny", root=tmp_path / "artifacts")
     tiny.write_values(paths)
     return paths
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """A folder for raw files."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def run(raw: Path, paths: Paths) -> Callable[..., dict[str, Any]]:
+    """The data stage on the raw folder, for the `paths` of the test's own file; its facts."""
+    return lambda at=raw, **how: preprocess.run(get_competition(paths.comp), at, paths, **how).facts
 
 
 @pytest.fixture

@@ -123,11 +123,12 @@ def test_what_may_cure_it_is_tried(paths, cure, monkeypatch):
     with pytest.raises(StoppedError):
         fit(paths, max_steps=1)
     for _ in range(attempts.MOST):
-        if os.fork() == 0:
+        pid = os.fork()
+        if pid == 0:
             faulthandler.disable()
             with attempts.counted(folder, config=config, processes=1, restart=False):
                 os.kill(os.getpid(), signal.SIGABRT)
-        os.wait()
+        os.waitpid(pid, 0)  # this one: any other child of this process may end meanwhile
     with pytest.raises(CrashedError, match="SIGABRT"):
         fit(paths)
     if cure == "settings":

@@ -397,11 +397,12 @@ def test_torn_tail_of_the_log_is_dropped_wherever_it_was_cut(tmp_path: Path):
 def test_log_goes_on_behind_a_torn_tail(tmp_path: Path):
     """Was: ValueError: metrics.jsonl: line 2 is not JSON: '{"event": "b{"event": "c"…'."""
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"event": "a"}\n{"event": "b')
-    log = runlog.MetricsLog(path)
-    log.write("c")
-    log.close()
-    assert [row["event"] for row in runlog.read_metrics(path)] == ["a", "c"]
+    for tail, kept in (('{"event": "b', ["a", "c"]), ('{"event": "b"}', ["a", "b", "c"])):
+        path.write_text('{"event": "a"}\n' + tail)
+        log = runlog.MetricsLog(path)
+        log.write("c")
+        log.close()
+        assert [row["event"] for row in runlog.read_metrics(path)] == kept
 
 
 def test_log_damaged_in_the_middle_is_refused(tmp_path: Path):

@@ -222,16 +222,17 @@ def test_what_a_process_said_that_it_failed_with_is_the_launchers_exit_code(fail
 
 
 @pytest.mark.parametrize(
-    ("failed", "name"),
+    ("failed", "rank", "name"),
     [
-        ({1: -11}, "SIGSEGV"),
-        ({0: -15, 1: -9}, "SIGKILL"),
-        ({0: -9, 1: -11}, "SIGSEGV"),  # was SIGKILL: by it torchrun ends one that does not hear SIGTERM
-        ({2: -40}, "signal 40"),
+        ({1: -11}, 1, "SIGSEGV"),
+        ({0: -15, 1: -9}, 1, "SIGKILL"),
+        ({0: -9, 1: -11}, 1, "SIGSEGV"),  # was SIGKILL: by it torchrun ends one that does not hear SIGTERM
+        ({1: -9, 0: -9}, 1, "SIGKILL"),  # was process 0, which torchrun had ended so after process 1
+        ({2: -40}, 2, "signal 40"),
     ],
 )
-def test_a_process_that_a_signal_ended_is_named_and_the_run_resumable(failed, name):
-    with pytest.raises(distributed.LostProcessError, match=rf"process \d of the run was ended by {name}\. Next: "):
+def test_a_process_that_a_signal_ended_is_named_and_the_run_resumable(failed, rank, name):
+    with pytest.raises(distributed.LostProcessError, match=rf"process {rank} of the run was ended by {name}\. Next: "):
         distributed._code(failed)
 
 

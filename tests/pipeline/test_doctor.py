@@ -4,9 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from models.layers import kernels
 from pipeline.doctor import Finding, examine
+from pipeline.errors import ConfigError
+from pipeline.training import precision
 
 
 def findings(folder: Path, what: str) -> list[Finding]:
@@ -25,6 +28,25 @@ def test_every_operator_is_told_with_its_path_and_why(operator: str, tmp_path: P
     found = findings(tmp_path / "not" / "there", operator)
     assert [finding.state for finding in found] == ["absent"] * len(found)
     assert found[0].detail == "on cpu: reference (RNA_KERNELS=reference asks for plain PyTorch)"
+
+
+@pytest.mark.parametrize(
+    "err",
+    [
+        ConfigError("Tesla P100: torch has no code for it."),
+        torch.AcceleratorError("CUDA error: all CUDA-capable devices are busy\nCUDA kernel errors might be"),
+    ],
+)
+def test_a_gpu_that_does_not_compute_is_a_problem(err, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second ended in a traceback."""
+
+    def refuse() -> torch.device:
+        raise err
+
+    monkeypatch.setattr(precision, "choose_device", refuse)
+    states = {finding.detail: finding.state for finding in findings(tmp_path, "GPU")}
+    assert states[str(err).splitlines()[0]] == "problem"
+    assert not findings(tmp_path, "precision")
 
 
 def test_a_package_that_breaks_at_its_import_is_a_problem_with_its_reason(

@@ -230,7 +230,7 @@ def test_what_cannot_be_embedded_is_told(paths, file, tmp_path):
     fit(paths)
     bad = tmp_path / "bad.fasta"
     bad.write_text(f">a\n{'ACGU' * 10}\n>b\n{'ACGU' * 10}N\n")
-    with pytest.raises(DataError, match=r"bad\.fasta: row 2 \(id b\): 1 letters that are none of ACGU.* Next: "):
+    with pytest.raises(DataError, match=r"bad\.fasta: row 2 \(id b\): 1 letter other than ACGU.* Next: "):
         embed_file(bad, paths)
     with pytest.raises(DataError, match=r"absent\.fasta: no such file\. Next: make embed FILE="):
         embed_file(tmp_path / "absent.fasta", paths)

@@ -38,6 +38,15 @@ def test_a_head_of_the_same_name_and_shape_is_taken_and_of_another_shape_is_not(
     assert facts["fresh"] == facts["ignored"] == ["heads.classes"]
 
 
+def test_heads_may_stay_as_they_are():
+    source, target = network(heads={"reactivity": 2}), network(heads={"reactivity": 2})
+    fresh = target.heads["reactivity"].weight.clone()
+    found = load_fitting(target, source.state_dict(), heads=False)
+    assert torch.equal(target.heads["reactivity"].weight, fresh)
+    assert found.share == 1.0
+    assert found.facts()["fresh"] == found.facts()["ignored"] == ["heads.reactivity"]
+
+
 def test_a_block_that_the_other_network_lacks_stays_fresh():
     source, target = network(heads={}, depth=2), network(heads={}, depth=3)
     found = load_fitting(target, source.state_dict())

@@ -215,7 +215,10 @@ def test_a_labelled_set_is_trained_without_its_raw_files_and_predicted_as_its_co
     comp = "labelled-folds-of-proteins"
     competition, here = get_competition(comp), Paths(comp=comp, root=tmp_path / "here")
     raw = write_labelled(tmp_path / "raw", test=4, seed=0, more=more)
-    (raw / "columns.toml").write_text('id = "code"\nlabel = "fold"\n')
+    tidy = (
+        "min_count = 2\nmerge = {uno = 'one'}\n"  # says nothing of a hidden test set, and is no table of one line there
+    )
+    (raw / "columns.toml").write_text(f'id = "code"\nlabel = "fold"\n{tidy}')
     preprocess.run(competition, raw, here)
     (tmp_path / "none").mkdir()
     home = pack(order_of(here, competition=competition, overrides=("train.epochs=1",)))

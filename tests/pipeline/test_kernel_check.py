@@ -7,9 +7,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from pipeline import preprocess
+from pipeline.competitions import competition_of, get_competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.kernel import check, wheels
 from pipeline.kernel.check import Room
+from pipeline.paths import Paths
 from tests.pipeline.kernels import COMPETITION, write_raw
 
 
@@ -85,6 +88,19 @@ def test_a_notebook_that_misbehaves_is_caught(tmp_path: Path, script: str, sente
     (outputs["code"] / "kernel.py").write_text(script)
     with pytest.raises(DataError, match=sentence):
         room.play(outputs, tmp_path / "raw", work=tmp_path / "work")
+
+
+def test_every_kind_of_data_is_rehearsed(tmp_path: Path):
+    """Numbers and profiles were not."""
+    tasks = {}
+    for name, write in check._SYNTHETIC.items():
+        competition, paths = get_competition(name), Paths(comp=name, root=tmp_path)
+        if competition.is_own:
+            write(tmp_path / name, test=3)
+            preprocess.run(competition, tmp_path / name, paths)
+        tasks[name] = competition_of(paths).task
+    assert set(tasks.values()) == {"values", "structure", "classes", "numbers"}
+    assert tasks["profiles-rates"] == "values"
 
 
 @pytest.mark.parametrize("cut", [False, True])

@@ -13,6 +13,7 @@ from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.labels import Classes, read_classes
 from pipeline.paths import Paths
+from submissions.class_layout import read_class_layout
 
 ROWS = pl.DataFrame(
     {
@@ -25,21 +26,8 @@ CLEAN = {"a": ("GGGGAACC", "yes"), "b": ("ACGUACGUA", "no"), "c": ("ACGU", "yes"
 
 
 @pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    folder = tmp_path / "raw"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
 def paths(tmp_path: Path) -> Paths:
     return Paths(comp="labelled", root=tmp_path / "artifacts")
-
-
-@pytest.fixture
-def run(raw: Path, paths: Paths) -> Callable[..., dict[str, Any]]:
-    """The data stage on the raw folder; its facts."""
-    return lambda at=raw, **how: preprocess.run(get_competition("labelled"), at, paths, **how).facts
 
 
 def train(paths: Paths) -> pl.DataFrame:
@@ -211,6 +199,14 @@ def test_a_column_of_0_and_1_for_each_class_keeps_the_classes_that_no_sequence_h
     assert facts["columns"] == {"classes": ["Um", "m6A", "Am"]}
 
 
+def test_columns_of_classes_may_be_more_than_sequences(raw, run):
+    """918 different labels on 150 sequences, such as 'L001'; expected classes that come again."""
+    flags = pl.DataFrame({f"L{k}": [k % 2, 1, 0, k % 3 % 2] for k in range(919)})
+    (raw / "columns.toml").write_text(f"classes = {flags.columns}\n")
+    pl.concat([ROWS.drop("label"), flags], how="horizontal").write_csv(raw / "train.csv")
+    assert len(run()["classes"]) == 919
+
+
 def test_a_test_set_may_have_the_columns_of_classes_empty(raw, paths, run, capsys):
     """test.csv: column Um holds ''; expected 0 or 1, being one of columns.toml's classes."""
     (raw / "columns.toml").write_text('classes = ["Um", "Am"]\n')
@@ -240,6 +236,14 @@ def test_numbers_are_classes_by_their_text(raw, paths, run):
     ROWS.with_columns(pl.Series("label", [1, 0, 1, 0])).write_parquet(raw / "train.parquet")
     run()
     assert read_classes(paths).names == ("0", "1")
+
+
+def test_the_column_that_was_taken_for_the_label_is_told(raw, run):
+    """Of Cloud Lab profiles, `sn_class` was taken without a word, as its name ends so."""
+    ROWS.rename({"label": "sn_class"}).write_csv(raw / "train.csv")
+    assert run()["labels"] == "one class each, from sn_class"
+    ROWS.write_csv(raw / "train.csv")
+    assert run()["labels"] == "one class each"
 
 
 def test_known_relatives_are_kept(raw, paths, run):
@@ -338,6 +342,94 @@ def test_doubtful_classes_are_told(labels, told, raw, run, capsys):
     ROWS.with_columns(pl.Series("label", labels)).write_csv(raw / "train.csv")
     run()
     assert told in capsys.readouterr().err
+
+
+# --- classes that are merged or dropped ------------------------------------------------------------------------------
+
+TOLD = ["A", "A", "a", "b", "b", "c", "?", ""]
+
+
+def several(labels: list[str]) -> pl.DataFrame:
+    """A row for each label, no sequence twice."""
+    texts = ["GA" + "".join("ACGU"[k // 4**place % 4] for place in range(3)) for k in range(len(labels))]
+    return pl.DataFrame({"id": [f"r{k}" for k in range(len(labels))], "sequence": texts, "label": labels})
+
+
+def test_classes_are_merged_and_dropped_as_columns_toml_says(raw, paths, run, capsys):
+    several(TOLD).write_csv(raw / "train.csv")
+    (raw / "columns.toml").write_text('merge = {a = "A", "?" = "", z = "A"}\nmin_count = 2\n')
+    facts = run()
+    assert (facts["merged"], facts["dropped"]) == ({"a -> A": 1}, {"?": 1, "c": 1})
+    assert facts["classes"] == {"A": 3, "b": 2}
+    assert facts["unlabelled"] == 3
+    assert train(paths)["names"].to_list() == [["A"], ["A"], ["A"], ["b"], ["b"], None, None, None]
+    assert train(paths)["scored"].to_list() == [True] * 5 + [False] * 3
+    assert "train.csv: no label 'z', which columns.toml merges" in capsys.readouterr().err
+
+
+def test_a_sequence_whose_labels_are_dropped_has_none_of_the_classes_that_stay(raw, paths, run):
+    several(["a;b", "rare", "a", "b;rare", ""]).write_csv(raw / "train.csv", quote_style="always")
+    (raw / "columns.toml").write_text("min_count = 2\nmerge = {rare = 'seldom'}\n")
+    assert run()["classes"] == {"a": 2, "b": 2, "seldom": 2}
+    (raw / "columns.toml").write_text("merge = {rare = ''}\n")
+    assert run()["dropped"] == {"rare": 2}
+    assert train(paths)["names"].to_list() == [["a", "b"], [], ["a"], ["b"], []]
+    assert train(paths)["scored"].all()
+
+
+def test_columns_of_classes_are_merged_and_dropped_too(raw, paths, run):
+    flags = pl.DataFrame({"Um": [1, 0, 1, 0], "Am": [0, 0, 1, 1], "m6A": [0, 0, 0, 0], "Gm": [0, 1, 0, 1]})
+    pl.concat([ROWS.drop("label"), flags], how="horizontal").write_csv(raw / "train.csv")
+    (raw / "columns.toml").write_text(
+        'classes = ["Um", "m6A", "Am", "Gm"]\nmin_count = 1\nmerge = {Um = "Xm", Am = "Xm"}\n'
+    )
+    facts = run()
+    assert (facts["classes"], facts["dropped"]) == ({"Gm": 2, "Xm": 3}, {"m6A": 0})
+    assert train(paths)["names"].to_list() == [["Xm"], ["Gm"], ["Xm"], ["Gm", "Xm"]]
+
+
+@pytest.mark.parametrize("labels", [[*TOLD, "d", "d"], ["a;b", "a;b", "c;rare", "a;?", "b;A"]], ids=["one", "several"])
+def test_cleaning_what_was_cleaned_changes_nothing(labels, raw, paths, run):
+    """A row that comes again once "rare" is dropped was what made "c" large enough."""
+    table = several(labels)
+    table = pl.concat([table, table[2].with_columns(label=pl.lit("c"))])
+    table.write_csv(raw / "train.csv", quote_style="always")
+    (raw / "columns.toml").write_text("min_count = 2\nmerge = {A = 'a', '?' = ''}\n")
+    first, before = run(), train(paths)
+    assert {"merged", "dropped"} <= first.keys()
+    assert ("c" in first["dropped"]) == (";" in labels[0])
+    cells = pl.col("names").list.join(";").fill_null("").alias("label")
+    cleaned = before.select(pl.col("sequence_id").alias("id"), "sequence", cells)
+    cleaned.write_csv(raw / "train.csv", quote_style="always")
+    second = run()
+    assert not {"merged", "dropped"} & second.keys()
+    assert second["classes"] == first["classes"]
+    assert train(paths).equals(before)
+
+
+def test_labels_of_a_test_set_follow_those_of_training(raw, paths, run):
+    several(TOLD).write_csv(raw / "train.csv")
+    (raw / "columns.toml").write_text('merge = {a = "A", "?" = ""}\nmin_count = 2\n')
+    (raw / "test.csv").write_text("id,sequence,label\nt,GGGA,a\nu,GGGC,c\nv,GGGU,b\nw,GGAA,?\n")
+    assert run()["test"]["labelled"] == 2
+    assert pl.read_parquet(paths.clean("test"))["labels"].to_list() == [[0], None, [1], None]
+
+
+def test_a_sample_submission_with_a_dropped_class_is_refused_where_it_is_read(raw, paths, run):
+    several(TOLD).write_csv(raw / "train.csv")
+    (raw / "columns.toml").write_text('merge = {a = "A", "?" = ""}\nmin_count = 2\n')
+    (raw / "test.csv").write_text("id,sequence\nt,GGGA\n")
+    (raw / "sample_submission.csv").write_text("id,A,b,c,a\nt,0,0,0,0\n")
+    run()
+    with pytest.raises(DataError, match=r"columns A, b, c, a; expected one for each class \(A, b\), .* Next: "):
+        read_class_layout(paths)
+
+
+def test_numbers_that_are_to_be_merged_or_counted_are_classes(raw, run):
+    several([f"{k / 2}" for k in range(12)] * 2).write_csv(raw / "train.csv")
+    assert "numbers" in run()
+    (raw / "columns.toml").write_text("min_count = 2\n")
+    assert set(run()["classes"].values()) == {2}
 
 
 # --- hidden test set -------------------------------------------------------------------------------------------------
@@ -486,13 +578,30 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
         {"train.csv": GOOD, "columns.toml": "classes = [1]"},
         r"columns.toml: classes = \[1\]; expected id \(str\)",
     ),
+    "merged-twice": (
+        {"train.csv": GOOD, "columns.toml": "merge = {x = 'y', y = 'z'}"},
+        r"columns.toml: merge: 'y' is merged and merged into; expected one of the two",
+    ),
+    "merged-numbers": (
+        {"train.csv": GOOD, "columns.toml": "numbers = ['label']\nmin_count = 2"},
+        r"columns.toml: min_count is for classes, numbers says there are none",
+    ),
+    "merged-into-a-number": (
+        {"train.csv": GOOD, "columns.toml": "merge = {x = 1}"},
+        r"columns.toml: merge = \{'x': 1\}; expected .*merge \(dict\), min_count \(int\)",
+    ),
+    "less-than-none": ({"train.csv": GOOD, "columns.toml": "min_count = -1"}, r"min_count = -1; expected 0 or more"),
+    "all-too-few": (
+        {"train.csv": GOOD + "c,ACGC,x\n", "columns.toml": "min_count = 2"},
+        r"train.csv: columns.toml leaves x of 2 classes; expected at least 2. Next: lower min_count \(it is 2\)",
+    ),
     "no-toml": ({"train.csv": GOOD, "columns.toml": "label: x"}, r"columns.toml: not valid TOML"),
     "no-column-names": (
         {"train.csv": "a,ACGUACGUACGUACGUACGUACGU,x\n"},
         r"the first line holds a sequence; expected column names. Next: begin with a line such as 'id,sequence,label'",
     ),
     "other-files": ({"train.xlsx": "x"}, r"no train.csv.*found train.xlsx"),
-    "short-row": ({"train.csv": GOOD + "c,ACGU\n"}, r"train.csv: .*Expected 3 columns, got 2"),
+    "short-row": ({"train.csv": GOOD + "c,ACGU\n"}, r"train.csv: row 3 has 2 cells, 'c,ACGU'; expected 3"),
     "no-letters": ({"train.csv": GOOD + "c,AC9U,x\n"}, r"train.csv: row 3 \(id c\): '9' in the sequence"),
     "empty-sequence": ({"train.csv": GOOD + "c,-,x\n"}, r"train.csv: row 3 \(id c\): empty sequence"),
     "odd-letters": ({"train.csv": GOOD + "c,ACNNGU,x\n"}, r"14\.3% of the letters.*row 3 \(id c\), 2 of 6"),

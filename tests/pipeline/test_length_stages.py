@@ -5,12 +5,12 @@ import contextlib
 import numpy as np
 import pytest
 
-from pipeline import train
 from pipeline.competitions import get_competition
 from pipeline.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from pipeline.dataset import open_examples
 from pipeline.errors import ConfigError, StoppedError
 from pipeline.training.loader import BatchSource, Place
+from pipeline.training.settings import refuse_idle
 from tests.pipeline import tiny
 
 STAGES = "6x1,12x2"
@@ -87,7 +87,7 @@ def test_windows_around_a_site_are_not_cropped_anywhere():
         model=ModelConfig(name="tiny"), data=DataConfig(crop=41), train=TrainConfig(length_stages="9x1")
     )
     with pytest.raises(ConfigError, match=r"crops anywhere, and \[data\] crop = 41 keeps the middle alone.* Next: "):
-        train.refuse_idle(settings, get_competition("labelled"))
+        refuse_idle(settings, get_competition("labelled"))
 
 
 def test_the_work_until_a_step_is_what_the_batches_hold(paths):

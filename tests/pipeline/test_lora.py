@@ -15,7 +15,9 @@ from models.interface import RnaInputs, RnaOutputs
 from pipeline import embed, predict, train
 from pipeline.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from pipeline.errors import ConfigError, StoppedError
+from pipeline.network import build_model
 from pipeline.paths import Paths
+from pipeline.training import initial
 from pipeline.training.checkpoint import CheckpointStore, load_weights
 from pipeline.training.initial import load_fitting
 from tests.pipeline import tiny
@@ -31,9 +33,10 @@ def paths(tmp_path: Path) -> Paths:
     return paths
 
 
-def settings(init: str = "", *, rank: int = 0, depth: int = 2, **more) -> RunConfig:
+def settings(init: str = "", *, rank: int = 0, prompt: int = 0, depth: int = 2, **more) -> RunConfig:
+    added = {"lora_rank": rank, "soft_prompt": prompt}
     return RunConfig(
-        model=ModelConfig(name="transformer_sepconv", kwargs=KWARGS | {"depth": depth}, init=init, lora_rank=rank),
+        model=ModelConfig(name="transformer_sepconv", kwargs=KWARGS | {"depth": depth}, init=init, **added),
         data=DataConfig(max_length=40),
         train=TrainConfig(**{"epochs": 2, "batch_size": 8, "lr": 1e-2, "seed": 3, **more}),
     )
@@ -57,6 +60,37 @@ def test_only_adapters_and_heads_change(paths, begun, capsys):
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if is_head(name)}
     assert all(parameter.abs().max() > 0 for name, parameter in model.named_parameters() if name.endswith(".up"))
+
+
+def test_of_a_soft_prompt_its_vectors_and_heads_alone_change_and_it_predicts_what_it_learned(paths, begun, capsys):
+    config = settings(begun, prompt=3)
+    tiny.fit(paths, config, run=NEXT)
+    assert "of the parameters train (" in (told := capsys.readouterr().err)
+    assert "soft prompts and heads" in told
+    folder = CheckpointStore(paths.fold_dir(NEXT, 0) / "checkpoints").best_folder()
+    before, after = load_weights(Path(begun)), load_weights(folder)
+    assert after.keys() - before.keys() == {"prompt_ND"}
+    assert after["prompt_ND"].shape == (3, 16)
+    torch.manual_seed(config.train.seed)
+    model = build_model(config.model, tiny.TINY).eval()
+    assert (after["prompt_ND"] != model.state_dict()["prompt_ND"]).all()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == {name for name in before if is_head(name)}
+    table = pl.read_parquet(predict.run(competition=tiny.TINY, paths=paths, run=NEXT, fold=0).outputs["test"])
+    name, values = table["sequence_id"][0], table[tiny.TARGETS[0]][0]
+    (sequence,) = pl.read_parquet(paths.clean("test")).filter(sequence_id=name)["sequence"]
+    model.load_state_dict(after)
+    tokens_BL = torch.tensor([["ACGU".index(letter) for letter in sequence]])
+    with torch.no_grad():
+        expected_L = model(RnaInputs(tokens_BL, tokens_BL >= 0)).values_BLC[0, :, 0]
+    assert values.to_list() == pytest.approx(expected_L.tolist(), abs=1e-5)
+
+
+def test_a_run_may_begin_with_a_prompted_one_whose_prompt_it_leaves(paths, begun):
+    tiny.fit(paths, settings(begun, prompt=3, epochs=1), run=NEXT)
+    tiny.fit(paths, settings(str(paths.fold_dir(NEXT, 0).parent), rank=2, epochs=1), run="more.sim80_k2")
+    facts = tiny.rows_of(paths, "start", run="more.sim80_k2")[0]["initial"]
+    assert (facts["backbone"], facts["ignored"]) == (1.0, ["prompt_ND"])
 
 
 def test_predictions_are_of_merged_weights(paths, begun, monkeypatch):
@@ -89,8 +123,9 @@ def test_it_predicts_and_embeds_what_it_learned(paths, begun):
     assert report.facts["steps"] == 8
 
 
-def test_a_run_stopped_after_every_step_ends_with_the_same_bits(paths, begun):
-    config = settings(begun, rank=2, epochs=1)
+@pytest.mark.parametrize("added", [{"rank": 2}, {"prompt": 3}], ids=["adapters", "prompt"])
+def test_a_run_stopped_after_every_step_ends_with_the_same_bits(paths, begun, added):
+    config = settings(begun, epochs=1, **added)
     tiny.fit(paths, config, run=NEXT)
     for _ in range(5):
         with contextlib.suppress(StoppedError):
@@ -117,7 +152,7 @@ def test_what_adapters_cannot_do_is_refused(paths, changes):
 def test_adapters_that_cannot_learn_are_refused(paths, changes):
     config = settings("somewhere", rank=2)
     parts = {name: replace(getattr(config, name), **values) for name, values in changes.items()}
-    with pytest.raises(ConfigError, match=r"adapters learn nothing where either is 0\. Next: "):
+    with pytest.raises(ConfigError, match=r"adapters learn nothing then\. Next: "):
         tiny.fit(paths, replace(config, **parts))
 
 
@@ -136,12 +171,12 @@ def test_a_run_begins_with_what_another_ones_adapters_learned(paths, begun, monk
     merge_adapters(network)
     began = []
 
-    def told(model, weights):
-        found = load_fitting(model, weights)
+    def told(model, weights, **how):
+        found = load_fitting(model, weights, **how)
         began.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return found
 
-    monkeypatch.setattr(train, "load_fitting", told)
+    monkeypatch.setattr(initial, "load_fitting", told)
     report = tiny.fit(paths, settings(str(adapted), epochs=1), run="third.sim80_k2")
     assert report.facts["steps"] == 4
     torch.testing.assert_close(began[0], dict(network.state_dict()))

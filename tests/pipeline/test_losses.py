@@ -1,6 +1,9 @@
 """Losses: what counts, what does not, and that parts add up to the whole."""
 
 import math
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +12,23 @@ from torch.nn.functional import log_softmax
 
 from models.interface import RnaInputs, RnaOutputs
 from pipeline.batch import RnaBatch
+from pipeline.competitions import get_competition
+from pipeline.config import ModelConfig, RunConfig, TrainConfig, config_from_dict, load_config
+from pipeline.errors import ConfigError
+from pipeline.paths import Paths
+from pipeline.train import build_model
 from pipeline.training import traces
-from pipeline.training.losses import DistanceCrossEntropy, MaskedError, StructureLoss, profile_weights, training_loss
+from pipeline.training.checkpoint import load_weights
+from pipeline.training.losses import (
+    DistanceCrossEntropy,
+    MaskedError,
+    StructureLoss,
+    profile_weights,
+    relative_weights,
+    training_loss,
+)
+from pipeline.training.resume import require_same
+from pipeline.training.settings import refuse_idle
 from tests.pipeline import tiny
 
 
@@ -301,7 +319,113 @@ def test_a_coordinate_that_is_not_finite_is_seen(generator, bad):
     assert not torch.isfinite(LOSS.total(outputs, batch))
 
 
+# --- weights of targets ----------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_the_stated_sum_over_targets(generator):
+    batch = value_batch(generator, [9, 5, 7])
+    batch.target_BLC[1, :, 0] = math.nan  # of this molecule the first was not measured: there it counts for nothing
+    predicted_BLC = torch.randn(3, 9, 2, generator=generator)
+    alone = []
+    for c in range(2):
+        one = batch._replace(target_BLC=batch.target_BLC[..., [c]], weight_BC=batch.weight_BC[:, [c]])
+        loss = MaskedError((0.0, 1.0))
+        alone.append((loss.total(RnaOutputs(predicted_BLC[..., [c]]), one), loss.weight(one)))
+    loss = MaskedError((0.0, 1.0), target_weights=relative_weights({"a": 0.3, "b": 0.6}, ("a", "b")))
+    torch.testing.assert_close(loss.total(RnaOutputs(predicted_BLC), batch), 0.5 * alone[0][0] + alone[1][0])
+    assert loss.weight(batch) == pytest.approx(0.5 * alone[0][1] + alone[1][1])
+
+
+@pytest.mark.parametrize("weight", [1, 0.1, 3.0])
+def test_equal_weights_of_all_targets_change_no_bit(generator, weight):
+    batch, predicted_BLC = value_batch(generator, [9, 5]), torch.randn(2, 9, 2, generator=generator)
+    plain = MaskedError((0.0, 1.0))
+    equal = MaskedError((0.0, 1.0), target_weights=relative_weights({"a": weight, "b": weight}, ("a", "b")))
+    assert torch.equal(equal.total(RnaOutputs(predicted_BLC), batch), plain.total(RnaOutputs(predicted_BLC), batch))
+    assert equal.weight(batch) == plain.weight(batch)
+
+
+def test_a_target_that_weighs_nothing_has_no_gradient_and_no_say(generator):
+    batch = value_batch(generator, [9, 5])
+    predicted_BLC = torch.randn(2, 9, 2, generator=generator, requires_grad=True)
+    loss = MaskedError((0.0, 1.0), target_weights=relative_weights({"b": 0}, ("a", "b")))
+    total = loss.total(RnaOutputs(predicted_BLC), batch)
+    (gradient_BLC,) = torch.autograd.grad(total, predicted_BLC)
+    assert (gradient_BLC[..., 1] == 0).all()
+    assert (gradient_BLC[..., 0] != 0).any()
+    other = batch._replace(target_BLC=batch.target_BLC.clone())
+    other.target_BLC[..., 1] += 1.0
+    assert torch.equal(loss.total(RnaOutputs(predicted_BLC), other), total)
+    poisoned = predicted_BLC.detach().clone()
+    poisoned[0, 3, 1] = math.nan
+    assert loss.total(RnaOutputs(poisoned), batch).isnan(), "it is predicted all the same"
+
+
+def test_a_run_with_equal_weights_ends_with_the_same_bits_and_one_without_a_target_leaves_its_head_alone(
+    tmp_path, monkeypatch
+):
+    tiny.register(monkeypatch)
+    paths = Paths(comp="tiny", root=tmp_path)
+    tiny.write_values(paths)
+    first, second = tiny.TARGETS
+
+    def train_with(run: str, **weights: float) -> dict[str, torch.Tensor]:
+        settings = tiny.config(epochs=1, weight_decay=0.0, ema_decay=0.0, target_weights=weights)
+        checkpoint = tiny.fit(paths, settings, run=f"{run}.{tiny.SPLIT}").outputs["checkpoint"]
+        return load_weights(checkpoint)
+
+    train_with("plain")
+    train_with("equal", **{first: 7, second: 7})
+    assert tiny.final_bytes(paths, f"equal.{tiny.SPLIT}") == tiny.final_bytes(paths, f"plain.{tiny.SPLIT}")
+    torch.manual_seed(tiny.config().train.seed)
+    begun = dict(build_model(tiny.config().model, tiny.TINY).state_dict())
+    trained = train_with("one", **{second: 0})
+    (head,) = [name for name, tensor in trained.items() if tensor.ndim == 2 and len(tensor) == 2]
+    assert torch.equal(trained[head][1], begun[head][1])
+    assert not torch.equal(trained[head][0], begun[head][0])
+
+
+def test_a_run_goes_on_from_before_targets_had_weights_and_not_with_others():
+    now = asdict(tiny.config())
+    before = {**now, "train": {key: value for key, value in now["train"].items() if key != "target_weights"}}
+    assert config_from_dict(before, where="a checkpoint") == tiny.config()
+    assert require_same({"config": now}, {"config": before}, where=Path("run"), defaults={"config": now}) == []
+    changed = asdict(tiny.config(target_weights={tiny.TARGETS[1]: 0.5}))
+    with pytest.raises(ConfigError, match=r"config.train.target_weights.reactivity_2A3_MaP \(absent\) -> 0.5"):
+        require_same({"config": changed}, {"config": before}, where=Path("run"), allow_changes=True)
+
+
+@pytest.mark.parametrize(
+    ("comp", "weights", "told"),
+    [
+        ("openvaccine", {"deg_MgpH10": 1.0}, "openvaccine has no target 'deg_MgpH10'. Next: write one of reactivity, "),
+        ("ribonanza", {name: 0 for name in tiny.TARGETS}, "leaves nothing to learn; expected two or more targets, one"),
+        ("rna3d", {"x": 1.0}, "target_weights = {'x': 1.0} means nothing where structures are predicted"),
+        ("labelled", {"x": 1.0}, "target_weights = {'x': 1.0} means nothing where classes are predicted"),
+    ],
+)
+def test_weights_that_would_have_no_effect_or_leave_nothing_are_refused(comp, weights, told):
+    config = RunConfig(model=ModelConfig(name="hyena"), train=TrainConfig(target_weights=weights))
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        refuse_idle(config, get_competition(comp))
+
+
+def test_the_weight_of_an_only_target_is_refused():
+    profiles = replace(get_competition("profiles"), targets=("shape",))
+    config = RunConfig(model=ModelConfig(name="hyena"), train=TrainConfig(target_weights={"shape": 0.5}))
+    with pytest.raises(ConfigError, match=r"shape = 0.5 weighs the only target; expected two or more targets"):
+        refuse_idle(config, profiles)
+
+
+@pytest.mark.parametrize("weight", ["-1", "nan", "inf", "true", '"1"'])
+def test_a_weight_that_is_no_finite_number_of_at_least_0_is_refused(weight):
+    with pytest.raises(ConfigError, match=r"target_weights: x = .*; expected a finite number of at least 0. Next: "):
+        load_config("small_drsn", [f"train.target_weights.x={weight}"])
+
+
 def test_the_loss_follows_the_task_and_its_settings():
     settings = tiny.config(frame_weight=2.0, tm_weight=0.0, confidence_weight=0.5).train
     assert training_loss(tiny.TINY, settings) == MaskedError((0.0, 1.0))
     assert training_loss(tiny.TINY3D, settings) == StructureLoss(2.0, 0.0, 0.5)
+    settings = tiny.config(target_weights={tiny.TARGETS[0]: 4.0}).train
+    assert training_loss(tiny.TINY, settings) == MaskedError((0.0, 1.0), target_weights=(1.0, 0.25))

@@ -10,8 +10,10 @@ import torch
 
 from models.interface import RnaInputs, RnaOutputs
 from pipeline.batch import RnaBatch
+from pipeline.competitions import get_competition
 from pipeline.config import TrainConfig
 from pipeline.errors import DivergedError
+from pipeline.labels import Numbers
 from pipeline.training import traces
 from pipeline.training.metrics import make_meter
 from tests.pipeline import tiny
@@ -40,7 +42,8 @@ def test_uneven_batches_give_the_metric_of_one_batch(truth):
     assert results[0] == pytest.approx(results[1])
     error = (predicted.clamp(0, 1) - truth.clamp(0, 1)).abs()
     assert results[0]["metric"] == pytest.approx(float(error.nanmean()), rel=1e-6)
-    assert set(results[0]) == {"metric", *tiny.TARGETS}
+    assert set(results[0]) == {"metric", "choice", *tiny.TARGETS}
+    assert results[0]["choice"] == results[0]["metric"]
 
 
 def test_a_target_called_metric_does_not_choose_the_epoch_alone(truth):
@@ -52,6 +55,23 @@ def test_a_target_called_metric_does_not_choose_the_epoch_alone(truth):
         meter.add(RnaOutputs(predicted), batch_of(truth))
         results.append(meter.result()["metric"])
     assert results[0] == results[1] > 0
+
+
+@pytest.mark.parametrize("unit", [1.0, 1000.0])
+def test_no_unit_has_more_say_in_the_best_epoch_than_another(truth, unit):
+    """Of two targets the one with the largest unit chose it: the second epoch here, whose first target is worse."""
+    facts = {"targets": tiny.TARGETS, "metric": "MAE", "range": None, "signal_to_noise": False}
+    facts["shown_ranges"] = [(0.0, 1.0)] * 2
+    chosen, scale_C = [], torch.tensor([1.0, unit])
+    for errors_C in ([0.1, 0.2], [0.4, 0.1]):
+        units = Numbers.of_values(tiny.TARGETS, (truth * scale_C).reshape(-1, 2).numpy().T)
+        meter = make_meter(replace(get_competition("profiles-x").with_facts(facts), units=units), TrainConfig())
+        deviations = torch.tensor(units.deviations)
+        said = (truth.nan_to_num(0.3) + torch.tensor(errors_C)) * scale_C
+        meter.add(RnaOutputs(((said - torch.tensor(units.means)) / deviations).float()), batch_of(truth * scale_C))
+        chosen.append(meter.result()["choice"])
+        assert chosen[-1] == pytest.approx(float((torch.tensor(errors_C) * scale_C / deviations).mean()), rel=1e-4)
+    assert chosen[0] < chosen[1]
 
 
 def test_predictions_under_the_padding_do_not_count(truth):

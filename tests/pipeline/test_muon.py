@@ -34,17 +34,19 @@ class Layers(nn.Module):
         self.heads = nn.ModuleDict({"per_base": nn.Linear(16, 8)})
 
 
-def moved(step: Callable[[nn.Module], torch.optim.Optimizer], *, updates: int = 4) -> dict[str, torch.Tensor]:
+def moved(
+    step: Callable[[nn.Module], torch.optim.Optimizer], *, updates: int = 4, device: str = "cpu"
+) -> dict[str, torch.Tensor]:
     """Parameters after some updates with gradients that depend on the seed alone."""
     torch.manual_seed(3)
-    model = Layers()
+    model = Layers().to(device)
     optimizer = step(model)
     for update in range(updates):
         set_learning_rate(optimizer, 0.02 / (update + 1))
         for parameter in model.parameters():
-            parameter.grad = torch.randn_like(parameter)
+            parameter.grad = torch.randn(parameter.shape).to(device)
         optimizer.step()
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
 
 
 def muon(model: nn.Module, *, weight_decay: float = 0.1, share: float = 1.0) -> torch.optim.Optimizer:
@@ -134,6 +136,15 @@ def test_in_bfloat16_it_is_the_same_within_its_rounding():
     exact, rounded = (orthogonal(matrices, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     assert rounded.dtype == torch.bfloat16
     assert float((exact - rounded).norm() / exact.norm()) < 0.03
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_steps_are_those_of_the_cpu():
+    """Of matrices within bfloat16, in which they are turned there: 1.6 % where the CPU does so."""
+    start, found, expected = moved(muon, updates=0), moved(muon, device="cuda"), moved(muon)
+    for name in found:
+        share = 0.04 if name in orthogonal_names(Layers()) else 1e-5
+        assert (found[name] - expected[name]).norm() < share * (expected[name] - start[name]).norm(), name
 
 
 def test_a_gradient_of_nothing_only_decays_and_none_leaves_a_matrix_as_it_was():

@@ -1,8 +1,6 @@
 """Measured numbers of sequences: from the files that people have to clean tables, and what their data say of a set."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -28,21 +26,8 @@ TOLD = "numbers = ['half_life']\n"
 
 
 @pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    folder = tmp_path / "raw"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
 def paths(tmp_path: Path) -> Paths:
     return Paths(comp=COMP, root=tmp_path / "artifacts")
-
-
-@pytest.fixture
-def run(raw: Path, paths: Paths) -> Callable[..., dict[str, Any]]:
-    """The data stage on the raw folder; its facts."""
-    return lambda **how: preprocess.run(get_competition(COMP), raw, paths, **how).facts
 
 
 def numbers_of(paths: Paths, table: str = "train") -> dict[str, list[float | None] | None]:
@@ -104,6 +89,15 @@ def test_numbers_are_labels_that_can_be_no_classes(labels, columns, expected, ra
     run()
     assert read_labels(paths).kind == expected
     assert competition_of(paths).task == expected
+
+
+def test_a_unit_in_brackets_is_no_part_of_a_usual_name(raw, run):
+    """Of `half_life (h)` and `tm`, tm alone was learned."""
+    csv(raw, ROWS.rename({"half_life": "Half_life (h)"}))
+    assert list(run()["numbers"]) == ["Half_life (h)"]
+    csv(raw, ROWS.rename({"half_life": "half_life [h]"}).with_columns(tm=pl.lit(50.5)))
+    with pytest.raises(DataError, match=r"half_life \[h\] and tm may each be the label.*or numbers = \['half_life"):
+        run()
 
 
 def test_several_numbers_keep_the_order_of_columns_toml_and_their_gaps(raw, paths, run):
@@ -175,7 +169,7 @@ def test_rows_of_separators_alone_as_spreadsheets_leave_them_are_no_rows(columns
     assert (facts["rows"], facts["test"]["sequences"]) == (ROWS.height, 1)
     with (raw / "train.csv").open("a") as file:
         file.write(",,2.5\n")
-    with pytest.raises(DataError, match="row 13: empty sequence"):
+    with pytest.raises(DataError, match="row 15: empty sequence"):
         run()
 
 
@@ -298,7 +292,7 @@ def test_other_raw_files_leave_no_table_of_the_earlier_ones(raw, paths, run):
 
 
 def informed(*names: str) -> Competition:
-    return get_competition(COMP, facts={"numbers": list(names)})
+    return get_competition(COMP).with_facts({"numbers": list(names)})
 
 
 def test_numbers_come_back_as_they_were_written(tmp_path):

@@ -24,6 +24,7 @@ from pipeline.training.checkpoint import load_weights, read_meta
 from pipeline.training.distributed import ALONE
 from pipeline.training.losses import NumberLoss, label_values, training_loss
 from pipeline.training.metrics import make_meter
+from pipeline.training.settings import refuse_idle
 from tests.pipeline import labelled_sets
 
 NUMBERS = Numbers(("gc", "tail"), (3, 2), (55.0, 1e-3), (2.5, 0.0), "ACGU")
@@ -81,10 +82,20 @@ def test_a_prediction_that_is_not_finite_is_seen_where_nothing_was_measured(rng)
         make_meter(informed(), TrainConfig(), NUMBERS).add(outputs, batch)
 
 
-def test_micro_batches_give_loss_and_metric_of_the_whole(rng):
+def test_a_number_that_weighs_nothing_has_no_gradient(rng):
+    batch, outputs = make_batch(rng, count=12)
+    settings = TrainConfig(target_weights={"gc": 0})
+    training_loss(informed(), settings, NUMBERS).total(outputs, batch).backward()
+    known_BC, gradient_BC = ~torch.isnan(batch.label_BC), outputs.class_logits_BC.grad
+    assert (gradient_BC[:, 0] == 0).all()
+    assert torch.equal(gradient_BC[:, 1] != 0, known_BC[:, 1])
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 0.25)])
+def test_micro_batches_give_loss_and_metric_of_the_whole(rng, weights):
     batch, outputs = make_batch(rng, count=11)
     loss, parts = (
-        NumberLoss(NUMBERS),
+        NumberLoss(NUMBERS, weights),
         [part(batch, outputs, where) for where in (slice(0, 1), slice(1, 7), slice(7, 11))],
     )
     totals, weights = zip(*((loss.total(out, each), loss.weight(each)) for each, out in parts), strict=True)
@@ -107,7 +118,21 @@ def test_the_metric_is_in_the_units_of_the_data(rng):
         said_BC = outputs.class_logits_BC.double().numpy() * (2.5, 1.0) + NUMBERS.means
         np.testing.assert_allclose(label_values(outputs.class_logits_BC, NUMBERS).numpy(), said_BC)
     errors_C = np.sqrt(np.nanmean((said_BC - batch.label_BC.numpy()) ** 2, axis=0))
-    assert meter.result() == pytest.approx({"metric": errors_C.mean()} | dict(zip(NAMES, errors_C, strict=True)))
+    told = {"metric": errors_C.mean(), "choice": (errors_C / (2.5, 1.0)).mean()}  # of the best epoch: in deviations
+    assert meter.result() == pytest.approx(told | dict(zip(NAMES, errors_C, strict=True)))
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.0, 1.0), (0.5, 2.0)])
+def test_targets_choose_the_best_epoch_by_their_weights_in_the_loss_and_are_scored_alike(rng, weights):
+    """One of weight 0, which is not learned, had as much say as the others."""
+    batch, outputs = make_batch(rng, count=30)
+    meter = make_meter(informed(), TrainConfig(target_weights=dict(zip(NAMES, weights, strict=True))), NUMBERS)
+    with torch.no_grad():
+        meter.add(outputs, batch)
+    found = meter.result()
+    errors_C = np.array([found[name] for name in NAMES])
+    assert found["choice"] == pytest.approx(np.average(errors_C / (2.5, 1.0), weights=weights))
+    assert found["metric"] == pytest.approx(errors_C.mean())
 
 
 def test_units_far_from_zero_lose_no_digits():
@@ -133,7 +158,7 @@ RUN, SPLIT = "numbers.sim80_k2", "sim80_k2"
 
 
 def informed(*names: str):
-    return get_competition(COMP, facts={"numbers": list(names or NAMES)})
+    return get_competition(COMP).with_facts({"numbers": list(names or NAMES)})
 
 
 def make_set(folder: Path, table: pl.DataFrame, *, names: list[str] = NAMES, test: pl.DataFrame | None = None) -> Paths:
@@ -331,7 +356,7 @@ def test_a_fold_without_a_training_number_is_refused(tmp_path, table):
 def test_a_setting_that_means_nothing_to_numbers_is_refused(section, name, value):
     config = replace(CONFIG, **{section: replace(getattr(CONFIG, section), **{name: value})})
     with pytest.raises(ConfigError, match=rf"\[{section}\] {name} = .* means nothing where numbers are predicted"):
-        train.refuse_idle(config, informed())
+        refuse_idle(config, informed())
 
 
 def test_base_pairs_of_proteins_are_refused(tmp_path, rng):

@@ -12,10 +12,11 @@ import pytest
 
 from folds.weights import learn_weights
 from pipeline import preprocess, synthetic
-from pipeline.competitions.openvaccine import COUNTED, OPENVACCINE, TARGETS, error_sums, score
+from pipeline.competitions import raw as raw_tables
+from pipeline.competitions.openvaccine import COUNTED, OPENVACCINE, TARGETS, check_sample, error_sums, score
 from pipeline.errors import DataError
 from pipeline.paths import Paths
-from submissions import check, write
+from submissions import check, file_blocks, write
 from submissions.layout import PositionKeys, read_layout
 
 SEQUENCE = "GGAAACGUAC"
@@ -159,6 +160,27 @@ def test_a_sample_submission_of_other_data_is_refused(tmp_path, change, said):
         clean(raw, tmp_path)
 
 
+def test_keys_of_a_sample_submission_are_compared_block_by_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(raw_tables, "BLOCK_BYTES", 64)
+    ids, lengths_K = [f"id_{place}" for place in range(40)], np.arange(1, 41)
+    names = [f"{name}_{k}" for name, length in zip(ids, lengths_K, strict=True) for k in range(length)]
+
+    def rows(names):
+        table = pl.DataFrame({"id_seqpos": names} | dict.fromkeys(TARGETS, 0.0))
+        table.write_csv(tmp_path / "sample.csv")
+        return check_sample(tmp_path / "sample.csv", ids, lengths_K)
+
+    assert rows(names) == 820
+    for row, wrong in ((1, "id_0_1"), (500, "id_x_0"), (820, "id_39_04")):
+        said = f"row {row}: id_seqpos '{wrong}'; expected '{names[row - 1]}'"
+        with pytest.raises(DataError, match=said):
+            rows([*names[: row - 1], wrong, *names[row:]])
+    with pytest.raises(DataError, match="row 821: id_seqpos 'id_40_0'; expected 'the end'"):
+        rows([*names, "id_40_0"])
+    with pytest.raises(DataError, match="ends after row 780; expected 'id_39_0' next"):
+        rows(names[:780])
+
+
 # --- metric ---
 
 
@@ -249,6 +271,23 @@ def test_a_wrong_submission_is_refused(submitted, synthetic_raw, tmp_path, chang
     for where in (paths, empty):  # with clean tables, and with the sample alone
         with pytest.raises(DataError, match=said):
             check.run(where, competition=OPENVACCINE, file=tmp_path / "my.csv", sample=sample)
+
+
+def test_a_sample_submission_alone_gives_the_keys(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_blocks, "_BLOCK_BYTES", 100)
+    names = [f"id_{name}_{k}" for name, length in (("b", 30), ("a_1", 4), ("c", 50)) for k in range(length)]
+
+    def checked(names, sample):
+        for file, keys in (("s.csv", sample), ("f.csv", names)):
+            pl.DataFrame({"id_seqpos": keys} | dict.fromkeys(TARGETS, 0.5)).write_csv(tmp_path / file)
+        paths = Paths(comp="openvaccine", root=tmp_path / "none")
+        return check.run(paths, competition=OPENVACCINE, file=tmp_path / "f.csv", sample=tmp_path / "s.csv").facts
+
+    assert checked(names, names)["rows"] == 84
+    with pytest.raises(DataError, match=r"f.csv: data row 33 .*'id_a_1_3' is out of order; expected 'id_a_1_2'"):
+        checked([*names[:32], names[33], names[32], *names[34:]], names)
+    with pytest.raises(DataError, match=r"s.csv: data row 41 .*: id_seqpos 'id_c_7'; expected 'id_c_6'"):
+        checked(names, [*names[:40], *names[41:]])
 
 
 def test_keys_number_positions_within_sequences_and_find_their_rows():

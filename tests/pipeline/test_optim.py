@@ -101,6 +101,13 @@ def test_the_average_copies_buffers_and_neither_trains_nor_drops_out():
     assert not any(parameter.requires_grad for parameter in ema.module.parameters())
 
 
+def test_recurrent_weights_of_the_average_are_put_together_as_a_gpu_wants_them(monkeypatch):
+    model, put = nn.Sequential(nn.Linear(2, 4), nn.GRU(4, 3)), list[nn.Module]()
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda part: put.append(part))
+    ema = Ema(model, decay=0.9)
+    assert put == [ema.module[1]]
+
+
 def test_clipping_scales_a_large_gradient_and_leaves_a_small_one():
     model = nn.Linear(4, 1)
     model(torch.full((1, 4), 10.0)).sum().backward()

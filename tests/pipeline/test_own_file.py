@@ -130,7 +130,7 @@ def test_the_page_shows_every_letter_and_needs_nothing_from_elsewhere(paths, fil
 
 
 def test_bars_are_as_high_as_the_values_and_stand_over_their_letters():
-    drawing = own_tables.profile_drawing("A" * 101 + "C", np.full((1, 102), 0.5), ["a"])
+    drawing = own_tables.profile_drawing("A" * 101 + "C", np.full((1, 102), 0.5), ["a"], bases=[0.0])
     bars = drawing.split(' fill="var(--s0)"')[0].rpartition('d="')[2]
     assert bars.count("v-27.0") == 100
     assert bars.startswith("M1 ")
@@ -140,7 +140,7 @@ def test_bars_are_as_high_as_the_values_and_stand_over_their_letters():
 
 def test_bars_begin_at_zero_where_values_may_be_negative():
     """A value of 0 had a bar from the lower edge."""
-    drawing = own_tables.profile_drawing("ACG", np.array([[0.0, 0.25, 1.0]]), ["a"], base=0.25)
+    drawing = own_tables.profile_drawing("ACG", np.array([[0.0, 0.25, 1.0]]), ["a"], bases=[0.25])
     bars = drawing.split(' fill="var(--s0)"')[0].rpartition('d="')[2]
     assert [bars.count(f" 48v{height}h") for height in ("13.5", "0.0", "-40.5")] == [1, 1, 1]
 
@@ -178,7 +178,7 @@ def test_the_same_file_again_changes_nothing_and_another_one_does(paths, file):
         ("", r"the file is empty"),
         (">a\n\n", r"empty sequence"),
         (">a\nACGU\n>a\nACG\n", r"an id twice; expected each once"),
-        (f">a\n{'ACGU' * 9}N\n", r"1 letters that are none of ACGU"),
+        (f">a\n{'ACGU' * 9}N\n", r"1 letter other than ACGU"),
         (">a\nMKWVTFISLLFLFSSAYS\n", r"of the letters are none of ACGU"),
     ],
 )
@@ -231,7 +231,7 @@ def test_classes_have_a_column_each_and_the_most_probable_one(tmp_path):
     likely = ["one" if one > two else "two" for one, two in zip(rows["p(one)"], rows["p(two)"], strict=True)]
     assert rows["most_probable"].to_list() == likely
     assert list(report.outputs) == ["table"]
-    of_numbers = get_competition(competition.name, facts={"numbers": ["half_life"]})  # what the data are of by now
+    of_numbers = get_competition(competition.name).with_facts({"numbers": ["half_life"]})  # what the data are of by now
     assert predicted(file, paths, competition=of_numbers).outputs["table"].read_text().startswith("sequence_id,p(one)")
 
 

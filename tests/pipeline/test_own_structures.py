@@ -144,6 +144,30 @@ def test_networks_of_an_ensemble_predict_too(tmp_path, monkeypatch):
     assert table.height == 5
 
 
+def test_a_single_run_predicts_without_an_ensemble_wherever_its_folder_is(tmp_path, monkeypatch):
+    """Networks predicted through an ensemble alone."""
+    tiny.register(monkeypatch)
+    paths = Paths(comp="tiny3d", root=tmp_path / "artifacts")
+    tiny.write_structures(paths, count=4, tests=1)
+    train.run(tiny.config(epochs=1), competition=tiny.TINY3D, paths=paths, run=tiny.RUN, split=tiny.SPLIT, fold=1)
+    source, found = fasta(tmp_path, stem=HAIRPIN), []
+    for elsewhere in (False, True):
+        run = paths.run_dir(tiny.RUN).rename(tmp_path / "given to somebody") if elsewhere else tiny.RUN
+        done = predicted(source, paths, competition=tiny.TINY3D, run=run)
+        assert done.about == f"candidates of {tiny.RUN}, the most confident ones"
+        found.append(candidates(done))
+    assert found[0].equals(found[1])
+    assert found[0]["source"].to_list() == [f"{tiny.RUN}/fold1"] * 5
+    with pytest.raises(DataError, match="never trained"):
+        predicted(source, paths, competition=tiny.TINY3D, run="another.s")
+
+
+def test_a_run_without_a_network_predicts_alone_too(finished, tmp_path):
+    sequence = pl.read_parquet(finished.clean("train"))["sequence"][0]
+    table = candidates(predicted(fasta(tmp_path, known=sequence), finished, run=templates.run_name(SPLIT)))
+    assert set(table["source"].str.split("/").list.first()) == {templates.run_name(SPLIT)}
+
+
 def test_ids_become_names_of_files(tmp_path):
     paths = Paths(comp="rna3d", root=tmp_path / "artifacts")
     source = tmp_path / "odd.csv"
@@ -156,7 +180,7 @@ def test_ids_become_names_of_files(tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("id,sequence\na,GGGGN\nb,ACGUACGUACGUACGUACGUACGUACGU\n", r"1 letters that are none of ACGU"),
+        ("id,sequence\na,GGGGN\nb,ACGUACGUACGUACGUACGUACGUACGU\n", r"1 letter other than ACGU"),
         (f"id,sequence\nchromosome,{'ACGU' * 31_250}\n", r"chromosome has 125,000 nt; expected at most 10,000"),
         ("id,sequence,temporal_cutoff\na,ACGU,27.5.2022\n", r"a: temporal_cutoff '27\.5\.2022'; expected YYYY-MM-DD"),
         ("id,sequence\na/b,ACGU\na_b,ACGU\n", r"id 'a/b' would name the files 'a_b'"),

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from rich.console import Console
 
 from models.registry import create_model
 from pipeline import memory, plan
@@ -177,6 +178,16 @@ def test_a_tenth_of_what_is_free_is_spared():
     assert planned(available=Free(int(total / 0.89), "")).fits
 
 
+def test_a_small_network_needs_something():
+    """`make plan` said "weights 0 MiB"."""
+    console = Console(width=100)
+    planned = make_plan(small_run(), build("tiny_hyena"), device=CPU)
+    with console.capture() as captured:
+        console.print(planned.table())
+    (told,) = [line.split() for line in captured.get().splitlines() if line.startswith("weights")]
+    assert told[1:] == [f"{planned.need.weights / 2**10:.0f}", "KiB"]
+
+
 def test_processes_share_the_memory_of_a_machine(monkeypatch):
     """Each of 8 was compared with all of it."""
     monkeypatch.setattr(memory, "_machine_bytes", lambda: 8 * 2**20)
@@ -210,6 +221,7 @@ def test_a_process_of_several_needs_memory_for_its_share_of_the_batch():
     assert make_plan(small_run(micro_batch=8), network, processes=2, device=CPU).step.accumulates
     line = make_plan(small_run(), network, processes=4, device=CPU).line()
     assert "free on cpu in each of 4 processes: 8 sequences of 128 nt" in line
+    assert ": 1 sequence of 128 nt" in make_plan(small_run(micro_batch=1), network, device=CPU).line()
 
 
 def test_a_process_of_a_sharded_run_needs_its_part_of_the_states_and_two_blocks():

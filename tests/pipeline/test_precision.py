@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from pipeline.errors import ConfigError
 from pipeline.training.precision import (
     Precision,
     choose_device,
@@ -92,13 +93,55 @@ def test_a_scaled_fp16_step_updates_and_an_overflow_does_not():
         assert scaler.get_scale() == (scale if moves else scale / 2)
 
 
-def test_determinism_is_switched_back(monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+def test_determinism_is_switched_back():
     assert not torch.are_deterministic_algorithms_enabled()
     with deterministic_algorithms(True):
         assert torch.are_deterministic_algorithms_enabled()
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.fixture
+def first_kernel(monkeypatch):
+    """Says how the first kernel on a GPU ends; what `choose_device` changes is put back."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    yield lambda run: monkeypatch.setattr(torch, "ones", run)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_libraries_are_told_what_they_have_to_know_before_they_compute(first_kernel):
+    """A sample of the predictions, then a deterministic run: "you must set an environment variable before"."""
+    first_kernel(lambda *_, **__: None)
+    assert choose_device() == torch.device("cuda")
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "told"),
+    [
+        (
+            "no kernel image is available for execution on the device",
+            ConfigError,
+            r"^Tesla P100: torch .* has no code for it; expected one of sm_75, sm_90\. Next: take another GPU",
+        ),
+        ("all CUDA-capable devices are busy or unavailable", torch.AcceleratorError, "busy or unavailable"),
+    ],
+)
+def test_a_gpu_that_this_torch_has_no_code_for_is_refused_in_a_sentence(first_kernel, monkeypatch, said, kind, told):
+    """It was taken for one that failed, and the command for one to be repeated."""
+
+    def fail(*_, **__):
+        raise torch.AcceleratorError(f"CUDA error: {said}\nCUDA kernel errors might be reported later")
+
+    first_kernel(fail)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90"])
+    with pytest.raises(kind, match=told):
+        choose_device()
 
 
 def test_a_device_is_found():

@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import train
 from pipeline.competitions.ribonanza import RIBONANZA
 from pipeline.config import load_config
 from pipeline.kernel import bundle
 from pipeline.kernel.wheels import _SKIPPED
+from pipeline.network import build_model, resolved_config
 from pipeline.notebook import Trained
 from pipeline.paths import PRETRAINED, REPOSITORY
 from pipeline.runs import find_run
 from pipeline.stage import sha256_file
 from pipeline.training.checkpoint import CheckpointStore, initial_checkpoint, read_meta
+from pipeline.training.initial import load_initial
 
-HOME = PRETRAINED / "reactivity-v1"
+HOME = PRETRAINED / "reactivity-v2"
 CARD = (HOME / "card.md").read_text()
 CHECKPOINTS = [CheckpointStore(HOME / f"fold{fold}" / "checkpoints").best_folder() for fold in range(5)]
 
@@ -36,14 +37,16 @@ def test_nothing_but_weights_and_what_loads_them_is_shipped():
     files = {path.relative_to(HOME) for path in HOME.rglob("*") if path.is_file()}
     kept = {path.relative_to(HOME) / name for path in CHECKPOINTS for name in ("model.safetensors", "meta.json")}
     assert files == kept | {Path("card.md")}
+    assert all(read_meta(path)["progress"]["finished"] for path in CHECKPOINTS)  # or predictions say that they are not
     assert sum((HOME / path).stat().st_size for path in files) < 4 * 2**20
 
 
 def test_the_network_is_the_one_that_the_card_names():
     config = load_config("small_ribonanza_mamba")
-    assert f"{sum(p.numel() for p in train.build_model(config.model, RIBONANZA).parameters()):,} parameters" in CARD
+    model = build_model(config.model, RIBONANZA)
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in CARD
     for path in CHECKPOINTS:
-        assert read_meta(path)["config"]["model"]["kwargs"] == config.model.kwargs
+        assert read_meta(path)["config"]["model"]["kwargs"] == resolved_config(config, model)["model"]["kwargs"]
 
 
 def test_the_cards_example_is_predicted():
@@ -64,21 +67,21 @@ def test_predictions_of_unusual_rnas_are_in_range():
 
 
 def test_a_run_may_begin_with_them_fold_by_fold_and_their_fold_must_be_its_own(capsys):
-    assert [initial_checkpoint(Path("reactivity-v1"), fold=fold) for fold in range(5)] == CHECKPOINTS
-    config = replace(load_config("small_ribonanza_mamba").model, init="reactivity-v1")
+    assert [initial_checkpoint(Path("reactivity-v2"), fold=fold) for fold in range(5)] == CHECKPOINTS
+    config = replace(load_config("small_ribonanza_mamba").model, init="reactivity-v2")
     trained_on = read_meta(CHECKPOINTS[3])["data"]["folds"]
     meta: dict[str, Any] = {"competition": "ribonanza", "split": "sim80_k5", "fold": 3}
     for folds, seen in ((trained_on, False), ("of other data", True)):
-        model = train.build_model(config, RIBONANZA)
-        facts = train._load_initial(model, config, meta | {"data": {"folds": folds}})
+        model = build_model(config, RIBONANZA)
+        facts = load_initial(model, config, meta | {"data": {"folds": folds}})
         assert facts is not None
         assert facts["backbone"] == 1.0
-        assert (facts["run"], facts["fold"]) == ("reactivity-v1.sim80_k5", 3)
+        assert (facts["run"], facts["fold"]) == ("reactivity-v2.sim80_k5", 3)
         assert ("scores of this run are not out of fold" in " ".join(capsys.readouterr().err.split())) is seen
 
 
 def test_a_notebook_that_trains_gets_those_of_its_folds(tmp_path):
-    places = bundle._pack_initial(Path("reactivity-v1"), (0, 3), tmp_path)
+    places = bundle._pack_initial(Path("reactivity-v2"), (0, 3), tmp_path)
     packed = [place for entry in places.values() for place in entry["places"]]
     steps = [CHECKPOINTS[fold].name for fold in (0, 3)]
     names = ("model.safetensors", "meta.json")
@@ -91,7 +94,7 @@ def test_a_notebook_that_trains_gets_those_of_its_folds(tmp_path):
 
 def test_they_are_found_by_name_and_a_config_of_no_such_name_is_a_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert find_run("reactivity-v1", split="sim80_k5") == HOME
+    assert find_run("reactivity-v2", split="sim80_k5") == HOME
     assert find_run("hyena", split="sim80_k5", tag="x") == "hyena+x.sim80_k5"
     (tmp_path / "hyena").mkdir()
     assert find_run("hyena", split="sim80_k5") == "hyena.sim80_k5"

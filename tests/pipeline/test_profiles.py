@@ -12,8 +12,7 @@ import pytest
 
 from pipeline import bpp, preprocess, viennarna
 from pipeline.cli import run_verb
-from pipeline.competitions import competition_of, get_competition, openvaccine, profile_columns, ribonanza
-from pipeline.competitions.profiles import error_sums
+from pipeline.competitions import competition_of, get_competition, openvaccine, profile_columns
 from pipeline.errors import ConfigError, DataError
 from pipeline.notebook import Trained
 from pipeline.paths import Paths
@@ -87,21 +86,8 @@ WRITERS: dict[str, Callable[[Path, Rows], Any]] = {
 
 
 @pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    folder = tmp_path / "raw"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
 def paths(tmp_path: Path) -> Paths:
     return Paths(comp="profiles-mine", root=tmp_path / "artifacts")
-
-
-@pytest.fixture
-def run(raw: Path, paths: Paths) -> Callable[..., dict[str, Any]]:
-    """The data stage on the raw folder; its facts."""
-    return lambda at=raw, **how: preprocess.run(get_competition(paths.comp), at, paths, **how).facts
 
 
 @pytest.fixture
@@ -210,7 +196,18 @@ def test_facts_say_what_the_competition_predicts(clean: Any, paths: Paths) -> No
     assert mine.targets == ("shape", "dms")
     assert (mine.metric, mine.error_power, mine.target_range) == ("RMSE", 2, (0.0, 1.0))
     assert mine.signal_to_noise == ("signal_to_noise_shape", "signal_to_noise_dms")
-    assert get_competition(paths.comp, facts=json.loads(json.dumps(mine.facts))).targets == mine.targets
+    assert get_competition(paths.comp).with_facts(json.loads(json.dumps(mine.facts))).targets == mine.targets
+
+
+def test_every_target_has_figures_of_its_own_range(raw: Path, run: Any, paths: Paths) -> None:
+    """All shared one: of a target whose values were a thousandth of another's, floors and figures showed nothing."""
+    rows = [row | {"dms": [None if value is None else 1e-3 * value for value in row["dms"]]} for row in ROWS]
+    WRITERS["parquet"](raw, rows)
+    run()
+    shape, dms = competition_of(paths).shown_ranges
+    assert dms[1] <= 1e-3 < 0.5 < shape[1]
+    earlier = competition_of(paths).facts | {"shown_ranges": None, "shown_range": [0.0, 2.0]}
+    assert get_competition(paths.comp).with_facts(earlier).shown_ranges == ((0.0, 2.0),) * 2
 
 
 def test_without_clean_tables_nothing_is_known(paths: Paths) -> None:
@@ -299,15 +296,21 @@ def test_rows_with_other_letters_are_left_out_up_to_a_twentieth(clean: Any) -> N
         clean([row | {"sequence": "N" + row["sequence"][1:]} for row in rows[:3]] + rows[3:])
 
 
-@pytest.mark.parametrize("power", [1, 2])
-def test_errors_are_those_of_the_competitions_with_the_same_metric(power: int) -> None:
-    rng = np.random.default_rng(1)
-    truth = np.where(rng.random((40, 2)) < 0.2, np.nan, rng.normal(0.5, 0.6, (40, 2)))
-    predicted = rng.normal(0.5, 0.6, (40, 2))
-    theirs, within = (ribonanza, (0.0, 1.0)) if power == 1 else (openvaccine, None)
-    ours = error_sums(predicted, truth, targets=("a", "b"), target_range=within, power=power)
-    for got, expected in zip(ours, theirs.error_sums(predicted, truth), strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-12)
+CONSTANT = [{"id": f"s{k}", "sequence": "GGAAC", "a": [0.5] * 5, "b": [float(k)] * 2 + [1.5] * 3} for k in range(4)]
+
+
+def test_targets_and_profiles_of_one_value_are_told(clean: Any, capsys: Any) -> None:
+    clean([*CONSTANT, {"id": "t", "sequence": "GGA", "a": [0.5] * 3, "b": [0.0, None, 0.0]}])
+    told = capsys.readouterr().err
+    assert "train.parquet: a is 0.5 wherever it was measured: there is nothing to learn" in told
+    assert "train.parquet: row 5 (id t): b is 0 throughout; 1 of 5 profiles are such. Next, if their" in told
+
+
+def test_a_structure_without_pairs_is_nothing_odd(clean: Any, capsys: Any) -> None:
+    clean(
+        [{"id": "a", "sequence": "GGAAC", "structure": "....."}, {"id": "b", "sequence": "GGAAC", "structure": "(...)"}]
+    )
+    assert "throughout" not in capsys.readouterr().err
 
 
 # --- what is refused ---
@@ -453,6 +456,26 @@ def test_several_modifiers_are_not_mixed(raw: Path, run: Any, paths: Paths) -> N
     assert pl.read_parquet(paths.clean("train"))["dataset_name"].to_list() == ["DMS"]
 
 
+def test_rdat_without_seqpos_has_a_value_for_each_letter(raw: Path, run: Any, paths: Paths) -> None:
+    """It said "SEQPOS has 0 positions"; and a comment in Latin-1 was "no UTF-8 text"."""
+    lines = [
+        "RDAT_VERSION 0.34",
+        "COMMENT 37 \u00b0C",
+        "NAME a",
+        "SEQUENCE GGAAC",
+        "OFFSET 7",
+        "ANNOTATION modifier:1M7",
+    ]
+    lines += ["ANNOTATION_DATA:1 mutation:A9C", "REACTIVITY:1 1 2 3 4 5"]
+    (raw / "train.rdat").write_bytes("\n".join(lines).encode("latin-1"))
+    with pytest.raises(DataError, match="mutation A9C does not fit"):
+        run()
+    (raw / "train.rdat").write_bytes("\n".join(lines).replace("A9C", "G9C").encode("latin-1"))
+    run()
+    table = pl.read_parquet(paths.clean("train"))
+    assert (table["sequence"][0], table["reactivity"][0].to_list()) == ("GCAAC", [1, 2, 3, 4, 5])
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -461,6 +484,8 @@ def test_several_modifiers_are_not_mixed(raw: Path, run: Any, paths: Paths) -> N
         (("REACTIVITY:1\t0.4", "REACTIVITY:1\tx"), "line 12: REACTIVITY holds"),
         (("mutation:G12C", "mutation:A12C"), "mutation A12C does not fit its construct"),
         (("NAME\ttest\n", ""), "line 2: 'SEQUENCE"),
+        (("SEQPOS\tA14\tA13\tG12", ""), "3 values; there is no SEQPOS, and the sequence has 5 positions"),
+        (("SEQPOS\tA14\tA13\tG12", "SEQPOS\t4 3 2"), "SEQPOS 2 to 4 with OFFSET 10; expected 11 to 15"),
         (("signal_to_noise:weak:0.5", "signal_to_noise:weak"), "profile 2: signal_to_noise:weak; expected a number"),
     ],
 )
@@ -515,6 +540,39 @@ def test_odd_letters_are_refused_in_a_test_set_and_read_as_another_in_a_hidden_o
     assert table["sequence"].to_list() == ["GGA", "AC"]
 
 
+KNOWN: dict[str, tuple[dict[str, list[Any]], dict[str, Any]]] = {
+    "nothing": ({}, {}),
+    "all": ({"shape": ["1 2 3", "4 -999"], "dms": ["1 1 nan", "2 2"]}, {"measured": 2}),
+    "some": ({"shape": ["1 2 3", ""], "dms": ["1 1 1", ""]}, {"measured": 1}),
+    "filtered": ({"shape": ["1 2 3", "1 2"], "dms": ["1 1 1", "1 2"], "SN_filter": [1, 0]}, {"measured": 1}),
+    "one of two": ({"shape": ["1 2 3", "4 5"]}, {"values": "not used: no dms"}),
+    "zeros": ({"shape": ["0 0 0", "0 0"], "dms": ["0 0 0", "0 0"]}, {"values": "not used: all the same"}),
+    "apart": ({"shape": ["1 2 nan", "1 2"], "dms": ["nan nan 1", "nan nan"]}, {"values": "not used: none is measured"}),
+    "short": (
+        {"shape": ["1 2 3", "4 5"], "dms": ["1 1 1", "2 2 2"]},
+        {"values": "not used: test.csv: row 2 (id y): dms holds 2 at position 3"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", KNOWN)
+def test_values_of_a_test_set_are_kept_where_they_are_such(case: str, raw: Path, run: Any, paths: Paths) -> None:
+    """They were ignored without a word."""
+    columns, told = KNOWN[case]
+    WRITERS["parquet"](raw, ROWS)
+    pl.DataFrame({"id": ["x", "y"], "sequence": ["GGA", "CC"]} | columns).write_csv(raw / "test.csv")
+    facts = run()["test"]
+    assert {name: facts[name] for name in ("measured", "values") if name in facts} == told
+    table = pl.read_parquet(paths.clean("test"))
+    assert table.columns[4:] == (["shape", "dms"] if "measured" in told else [])
+    if case == "all":
+        assert table["shape"].to_list() == [[1, 2, 3], [4, None]]
+    if case == "filtered":
+        assert table["dms"].to_list() == [[1, 1, 1], [None, None]]
+    run(test_only=True)
+    assert pl.read_parquet(paths.clean("test")).columns == ["sequence_id", "sequence", "id_min", "id_max"]
+
+
 @pytest.mark.skipif(not viennarna.available()[0], reason="needs ViennaRNA")
 def test_pairing_needs_no_test_set(clean: Any, paths: Paths) -> None:
     """It said "bpp: test file …/clean/test.parquet is missing"."""
@@ -531,7 +589,8 @@ def test_the_whole_chain_runs_by_command_and_a_checkpoint_predicts_elsewhere(tmp
     raw.mkdir()
     WRITERS["csv-brackets"](raw, make_rows(36, seed=3))
     (raw / "columns.toml").write_text('targets = ["shape", "dms"]')  # which embed passes over
-    pl.DataFrame(make_rows(4, seed=4)).select("id", "sequence").write_csv(raw / "test.csv")
+    test = make_rows(4, seed=4)
+    as_text(test, lambda values: f"[{joined(values, ', ', 'null')}]").drop("shape_error").write_csv(raw / "test.csv")
     at = ("--comp", "profiles-mine", "--artifacts", str(home))
     model = ("--model", "tiny_drsn", "--split", "sim80_k2", "--tag", "short", "--set", "train.epochs=2")
     for verb in (
@@ -552,6 +611,11 @@ def test_the_whole_chain_runs_by_command_and_a_checkpoint_predicts_elsewhere(tmp
     assert scores["columns"] == ["shape", "dms"]
     page = (paths.ensemble_dir("all") / "report.html").read_text()
     assert "Profiles, mine" in page
+    assert "The test set" in page
+    said = dict(pl.read_parquet(paths.ensemble_dir("all") / "test.parquet")["sequence_id", "shape"].iter_rows())
+    misses = [abs(p - t) for row in test for p, t in zip(said[row["id"]], row["shape"], strict=True) if t is not None]
+    assert scores["test"]["per_target"]["shape"] == pytest.approx(np.mean(misses), abs=1e-6)
+    assert (scores["test"]["scored"], scores["test"]["positions"]) == (4, len(misses))
     lines = paths.submission("all").read_text().splitlines()
     assert lines[0] == "id_seqpos,shape,dms"
     length = len(make_rows(4, seed=4)[0]["sequence"])

@@ -28,6 +28,7 @@ from pipeline.training.loader import BatchSource, Place
 from pipeline.training.loop import TrainingData
 from pipeline.training.losses import ClassLoss, training_loss
 from pipeline.training.pseudo import measured_ends
+from pipeline.training.settings import refuse_idle
 from tests.pipeline import labelled_sets, tiny
 from tests.pipeline.tiny import SPLIT, TARGETS, TINY, fit, rows_of
 
@@ -245,6 +246,13 @@ def without_network(paths: Paths) -> None:
     shutil.rmtree(paths.fold_dir(TEACHER, 0) / "checkpoints")
 
 
+def damaged_network(paths: Paths) -> None:
+    """DamagedError: model.safetensors: no such file, with a traceback."""
+    teach(paths)
+    for weights in paths.fold_dir(TEACHER, 0).glob("checkpoints/*/model.safetensors"):
+        weights.unlink()
+
+
 def other_test_set(paths: Paths) -> None:
     teach(paths)
     pl.read_parquet(paths.clean("test"))[1:].write_parquet(paths.clean("test"))
@@ -255,14 +263,15 @@ def none(paths: Paths) -> None:
 
 
 REFUSED: dict[Callable[[Paths], None], tuple[type[Exception], str]] = {
-    copied_table: (DataError, "not written by a checkpoint in .*fold0/checkpoints.* Next: predict with that run"),
+    copied_table: (DataError, "not written by a whole checkpoint in .*fold0/checkpoints.* Next: predict with that run"),
     copied_folder: (ConfigError, "comes from all but fold 1 of 'sim80_k2'.* that fold 0 of 'sim80_k2' validates on"),
     begun_with_another_fold: (ConfigError, "comes from all but fold 1 .*initial weights"),
     begun_with_what_began_with_another_fold: (ConfigError, "comes from all but fold 1 .*initial weights"),
     other_fold_table: (ConfigError, "expected the same fold of the same fold table"),
-    edited: (DataError, "not written by a checkpoint"),
-    without_manifest: (DataError, "not written by a checkpoint"),
-    without_network: (DataError, "not written by a checkpoint"),
+    edited: (DataError, "not written by a whole checkpoint"),
+    without_manifest: (DataError, "not written by a whole checkpoint"),
+    without_network: (DataError, "not written by a whole checkpoint"),
+    damaged_network: (DataError, "not written by a whole checkpoint"),
     other_test_set: (DataError, "predictions of other sequences than the 8 of the test set"),
     none: (DataError, rf"no predictions of '{TEACHER}' to learn from; runs that have some for fold0: {OTHER}\. Next: "),
 }
@@ -470,9 +479,8 @@ def test_the_loss_of_probabilities_is_least_where_they_are_met(paths):
         torch.testing.assert_close(logits_BC.grad, torch.zeros(1, 3), atol=1e-6, rtol=0)
 
 
-def test_a_focal_loss_takes_no_probabilities(tmp_path):
+@pytest.mark.parametrize("setting", ["focal_gamma", "focal_alpha"])
+def test_a_focal_loss_takes_no_probabilities(setting, tmp_path):
     paths = Paths(comp="labelled-set", root=tmp_path)
-    with pytest.raises(ConfigError, match=r"pseudo with .* focal_gamma = 2: .* Next: leave one out"):
-        train.refuse_idle(
-            load_config("tiny_hyena", ['data.pseudo="a"', "train.focal_gamma=2.0"]), competition_of(paths)
-        )
+    with pytest.raises(ConfigError, match=rf"pseudo with .* {setting} = 0.5: .* Next: leave one out"):
+        refuse_idle(load_config("tiny_hyena", ['data.pseudo="a"', f"train.{setting}=0.5"]), competition_of(paths))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import runlog, train
+from pipeline import network, runlog
 from pipeline.config import RunConfig
 from pipeline.errors import DivergedError, LostDeviceError, StoppedError, StorageError
 from pipeline.paths import Paths
@@ -241,7 +241,7 @@ def test_a_resumed_run_remembers_how_small_its_micro_batches_have_to_be(paths, i
 def test_what_does_not_fit_alone_is_said_and_the_state_saved(paths, inject):
     inject(exhausted_above(0, MemoryError()))
     with pytest.raises(
-        StorageError, match=r"with micro-batches of 1 sequences; the state is saved\. Next: try a smaller net"
+        StorageError, match=r"with micro-batches of 1 sequence; the state is saved\. Next: try a smaller net"
     ):
         fit(paths, tiny.config(micro_batch="auto"))
     assert [row["now"] for row in rows_of(paths, "micro_batch")] == [4, 2, 1]
@@ -313,8 +313,13 @@ def test_errors_are_told_apart_by_what_can_be_done():
     assert not any(is_out_of_memory(error) for error in LOST)
     assert not is_device_lost(torch.OutOfMemoryError("CUDA out of memory."))
     assert not is_device_lost(RuntimeError("CUDA error: out of memory"))
-    for word in ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`", "cuFFT: CUFFT_ALLOC_FAILED"):
-        assert is_out_of_memory(RuntimeError(word))  # the first was a lost device, whose rerun fails in the same place
+    for word in (
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`",  # was a lost device: reruns fail again
+        "cuFFT error: CUFFT_ALLOC_FAILED",
+        "GET was unable to find an engine to execute this computation",  # a convolution's; ended with a traceback
+        "Unable to find a valid cuDNN algorithm to run convolution",
+    ):
+        assert is_out_of_memory(RuntimeError(word))
         assert not is_device_lost(RuntimeError(word))
     assert not is_device_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_device_lost(ValueError("CUDA error"))
@@ -350,7 +355,7 @@ def test_a_batch_that_cannot_be_saved_does_not_end_the_run(paths, inject, said, 
 
 
 def test_a_state_that_is_not_finite_before_anything_was_saved_is_refused(paths, monkeypatch):
-    make = train.create_model
+    make = network.create_model
 
     def spoilt(*args: Any, **given: Any) -> Any:
         model = make(*args, **given)
@@ -358,6 +363,6 @@ def test_a_state_that_is_not_finite_before_anything_was_saved_is_refused(paths, 
             model.heads["per_base"].bias[0] = math.nan
         return model
 
-    monkeypatch.setattr(train, "create_model", spoilt)
+    monkeypatch.setattr(network, "create_model", spoilt)
     with pytest.raises(DivergedError, match=r"step 0: heads\.per_base\.bias is not finite and is not saved; 0 batch"):
         fit(paths)

@@ -1,20 +1,23 @@
 """A run goes on under other settings only where that was asked for and does no harm, and says what is different."""
 
 import copy
+import dataclasses
+import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
 from models.registry import list_models
-from pipeline import cli, train
+from pipeline import cli, predict, train
 from pipeline.competitions import get_competition
 from pipeline.config import RunConfig, config_from_dict, list_configs, load_config
 from pipeline.errors import ConfigError, DataError, StoppedError
 from pipeline.labels import Classes
 from pipeline.paths import Paths
-from pipeline.training import resume
+from pipeline.training import announce, optim, resume, state
 from pipeline.training.checkpoint import CheckpointStore
 from tests.pipeline import tiny
 from tests.pipeline.tiny import fit, rows_of
@@ -27,7 +30,8 @@ LONGER = f"longer.{tiny.SPLIT}"
 @pytest.fixture
 def said(monkeypatch) -> list[str]:
     lines: list[str] = []
-    monkeypatch.setattr(train, "say", lines.append)
+    for module in (train, announce):
+        monkeypatch.setattr(module, "say", lines.append)
     monkeypatch.setattr(resume, "warn", lines.append)
     return lines
 
@@ -105,7 +109,7 @@ def test_a_change_that_makes_another_run_of_it_is_refused_with_the_flag_too(path
     begin(paths)
     before = {path: path.read_bytes() for path in paths.fold_dir(tiny.RUN, 0).rglob("*") if path.is_file()}
     with pytest.raises(
-        ConfigError, match=r"this run was begun with other settings .*Next: leave config\.\S+ as it was"
+        ConfigError, match=r"this run was begun with other settings .*Next: leave config\.\S+ as it was .* in SET\)"
     ):
         fit(paths, tiny.config(**{"patience": 9, **changes}), allow_changes=True)
     assert all(path.read_bytes() == data for path, data in before.items())
@@ -123,11 +127,95 @@ def test_the_flag_without_a_run_is_refused(paths):
         fit(paths, allow_changes=True)
 
 
+def test_a_run_begun_by_a_toml_that_has_changed_since_is_told_what_it_takes_to_go_on(paths):
+    """An update moved a preset to another optimiser: TAG and RESTART were all that was offered, both from step 0.
+
+    With folds not begun yet ALLOW_CHANGES had no way on: "no run was begun here that could be changed".
+    """
+    begin(paths)
+    with pytest.raises(ConfigError) as caught:
+        fit(paths, tiny.config(lr=0.5, optimizer="muon", epochs=4))
+    told = re.search(r"Next: the same command with (.*) in SET \(--set\) and ALLOW_CHANGES=1", str(caught.value))
+    overrides = told.group(1).split()
+    assert overrides == ["train.epochs=3", "train.lr=0.01", 'train.optimizer="adamw"']
+    before = config_from_dict(tomllib.loads("\n".join(["model.name='tiny'", *overrides])), where="SET").train
+    assert (before.epochs, before.lr, before.optimizer) == (3, 0.01, "adamw")
+    assert fit(paths, allow_changes=True).facts["steps"] == 12
+    assert fit(paths, allow_changes=True, fold=1).status == "built", "make train-all goes on to the other folds"
+
+
+@pytest.mark.parametrize("place", ["data", "network"])
+def test_what_no_setting_can_undo_offers_none(paths, place, monkeypatch):
+    begin(paths)
+    if place == "data":
+        tiny.write_values(paths, seed=2)
+    else:
+        monkeypatch.setattr(CheckpointStore, "newest_meta", _with_setting_that_is_gone(CheckpointStore.newest_meta))
+    with pytest.raises(ConfigError) as caught:
+        fit(paths)
+    assert " in SET" not in str(caught.value)
+
+
+def _with_setting_that_is_gone(newest_meta):
+    def changed(store: CheckpointStore) -> dict:
+        meta = copy.deepcopy(newest_meta(store))
+        meta["config"]["model"]["kwargs"]["gone"] = 3
+        return meta
+
+    return changed
+
+
+# --- other code ---
+
+
+@pytest.mark.parametrize("part", ["network", "optimiser", "counters"])
+def test_a_checkpoint_of_other_code_is_refused_in_a_sentence(paths, part, monkeypatch):
+    """RuntimeError: Missing key(s) in state_dict; ValueError: a different number of parameter groups."""
+    config = tiny.config(optimizer="muon")
+    begin(paths, config)
+    if part == "network":
+        monkeypatch.setattr(tiny, "Fault", lambda: torch.nn.Linear(8, 8))
+    elif part == "optimiser":
+        monkeypatch.setattr(optim, "hidden_apart", lambda _model, groups: [g | {"orthogonal": False} for g in groups])
+    else:
+        monkeypatch.setattr(state.Progress, "from_dict", lambda tree: state.Progress(**tree, counter=3))
+    before = CheckpointStore(paths.fold_dir(tiny.RUN, 0) / "checkpoints").newest_meta()
+    with pytest.raises(
+        DataError, match=r"step-0*5: does not fit today's code \(.+\); .* Next: take the code that wrote"
+    ):
+        fit(paths, config)
+    monkeypatch.undo()
+    tiny.register(monkeypatch)
+    assert CheckpointStore(paths.fold_dir(tiny.RUN, 0) / "checkpoints").newest_meta() == before
+    assert fit(paths, config).facts["steps"] == 12
+
+
+def test_predictions_by_other_code_are_refused_in_a_sentence(paths, monkeypatch):
+    fit(paths, tiny.config(epochs=1))
+    monkeypatch.setattr(tiny, "Fault", lambda: torch.nn.Linear(8, 8))
+    with pytest.raises(DataError, match=r"does not fit today's code .*Missing key.*fault\.weight"):
+        predict.run(competition=tiny.TINY, paths=paths, run=tiny.RUN, fold=0)
+
+
 def test_more_patience_opens_a_run_that_had_lost_it(paths):
     config = {"epochs": 20, "lr": 1e-12, "ema_decay": 0.0, "schedule": "constant", "model": {"dropout": 0.0}}
     ended = fit(paths, tiny.config(**config, patience=1)).facts["epochs"]
     again = fit(paths, tiny.config(**config, patience=3), allow_changes=True).facts["epochs"]
     assert ended < again < 20
+
+
+@pytest.mark.parametrize("unit", [0.001, 1000.0])
+def test_a_run_that_chose_its_best_epoch_by_the_metric_goes_on_by_it(unit):
+    """Its metric, in the units of the data, was compared with deviations: every later epoch was the best, or none."""
+    begun = dataclasses.asdict(state.Progress(step=8, best_metric=2 * unit, best_step=4, stale_epochs=1))
+    del begun["best_choice"]  # as older checkpoints are
+    progress = state.Progress.from_dict(begun)
+    assert [progress.enter(metric * unit, choice) for metric, choice in [(2.5, 0.1), (1.5, 0.9), (1.6, 0.1)]] == [
+        False,
+        True,
+        False,
+    ]
+    assert (progress.best_metric, progress.best_step, progress.stale_epochs) == (1.5 * unit, 8, 1)
 
 
 # --- the network's arguments ---
@@ -187,6 +275,14 @@ def test_the_settings_a_checkpoint_keeps_build_the_network_of_its_toml(name):
     }
     assert kept.train == config.train
     assert kept.model.kwargs.items() >= config.model.kwargs.items()
+
+
+def test_the_range_of_figures_is_no_setting(tmp_path):
+    """A run that was begun when all targets of a set shared one would have been refused."""
+    wanted = {"facts": {"metric": "MAE", "shown_ranges": [[0.0, 1.0]]}}
+    assert resume.require_same(wanted, {"facts": {"metric": "MAE", "shown_range": [0.0, 2.0]}}, where=tmp_path) == []
+    with pytest.raises(ConfigError, match=r"facts\.metric RMSE -> MAE\. Next"):
+        resume.require_same(wanted, {"facts": {"metric": "RMSE", "shown_range": [0.0, 2.0]}}, where=tmp_path)
 
 
 def test_every_network_has_a_config():

@@ -319,6 +319,7 @@ BAD = {
         "1SCL_A_2,G,2,abc",
         "row 2.*'x_1' holds 'abc'; expected a number",
     ),
+    "fraction": ("train_labels.csv", "1SCL_A_2,G,2,", "1SCL_A_2,G,2.0,", "row 2.*'resid' holds '2.0'; .* whole number"),
     "partial residue": ("train_labels.csv", "2,11.0,1.0,-1.25", "2,11.0,,", "there only in part"),
     "empty sequence": ("train_sequences.csv", "GGGAAC", "", "row 1 .1SCL_A.: empty sequence"),
     "bad date": ("train_sequences.csv", "2022-05-28", "28 May 22", "row 1.*no date; expected YYYY-MM-DD"),

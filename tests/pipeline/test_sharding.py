@@ -21,6 +21,7 @@ from pipeline.training.checkpoint import Checkpoint, CheckpointStore
 from pipeline.training.distributed import World
 from pipeline.training.optim import decay_groups
 from pipeline.training.precision import Precision
+from pipeline.training.settings import check_sharding
 from pipeline.training.state import TrainingState
 from tests.pipeline import tiny
 from tests.pipeline.ranks import Scene, codes, everything, fixtures, losses, rows, run_name
@@ -258,4 +259,4 @@ def held(state: TrainingState) -> int:
 def test_an_automatic_micro_batch_is_refused_in_parts(world):
     settings = TrainConfig(sharding="fsdp2", micro_batch="auto")
     with pytest.raises(ConfigError, match=r"micro_batch = 'auto' with sharding = 'fsdp2'.* Next: give a number"):
-        train._check_sharding(settings, world)
+        check_sharding(settings, world)

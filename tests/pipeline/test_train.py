@@ -22,13 +22,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import train
+from pipeline import network, train
 from pipeline.config import RunConfig, load_config
 from pipeline.errors import ConfigError, DataError, DivergedError, StoppedError, StorageError
 from pipeline.paths import Paths
 from pipeline.runlog import read_metrics
 from pipeline.stage import commit
-from pipeline.training import loop
+from pipeline.training import initial, loop
 from pipeline.training.checkpoint import CheckpointStore, load_checkpoint
 from pipeline.training.stop import SIGNALS, StopRequest, run_lock
 from tests.pipeline import tiny
@@ -113,12 +113,14 @@ def test_a_checkpoint_knows_its_run(paths):
     assert json.loads((paths.fold_dir(tiny.RUN, 0) / "config.json").read_text())["config"] == meta["config"]
 
 
-def test_sequences_of_the_held_out_fold_do_not_train(paths, inject):
+def test_sequences_of_the_held_out_fold_do_not_train(paths, inject, capsys):
+    """A run of one step was said to have "1 steps, 1 epochs"."""
     config = tiny.config(epochs=1, batch_size=999)
     shapes = []
     inject(lambda x_BLD: shapes.append(x_BLD.shape[0]) or x_BLD)
     fit(paths, config)
     assert shapes == [32]
+    assert "fold0: 1 step, 1 epoch\n" in capsys.readouterr().err
 
 
 def test_patience_ends_a_run_that_gets_no_better(paths):
@@ -152,7 +154,7 @@ def test_structures_train_to_a_lower_loss_than_equal_bins(tmp_path):
     paths = Paths(comp="tiny3d", root=tmp_path)
     tiny.write_structures(paths)
     report = fit(paths, tiny.config(epochs=20, batch_size=4, data={"max_length": 24}), competition=tiny.TINY3D)
-    assert report.facts["metric"] < np.log(train.NUM_DISTANCE_BINS) - 0.3
+    assert report.facts["metric"] < np.log(network.NUM_DISTANCE_BINS) - 0.3
 
 
 def test_a_run_begins_with_the_weights_of_another(paths):
@@ -208,6 +210,19 @@ def test_initial_weights_may_move_once_a_run_has_begun(paths, tmp_path):
     none = replace(config, model=replace(config.model, init=""))
     with pytest.raises(ConfigError, match=r"leave config\.model\.init as it was"):
         fit(paths, none, run=f"more.{tiny.SPLIT}", allow_changes=True)
+
+
+def test_a_head_begins_no_other_that_is_read_in_other_units(paths, capsys):
+    """What a head gave as values was read in deviations, and logits as either."""
+    config = tiny.config().model
+    config = replace(config, init=str(fit(paths).outputs["checkpoint"]))
+    meta = {"competition": "tiny", "split": tiny.SPLIT, "fold": 0}
+    for said, more in (("", {}), ("values", {"units": {}}), ("numbers", {"numbers": {}}), ("logits", {"classes": {}})):
+        facts = initial.load_initial(network.build_model(config, tiny.TINY), config, meta | more)
+        assert facts["fresh"] == ([] if not said else ["heads.per_base"])
+        told = " ".join(capsys.readouterr().err.split())
+        assert ("heads that give values as they are do not begin others, of" in told) is bool(said)
+        assert said in told
 
 
 def test_a_run_on_structures_begins_with_weights_trained_on_reactivities(paths, tmp_path):
@@ -282,7 +297,7 @@ def test_initial_weights_are_needed_for_the_beginning_only(paths):
 
 def test_initial_weights_that_have_seen_the_held_out_fold_are_said(paths, monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr(train, "warn", said.append)
+    monkeypatch.setattr(initial, "warn", said.append)
     config = tiny.config(epochs=1)
     config = replace(config, model=replace(config.model, init=str(fit(paths).outputs["checkpoint"])))
     fit(paths, config, run=f"same.{tiny.SPLIT}", fold=0)
@@ -297,7 +312,9 @@ def test_initial_weights_that_have_seen_the_held_out_fold_are_said(paths, monkey
 
 def test_a_changed_setting_is_refused_with_a_diff(paths):
     fit(paths)
-    with pytest.raises(ConfigError, match=r"config\.train\.lr 0\.01 -> 0\.02; config\.train\.seed 7 -> 8\. Next: TAG="):
+    with pytest.raises(
+        ConfigError, match=r"config\.train\.lr 0\.01 -> 0\.02; config\.train\.seed 7 -> 8\. Next: .* TAG="
+    ):
         fit(paths, tiny.config(lr=0.02, seed=8))
 
 
@@ -494,6 +511,13 @@ def test_a_signal_at_any_moment_leaves_the_handlers_as_they_were():
             assert outer.signalled
             assert [outer] == StopRequest._open
         assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_in_code_of_no_module_stops_like_any_other():
+    """Dataclasses, say, are generated code: KeyError: '__name__', exit code 1, in one of twelve predictions."""
+    with StopRequest() as stop, pytest.raises(StoppedError, match=r"stopped \(SIGTERM\)"):
+        exec("send()", {"send": lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    assert stop.signalled
 
 
 def test_outside_the_main_thread_signals_are_left_alone():

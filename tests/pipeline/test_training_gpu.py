@@ -14,16 +14,20 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from models.interface import RnaInputs
+from models.interface import RnaInputs, RnaOutputs
 from models.registry import create_model
 from pipeline import inference, predict, train
+from pipeline.batch import RnaBatch
 from pipeline.config import ModelConfig, load_config
 from pipeline.errors import StoppedError
+from pipeline.labels import Numbers
 from pipeline.paths import Paths
 from pipeline.runlog import read_metrics
 from pipeline.training import sharding
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.distributed import World
+from pipeline.training.losses import ClassLoss, MaskedError, NumberLoss
+from pipeline.training.optim import Ema
 from tests.pipeline import tiny
 from tests.pipeline.tiny import fit
 
@@ -34,9 +38,10 @@ pytestmark = [
 WHOLE = f"whole.{tiny.SPLIT}"
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_run_stopped_after_every_step_ends_with_the_same_bits(paths, precision):
-    config = tiny.config(precision=precision, deterministic=True, micro_batch=3)
+def test_a_run_stopped_after_every_step_ends_with_the_same_bits(paths, precision, optimizer):
+    config = tiny.config(precision=precision, optimizer=optimizer, deterministic=True, micro_batch=3)
     fit(paths, config, run=WHOLE)
     for _ in itertools.count():
         try:
@@ -74,7 +79,6 @@ def test_what_was_trained_here_predicts_the_same_on_the_cpu(paths, monkeypatch):
 
 
 def test_what_adapters_learned_here_predicts_the_same_on_the_cpu(paths, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     config = tiny.config(epochs=1, precision="fp16", data={"flip": 0.5})
     model = ModelConfig(name="transformer_sepconv", kwargs={"width": 16, "depth": 2, "num_heads": 2})
     first = fit(paths, replace(config, model=model), run=WHOLE)
@@ -103,6 +107,55 @@ def test_structures_train_here_as_on_the_cpu(known_model, tmp_path, monkeypatch)
         rows = read_metrics(paths.fold_dir(f"{device}.{tiny.SPLIT}", 0) / "metrics.jsonl")
         losses.append([row.get("loss", row.get("metric")) for row in rows if row["event"] in ("step", "epoch")])
     np.testing.assert_allclose(*losses, rtol=1e-3)
+
+
+NUMBERS = Numbers(("Tm", "rate"), (9, 9), (50.0, 1e-3), (5.0, 2e-4), "ACGU")
+LOSSES = {
+    "values": MaskedError((0.0, 1.0), 1, None, (0.5, 1.0)),
+    "values in units": MaskedError(None, 2, NUMBERS),
+    "numbers": NumberLoss(NUMBERS, (1.0, 0.5)),
+    "classes": ClassLoss(exclusive=True, focal_gamma=2.0, focal_alpha=0.25),
+    "labels": ClassLoss(exclusive=False, focal_gamma=2.0),
+    "probabilities of classes": ClassLoss(exclusive=True),
+    "probabilities of labels": ClassLoss(exclusive=False),
+}
+
+
+def loss_and_gradient(kind: str, device: str) -> tuple[Tensor, Tensor]:
+    """Of a loss where only some of the truth is known, from the same numbers on any device."""
+    rng = torch.Generator().manual_seed(5)
+    mask_BL = torch.arange(9) < torch.tensor([9, 5, 7]).unsqueeze(1)
+    predicted_BLC, target_BLC = torch.randn(2, 3, 9, 2, generator=rng)
+    target_BLC[:, :2], target_BLC[~mask_BL] = torch.nan, torch.nan
+    label_BC = torch.tensor([[0.25, 0.75], [1.0, 0.0], [0.0, 1.0]])
+    if kind == "numbers":
+        label_BC = torch.tensor([[48.0, torch.nan], [51.5, 1.2e-3], [torch.nan, 0.9e-3]], dtype=torch.float64)
+    elif not kind.startswith("probabilities"):
+        label_BC = label_BC > 0.5
+    inputs = RnaInputs(torch.zeros_like(mask_BL).long(), mask_BL)
+    weight_BC = torch.rand(3, 2 if kind in ("numbers", "labels") or kind.startswith("values") else 1, generator=rng)
+    batch = RnaBatch(("a", "b", "c"), inputs, target_BLC, weight_BC, label_BC=label_BC).to(torch.device(device))
+    predicted_BLC = predicted_BLC.pin_memory() if device == "cuda" else predicted_BLC
+    predicted_BLC = predicted_BLC.to(device, non_blocking=True).requires_grad_()
+    total = LOSSES[kind].total(RnaOutputs(values_BLC=predicted_BLC, class_logits_BC=predicted_BLC[:, 0]), batch)
+    return total, torch.autograd.grad(total, predicted_BLC)[0]
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_on_a_gpu_losses_and_their_gradients_are_those_of_the_cpu(kind):
+    for found, expected in zip(loss_and_gradient(kind, "cuda"), loss_and_gradient(kind, "cpu"), strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_averaged_weights_of_a_recurrent_head_predict_as_those_that_train():
+    """ "RNN module weights are not part of single contiguous chunk of memory"."""
+    kwargs = {"width": 16, "depth": 1, "num_heads": 2, "gru_head": True}
+    model = create_model("transformer_sepconv", **kwargs).to("cuda").eval()
+    inputs = RnaInputs(torch.randint(4, (2, 37)).to("cuda"), torch.ones(2, 37, dtype=torch.bool).to("cuda"))
+    with torch.no_grad():
+        found, expected = (network(inputs).values_BLC for network in (Ema(model, decay=0.9).module, model))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.fixture

@@ -61,6 +61,7 @@ def _competition(**changes: Any) -> Competition:
         "tables": ("train", "test"),
         "raw_files": _no_raw_files,
         "clean": _no_clean,
+        "shown_ranges": ((0.0, 1.0),) * len(TARGETS),
     }
     return Competition(**{**facts, **changes})
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pipeline.competitions import get_competition
 from pipeline.errors import DataError
 from pipeline.paths import Paths
-from submissions import check
+from submissions import check, file_blocks
 from submissions.layout import IdRuns
 from tests.chain_tables import make_paths, write, write_structure_data, write_values_data
 
@@ -121,7 +121,7 @@ def test_what_kaggle_cannot_read_by_its_name_or_letters_is_refused(paths, tmp_pa
 
 @pytest.mark.parametrize("block", [64, 1000])
 def test_rows_are_numbered_the_same_whatever_the_block_size(paths, tmp_path, monkeypatch, block):
-    monkeypatch.setattr(check, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(file_blocks, "_BLOCK_BYTES", block)
     lines = good_lines(paths)
     assert run(paths, write_lines(tmp_path / "good.csv", lines)).facts["rows"] == len(lines) - 1
     lines[77] = "76,0.5,2"

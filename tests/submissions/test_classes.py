@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.labels import log_losses, read_classes, write_labels
 from pipeline.paths import Paths
 from pipeline.tables import read_batches
-from submissions import check, class_scores, classes_report, evaluate, page, report, write
+from submissions import check, class_scores, class_write, classes_report, evaluate, own_tables, page, report, write
 from submissions.class_evaluation import read_predicted
 from tests.chain_tables import CLASSES, FOLDS, SPLIT, edit, make_paths, write_class_data, write_class_run
 from tests.submissions.test_report import read, visible
@@ -314,6 +314,36 @@ def test_several_labels_are_those_above_thresholds_learned_out_of_fold(tmp_path)
         )
     assert f"tRNA {limits[2]:.3f}" in made.facts["labels"]
     assert check.run(paths, competition=LABELLED, file=made.outputs["submission"]).facts["rows"] == 8
+
+
+@pytest.mark.parametrize("source", ["ensemble", "run", "elsewhere", "dealt anew"])
+def test_several_labels_of_a_file_are_decided_as_those_of_a_submission(tmp_path, source):
+    """Its table told the most probable class alone; or no file was predicted once the training data had changed."""
+    paths, classes = build(tmp_path, kind="several"), read_classes(make_paths(tmp_path, LABELLED.name))
+    joined = paths.ensemble_dir("all") / "oof.parquet"
+    tables = {"ensemble": [joined], "run": [paths.oof(RUNS[0], fold) for fold in range(FOLDS)]}.get(source, [tmp_path])
+    if source == "dealt anew":
+        tables = [joined]
+        edit(paths.fold_table(SPLIT), (pl.col("fold") + 1) % FOLDS)
+    told = {"split": SPLIT, "folds": [0, 1, 2], "runs": RUNS}
+    limits, words = class_write.thresholds_here(paths, classes, told=told, tables=tables)
+    which = {"name": "all", "folder": tmp_path / "mine", "title": "mine", "thresholds": limits}
+    table = pl.read_csv(own_tables.run(paths, competition=LABELLED, **which).outputs["table"])
+    assert table.columns == ["sequence_id", *(f"p({name})" for name in CLASSES), "most_probable", "labels"]
+    expected = [0.5] * len(CLASSES)
+    if source in ("ensemble", "run"):
+        found = pl.concat([pl.read_parquet(each) for each in tables])
+        truth = pl.read_parquet(paths.clean("train")).filter("scored").join(found, on="sequence_id")
+        said_NK = np.array(truth["probabilities"].to_list(), dtype=np.float32)
+        expected = class_scores.learn_thresholds(said_NK, flags(truth)).tolist()
+    for *values, cell in table.select(*(f"p({name})" for name in CLASSES), "labels").iter_rows():
+        chosen = [name for name, value, limit in zip(CLASSES, values, expected, strict=True) if value >= limit]
+        assert (cell or "") == ";".join(chosen)
+    why = {
+        "elsewhere": "0.5 on: there are no out-of-fold",
+        "dealt anew": "0.5 on: better ones cannot be learned",
+    }
+    assert why.get(source, "from these thresholds on, learned on") in words
 
 
 def test_one_column_of_numbers_is_the_probability_of_the_second_of_two_classes(tmp_path):

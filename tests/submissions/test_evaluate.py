@@ -114,6 +114,15 @@ def test_of_a_truth_without_a_range_nothing_is_said_of_clipping(paths):
     )
 
 
+def test_what_an_own_set_says_anew_is_scored_anew(paths):
+    """Of another metric or range in columns.toml, which changes no table, `make evaluate` said: nothing to do."""
+    told = {"targets": TARGETS, "range": None, "shown_ranges": [[0.0, 1.0]] * 2, "signal_to_noise": False}
+    own = get_competition("profiles-mine")
+    scores = [score(paths, own.with_facts(told | {"metric": metric})) for metric in ("MAE", "RMSE", "RMSE")]
+    assert [report.status for report in scores] == ["built", "built", "current"]
+    assert scores[0].facts["score"] < scores[1].facts["score"]
+
+
 def test_own_filter_counts_profiles_whose_partner_failed(paths):
     facts = score(paths, run=RUNS[0]).facts
     train = pl.read_parquet(paths.clean("train"))
@@ -161,7 +170,7 @@ def test_constant_floor_is_the_median_of_the_other_folds(paths):
 def test_unpaired_floor_says_when_it_is_left_out_and_appears_with_bpp(paths, rng):
     facts = score(paths, run=RUNS[0]).facts
     assert "5-mer x unpaired" not in facts["floors"]
-    assert "make bpp" in facts["floor_notes"][0]
+    assert "make bpp COMP=ribonanza" in facts["floor_notes"][0]
     sequences = pl.read_parquet(paths.clean("train"))["sequence"].unique().sort()
     unpaired = [rng.uniform(size=len(letters)).tolist() for letters in sequences]
     bpp = pl.DataFrame({"sequence": sequences, "unpaired": pl.Series(unpaired, dtype=pl.List(pl.Float32))})
@@ -256,7 +265,7 @@ def test_weights_that_were_edited_are_refused(paths):
 
 def test_description_has_runs_and_floors_beside_the_score(paths):
     facts = score(paths).facts
-    console = Console(width=200)
+    console = Console(width=1000)
     with console.capture() as captured:
         console.print(evaluate.describe(facts))
     for word in ("all", *RUNS, "floor: constant", "floor: 5-mer", "±"):
@@ -291,7 +300,9 @@ def test_structures_are_scored_beside_their_floors(tmp_path, rng):
     console = Console(width=200)
     with console.capture() as captured:
         console.print(evaluate.describe(facts))
-    assert "floor: hairpin" in captured.get()
+    (hairpin,) = [line for line in captured.get().splitlines() if "hairpin" in line]  # it was told three times
+    both = facts["floors"]["hairpin"], facts["sequence_independent"]["floors"]["hairpin"]
+    assert hairpin.split() == ["floor:", "hairpin", *(f"{value:.4f}" for value in both)]
     assert "R0_A" in captured.get()
     assert paths.log.read_text().count("rna3d") == 2
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
@@ -14,13 +16,14 @@ from submissions.floors import (
     Medians,
     UnpairedBins,
     kmers,
+    usuals_of,
 )
 
 RIBONANZA = get_competition("ribonanza")
 
 
 def tables(folds: int = 2, *, unpaired: bool = True) -> FloorTables:
-    return FloorTables(Medians(0.0, 1.0), folds=list(range(folds)), num_targets=2, unpaired=unpaired)
+    return FloorTables([Medians(0.0, 1.0)] * 2, folds=list(range(folds)), unpaired=unpaired)
 
 
 def random_positions(rng: np.random.Generator, size: int, *, folds: int = 2):
@@ -103,7 +106,7 @@ def test_piles_at_the_ends_of_the_range_give_exact_medians():
 def test_floors_of_a_square_error_are_means_of_the_other_folds(rng):
     kmer_T, bin_T, truth_TC, fold_T = random_positions(rng, 30_000)
     truth_TC = truth_TC * 5 - 2
-    floors = FloorTables(Means(), folds=[0, 1], num_targets=2, unpaired=True)
+    floors = FloorTables([Means()] * 2, folds=[0, 1], unpaired=True)
     floors.add(kmer_T, bin_T, truth_TC, fold_T)
     fitted = floors.fit()
     middle_T = kmer_T // 16 % 4
@@ -112,6 +115,20 @@ def test_floors_of_a_square_error_are_means_of_the_other_folds(rng):
         assert fitted["constant"][fold, :, 7, 3] == pytest.approx(truth_TC[train_T].mean(axis=0), abs=1e-6)
         wanted = truth_TC[train_T & (middle_T == 2)].mean(axis=0)
         assert fitted["nucleotide"][fold, :, 2 * 16 + 5, 0] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_medians_are_as_exact_in_any_unit(rng):
+    """One histogram for all targets, as wide as the largest needs, put all values of a small unit into one bin."""
+    kmer_T, bin_T, truth_TC, fold_T = random_positions(rng, 20_000)
+    units_C = np.array([1e-4, 50.0])
+    within = [(0.0, 1e-4), (0.0, 50.0)]
+    own = replace(get_competition("profiles-none"), targets=("a", "b"), shown_ranges=tuple(within))
+    floors, scaled = tables(), FloorTables(usuals_of(own), folds=[0, 1], unpaired=True)
+    floors.add(kmer_T, bin_T, truth_TC, fold_T)
+    scaled.add(kmer_T, bin_T, truth_TC * units_C, fold_T)
+    fitted = scaled.fit()
+    for name, table_FCKU in floors.fit().items():
+        np.testing.assert_allclose(fitted[name] / units_C[:, None, None], table_FCKU, atol=0.004)
 
 
 def test_unpaired_floor_is_only_there_with_probabilities():

@@ -24,7 +24,7 @@ from pipeline.stage import write_json
 from submissions import evaluate, figures, page, report
 from submissions.subject import Subject
 from submissions.training_report import Training
-from submissions.values_report import _Gathered, _strip
+from submissions.values_report import _errors_section, _Gathered, _key, _strip
 from tests.chain_tables import (
     FOLDS,
     SPLIT,
@@ -244,6 +244,16 @@ def test_a_run_has_scores_and_a_page_without_an_ensemble(tmp_path, capsys):
         assert f" --run {run}" in done.stdout
 
 
+def test_a_run_may_be_named_without_its_split(tmp_path, capsys):
+    """RUNS=a said "no run of sim80_k3; there are: a.sim80_k3"."""
+    here = ["--artifacts", str(tmp_path / "artifacts"), "--split", "sim80_k3", "--run", "a"]
+    build_values(tmp_path, runs=("a.sim80_k3", "b.sim80_k3"), training=False)
+    for verb in ("ensemble", "evaluate", "report"):
+        assert run_verb([verb, *here]) == 0
+    assert run_verb(["ensemble", *here, "--run", "a.sim80_k3"]) == 2
+    assert "a.sim80_k3" in capsys.readouterr().err, "one twice"
+
+
 def test_a_target_named_as_markup_stays_text_inside_a_figure():
     drawing = figures.target_scores([HOSTILE], [0.5], [[0.2, 0.3]], xlabel="TM-score")
     reader = Reader()
@@ -256,19 +266,48 @@ def test_long_names_are_cut_in_figures_so_that_none_lies_on_another():
     """Titles of four maps beside each other overlapped, and labels of rows took the drawing's place."""
     names = ("relative luminescence after 24 hours", "relative luminescence after 48 hours")
     example = {"sequence": "ACGU", "measured": np.ones((2, 4)), "predicted": np.ones((2, 4))}
-    shown = SimpleNamespace(low=0.0, high=1.0)
-    drawing = _strip(example, replace(RIBONANZA, targets=names), shown)
+    drawing = _strip(example, replace(RIBONANZA, targets=names))
     assert "relative lumi…r 24 hours measured" in drawing
     assert names[0] not in drawing
     assert max(len(figures.brief("x" * length)) for length in range(1, 99)) == 24
 
 
+OTHER_UNITS = replace(RIBONANZA, targets=("shape", "dms"), target_range=None, shown_ranges=((-1e-4, 1e-4), (0.0, 50.0)))
+
+
+def test_targets_of_other_units_have_axes_of_their_own():
+    """They shared one, on which the bars and the line of the smaller unit were not to be seen."""
+    row = {"label": "50-99", "letter": "A", "position": 7, "positions": 9, "dataset_name": "one", "score": 3.0}
+    row["per_target"] = {"shape": 2e-5, "dms": 6.0}
+    parts = ("by_signal_to_noise", "by_length", "by_position", "by_dataset")
+    subject = SimpleNamespace(scores={part: [row] for part in parts} | {"metric": "MAE"}, competition=OTHER_UNITS)
+    gathered = SimpleNamespace(nucleotides=SimpleNamespace(table=lambda label: [row]))
+    reader = Reader()
+    reader.feed(_errors_section(subject, gathered))
+    titles = ("By nucleotide", "By signal-to-noise", "By length", "Along the sequence")
+    assert all(f"{title}: {target}" in reader.texts for title in titles for target in OTHER_UNITS.targets)
+    assert {"2e-05", "6"} <= set(reader.texts)
+
+
+def test_every_unit_has_a_scale_of_colours():
+    example = {"sequence": "A", "measured": np.array([[0.0], [25.0]]), "predicted": np.ones((2, 1))}
+    drawing = _strip(example, OTHER_UNITS)
+    pictures = re.findall(r"base64,([^\"]+)", drawing)
+    assert len(pictures) == 4
+    assert pictures[0] == pictures[2] != pictures[3], "the middle of both scales"
+    reader = Reader()
+    reader.feed(_key(OTHER_UNITS))
+    assert [text for text in reader.texts if text.strip()] == [
+        "shape:", "-0.0001 and below", "0.0001 and above", "dms:", "0 and below", "50 and above",
+    ]  # fmt: skip
+
+
 def test_bars_of_small_heights_say_them():
     """They were 0.00."""
-    drawing = figures.grouped_bars(["A", "C"], [[6.6e-5, 0.0125]], xlabel="nucleotide", ylabel="error")
+    drawing = figures.grouped_bars(["A", "C"], {0: [6.6e-5, 0.0125]}, xlabel="nucleotide", ylabel="error")
     assert "6.6e-05" in drawing
     assert "0.0125" not in drawing, "two digits are enough"
-    assert "0.20" in figures.grouped_bars(["A"], [[0.2]], xlabel="nucleotide", ylabel="error")
+    assert "0.20" in figures.grouped_bars(["A"], {0: [0.2]}, xlabel="nucleotide", ylabel="error")
 
 
 def test_a_score_is_never_broken_into_two_lines():

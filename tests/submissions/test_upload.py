@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +193,32 @@ def test_a_scoring_error_is_told(desk: Desk):
     with pytest.raises(NetworkError, match="could not score"):
         desk.submit()
     assert desk.states() == ["sent", "listed", "failed"]
+
+
+def test_a_line_after_a_torn_one_is_not_lost(tmp_path: Path):
+    """It ran into the torn one: what had just been sent was not known, and would have been sent again."""
+    book = tmp_path / "ledger.jsonl"
+    sent = ledger.Sent(comp="ribonanza", sha256="ab", tag="one 1", file="a.csv")
+    ledger.append(book, sent)
+    with book.open("a") as handle:
+        handle.write('{"time": "2026')
+    ledger.append(book, replace(sent, sha256="cd", tag="one 2"))
+    assert [ledger.find(book, comp="ribonanza", sha256=digest) is None for digest in ("ab", "cd")] == [False, False]
+    ledger.append(book, replace(sent, sha256="cd", tag="one 2", state="listed", ref=7))
+    found = ledger.find(book, comp="ribonanza", sha256="cd")
+    assert found is not None
+    assert found.ref == 7
+
+
+def test_a_last_line_without_its_end_is_whole(tmp_path: Path):
+    """An editor may leave it so: it was cut, and what it told would have been sent again."""
+    book = tmp_path / "ledger.jsonl"
+    sent = ledger.Sent(comp="ribonanza", sha256="ab", tag="one 1", file="a.csv")
+    ledger.append(book, sent)
+    book.write_text(book.read_text().rstrip("\n"))
+    assert ledger.find(book, comp="ribonanza", sha256="ab") == sent
+    ledger.append(book, replace(sent, sha256="cd", tag="one 2"))
+    assert [ledger.find(book, comp="ribonanza", sha256=digest) is None for digest in ("ab", "cd")] == [False, False]
 
 
 def test_a_torn_last_line_of_the_ledger_is_left_and_another_is_named(tmp_path: Path):

@@ -1,0 +1,173 @@
+"""A table or FASTA file as people have it: parquet, and text with commas, tabs, semicolons or bars, also as ``.gz``."""
+
+import contextlib
+import csv
+import gzip
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+
+from pipeline.competitions.raw import kind_of, open_parquet
+from pipeline.errors import DataError
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
+TEXT = tuple(_SEPARATORS)  #: endings of tables of text
+FASTA = (".fasta", ".fa", ".fna", ".faa")
+HAS, HAS_NOT = ("1", "1.0", "true"), ("0", "0.0", "false")  #: what a column of yes or no holds
+_NUCLEOTIDE = "[ACGTUNacgtun]"
+
+
+def ending(path: Path) -> str:
+    """Of a file's name, in small letters and without ``.gz``: ``.csv``."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def column_names(path: Path) -> list[str]:
+    """Of a table, as the file has them."""
+    if kind_of(path) != "parquet":
+        return _header(path)[0]
+    with open_parquet(path) as file:
+        return list(file.schema_arrow.names)
+
+
+def read_table(path: Path, columns: Sequence[str], *, blank_lines: bool = False) -> pl.DataFrame:
+    """Some columns of a table, those of a text file as text.
+
+    Args:
+        path: CSV, TSV or parquet.
+        columns: their names.
+        blank_lines: whether lines without anything are rows, of empty cells, which count where rows are numbered.
+
+    Raises:
+        DataError: the file is cut short or damaged, or a row has another number of cells than the first line.
+    """
+    broken: list[pa_csv.InvalidRow] = []
+
+    def refuse(row: pa_csv.InvalidRow) -> str:
+        broken.append(row)
+        return "error"
+
+    try:
+        if kind_of(path) == "parquet":
+            with open_parquet(path) as file:
+                return pl.DataFrame(file.read(columns=list(columns))).with_columns(
+                    pl.col(pl.Categorical).cast(pl.String)
+                )
+        names, separator = _header(path)
+        with pa.input_stream(str(path), compression="gzip" if kind_of(path) == "gzip" else None) as source:
+            return pl.DataFrame(
+                pa_csv.read_csv(
+                    source,
+                    read_options=pa_csv.ReadOptions(column_names=names, skip_rows=1, use_threads=False),
+                    parse_options=pa_csv.ParseOptions(
+                        delimiter=separator,
+                        newlines_in_values=True,
+                        ignore_empty_lines=not blank_lines,
+                        invalid_row_handler=refuse,  # which threads would leave without its number
+                    ),
+                    convert_options=pa_csv.ConvertOptions(
+                        include_columns=list(columns),
+                        column_types=dict.fromkeys(columns, pa.string()),
+                        strings_can_be_null=False,
+                    ),
+                )
+            )
+    except (pa.ArrowException, OSError) as err:
+        told = " ".join(str(err).split())[:200]
+        if broken:
+            row = broken[0]
+            told = f"row {row.number - 1:,} has {row.actual_columns} cells, {row.text[:40]!r}; expected "
+            told += f"{row.expected_columns}, as the first line has"
+        raise DataError(f"{path.name}: {told}. Next: repair that row, or get the file again.") from err
+
+
+def number_rows(frame: pl.DataFrame, name: str) -> pl.DataFrame:
+    """Rows of text with anything in them, and their numbers: spreadsheets end with others, of separators alone."""
+    numbered = empty = frame.with_row_index(name, offset=1)
+    for column, kind in frame.schema.items():  # one after the other: few rows are left after the first
+        text = pl.col(column).list.join("", ignore_nulls=True) if isinstance(kind, pl.List) else pl.col(column)
+        empty = empty.filter(text.fill_null("").str.strip_chars() == "")
+    return numbered.join(empty, on=name, how="anti", maintain_order="left") if empty.height else numbered
+
+
+def _header(path: Path) -> tuple[list[str], str]:
+    """Column names of a text table, and what stands between them."""
+    if kind_of(path) == "zip":
+        raise DataError(f"{path.name}: an archive, or a workbook; expected text. Next: unpack it, or save it as CSV.")
+    with open_text(path) as lines:
+        first = next(iter(lines), "").rstrip("\r\n")
+    if first.lstrip()[:1] in ("<", "") or "\0" in first or first.lower().startswith("sep="):
+        raise DataError(f"{path.name}: the first line is {first[:40]!r}; expected column names. Next: check the file.")
+    usual = _SEPARATORS.get(ending(path), ",")
+    separator = max((usual, ",", "\t", ";", "|"), key=first.count)  # the first of equals
+    names = next(csv.reader([first], delimiter=separator, skipinitialspace=True))
+    if any(re.fullmatch(f"{_NUCLEOTIDE}{{20,}}", name.strip()) for name in names):
+        raise DataError(
+            f"{path.name}: the first line holds a sequence; expected column names. Next: begin with a line such as "
+            f"{separator.join(('id', 'sequence', 'label'))!r}, in the order of the columns."
+        )
+    return [name.strip() for name in names], separator
+
+
+@contextlib.contextmanager
+def open_text(path: Path, *, errors: str = "strict") -> Iterator[IO[str]]:
+    """Lines of a text file, plain or gzipped; `errors` as `open` takes it, of what is no UTF-8.
+
+    Raises:
+        DataError: the file is empty, cut short, or no UTF-8.
+    """
+    opener = gzip.open if kind_of(path) == "gzip" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", errors=errors) as handle:
+            yield handle
+    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as err:
+        raise DataError(
+            f"{path.name}: damaged, cut short or no UTF-8 text: {err}. Next: save it as UTF-8, or get it again."
+        ) from err
+
+
+def read_fasta(path: Path, *, labelled: bool) -> pl.DataFrame:
+    """``id, sequence, label, label_name`` of a FASTA file; `labelled`: a label may also stand behind the id and a bar.
+
+    Raises:
+        DataError: letters before the first header.
+    """
+    ids: list[str] = []
+    labels: list[str] = []
+    texts: list[list[str]] = []
+    with open_text(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            line = line.strip()
+            if line.startswith(">"):
+                name, label = _split_header(line[1:].strip(), labelled=labelled)
+                ids.append(name)
+                labels.append(label)
+                texts.append([])
+            elif line and not texts:
+                raise DataError(
+                    f"{path.name}: line {number} is {line[:40]!r}; expected '>id label' first. Next: check the file."
+                )
+            elif line:
+                texts[-1].append(line)
+    frame = {"id": ids, "sequence": ["".join(parts) for parts in texts], "label": labels}
+    told = pl.DataFrame(frame, schema_overrides={"sequence": pl.String})
+    return told.with_columns(pl.lit("label").alias("label_name"))
+
+
+def _split_header(header: str, *, labelled: bool) -> tuple[str, str]:
+    """Id and label of ``id label`` or ``id|label``; of a test sequence the id alone.
+
+    >>> _split_header("a1 beta lactam", labelled=True), _split_header("a|1|tRNA", labelled=True)
+    (('a1', 'beta lactam'), ('a|1', 'tRNA'))
+    """
+    first, *rest = header.split(maxsplit=1) or [""]
+    if rest or not labelled:
+        return first, "".join(rest)
+    name, bar, label = first.rpartition("|")
+    return (name, label) if bar else (first, "")
