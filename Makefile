@@ -20,7 +20,8 @@ TRIALS ?=#                 cells that Optuna proposes; empty = every combination
 NPROC ?= 1#                processes that train together, one for each GPU
 BUDGET ?=#                 time for training and predictions, such as 8h; empty = as long as it takes
 TRACK ?=#                  who else listens: tensorboard, wandb (offline)
-FILE  ?=#                  sequences of your own for make predict, structures and embed; submission for check and submit-kaggle
+FILE  ?=#                  sequences of your own for make predict, structures and embed; embeddings for features; submission for check and submit-kaggle
+FEATURES ?=#               of the sequences in FILE, for networks that read some: name=<folder or parquet>, spaces between several
 SEQ   ?=#                  a single sequence of your own, for make predict and structures
 TRACES ?=#                 folder of C1' traces for score-tm and bench-tm: models, model_traces, native_traces.parquet
 OUT   ?= scores.parquet#   what score-tm writes
@@ -38,6 +39,8 @@ PY    ?= .venv/bin/python# PY=python3 uses an environment of your own and instal
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
+# stages read what those before them wrote: make -j, or MAKEFLAGS=-j8 for all makes, began them at once
+.NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 # sequences of your own are predicted with every fold, unless one is said, and with an ensemble only where one is
@@ -46,18 +49,13 @@ ONE_NAME := $(if $(filter command,$(firstword $(origin NAME))),--name "$(strip $
 # what this command says itself: of make within make the other one's variables are among its own
 OUTER := $(foreach word,$(shell echo "$${MAKEFLAGS-}"),$(firstword $(subst =, ,$(word))))
 GIVEN := $(filter-out $(OUTER),$(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name))))
-override COMP := $(strip $(COMP))
-override MODEL := $(strip $(MODEL))
-override SPLIT := $(strip $(SPLIT))
-override FOLD := $(strip $(FOLD))
-override NAME := $(strip $(NAME))
-override TAG := $(strip $(TAG))
-# a path as a recipe's double quotes hold it; spaces around one word are no part of it
+# spaces around a value are no part of it
+STRIPPED := COMP MODEL SPLIT FOLD NAME TAG RUN SEEDS TRIALS NPROC BUDGET SEQ OUT ENGINE OWNER KERNEL VERSION SLUG FORMAT \
+  MSA STEP LIMIT WAIT RESUME PYTHON PY EXTRAS
+$(foreach name,$(STRIPPED),$(eval override $(name) := $$(strip $$($(name)))))
+# a path as a recipe's double quotes hold it
 path = $(subst `,\`,$(subst ",\",$(subst $$,\$$,$(subst \,\\,$(if $(word 2,$(1)),$(1),$(strip $(1)))))))
 override ARTIFACTS := $(or $(call path,$(ARTIFACTS)),artifacts)
-override PYTHON := $(strip $(PYTHON))
-override PY := $(strip $(PY))
-override EXTRAS := $(strip $(EXTRAS))
 override RAW := $(call path,$(RAW))
 override FILE := $(call path,$(FILE))
 
@@ -71,8 +69,8 @@ UNKNOWN := $(sort $(foreach name,$(filter-out SHELL MAKE MAKEFLAGS CC CXX $(shel
 ifneq ($(UNKNOWN),)
 $(error $(UNKNOWN): no target reads that. Next: make help lists the variables; one of the environment goes before make)
 endif
-ifneq ($(and $(filter MODEL,$(GIVEN)),$(MODEL),$(MAKECMDGOALS),$(if $(filter-out ensemble submit submit-kaggle evaluate report,$(MAKECMDGOALS)),,by name)),)
-$(error MODEL=$(MODEL): what is blended, scored or sent goes by name. Next: RUN=<run> for evaluate and report, RUNS="<run> <run>" for ensemble; make status lists the runs)
+ifneq ($(and $(filter MODEL,$(GIVEN)),$(MODEL),$(MAKECMDGOALS),$(if $(filter-out ensemble submit submit-kaggle evaluate report $(if $(FILE)$(SEQ),,structures),$(MAKECMDGOALS)),,by name)),)
+$(error MODEL=$(MODEL): what is blended, scored, shown or sent goes by name. Next: RUN=<run> for evaluate and report, RUNS="<run> <run>" for ensemble, FILE=<your RNAs> for structures by one run; make status lists the runs)
 endif
 ifneq ($(and $(strip $(SET)),$(if $(TAG)$(ALLOW_CHANGES)$(filter plan sweep,$(MAKECMDGOALS)),,untagged)),)
 $(error SET changes what a run is, so name the variant: add TAG=some-name)
@@ -88,16 +86,23 @@ named = \( -name bench $(patsubst %,-o -name '%',$(1)) \)
 OWN := demo kernel-check wheels
 competitions = $(shell sed -n 's/.*[^a-z_]name="\([a-z0-9]*\)".*/\1/p' $(dir $(firstword $(MAKEFILE_LIST)))pipeline/competitions/*.py) labelled-* profiles-*
 AT := --comp "$(COMP)" --artifacts "$(ARTIFACTS)"
-NAMED := $(if $(MODEL),--model "$(MODEL)") --split "$(SPLIT)" $(if $(TAG),--tag $(TAG))
-VARIANT := $(NAMED) $(foreach item,$(SET),--set '$(item)')
-OWN_FILE := $(strip $(if $(FILE),"$(FILE)") $(if $(strip $(SEQ)),--sequence "$(strip $(SEQ))"))
-BUNDLE := $(if $(strip $(SLUG)),--slug $(strip $(SLUG)))
+# an option whose variable is given: $(call given,--tag,TAG)
+given = $(if $($(2)),$(1) $($(2)))
+CONFIG := $(if $(MODEL),--model "$(MODEL)")
+SETTINGS := $(foreach item,$(SET),--set '$(item)')
+NAMED := $(CONFIG) --split "$(SPLIT)" $(call given,--tag,TAG)
+VARIANT := $(NAMED) $(SETTINGS)
+SCORED := --split "$(SPLIT)" --name "$(NAME)" $(call given,--run,RUN)
+SUBMISSION := --name "$(NAME)" --format $(FORMAT)
+OWN_FILE := $(strip $(if $(FILE),"$(FILE)") $(if $(SEQ),--sequence "$(SEQ)"))
+OWN_FEATURES := $(foreach item,$(FEATURES),--features '$(item)')
+BUNDLE := $(call given,--slug,SLUG)
 JOB := $(if $(ALL),--all-folds,--fold "$(FOLD)")
-TRAIN := $(if $(RESTART),--restart) $(if $(ALLOW_CHANGES),--allow-changes) $(if $(strip $(BUDGET)),--time-budget $(strip $(BUDGET))) \
-  $(foreach tracker,$(TRACK),--track $(tracker)) $(if $(filter-out 1,$(strip $(NPROC))),--nproc $(strip $(NPROC)))
+TRAIN := $(if $(RESTART),--restart) $(if $(ALLOW_CHANGES),--allow-changes) $(call given,--time-budget,BUDGET) \
+  $(foreach tracker,$(TRACK),--track $(tracker)) $(if $(filter-out 1,$(NPROC)),--nproc $(NPROC))
 ENVIRONMENT := $(if $(filter .venv/bin/python,$(PY)),.venv/.ready)
 
-.PHONY: help setup doctor demo test test-floor test-faults test-gpu lint download data bpp templates folds audit train train-all train-bg status logs stop sweep \
+.PHONY: help setup doctor demo test test-floor test-faults test-gpu lint download data bpp features templates folds audit train train-all train-bg status logs stop sweep \
         replay predict embed templates-predict denovo words structures ensemble submit submit-kaggle \
         kernel kernel-push kernel-status kernel-pull kernel-check handover check evaluate score-tm report plan bench bench-data bench-folds bench-loader bench-kernels bench-models bench-structures bench-tm clean
 
@@ -167,12 +172,14 @@ bpp: $(ENVIRONMENT) ## base-pair probabilities of all sequences (ViennaRNA)
 	@exec $(RNA) bpp $(AT)
 templates: $(ENVIRONMENT) ## mmCIF or PDB files in RAW -> dated library of RNA chains
 	@exec $(RNA) templates $(AT) --raw "$(RAW)"
+features: $(ENVIRONMENT) ## embeddings of all sequences as further input: a parquet as embed writes it or a folder of .npy in FILE, NAME=rnafm, then SET='data.features="rnafm"'
+	@exec $(RNA) features $(AT) $(ONE_NAME) "$(FILE)"
 folds: $(ENVIRONMENT) ## clean tables -> fold of every sequence, verified by its lock (RELOCK=1 writes the lock)
 	@exec $(RNA) folds $(AT) --split "$(SPLIT)" $(if $(RELOCK),--relock)
 audit: $(ENVIRONMENT) ## measure how much of a split leaks (SPLITS="sim80_k5 random_k5")
 	@exec $(RNA) audit $(AT) $(foreach split,$(or $(SPLITS),$(SPLIT)),--split $(split))
 plan: $(ENVIRONMENT) ## memory that training MODEL takes, and what would fit (LENGTH=<longest sequence>)
-	@exec $(RNA) plan $(AT) $(if $(MODEL),--model "$(MODEL)") $(foreach item,$(SET),--set '$(item)') $(if $(LENGTH),--length $(LENGTH)) --nproc $(strip $(NPROC))
+	@exec $(RNA) plan $(AT) $(CONFIG) $(SETTINGS) $(call given,--length,LENGTH) --nproc $(NPROC)
 train: $(ENVIRONMENT) ## train one fold of MODEL and predict; starting again resumes (RESTART=1: anew; ALLOW_CHANGES=1: e.g. with more epochs)
 	@exec $(RNA) train $(AT) $(VARIANT) --fold "$(FOLD)" $(TRAIN)
 train-all: $(ENVIRONMENT) $(NO_NETWORK) ## train every fold of SPLIT, one after the other; rna3d: after denovo and templates-predict, labelled: after words
@@ -186,17 +193,16 @@ logs: $(ENVIRONMENT) ## the last lines of a background run (FOLLOW=1 goes on unt
 stop: $(ENVIRONMENT) ## let the run of a FOLD save its state and end (ALL=1: the one that trains every fold)
 	@exec $(RNA) stop $(AT) $(NAMED) $(JOB)
 sweep: $(ENVIRONMENT) ## compare settings: make sweep NAME=lr OVER="train.lr=[1e-3,2e-3]" SEEDS=3 (again, or elsewhere: helps)
-	@exec $(RNA) sweep $(AT) $(if $(MODEL),--model "$(MODEL)") --split "$(SPLIT)" $(JOB) --name "$(NAME)" --seeds $(strip $(SEEDS)) \
-	  $(foreach axis,$(OVER),--over '$(axis)') $(if $(TRIALS),--trials $(strip $(TRIALS))) $(foreach item,$(SET),--set '$(item)') \
-	  $(if $(strip $(BUDGET)),--time-budget $(strip $(BUDGET)))
+	@exec $(RNA) sweep $(AT) $(CONFIG) --split "$(SPLIT)" $(JOB) --name "$(NAME)" --seeds $(SEEDS) \
+	  $(foreach axis,$(OVER),--over '$(axis)') $(call given,--trials,TRIALS) $(SETTINGS) $(call given,--time-budget,BUDGET)
 replay: $(ENVIRONMENT) ## run a batch that training left out again: where it breaks, what cures it (STEP=<step>)
-	@exec $(RNA) replay $(AT) $(NAMED) --fold "$(FOLD)" $(if $(STEP),--step $(strip $(STEP)))
+	@exec $(RNA) replay $(AT) $(NAMED) --fold "$(FOLD)" $(call given,--step,STEP)
 predict: $(ENVIRONMENT) ## out-of-fold and test predictions of one trained fold; FILE or SEQ: those of sequences of your own, by all folds (NAME: an ensemble)
-	@exec $(RNA) predict $(AT) $(VARIANT) $(if $(OWN_FILE),$(OWN_FILE) $(ONE_FOLD) $(ONE_NAME),--fold "$(FOLD)")
+	@exec $(RNA) predict $(AT) $(VARIANT) $(if $(OWN_FILE),$(OWN_FILE) $(OWN_FEATURES) $(ONE_FOLD) $(ONE_NAME),--fold "$(FOLD)")
 embed: $(ENVIRONMENT) ## last hidden layer of a trained fold for the sequences in FILE, FASTA or table (NUCLEOTIDES=1: of each one too)
-	@exec $(RNA) embed $(AT) $(NAMED) --fold "$(FOLD)" $(if $(NUCLEOTIDES),--per-nucleotide) "$(FILE)"
+	@exec $(RNA) embed $(AT) $(NAMED) --fold "$(FOLD)" $(if $(NUCLEOTIDES),--per-nucleotide) $(OWN_FEATURES) "$(FILE)"
 templates-predict: $(ENVIRONMENT) ## candidates from templates, date-gated, as a run of SPLIT (MSA=<folder> uses alignments)
-	@exec $(RNA) templates-predict $(AT) --split "$(SPLIT)" $(if $(strip $(MSA)),--msa "$(strip $(MSA))")
+	@exec $(RNA) templates-predict $(AT) --split "$(SPLIT)" $(if $(MSA),--msa "$(MSA)")
 denovo: $(ENVIRONMENT) ## candidates from pairing and loops of known structures, no network, as a run of SPLIT
 	@exec $(RNA) denovo $(AT) --split "$(SPLIT)"
 words: $(ENVIRONMENT) ## classes (naive Bayes) or numbers (ridge) of a labelled set by counting words, no network, as a run of SPLIT
@@ -204,32 +210,32 @@ words: $(ENVIRONMENT) ## classes (naive Bayes) or numbers (ridge) of a labelled 
 ensemble: $(ENVIRONMENT) ## folds and models -> one prediction table, weights learned out of fold (PARTIAL=1: of the folds there are)
 	@exec $(RNA) ensemble $(AT) --split "$(SPLIT)" --name "$(NAME)" $(if $(PARTIAL),--partial) $(foreach run,$(RUNS),--run $(run))
 submit: $(ENVIRONMENT) ## ensemble -> submission file, checked before it gets its name
-	@$(RNA) submit $(AT) --name "$(NAME)" --format $(strip $(FORMAT))
-	@$(if $(KAGGLE),exec $(RNA) submit-kaggle $(AT) --name "$(NAME)" --format $(strip $(FORMAT)),:)
+	@$(RNA) submit $(AT) $(SUBMISSION)
+	@$(if $(KAGGLE),exec $(RNA) submit-kaggle $(AT) $(SUBMISSION),:)
 submit-kaggle: $(ENVIRONMENT) ## send the submission to Kaggle once, and wait for its score (KAGGLE=1 lets submit do it; KERNEL=owner/slug VERSION=1)
-	@exec $(RNA) submit-kaggle $(AT) --name "$(NAME)" --format $(strip $(FORMAT)) $(if $(FILE),--file "$(FILE)") $(if $(KERNEL),--kernel $(strip $(KERNEL)) $(if $(strip $(VERSION)),--version $(strip $(VERSION))))
+	@exec $(RNA) submit-kaggle $(AT) $(SUBMISSION) $(if $(FILE),--file "$(FILE)") $(if $(KERNEL),--kernel $(KERNEL) $(call given,--version,VERSION))
 check: $(ENVIRONMENT) ## check any submission file: make check FILE=my.csv
 	@exec $(RNA) check $(AT) "$(FILE)"
 evaluate: $(ENVIRONMENT) ## score out-of-fold predictions beside the trivial floors (RUN=<run>: of a single run; ENGINE=usalign or auto: TM-scores by the program)
-	@exec $(RNA) evaluate $(AT) --split "$(SPLIT)" --name "$(NAME)" $(if $(strip $(RUN)),--run $(strip $(RUN))) $(if $(ENGINE),--engine $(strip $(ENGINE)))
+	@exec $(RNA) evaluate $(AT) $(SCORED) $(call given,--engine,ENGINE)
 score-tm: $(ENVIRONMENT) ## both TM-scores of a folder of C1' traces: make score-tm TRACES=<folder> OUT=scores.parquet (ENGINE=usalign)
-	@exec $(RNA) score-tm --traces "$(TRACES)" --out "$(strip $(OUT))" $(if $(ENGINE),--engine $(strip $(ENGINE)))
+	@exec $(RNA) score-tm --traces "$(TRACES)" --out "$(OUT)" $(call given,--engine,ENGINE)
 structures: $(ENVIRONMENT) ## PDB and mmCIF files of an ensemble, and a page that shows them offline (TABLE=oof: training targets; FILE or SEQ: RNAs of your own; MODEL: by this run alone)
-	@exec $(RNA) structures $(AT) --name "$(NAME)" --split "$(SPLIT)" $(if $(TABLE),--table $(TABLE)) $(if $(OWN_FILE),$(if $(MODEL),--model "$(MODEL)" $(if $(TAG),--tag $(TAG))) $(OWN_FILE))
+	@exec $(RNA) structures $(AT) --name "$(NAME)" --split "$(SPLIT)" $(call given,--table,TABLE) $(if $(OWN_FILE),$(if $(MODEL),$(CONFIG) $(call given,--tag,TAG)) $(OWN_FILE))
 report: $(ENVIRONMENT) ## one self-contained HTML page for the ensemble (RUN=<run>: for a single run, after make evaluate RUN=<run>)
-	@exec $(RNA) report $(AT) --split "$(SPLIT)" --name "$(NAME)" $(if $(strip $(RUN)),--run $(strip $(RUN)))
+	@exec $(RNA) report $(AT) $(SCORED)
 
 kernel: $(ENVIRONMENT) ## pack a Kaggle notebook without internet (KERNEL=train|predict OWNER=<user> LIMIT=9h ALL=1 RESUME=owner/slug)
-	@exec $(RNA) kernel $(AT) --owner "$(strip $(OWNER))" --mode $(or $(strip $(KERNEL)),train) $(VARIANT) $(JOB) --name "$(NAME)" \
-	  $(if $(LIMIT),--limit $(strip $(LIMIT))) $(if $(RESUME),--resume $(strip $(RESUME)))
+	@exec $(RNA) kernel $(AT) --owner "$(OWNER)" --mode $(or $(KERNEL),train) $(VARIANT) $(JOB) --name "$(NAME)" \
+	  $(call given,--limit,LIMIT) $(call given,--resume,RESUME)
 kernel-push: $(ENVIRONMENT) ## send the bundle to Kaggle, where the notebook starts to run
 	@exec $(RNA) kernel-push $(AT) $(BUNDLE)
 kernel-status: $(ENVIRONMENT) ## how the notebook is doing (WAIT=12h: until it ended)
-	@exec $(RNA) kernel-status $(AT) $(BUNDLE) $(if $(WAIT),--wait $(strip $(WAIT)))
+	@exec $(RNA) kernel-status $(AT) $(BUNDLE) $(call given,--wait,WAIT)
 kernel-pull: $(ENVIRONMENT) ## fetch what the notebook left, verified; trained folds become local runs
 	@exec $(RNA) kernel-pull $(AT) $(BUNDLE)
 kernel-check: $(ENVIRONMENT) ## rehearse notebooks: bare Python (IMAGE=<python>), no network, read-only inputs (RAW=<folder>: the bundle on its test set)
-	@exec $(RNA) kernel-check $(AT) $(if $(IMAGE),--python $(IMAGE)) $(if $(RAW),--raw "$(RAW)" $(BUNDLE) $(if $(LIMIT),--limit $(strip $(LIMIT))))
+	@exec $(RNA) kernel-check $(AT) $(call given,--python,IMAGE) $(if $(RAW),--raw "$(RAW)" $(BUNDLE) $(call given,--limit,LIMIT))
 handover: $(ENVIRONMENT) ## the files that Kaggle asks of winners, from the ensemble and its settings
 	@exec $(RNA) handover $(AT) --name "$(NAME)"
 
@@ -248,7 +254,7 @@ bench-models: $(ENVIRONMENT) ## training and prediction of whole networks beside
 bench-tm: $(ENVIRONMENT) ## both TM-scores beside US-align, or TM-align built for this: make bench-tm TRACES=<folder>
 	@exec $(RNA) bench-tm --traces "$(TRACES)"
 bench-structures: $(ENVIRONMENT) ## time and memory of a target by its length, up to 4,640 nt (after train-all COMP=rna3d)
-	@exec $(RNA) bench-structures --comp "$(COMP)" --artifacts "$(ARTIFACTS)" $(if $(MODEL),--model "$(MODEL)") --split "$(SPLIT)"
+	@exec $(RNA) bench-structures $(AT) $(CONFIG) --split "$(SPLIT)"
 bench-loader: $(ENVIRONMENT) ## batches a second, with and without workers; share of padding
 	@exec $(RNA) bench-loader $(AT)
 bench-folds: $(ENVIRONMENT) ## our clustering beside MMseqs2 and cd-hit
@@ -261,8 +267,8 @@ clean: ## remove the artefacts, trained runs too (not the environment, not submi
 	   [ -n "$$(find "$(ARTIFACTS)/" -mindepth 1 -maxdepth 1 ! \( -type d $(call named,$(OWN) $(competitions) submissions) \) 2>/dev/null)" ] || \
 	   [ -n "$$(find "$(ARTIFACTS)/" -mindepth 1 -maxdepth 2 $(call named,$(OWN) submissions) -prune -o ! -type d -print 2>/dev/null)" ]; then \
 	  echo "ARTIFACTS=$(ARTIFACTS) holds more than artefacts; nothing removed. Next: remove by hand what is to go."; exit 2; fi
-	@busy="$$(command -v flock >/dev/null && find "$(ARTIFACTS)/" \( -name .lock -o -name .job \) \
-	  -exec sh -c '! flock -n "$$1" true' sh {} \; -print -quit 2>/dev/null || true)"; \
+	@busy="$$(command -v $(PYTHON) >/dev/null && find "$(ARTIFACTS)/" \( -name .lock -o -name .job \) \
+	  ! -exec $(PYTHON) -c 'import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_SH | fcntl.LOCK_NB)' {} \; -print 2>/dev/null | head -n 1 || true)"; \
 	if [ -n "$$busy" ]; then echo "$${busy%/*}: at work now; nothing removed. Next: make stop, or wait for it."; exit 2; fi
 	@[ -d "$(ARTIFACTS)" ] || { echo "$(ARTIFACTS): no such folder, nothing to remove"; exit 0; }; \
 	find "$(ARTIFACTS)/" -mindepth 1 -maxdepth 1 ! -name submissions -exec rm -rf {} +; \

@@ -32,12 +32,7 @@ EXHAUSTIVE = 20_000
 
 
 def run(
-    paths: Paths,
-    *,
-    splits: Sequence[str],
-    competition: Competition,
-    seed: int = 2026,
-    exhaustive: int = EXHAUSTIVE,
+    paths: Paths, *, splits: Sequence[str], competition: Competition, seed: int = 2026, exhaustive: int = EXHAUSTIVE
 ) -> Report:
     """Compare sequences across the folds of each split, and score copies of the nearest one; writes ``audit.json``.
 
@@ -104,15 +99,15 @@ def measure(
     is_measured = has_profiles and table["scored"].any()
     truth = read_truth(train, table, survey, queries, competition) if is_measured else None
     for place, split in enumerate(splits):
-        facts["splits"][split] = _describe_split(survey, place, table["sequence_id"])
+        told = _describe_split(survey, place, table["sequence_id"])
+        fold_N, near_N = folds_SN[place], survey.nearest_SN[place]
         if truth is not None:
-            near_N = survey.nearest_SN[place]
-            facts["splits"][split] |= score_copies(table, folds_SN[place], near_N, truth, queries, competition)
+            told |= score_copies(table, fold_N, near_N, truth, queries, competition)
         if competition.task == "classes":
-            facts["splits"][split] |= score_labels(table, folds_SN[place], survey.nearest_SN[place], queries)
+            told |= score_labels(table, fold_N, near_N, queries)
         if competition.task == "numbers":
-            near_N = survey.nearest_SN[place]
-            facts["splits"][split] |= score_numbers(table, folds_SN[place], near_N, queries, competition)
+            told |= score_numbers(table, fold_N, near_N, queries, competition)
+        facts["splits"][split] = told
     tell_leaks(facts["splits"])
     return facts
 
@@ -141,12 +136,11 @@ def describe(facts: Mapping[str, Any]) -> Table:
     table.add_column("split")
     for name in ("highest", *(f">= {percent} %" for percent in PERCENTS)):
         table.add_column(name, justify="right")
-    of_numbers = any("mean_score" in found for found in facts["splits"].values())
-    usual = {"mean_score": "mean"} if of_numbers else {"median_score": "median"}
+    told = {key for found in facts["splits"].values() for key in found}
+    usual = {"mean_score": "mean"} if "mean_score" in told else {"median_score": "median"}
     scores = {"copy_score": "copied"} | usual if facts["metric"] else {}
     scores = {key: f"{facts['metric']} {name}" for key, name in scores.items()}
-    of_labels = any("copy_accuracy" in found for found in facts["splits"].values())
-    if of_labels:
+    if "copy_accuracy" in told:
         scores = {"copy_accuracy": "right: copied", "frequent_accuracy": "most frequent"}
     for name in scores.values():
         table.add_column(name, justify="right")

@@ -22,10 +22,10 @@ import numpy as np
 import polars as pl
 from rich.table import Table
 
-from folds.assign import assign_folds, parse_split
 from folds.components import find_roots, unite_pairs
-from folds.edit_distance import Packed, pack
+from folds.edit_distance import pack
 from folds.similarity import find_designs, link
+from folds.split import assign_folds, parse_split
 from folds.survey import PERCENTS, compare
 from pipeline.errors import ConfigError, DataError
 from pipeline.memory import peak_memory_mib
@@ -80,14 +80,16 @@ def run(
         raise DataError(f"{train}: {len(real)} design; expected sequences to cluster. Next: make data.")
     folder.mkdir(parents=True, exist_ok=True)
     numba.set_num_threads(min(_THREADS, numba.get_num_threads()))
-    _compile(real[:200])
+    for method in ("exact", "seeded"):
+        _ours(method, real[:200], Path())  # compiles
     made = make_mutants(real, mutants, seed=seed)
     some = np.sort(np.random.default_rng(seed).choice(len(made), min(_JUDGED, len(made)), replace=False))
-    facts: dict[str, Any] = {"machine": _machine(), "versions": versions(), "threads": _THREADS, "percent": _PERCENT}
+    facts: dict[str, Any] = {"machine": {"cores": os.cpu_count(), "load_before": _load()}}
+    facts |= {"versions": versions(), "threads": _THREADS, "percent": _PERCENT}
     facts["real"] = _measure(real, _clusterings(exhaustive=True), folder, queries=None, seed=seed)
     facts["mutants"] = _measure(made, _clusterings(exhaustive=False), folder, queries=some, seed=seed)
     facts["scales"] = [_scale(make_mutants(real, size, seed=seed)) for size in scales]
-    facts["load_after"] = [round(load, 1) for load in os.getloadavg()]
+    facts["load_after"] = _load()
     write_json(record, facts)
     return _describe(facts)
 
@@ -117,13 +119,8 @@ def _mutate(parent: str, rng: np.random.Generator) -> str:
     return decode(pieces_L2[np.stack([~dropped_L, inserted_L], axis=1)]) or parent
 
 
-def _machine() -> dict[str, Any]:
-    return {"cores": os.cpu_count(), "load_before": [round(load, 1) for load in os.getloadavg()]}
-
-
-def _compile(texts: Sequence[str]) -> None:
-    for method in ("exact", "seeded"):
-        _ours(method, texts, Path())
+def _load() -> list[float]:
+    return [round(load, 1) for load in os.getloadavg()]
 
 
 def _clusterings(*, exhaustive: bool) -> dict[str, Clustering]:
@@ -206,8 +203,7 @@ def _measure(
             rows[name] |= {"clusters": int((sizes > 0).sum()), "largest": int(sizes.max())}
     folds = [_fold_by(cluster_N, texts, seed=seed) for cluster_N in labels.values()]
     apart = np.stack([np.arange(len(texts)), *labels.values(), *folds])
-    packed: Packed = pack(texts)
-    survey = compare(packed, apart, np.zeros(len(texts), bool), queries=queries)
+    survey = compare(pack(texts), apart, np.zeros(len(texts), bool), queries=queries)
     column = PERCENTS.index(_PERCENT)
     related = int(survey.counts_SP[0, column])
     for place, name in enumerate(labels, start=1):

@@ -8,7 +8,6 @@ Letters: T positions (of classes: every class of every sequence; of numbers: seq
 K = M·F tables.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from folds.weights import Weights, learn_mixture, learn_weights
 from pipeline.errors import DataError
 from pipeline.labels import MIN_PROBABILITY
 from pipeline.runlog import Bar
+from pipeline.stage import write_json
 from pipeline.tables import OofBatch, as_lists, finite_values, read_batches
 
 #: Positions a target from which weights are learned; longer data are thinned evenly, whole sequences at a time.
@@ -113,7 +113,7 @@ def blend(job: Job, parts: dict[str, Path], *, learn: bool) -> dict[str, Any]:
     }
     facts["oof_rows"] = _write_oof(job, options[chosen], parts["oof"])
     facts["test_rows"] = _write_test(job, options[chosen][None], parts["test"]) if "test" in parts else 0
-    parts["weights"].write_text(json.dumps(facts, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    write_json(parts["weights"], facts)
     return facts
 
 
@@ -232,8 +232,7 @@ def _fit(job: Job, predictions_TM: np.ndarray, truth_T: np.ndarray) -> Weights:
 def _combine(job: Job, batch: OofBatch, weights: _FoldWeights) -> np.ndarray:
     """[T, C] float32: weighted mean of the runs; NaN where one of them has no prediction."""
     weights_FCM = np.stack([weights[fold] for fold in job.folds])
-    place_N = np.searchsorted(job.folds, batch.rows["fold"].to_numpy())
-    place_T = batch.spread(place_N)
+    place_T = batch.spread(np.searchsorted(job.folds, batch.rows["fold"].to_numpy()))
     mean_TC = np.zeros((len(place_T), len(job.scoring.targets)))
     for place, each in enumerate(job.runs):
         mean_TC += weights_FCM[place_T, :, place] * batch.predictions[each]
@@ -294,11 +293,10 @@ def _write_test(job: Job, weights_CM: np.ndarray, path: Path) -> int:
             lengths_N = first[columns[0]].list.len().fill_null(0).to_numpy().astype(np.int64)
             if job.width:
                 lengths_N = np.full(first.height, job.width)
-            none_N = np.zeros(first.height, dtype=bool)
             mean_TC = np.zeros(int(lengths_N.sum()) * len(columns)).reshape(-1, weights_KC.shape[1])
             for batch, table, weights_C in zip([first, *others], tables, weights_KC, strict=True):
                 where = str(table)
-                values_TC = finite_values(batch, lengths_N, targets=columns, missing_N=none_N, where=where)
+                values_TC = finite_values(batch, lengths_N, targets=columns, where=where)
                 job.check(values_TC, batch["sequence_id"], where=where)
                 mean_TC += weights_C * values_TC.reshape(mean_TC.shape)
             lists = _lists(job, mean_TC, lengths_N)

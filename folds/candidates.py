@@ -8,7 +8,6 @@ the five are better out of fold lends candidates only where there are no others.
 Letters: M candidates of one sequence, N of all, F features, L length (nt), 3 xyz. Lengths in Å.
 """
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,10 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from folds.job import Job, list_missing
-from pipeline.competitions.rna3d import CANDIDATES, read_teaching
+from pipeline.competitions.rna3d import read_teaching
 from pipeline.errors import DataError
+from pipeline.schema import CANDIDATES
+from pipeline.stage import write_json
 from pipeline.structure.geometry import similarity
 from pipeline.tables import read_batches
 
@@ -163,11 +164,8 @@ def choose(job: Job, parts: dict[str, Path], *, score: Scorer | None = None) -> 
     """
     tables = {each: _read_oof_structures(job, each) for each in job.runs}
     learned = _learn(job, tables, score) if score else None
-    if learned:
-        oof = learned.pop("oof")
-        test = _choose_test(job, learned)
-    else:
-        oof, test = choose_candidates(tables), _choose_test(job, None)
+    oof = learned.pop("oof") if learned else choose_candidates(tables)
+    test = _choose_test(job, learned)
     held_out = pl.read_parquet(job.paths.fold_table(job.split), columns=["sequence_id", "fold"])
     held_out = held_out.filter(pl.col("fold").is_in(job.folds))
     lost = held_out.join(oof, on="sequence_id", how="anti")["sequence_id"].sort().to_list()
@@ -183,13 +181,12 @@ def choose(job: Job, parts: dict[str, Path], *, score: Scorer | None = None) -> 
         "oof_rows": oof.height,
         "test_rows": test.height,
     }
-    parts["weights"].write_text(json.dumps(facts, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    write_json(parts["weights"], facts)
     return facts
 
 
 def _count(table: pl.DataFrame) -> dict[str, int]:
-    taken = table.group_by("source").len().sort("source")
-    return dict(zip(taken["source"].to_list(), taken["len"].to_list(), strict=True))
+    return dict(table.group_by("source").len().sort("source").iter_rows())
 
 
 def _learn(job: Job, tables: Mapping[str, pl.DataFrame], score: Scorer) -> dict[str, Any] | None:
@@ -344,9 +341,8 @@ def _read_structures(path: Path, *, fold: bool = False) -> pl.DataFrame:
     table = pl.concat(frames)
     again = table.filter(pl.struct("sequence_id", "candidate").is_duplicated())
     if again.height:
-        raise DataError(
-            f"{path}: {again['sequence_id'][0]} has candidate {again['candidate'][0]} twice. Next: make predict."
-        )
+        found = f"{again['sequence_id'][0]} has candidate {again['candidate'][0]} twice"
+        raise DataError(f"{path}: {found}. Next: make predict.")
     whole = [pl.col(axis).list.eval(pl.element().is_finite().fill_null(False)).list.all() for axis in "xyz"]
     alike = [pl.col(axis).list.len() == pl.col("x").list.len() for axis in "yz"]
     good = pl.all_horizontal(*whole, *alike, pl.col("confidence").is_finite()).fill_null(False)

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 from rich.table import Table
 
 from folds.blend import blend, blend_test
@@ -19,10 +18,10 @@ from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.labels import Classes, read_classes
 from pipeline.paths import Paths
-from pipeline.runlog import score_text, warn
-from pipeline.runs import STAGES, read_run_name
+from pipeline.runlog import amount, score_text, warn
+from pipeline.runs import STAGES, read_run_name, weighted_runs
 from pipeline.stage import Report, read_result, run_stage
-from pipeline.tables import open_parquet
+from pipeline.tables import fold_numbers
 
 VERSION = 5
 
@@ -74,8 +73,8 @@ def run(
         inputs["classes"] = paths.clean("classes")
         classes = read_classes(paths)
     home = paths.ensemble_dir(name)
-    what: dict[str, Any] = {"runs": tuple(runs), "split": split, "folds": folds, "skipped": skipped, "classes": classes}
-    job = Job(paths=paths, competition=competition, **what)
+    found: dict[str, Any] = {"folds": folds, "skipped": skipped, "classes": classes}
+    job = Job(paths=paths, competition=competition, runs=tuple(runs), split=split, **found)
     is_structure = competition.task == "structure"
     build = partial(choose, job, score=score) if is_structure else partial(blend, job, learn=learn_weights)
     return run_stage(
@@ -116,7 +115,7 @@ def apply(
         paths: where the test predictions of every run and fold are.
         competition: the ensemble's.
         name: of the ensemble that is written.
-        weights: ``weights.json`` of the earlier one: its runs, folds and weights.
+        weights: ``weights.json`` of the earlier one: its runs, folds and weights; runs without weight are not read.
         folds: use these of its folds alone.
         partial_runs: of structures, choose among the predictions that are there: some folds of some runs.
 
@@ -133,7 +132,7 @@ def apply(
     if not chosen or not set(chosen) <= set(told["folds"]):
         raise ConfigError(f"FOLD={chosen}: the folds of {weights} are {told['folds']}. Next: choose some of them.")
     left_out = [fold for fold in told["folds"] if fold not in chosen]
-    runs = tuple(told["runs"])
+    runs = tuple(weighted_runs(told))
     classes = Classes.of(told["classes"]) if competition.task == "classes" else None
     what: dict[str, Any] = {"runs": runs, "split": told["split"], "folds": chosen, "skipped": left_out}
     job = Job(paths=paths, competition=competition, classes=classes, **what)
@@ -178,9 +177,7 @@ def _find_folds(
     paths: Paths, runs: Sequence[str], *, split: str, allow_partial: bool, tested: bool
 ) -> tuple[list[int], list[int]]:
     """Folds to use and folds left out, from the fold table and the predictions that are there."""
-    table = paths.fold_table(split)
-    open_parquet(table, ["sequence_id", "fold"]).close()
-    every = pl.read_parquet(table, columns=["fold"])["fold"].unique().sort().to_list()
+    every = fold_numbers(paths.fold_table(split))
     lacking = {
         (each, fold)
         for each in runs
@@ -226,13 +223,12 @@ def describe(facts: Mapping[str, Any]) -> Table:
     several = len(facts["targets"]) > 1  # of a single one the score tells all
     targets = facts["targets"] if several and len(facts["targets"]) <= _SHOWN else []
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    table.add_column(f"{_folds(facts)} of {facts['split']}, {facts['metric']} out of fold", overflow="fold")
+    folds = amount(len(facts["folds"]), "fold")
+    table.add_column(f"{folds} of {facts['split']}, {facts['metric']} out of fold", overflow="fold")
     for column in ("score", *targets):
         table.add_column(column, justify="right", overflow="fold")
-    for each, score in [
-        *((run, facts["run_scores"][run]) for run in facts["runs"]),
-        ("plain mean", facts["mean_score"]),
-    ]:
+    scores = {run: facts["run_scores"][run] for run in facts["runs"]} | {"plain mean": facts["mean_score"]}
+    for each, score in scores.items():
         table.add_row(each, _score(score["score"]), *(_score(score["per_target"][target]) for target in targets))
     if facts["learned"]:
         table.add_row("learned, cross-fitted", _score(facts["learned"]["score_cross_fitted"]))
@@ -251,13 +247,9 @@ def _score(value: float | None) -> str:
     return "" if value is None else score_text(value)
 
 
-def _folds(facts: Mapping[str, Any]) -> str:
-    return f"{len(facts['folds'])} fold{'s' if len(facts['folds']) > 1 else ''}"
-
-
 def _describe_structures(facts: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(f"{_folds(facts)} of {facts['split']}", overflow="fold")
+    table.add_column(f"{amount(len(facts['folds']), 'fold')} of {facts['split']}", overflow="fold")
     table.add_column("test candidates taken", justify="right")
     for source, count in sorted(facts["taken_from"].items()):
         table.add_row(source, f"{count:,}")

@@ -17,21 +17,9 @@ from pipeline.stage import write_json
 
 LOCKS = REPOSITORY / "folds" / "locks"
 
-#: Facts of the folds stage that a lock keeps.
-KEPT = (
-    "comp",
-    "split",
-    "data_digest",
-    "fold_digest",
-    "counts",
-    "clusters",
-    "largest_cluster",
-    "seed",
-    "method",
-    "version",
-)
-
 _MADE_BY = ("method", "seed", "version")
+#: Facts of the folds stage that a lock keeps.
+KEPT = ("comp", "split", "data_digest", "fold_digest", "counts", "clusters", "largest_cluster", *_MADE_BY)
 
 
 def digest_pairs(first: Iterable[str], second: Iterable[Any]) -> str:

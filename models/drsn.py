@@ -36,7 +36,7 @@ class ShrinkageBlock(nn.Module):
         width: D.
         kernel: in nt, odd.
         dilation: distance between the kernel's elements.
-        shrink: a threshold for each channel, or one that all share.
+        shrink: a threshold for each channel, one that all share, or none: a residual block.
         dropout: share dropped of the branch's output.
         axes: 1 = over positions, 2 = over pairs.
     """
@@ -47,7 +47,7 @@ class ShrinkageBlock(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.convs = nn.ModuleList(DenseConv(width, kernel=kernel, dilation=dilation, axes=axes) for _ in range(2))
-        self.shrinkage = Shrinkage(width, shrink=shrink)
+        self.shrinkage = None if shrink == "none" else Shrinkage(width, shrink=shrink)
         self.dropout = Dropout(dropout)
 
     def forward(self, x_BLD: Tensor, mask_BL: Tensor, bias_BHLL: Tensor | None = None) -> Tensor:
@@ -55,7 +55,7 @@ class ShrinkageBlock(nn.Module):
         y_BLD = x_BLD
         for norm, conv in zip(self.norms, self.convs, strict=True):
             y_BLD = conv(zero_pads(F.relu(norm(y_BLD)), mask_BL))
-        return x_BLD + self.dropout(self.shrinkage(y_BLD, mask_BL))
+        return x_BLD + self.dropout(y_BLD if self.shrinkage is None else self.shrinkage(y_BLD, mask_BL))
 
 
 class DenseConv(nn.Module):
@@ -91,7 +91,7 @@ class Drsn(RnaEncoder):
         depth: blocks, of two convolutions each.
         kernel: of the convolutions, in nt, odd.
         dilations: block i has dilation 2^(i mod dilations).
-        shrink: a threshold for each channel, or one that all share.
+        shrink: a threshold for each channel, one that all share, or none: a residual network to compare with.
         pair_depth: blocks over pairs of positions, with a 3×3 kernel, before the heads that predict pairs; 0 = none.
         pair_width: channels of these.
         dropout: share dropped of each block's output.

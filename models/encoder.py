@@ -43,6 +43,7 @@ class RnaEncoder(RnaModel):
             mean weighted by a learned query, or the last states of a bidirectional GRU.
         vocabulary: rows of the token table: 4 nucleotides or 20 amino acids, one more for an unknown letter; HyenaDNA
             has 16.
+        num_features: numbers that come with every position beside its letter; 0 = none.
     """
 
     blocks: nn.ModuleList
@@ -63,6 +64,7 @@ class RnaEncoder(RnaModel):
         gru_head: bool = False,
         pool: Pool = "mean",
         vocabulary: int = NUM_NUCLEOTIDES,
+        num_features: int = 0,
     ) -> None:
         super().__init__()
         if not num_channels:
@@ -70,8 +72,10 @@ class RnaEncoder(RnaModel):
         if not num_classes:
             refuse_without_effect(self, "without classes (num_classes)", pool=pool)
         self.uses_bpp = use_bpp
+        self.num_features = num_features
         self.checkpoint_every = 0
-        self.embedding = InputEmbedding(width, use_bpp=use_bpp, stem_kernel=stem_kernel, vocabulary=vocabulary)
+        reads: dict[str, Any] = {"use_bpp": use_bpp, "vocabulary": vocabulary, "num_features": num_features}
+        self.embedding = InputEmbedding(width, stem_kernel=stem_kernel, **reads)
         self.pair_bias: PairBias | None = None
         self.pair_start: PairStart | None = None
         self.register_parameter("prompt_ND", None)
@@ -98,9 +102,9 @@ class RnaEncoder(RnaModel):
         """Predict; see `RnaInputs` and `RnaOutputs`.
 
         Raises:
-            ValueError: the parts of the batch do not fit together, or bpp are needed and missing.
+            ValueError: the parts of the batch do not fit together, or bpp or features are needed and missing.
         """
-        inputs = clean_inputs(inputs, needs_bpp=self.uses_bpp)
+        inputs = clean_inputs(inputs, needs_bpp=self.uses_bpp, num_features=self.num_features)
         x_BLD, pair_BLLP = self._encode(inputs)
         return self.heads(x_BLD, inputs, pair_BLLP)
 
@@ -110,7 +114,7 @@ class RnaEncoder(RnaModel):
         Raises:
             ValueError: as `forward`.
         """
-        inputs = clean_inputs(inputs, needs_bpp=self.uses_bpp)
+        inputs = clean_inputs(inputs, needs_bpp=self.uses_bpp, num_features=self.num_features)
         return zero_pads(at_least_float32(self._encode(inputs)[0]), inputs.mask_BL)
 
     def _encode(self, inputs: RnaInputs) -> tuple[Tensor, Tensor | None]:

@@ -90,7 +90,7 @@ class Heads(nn.Module):
 
     def forward(self, x_BLD: Tensor, inputs: RnaInputs, pair_BLLP: Tensor | None = None) -> RnaOutputs:
         """Predict from the last hidden layer and, where the network has them, its pair features."""
-        _, mask_BL, bpp_BLL = inputs
+        mask_BL, bpp_BLL = inputs.mask_BL, inputs.bpp_BLL
         placed = None if self.coordinates is None else self.coordinates(x_BLD, mask_BL, bpp_BLL, pair_BLLP)
         return RnaOutputs(
             values_BLC=None if self.values is None else self.values(x_BLD, mask_BL),

@@ -1,6 +1,6 @@
 """What every network takes and gives.
 
-Letters: B batch, L padded length (nt), C channel or class, K distance bin, D width, 3 xyz.
+Letters: B batch, L padded length (nt), C channel or class, K distance bin, D width, F feature, 3 xyz.
 """
 
 from typing import ClassVar, NamedTuple
@@ -14,6 +14,7 @@ class RnaInputs(NamedTuple):
     tokens_BL: Tensor  # int64, index into "ACGU", or into the letters of a labelled set; arbitrary where padded
     mask_BL: Tensor  # bool, True at real nucleotides, at least one a row; never modified
     bpp_BLL: Tensor | None = None  # float32 in [0, 1], symmetric, zero diagonal, rows sum to at most 1
+    features_BLF: Tensor | None = None  # floating; what another network says of each nucleotide; arbitrary where padded
 
 
 class RnaOutputs(NamedTuple):
@@ -30,12 +31,13 @@ class RnaModel(nn.Module):
     """Base of all networks.
 
     A constructor takes keyword arguments only, annotated and defaulted: its signature is the model's schema in a
-    TOML file. ``num_channels``, ``num_distance_bins`` and ``num_classes`` (0 = no such head) come from the task, and
-    ``vocabulary`` from the letters of the data, unless it is larger.
+    TOML file. ``num_channels``, ``num_distance_bins`` and ``num_classes`` (0 = no such head) come from the task,
+    ``num_features`` (0 = none are read) from the data, and ``vocabulary`` from their letters, unless it is larger.
     """
 
     name: ClassVar[str]
     uses_bpp: bool = False
+    num_features: int = 0
 
     def forward(self, inputs: RnaInputs) -> RnaOutputs:
         raise NotImplementedError

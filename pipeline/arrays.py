@@ -168,7 +168,7 @@ def _write_table(
     sorted_by_id: bool,
 ) -> dict[str, Any]:
     """Stream a clean table into ``tokens, offsets, ids`` and, with targets, ``targets, weights, scored``."""
-    ids, lengths = _ids_and_lengths(clean, sorted_by_id=sorted_by_id)
+    ids, lengths = ids_and_lengths(clean, sorted_by_id=sorted_by_id)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     np.save(folder / "ids.npy", ids)
     np.save(folder / "offsets.npy", offsets)
@@ -231,7 +231,12 @@ def _optional(path: Path, name: str) -> list[str]:
     return [name] if name in read_parquet(path, lambda: pq.read_schema(path)).names else []
 
 
-def _ids_and_lengths(clean: Path, *, sorted_by_id: bool) -> tuple[np.ndarray, np.ndarray]:
+def ids_and_lengths(clean: Path, *, sorted_by_id: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Of a clean table: [N] bytes, and [N] int64, nt.
+
+    Raises:
+        DataError: it is missing, damaged or empty, or its ids are not unique, or not sorted where they should be.
+    """
     import pyarrow.compute as pc
 
     ids: list[str] = []

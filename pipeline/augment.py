@@ -38,7 +38,7 @@ def epoch_augmentation(count: int, *, seed: int, epoch: int, max_length: int, fl
 
 
 def flip(example: RnaExample) -> RnaExample:
-    """The example read from 3' to 5', targets and pairs with it.
+    """The example read from 3' to 5', targets, pairs and features with it.
 
     >>> flip(RnaExample("a", np.array([0, 1, 2], dtype=np.uint8))).tokens_L.tolist()
     [2, 1, 0]
@@ -46,6 +46,8 @@ def flip(example: RnaExample) -> RnaExample:
     changed: dict[str, Any] = {"tokens_L": example.tokens_L[::-1]}
     if example.target_LC is not None:
         changed["target_LC"] = example.target_LC[::-1]
+    if example.features_LF is not None:
+        changed["features_LF"] = example.features_LF[::-1]
     if example.bpp_ij_K2 is not None:
         changed["bpp_ij_K2"] = (len(example.tokens_L) - 1 - example.bpp_ij_K2[:, ::-1]).astype(np.uint16)
     return example._replace(**changed)

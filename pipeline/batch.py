@@ -59,6 +59,8 @@ def unpack(packed: Packed) -> RnaBatch:
     """The tensors of a packed batch."""
     mask_BL = np.arange(packed.tokens_BL.shape[1]) < packed.lengths_B[:, None]
     inputs = RnaInputs(torch.from_numpy(packed.tokens_BL).long(), torch.from_numpy(mask_BL))
+    if packed.features_BLF is not None:
+        inputs = inputs._replace(features_BLF=torch.from_numpy(packed.features_BLF))
     arrays = (packed.target_BLC, packed.weight_BC, packed.pairs_3K, packed.p_K, packed.label_BC)
     return RnaBatch(packed.ids, inputs, *(None if array is None else torch.from_numpy(array) for array in arrays))
 

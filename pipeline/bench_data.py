@@ -181,21 +181,15 @@ def _installed(what: str, package: str) -> bool:
 
 def measure(what: str, csv: Path, out: Path) -> tuple[float, float]:
     """Wall seconds and peak resident MiB of one process."""
-    _, program = PEERS[what]
+    command = [sys.executable, "-c", _PREPARE + PEERS[what][1] + _FINISH]
+    command += [str(csv), str(out) if what == OURS else f"{out}.parquet"]
     started = time.monotonic()
-    said = _spawn(_PREPARE + program + _FINISH, str(csv), str(out) if what == OURS else f"{out}.parquet")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
     seconds = time.monotonic() - started
-    return seconds, float(said.split()[-1])
-
-
-def _spawn(code: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, cwd=REPOSITORY
-    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise PipelineError(f"bench-data: a program ended with code {done.returncode}: {last}. Next: install it anew.")
-    return done.stdout
+    return seconds, float(done.stdout.split()[-1])
 
 
 def _summary(seen: dict[str, list[tuple[float, float]]], *, rows: int) -> list[dict[str, Any]]:

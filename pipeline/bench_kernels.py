@@ -74,9 +74,7 @@ def run(*, size: Size = "full", rounds: int = 2, record: Path | None = None) -> 
     found = [(cell, result) for cell, result in zip(cells, results, strict=True) if result is not None]
     rows = _compare(found)
     promises = [*_scan_promises(rows), *_conv_promises(rows), *_slope_promises(found)]
-    measure.print_table(rows)
-    measure.print_promises(promises)
-    measure.record(record or measure.RECORDS / f"kernels-{measure.machine_class()}.json", rows=rows, promises=promises)
+    measure.publish(rows, stem="kernels", promises=promises, record=record)
     return rows
 
 

@@ -53,10 +53,7 @@ def run(*, size: Size = "full", rounds: int = 2, record: Path | None = None) -> 
     results = measure.interleave(cells, module="pipeline.bench_models", rounds=rounds, slow=45.0, pythons={})
     rows = [_row(cell, result) for cell, result in zip(cells, results, strict=True)]
     promises = _cuda_promises(rows) if on_gpu else _cpu_promises(rows)
-    measure.print_table(rows)
-    measure.print_promises(promises)
-    path = record or measure.RECORDS / f"models-{measure.machine_class()}.json"
-    measure.record(path, rows=rows, promises=promises, threads=None if on_gpu else _THREADS)
+    measure.publish(rows, stem="models", promises=promises, record=record, threads=None if on_gpu else _THREADS)
     return rows
 
 

@@ -58,8 +58,7 @@ def run(paths: Paths, *, split: str, network: str) -> None:
                 found = measure.spawn(_MODULE, cell | {"stage": stage, "network": network}) or {}
                 row |= {f"{stage}, s": found.get("seconds"), f"{stage}, MiB": found.get("peak_mib")}
             rows.append(row)
-    measure.print_table(rows)
-    measure.record(measure.RECORDS / f"structures-{measure.machine_class()}.json", rows=rows, promises=[], threads=1)
+    measure.publish(rows, stem="structures", threads=1)
 
 
 def write_target(own: Paths, *, like: Paths, length: int) -> None:

@@ -2,45 +2,38 @@
 
 The file has one row per sequence of the clean tables: the pairs above a cut-off, and what is left unpaired. Sequences
 that an earlier file holds are copied; the others are computed in worker processes, part by part, and every finished
-part outlives an interruption.
-
-This module is what the workers import: standard library, numpy and pyarrow, no polars (it hangs in copied processes)
-and no torch. A core folds 44 sequences of 170 nt a second.
+part outlives an interruption. A core folds 44 sequences of 170 nt a second.
 
 Letters: N sequences, R rows of a group.
 """
 
-import contextlib
 import functools
-import hashlib
-import itertools
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline import viennarna
-from pipeline.errors import ConfigError, DataError, PipelineError, StoppedError, StorageError
+from pipeline.errors import ConfigError, DataError, StoppedError
 from pipeline.labels import read_labels
+from pipeline.memory import usable_cpus
+from pipeline.pair_workers import ROWS, Crew, parquet_schema, write_part
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, amount, say
 from pipeline.stage import Report, read_manifest, run_stage, sha256_file
-from pipeline.training.stop import SIGNALS, StopRequest, run_lock
+from pipeline.tables import read_batches
+from pipeline.training.stop import StopRequest, run_lock
 
 _TABLES = ("train", "test")
 _LENGTH = "longest"  # parameter of a result that other calls complete
 _LONGEST = 65_535  # nt: positions take two bytes
-_ROWS = 1024  # of a row group of the result
 _MAX_PART_ROWS = 2048
 _PART_SECONDS = 8.0  # of work in a part: what an interruption loses
 _WORTH_A_WORKER = 5.0  # seconds of work that pay for starting another process
@@ -90,7 +83,8 @@ def run(
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
         with run_lock(paths.bpp.parent):  # only around work: folds that train at once all ask whether it is done
-            wanted = {each for each in _unique_sequences(inputs.values()) if len(each) <= (longest or len(each))}
+            batches = (batch for path in inputs.values() for batch in read_batches(path, ["sequence"]))
+            wanted = {each for batch in batches for each in batch["sequence"] if len(each) <= (longest or len(each))}
             kept = (
                 {each for source in _finished_result(paths, params) for each in source.sequences()}
                 if is_part
@@ -188,24 +182,10 @@ def _build(
     }
 
 
-def _unique_sequences(tables: Iterable[Path]) -> list[str]:
-    from pipeline.tables import open_parquet  # brings polars, which workers must not import
-
-    found: set[str] = set()
-    for path in tables:
-        with open_parquet(path, ["sequence"]) as file:
-            for batch in file.iter_batches(columns=["sequence"]):
-                found.update(batch["sequence"].to_pylist())
-    return sorted(found)
-
-
 class _Source:
     """A file of finished rows, read a row group at a time."""
 
     def __init__(self, path: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         self.path = path
         try:
             with pq.ParquetFile(path) as file:
@@ -217,10 +197,7 @@ class _Source:
         self.groups = len(counts)
         self.group = functools.lru_cache(maxsize=2)(self._group)
 
-    def _group(self, number: int) -> Any:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
+    def _group(self, number: int) -> pa.Table:
         try:
             with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
                 return file.read_row_group(number).combine_chunks()
@@ -228,8 +205,6 @@ class _Source:
             raise DataError(f"{self.path}: damaged ({err}). Next: remove it, then make bpp.") from err
 
     def sequences(self) -> Iterator[str]:
-        import pyarrow.parquet as pq
-
         with pq.ParquetFile(self.path) as file:
             for batch in file.iter_batches(columns=["sequence"]):
                 yield from batch["sequence"].to_pylist()
@@ -285,35 +260,24 @@ def _locate(wanted: list[str], sources: list[_Source]) -> _Located:
 
 def _merge(wanted: list[str], sources: list[_Source], out: Path) -> int:
     """Write the wanted rows, sorted by sequence, a row group at a time; every source is sorted. Returns the pairs."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     located, pairs = _locate(wanted, sources), 0
-    with pq.ParquetWriter(out, _schema(), compression="zstd", write_page_checksum=True) as writer:
-        for start in range(0, len(wanted), _ROWS):
-            source_R, row_R = (column[start : start + _ROWS] for column in located)
+    with pq.ParquetWriter(out, parquet_schema(), compression="zstd", write_page_checksum=True) as writer:
+        for start in range(0, len(wanted), ROWS):
+            source_R, row_R = (column[start : start + ROWS] for column in located)
             tables = []
             for number in np.unique(source_R):
                 tables += sources[number].rows(row_R[source_R == number])
             table = pa.concat_tables(tables).replace_schema_metadata(None)
             table = table.take(np.argsort(np.argsort(source_R, kind="stable"))).combine_chunks()
-            writer.write_table(table, row_group_size=_ROWS)
+            writer.write_table(table, row_group_size=ROWS)
             pairs += len(table["p"].combine_chunks().values)
     return pairs
-
-
-def _schema(tag: str | None = None) -> Any:
-    import pyarrow as pa
-
-    lists = {"unpaired": pa.float32(), "i": pa.uint16(), "j": pa.uint16(), "p": pa.float32()}
-    fields = [("sequence", pa.string()), *((name, pa.list_(kind)) for name, kind in lists.items())]
-    return pa.schema(fields, metadata={"bpp": tag} if tag else None)
 
 
 def _compute(missing: list[str], *, folder: Path, params: dict[str, Any], workers: int | None) -> None:
     """Fold sequences and leave them in parts; in this process if there is little to do."""
     work = sum(viennarna.seconds_to_fold(len(sequence)) for sequence in missing)
-    workers = min(workers or _cpus(), 1 + int(work / _WORTH_A_WORKER))
+    workers = min(workers or usable_cpus(), 1 + int(work / _WORTH_A_WORKER))
     limit = min(_PART_SECONDS, work / (4 * workers))
     jobs = [(part, folder, json.dumps(params)) for part in _divide(missing, limit=limit)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -327,11 +291,6 @@ def _compute(missing: list[str], *, folder: Path, params: dict[str, Any], worker
                 f"bpp: stopped by {stop.reason()}; {kept:,} of {len(missing):,} sequences are folded and kept. "
                 "Next: run it again to go on."
             )
-
-
-def _cpus() -> int:
-    """How many this process may use; all there are where the system does not say (macOS)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _divide(missing: list[str], *, limit: float) -> list[list[str]]:
@@ -350,103 +309,10 @@ def _divide(missing: list[str], *, limit: float) -> list[list[str]]:
 def _finished(jobs: list[tuple], *, workers: int, stop: StopRequest) -> Iterator[int]:
     """Rows of every part as it is finished, until all are or a stop is asked for."""
     if workers > 1:
-        with _Crew(workers) as crew:
+        with Crew(workers) as crew:
             yield from crew.work(jobs, stop=stop)
         return
     for job in jobs:
         if stop.reason():
             return
-        yield _write_part(*job)
-
-
-def _write_part(sequences: list[str], folder: Path, tag: str) -> int:
-    """Fold sequences into one part file, which gets its name when it is complete."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    folded = [viennarna.fold(sequence) for sequence in sequences]
-    schema = _schema(tag)
-    columns = [pa.array(sequences)]
-    for field, values in zip(list(schema)[1:], zip(*folded, strict=True), strict=True):
-        offsets = np.cumsum([0, *(len(value) for value in values)], dtype=np.int32)
-        columns.append(pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(values), field.type.value_type)))
-    name = hashlib.sha256("\n".join([tag, *sequences]).encode()).hexdigest()[:16]
-    unfinished = folder / f"{name}.{os.getpid()}"
-    table = pa.Table.from_arrays(columns, schema=schema)
-    pq.write_table(table, unfinished, compression="zstd", row_group_size=_ROWS, write_page_checksum=True)
-    unfinished.replace(folder / f"{name}.parquet")
-    return len(sequences)
-
-
-class _Crew:
-    """Worker processes, each on a pipe of its own: a worker whose caller is gone reads the end of it and goes too."""
-
-    def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._workers: dict[Connection, BaseProcess] = {}
-        for _ in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            self._workers[ours] = process
-
-    def __enter__(self) -> "_Crew":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in self._workers.values():
-            process.kill()  # parts get their names when complete: nothing half-done can be taken for done
-        for pipe, process in self._workers.items():
-            process.join()
-            pipe.close()
-
-    def work(self, jobs: list[tuple], *, stop: StopRequest) -> Iterator[int]:
-        """Results of `_write_part`, in the order in which they come."""
-        waiting = iter(jobs)
-        busy: list[Connection] = []
-        for pipe, job in zip(self._workers, waiting, strict=False):
-            _send(pipe, job)
-            busy.append(pipe)
-        while busy and not stop.reason():
-            for ready in cast(list[Connection], wait(busy, timeout=0.5)):
-                yield self._receive(ready)
-                for job in itertools.islice(waiting, 1):
-                    _send(ready, job)
-                    break
-                else:
-                    busy.remove(ready)
-
-    def _receive(self, pipe: Connection) -> int:
-        try:
-            result = pipe.recv()
-        except (EOFError, OSError):
-            self._workers[pipe].join()
-            raise StorageError(
-                f"bpp: a worker ended unexpectedly (exit code {self._workers[pipe].exitcode}; -9 mostly means that "
-                "memory ran out); finished parts are kept. Next: run again with fewer workers (--workers 1)."
-            ) from None
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-
-def _send(pipe: Connection, job: tuple) -> None:
-    """Give a worker its next part; of one that is dead, `_Crew._receive` tells when it is listened to."""
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        pipe.send(job)
-
-
-def _serve(pipe: Connection) -> None:
-    """A worker's life: parts come in, their sizes or what went wrong go out."""
-    for number in SIGNALS:  # to the group: its caller stops the work
-        signal.signal(number, signal.SIG_IGN)
-    while True:
-        try:
-            job = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send(_write_part(*job))
-        except (PipelineError, OSError, MemoryError) as err:
-            pipe.send(err)
+        yield write_part(*job)

@@ -23,45 +23,21 @@ CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 #: 256 sequences make 160 steps, too few to learn much from; pipeline/OWN_DATA.md has numbers.
 AUTO_EPOCHS, AUTO_STEPS = 10, 600
 
-
 #: Settings of a model that train what they add to initial weights, and heads, while all else stays as it was loaded.
 FREEZING = {"lora_rank": "adapters", "soft_prompt": "soft prompts"}
 
-
 #: Smallest and largest sensible value of a number; numbers that are not here may be any finite one.
 _LIMITS: dict[str, tuple[float, float]] = {
-    "max_length": (1, math.inf),
-    "crop": (0, math.inf),
-    "flip": (0, 1),
-    "length_bucket": (0, math.inf),
-    "pseudo_weight": (0, math.inf),
-    "seed": (0, 2**63 - 1),
-    "epochs": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "micro_batch": (0, math.inf),
-    "lr": (0, math.inf),
-    "lora_rank": (0, math.inf),
-    "lora_alpha": (0, math.inf),
-    "soft_prompt": (0, math.inf),
-    "backbone_lr_share": (0, 1),
-    "weight_decay": (0, math.inf),
-    "warmup": (0, 1),
-    "clip_norm": (0, math.inf),
+    **dict.fromkeys(("max_length", "epochs", "batch_size", "process_timeout"), (1, math.inf)),
+    **dict.fromkeys(("crop", "length_bucket", "pseudo_weight", "micro_batch", "gradient_checkpointing"), (0, math.inf)),
+    **dict.fromkeys(("lr", "weight_decay", "clip_norm", "lora_rank", "lora_alpha", "soft_prompt"), (0, math.inf)),
+    **dict.fromkeys(("save_every", "patience", "max_skips", "max_rollbacks", "spike_threshold"), (0, math.inf)),
+    **dict.fromkeys(("frame_weight", "tm_weight", "confidence_weight", "focal_gamma"), (0, math.inf)),
+    **dict.fromkeys(("flip", "backbone_lr_share", "warmup"), (0, 1)),
+    **dict.fromkeys(("focal_alpha", "class_balance"), (0, 1 - 1e-9)),
     "ema_decay": (0, 0.999999),
-    "gradient_checkpointing": (0, math.inf),
-    "save_every": (0, math.inf),
+    "seed": (0, 2**63 - 1),
     "workers": (0, 64),  # each is a process of its own: 500 by a slip took a machine down
-    "process_timeout": (1, math.inf),
-    "patience": (0, math.inf),
-    "max_skips": (0, math.inf),
-    "max_rollbacks": (0, math.inf),
-    "spike_threshold": (0, math.inf),
-    "frame_weight": (0, math.inf),
-    "tm_weight": (0, math.inf),
-    "confidence_weight": (0, math.inf),
-    "focal_gamma": (0, math.inf),
-    "focal_alpha": (0, 1 - 1e-9),
-    "class_balance": (0, 1 - 1e-9),
 }
 
 
@@ -89,6 +65,7 @@ class DataConfig:
     min_signal_to_noise: float = 0.0  # profiles below are left out of the loss
     weighting: typing.Literal["log1p_sn", "uniform"] = "log1p_sn"  # of a profile in the loss
     flip: float = 0.0  # probability of reversing a training sequence 5'-3'
+    features: str = ""  # embeddings that every sequence comes with, by the NAME of make features; "" = none
     length_bucket: int = 64  # batches that are sorted by length together; 0 = no bucketing
     # runs whose predictions of the test set train too, commas between: for each fold its own networks'; "" = none
     pseudo: str = ""

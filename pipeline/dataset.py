@@ -1,11 +1,12 @@
 """Clean tables as memory-mapped arrays: opened in milliseconds, shared by every fold.
 
 Letters: N examples, L length (nt), T all nucleotides of a table in a row, C target or class, M sequences with base-pair
-probabilities, K stored pairs.
+probabilities, K stored pairs, F feature.
 
 `pipeline.arrays` writes what is opened here, where it is missing.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ import numpy as np
 from pipeline.arrays import Table, build_arrays, build_bpp, digest, read_parquet
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
+from pipeline.features import read_features
 from pipeline.labels import Labels, read_labels
 from pipeline.paths import Paths, how_to_make
 from pipeline.schema import ALPHABET, decode, folds_of_other_data
@@ -33,6 +35,7 @@ class RnaExample(NamedTuple):
     bpp_p_K: np.ndarray | None = None  # float32 in (0, 1]
     #: bool, whether the sequence is of each class; float32 = how probably; numbers float64, NaN = not measured
     label_C: np.ndarray | None = None
+    features_LF: np.ndarray | None = None  # float16
 
 
 def crop(example: RnaExample, *, start: int, length: int) -> RnaExample:
@@ -45,6 +48,8 @@ def crop(example: RnaExample, *, start: int, length: int) -> RnaExample:
     changed: dict[str, Any] = {"tokens_L": example.tokens_L[window]}
     if example.target_LC is not None:
         changed["target_LC"] = example.target_LC[window]
+    if example.features_LF is not None:
+        changed["features_LF"] = example.features_LF[window]
     if example.bpp_ij_K2 is not None and example.bpp_p_K is not None:
         inside_K = ((example.bpp_ij_K2 >= start) & (example.bpp_ij_K2 < window.stop)).all(axis=1)
         changed["bpp_ij_K2"] = (example.bpp_ij_K2[inside_K] - start).astype(np.uint16)
@@ -87,6 +92,16 @@ class BppArrays(_Mapped):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Features(_Mapped):
+    """What another network says of every nucleotide, or of every sequence as a whole; see `pipeline.features`."""
+
+    name: str
+    key: str  # sha256 of the array
+    values: np.ndarray  # float16, [T, F] or [N, F]
+    per_nucleotide: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExampleSet(_Mapped):
     """All examples of one table, on disk until they are asked for."""
 
@@ -99,6 +114,7 @@ class ExampleSet(_Mapped):
     weights_NC: np.ndarray | None = None
     scored_N: np.ndarray | None = None  # bool: counts in the organisers' metric
     bpp: BppArrays | None = None
+    features: Features | None = None
     labels_NC: np.ndarray | None = None  # bool; of numbers float64, of pseudo-labels float32
     labels: Labels | None = None  # what they are, of a labelled set, for the test table too
     crop: int = 0  # nt; only the middle of each example is seen, as its length too; 0 = all of it
@@ -130,6 +146,9 @@ class ExampleSet(_Mapped):
             row = self.bpp.row_N[index]
             pairs = slice(self.bpp.offsets[row], self.bpp.offsets[row + 1])
             example = example._replace(bpp_ij_K2=self.bpp.ij_K2[pairs], bpp_p_K=self.bpp.p_K[pairs])
+        if self.features is not None:
+            own = self.features.values[start:stop] if self.features.per_nucleotide else self.features.values[index]
+            example = example._replace(features_LF=np.broadcast_to(own, (stop - start, own.shape[-1])))
         surplus = stop - start - self.crop
         return crop(example, start=surplus // 2, length=self.crop) if self.crop and surplus > 0 else example
 
@@ -140,6 +159,7 @@ def open_examples(
     paths: Paths,
     table: Table,
     bpp: bool = False,
+    features: str = "",
     labels: Labels | None = None,
     crop: int = 0,
 ) -> ExampleSet:
@@ -152,12 +172,14 @@ def open_examples(
         paths: where the tables and arrays are.
         table: ``train`` (with targets) or ``test``.
         bpp: also open the base-pair probabilities.
+        features: also open those of that name; "" = none.
         labels: of a labelled set, where they are not on this machine; None = as the data stage found them.
         crop: show the middle of each sequence, so many nt, alone; 0 = all of it.
 
     Raises:
-        DataError: no clean table, or one that does not keep its schema; a sequence without a middle.
-        ConfigError: base-pair probabilities are asked for and were not computed, or make no sense.
+        DataError: no clean table, or one that does not keep its schema; a sequence without a middle; features of other
+            data.
+        ConfigError: base-pair probabilities are asked for and were not computed, or make no sense; no such features.
     """
     if competition.has_labels:
         labels = labels or read_labels(paths)
@@ -179,6 +201,7 @@ def open_examples(
         weights_NC=arrays.get("weights"),
         scored_N=arrays.get("scored"),
         bpp=_open_bpp(arrays["tokens"], arrays["offsets"], paths=paths) if bpp else None,
+        features=_open_features(features, folder, arrays["offsets"], paths=paths, table=table) if features else None,
         labels_NC=arrays.get("labels"),
         labels=labels,
         crop=crop,
@@ -245,8 +268,15 @@ def fold_members(fold_N: np.ndarray, fold: int, *, where: str) -> np.ndarray:
     return fold_N == fold
 
 
-def open_arrays(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+def open_arrays(
+    folder: Path, names: Sequence[str], *, hint: str = "remove this folder; it is built again from its table"
+) -> dict[str, np.ndarray]:
     """Name -> memory map.
+
+    Args:
+        folder: of the files.
+        names: of the files, without their ending.
+        hint: what to do about a damaged one.
 
     Raises:
         DataError: a file is missing, cut short or no array.
@@ -254,10 +284,25 @@ def open_arrays(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     try:
         return {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names}
     except (OSError, ValueError, EOFError) as err:
+        raise DataError(f"{folder}: an array is damaged ({' '.join(str(err).split())[:120]}). Next: {hint}.") from err
+
+
+def _open_features(name: str, folder: Path, offsets: np.ndarray, *, paths: Paths, table: Table) -> Features:
+    """Features for every sequence of a table, whose arrays are in a folder."""
+    done, path = read_features(name, paths=paths), paths.features(name, table)
+    is_of = json.loads((folder / "meta.json").read_text())["input"]
+    if done["inputs"].get(table) != is_of:
         raise DataError(
-            f"{folder}: an array is damaged ({' '.join(str(err).split())[:120]}). "
-            "Next: remove this folder; it is built again from its table."
-        ) from err
+            f"{path}: features {name!r} are of another {table} table than {paths.clean(table)}; expected this one's. "
+            f"Next: {how_to_make(path)}."
+        )
+    values, facts = open_arrays(path.parent, [table], hint=how_to_make(path))[table], done["facts"]
+    rows = offsets[-1] if facts["per_nucleotide"] else len(offsets) - 1
+    if values.shape != (rows, facts["width"]):
+        raise DataError(
+            f"{path}: {list(values.shape)}; expected {[int(rows), facts['width']]}. Next: {how_to_make(path)}."
+        )
+    return Features(name=name, key=done["outputs"][table], values=values, per_nucleotide=facts["per_nucleotide"])
 
 
 def _open_bpp(tokens_T: np.ndarray, offsets: np.ndarray, *, paths: Paths) -> BppArrays:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pipeline.errors import ConfigError
-from pipeline.memory import free_bytes
+from pipeline.memory import free_bytes, usable_cpus
 
 _KAGGLE_FILES = ("kaggle.json", "access_token", "access_token.txt")
 _KAGGLE_VARIABLES = ("KAGGLE_API_TOKEN", "KAGGLE_KEY")
@@ -42,7 +42,7 @@ def examine(artifacts: Path) -> list[Finding]:
         _python(),
         *_torch(),
         *_fast_kernels(),
-        _package("timm", "timm", "train.optimizer knows AdamW and Muon alone"),
+        _package("timm", "train.optimizer knows AdamW and Muon alone"),
         _viennarna(),
         _program("mmseqs", "make bench-folds compares with it", "make bench-folds does without it"),
         _program("USalign", "TM-scores can be checked with US-align", "the built-in TM-score is used"),
@@ -52,7 +52,7 @@ def examine(artifacts: Path) -> list[Finding]:
 
 
 def _python() -> Finding:
-    return Finding("Python", "ok", f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} CPUs")
+    return Finding("Python", "ok", f"{platform.python_version()} on {platform.machine()}, {usable_cpus()} CPUs")
 
 
 def _torch() -> Iterator[Finding]:
@@ -89,11 +89,11 @@ def _fast_kernels() -> Iterator[Finding]:
             yield Finding(operator, state, f"on {device}: {path} ({reason})")
 
 
-def _package(package: str, module: str, otherwise: str) -> Finding:
-    if importlib.util.find_spec(module) is None:
+def _package(package: str, otherwise: str) -> Finding:
+    if importlib.util.find_spec(package) is None:
         return Finding(package, "absent", f"not installed: {otherwise}")
     try:
-        importlib.import_module(module)
+        importlib.import_module(package)
     except Exception as err:  # compiled extras raise anything: ImportError, RuntimeError, AttributeError
         return Finding(package, "problem", f"installed but not usable ({type(err).__name__}: {err}): {otherwise}")
     return Finding(package, "ok", f"{metadata.version(package)}, importable")
@@ -135,7 +135,8 @@ def _kaggle() -> Iterator[Finding]:
         yield Finding("kaggle", "problem", f"{metadata.version('kaggle')} without the package six, which it imports")
     else:
         yield Finding("kaggle", "ok", metadata.version("kaggle"))
-    folders = [Path(os.environ.get("KAGGLE_CONFIG_DIR", Path.home() / ".kaggle")), Path.home() / ".config" / "kaggle"]
+    home = Path(os.path.expanduser("~"))  # Path.home() fails where the system does not know the user
+    folders = [Path(os.environ.get("KAGGLE_CONFIG_DIR", home / ".kaggle")), home / ".config" / "kaggle"]
     found = [name for name in _KAGGLE_VARIABLES if os.environ.get(name)]
     found += [str(folder / name) for folder in folders for name in _KAGGLE_FILES if (folder / name).is_file()]
     if found:

@@ -6,6 +6,7 @@ linear values head applied to a nucleotide's embedding gives its predicted value
 Letters: N sequences, T nucleotides in a row, L length (nt), D width.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor
 
 from models.interface import RnaModel
-from pipeline import bpp
 from pipeline.arrays import create_scratch
 from pipeline.competitions.base import Competition
 from pipeline.config import config_from_dict
@@ -34,7 +34,7 @@ from pipeline.inference import (
     require_labels,
     with_best_checkpoint,
 )
-from pipeline.own_file import read, require_file
+from pipeline.own_file import NONE, bring_inputs, read, require_file
 from pipeline.paths import Paths
 from pipeline.schema import ALPHABET
 from pipeline.stage import Report, run_stage
@@ -53,6 +53,7 @@ def run(
     run: str | Path,
     fold: int,
     per_nucleotide: bool = False,
+    embeddings: Mapping[str, Path] = NONE,
     batch_tokens: int = 65_536,
 ) -> Report:
     """Embed every sequence of a file with the best checkpoint of a fold, which carries its own configuration.
@@ -68,6 +69,7 @@ def run(
         run: name of the run, or its folder where that lies elsewhere.
         fold: trained fold.
         per_nucleotide: also write an embedding of every nucleotide.
+        embeddings: name -> source of the features that the network itself reads, see `pipeline.features.run`.
         batch_tokens: padded nucleotides of a batch; halved when memory runs out. Changes no embedding.
 
     Returns:
@@ -81,9 +83,8 @@ def run(
         StoppedError: asked to stop; nothing is left half-written.
     """
     require_file(source, verb="embed")
-    work = partial(
-        _run, source, competition=competition, paths=paths, per_nucleotide=per_nucleotide, batch_tokens=batch_tokens
-    )
+    how: dict[str, Any] = {"per_nucleotide": per_nucleotide, "embeddings": embeddings, "batch_tokens": batch_tokens}
+    work = partial(_run, source, competition=competition, paths=paths, **how)
     return with_best_checkpoint(work, competition=competition, paths=paths, run=run, fold=fold)
 
 
@@ -96,6 +97,7 @@ def _run(
     competition: Competition,
     paths: Paths,
     per_nucleotide: bool,
+    embeddings: Mapping[str, Path],
     batch_tokens: int,
 ) -> Report:
     config = config_from_dict(meta["config"], where=f"{checkpoint}/meta.json")
@@ -105,11 +107,9 @@ def _run(
     own = replace(paths, root=folder)  # the file is the test set of a competition of its own
     alphabet = labels.alphabet if labels else ALPHABET
     odd_letters = read(source, own, alphabet=alphabet).facts["odd_letters"]
-    uses_bpp = "bpp" in meta["data"]
-    if uses_bpp:
-        bpp.run(own, tables=("test",))
-    crop = config.data.crop
-    examples = open_examples(competition, paths=own, table="test", bpp=uses_bpp, labels=labels, crop=crop)
+    bring_inputs(meta, own, embeddings)
+    reads: dict[str, Any] = {"bpp": "bpp" in meta["data"], "features": config.data.features, "crop": config.data.crop}
+    examples = open_examples(competition, paths=own, table="test", labels=labels, **reads)
     params = {"version": _VERSION, "flipped": config.data.flip > 0, "per_nucleotide": per_nucleotide}
     params |= {"unfinished": True} if unfinished else {}
     label = f"{meta['run']}.fold{meta['fold']}"

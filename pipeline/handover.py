@@ -49,7 +49,8 @@ def run(paths: Paths, *, competition: Competition, name: str) -> Report:
     trained = {run: [_trained(paths, run, fold) for fold in told["folds"]] for run in networks}
     home = paths.home / "handover" / name
     home.mkdir(parents=True, exist_ok=True)
-    steps = _steps(competition, paths, told, name)
+    features = {facts["config"]["data"].get("features") for folds in trained.values() for facts in folds} - {None, ""}
+    steps = _steps(competition, paths, told, name, features=features)
     texts = {
         "README.md": _readme(competition, told, name, trained, steps),
         "requirements.txt": _requirements(),
@@ -89,23 +90,29 @@ def _trained(paths: Paths, run: str, fold: int) -> dict[str, Any]:
 def _seconds(rows: list[dict[str, Any]]) -> float | None:
     """Time of all sessions together, each from its start to its last row; None where rows have no time."""
     timed = [row for row in rows if isinstance(row.get("time"), int | float)]
-    steps = [
-        float(row["time"] - before["time"]) for before, row in itertools.pairwise(timed) if row["event"] != "start"
-    ]
+    pairs = itertools.pairwise(timed)
+    steps = [float(row["time"] - before["time"]) for before, row in pairs if row["event"] != "start"]
     return sum(steps) if steps else None
 
 
-def _steps(competition: Competition, paths: Paths, told: Mapping[str, Any], name: str) -> list[tuple[str, str]]:
+def _steps(
+    competition: Competition, paths: Paths, told: Mapping[str, Any], name: str, *, features: set[str]
+) -> list[tuple[str, str]]:
     """What happens -> the command, in order."""
     at = f"COMP={competition.name}"
     uses_bpp = paths.bpp.is_file()
     uses_library = library_path(paths).is_file() and any(map(is_stage, told["runs"]))
     split = f"SPLIT={told['split']}"
     partial = bool(told["folds_left_out"])
+    given = " ".join(f"{each}=<folder or parquet>" for each in sorted(features))
     trained = [f"train FOLD={fold}" for fold in told["folds"]] if partial else ["train-all"]
     return [
         ("Prepare the data", f"make data {at} RAW=<folder with the raw files>"),
         *([("Base-pair probabilities", f"make bpp {at}")] if uses_bpp else []),
+        *(
+            (f"Embeddings {each} of all sequences", f"make features {at} NAME={each} FILE=<folder or parquet>")
+            for each in sorted(features)
+        ),
         *([("Known structures", f"make templates {at} RAW=<folder of mmCIF files>")] if uses_library else []),
         ("Assign the folds", f"make folds {at} {split}"),
         *(
@@ -115,7 +122,9 @@ def _steps(competition: Competition, paths: Paths, told: Mapping[str, Any], name
         ),
         ("Join the predictions", f"make ensemble {at} {split} NAME={name}{' PARTIAL=1' if partial else ''}"),
         ("Write and check the submission", f"make submit {at} NAME={name}"),
-        ("Predict new test data in a notebook", f"make kernel {at} KERNEL=predict NAME={name} OWNER=<user>"),
+        ("Predict new sequences", f'make predict {at} NAME={name} FILE=<sequences> FEATURES="{given}"')
+        if features  # which no notebook gets
+        else ("Predict new test data in a notebook", f"make kernel {at} KERNEL=predict NAME={name} OWNER=<user>"),
     ]
 
 
@@ -164,17 +173,10 @@ def _readme(
     policy = told.get("policy") or {}
     found = policy["best_of_five"][str(policy["novelty"])] if policy else told.get("score")
     score = f", {found:.5f} out of fold" if found is not None else ""
-    lines = [f"# {competition.title}: ensemble {name}", ""]
-    lines += [
-        f"Metric: {competition.metric}{score}. Commit: {commit() or 'none recorded'}. Joined: {told['chosen']}.",
-        "",
-    ]
-    lines += [
-        "## Models",
-        "",
-        "| run | fold | parameters | steps | device | precision | time |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    joined = f"Commit: {commit() or 'none recorded'}. Joined: {told['chosen']}."
+    lines = [f"# {competition.title}: ensemble {name}", "", f"Metric: {competition.metric}{score}. {joined}", ""]
+    lines += ["## Models", "", "| run | fold | parameters | steps | device | precision | time |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for run, folds in trained.items():
         for fold, facts in zip(told["folds"], folds, strict=True):
             device = facts["device_name"] or facts["device"]
@@ -240,13 +242,8 @@ def _package(requirement: str) -> str:
 def _tree() -> str:
     """Every source file, folder by folder."""
     files = [path for folder in _TREE for path in (REPOSITORY / folder).rglob("*") if path.is_file()]
-    kept = [
-        path.relative_to(REPOSITORY) for path in files if "__pycache__" not in path.parts and "csv" not in path.parts
-    ]
-    return (
-        "\n".join(f"./{path}" for path in [*map(Path, ("Makefile", "README.md", "pyproject.toml")), *sorted(kept)])
-        + "\n"
-    )
+    kept = sorted(path.relative_to(REPOSITORY) for path in files if not {"__pycache__", "csv"} & {*path.parts})
+    return "".join(f"./{path}\n" for path in ("Makefile", "README.md", "pyproject.toml", *kept))
 
 
 def _settings(paths: Paths, told: Mapping[str, Any], name: str) -> dict[str, Any]:

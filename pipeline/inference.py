@@ -86,7 +86,7 @@ def with_best_checkpoint(
                 got = f"{path}: trained on {meta['competition']}"
                 raise ConfigError(f"{got}; expected {competition.name}. Next: COMP={meta['competition']}.")
             return work(path, meta, _is_unfinished(store, meta))
-        except (DataError, StorageError):
+        except (DataError, StorageError, OSError):  # a share may call a removed file stale
             if path.is_dir() or not tries_left:
                 raise
             say(f"{path}: replaced meanwhile by the training that goes on; predicting with its better one")
@@ -122,6 +122,7 @@ def inputs_of(checkpoint: Path, examples: ExampleSet, paths: Paths) -> dict[str,
     """What a stage that applies a checkpoint reads: the files by which it knows that nothing changed."""
     arrays = {"arrays": examples.key} | ({"bpp": examples.bpp.key} if examples.bpp else {})
     metas = {label: paths.arrays_dir / key / "meta.json" for label, key in arrays.items()}
+    metas |= {"features": paths.features_manifest(examples.features.name)} if examples.features else {}
     return {"checkpoint": checkpoint / "meta.json"} | metas
 
 
@@ -169,7 +170,13 @@ def _damaged(path: Path, err: DamagedError) -> StorageError:
 
 def load_network(job: Job) -> tuple[RnaModel, torch.device]:
     """The network with the weights that predict, on the best device."""
-    device = choose_device()
+    device, features = choose_device(), job.examples.features
+    reads = job.config.model.kwargs.get("num_features", 0)
+    if features is not None and features.values.shape[-1] != reads:
+        raise DataError(
+            f"features {features.name!r}: {features.values.shape[-1]} numbers each; {job.checkpoint} reads {reads}. "
+            "Next: give those of the network that made the ones it was trained on."
+        )
     model = build_model(job.config.model, job.competition, job.examples.labels)
     try:
         weights = load_weights(job.checkpoint)

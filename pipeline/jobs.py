@@ -6,14 +6,13 @@ says that a process is alive: a number in a file may be another program's by now
 """
 
 import contextlib
-import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ _TRACES = (JOB, ".lock", _START, _LOG, "status.json")  # what a start leaves tha
 _POLL_S = 0.1
 _BEGIN_S = 20.0  # after it took the lock, a job that still reads its tables is left to itself
 _STOP_S = 40.0
-_NUMBERS = ("step", "%", "metric", "best", "loss", "nt/s", "left", "memory", "pid", "last sign")
 _DISPENSABLE = ("loss", "memory", "%", "nt/s", "last sign", "metric", "pid")  # in a narrow terminal, in this order
 _TAIL_BYTES = 65_536  # of a log, in which its last lines are looked for
 _COLORS = {"running": "green", "done": "green", "stopped": "yellow", "lost": "red", "failed": "red", "diverged": "red"}
@@ -87,13 +85,6 @@ def worker(folder: Path) -> int | None:
 def _at_work(folder: Path) -> int | None:
     holders = (lock_holder(folder, name=JOB), lock_holder(folder))
     return next((pid for pid in holders if pid is not None), None)
-
-
-def predicted_unfinished(folder: Path) -> bool:
-    """Whether a fold's predictions were made before its training was finished."""
-    manifests = [folder / f"predict-{table}.manifest.json" for table in ("oof", "test")]
-    found = [json.loads(path.read_text()) for path in manifests if path.is_file()]
-    return any(done["params"].get("unfinished", False) for done in found)
 
 
 # --- start ---
@@ -252,16 +243,20 @@ def _last_words(folder: Path, pid: int) -> str:
     told = f"step {ours['step']} of {ours['steps']}" if "steps" in ours else "before its first step"
     if "exit_code" in ours:
         told = f"exit code {ours['exit_code']}, {told}"
-    return f"{folder}: process {pid} has stopped ({told}). Next: the same make train or train-bg goes on from there."
+    return f"{folder}: process {pid} has stopped ({told}). Next: the same make train or train-bg, SET and all, goes on."
 
 
 def _terminate(pid: int, folder: Path) -> None:
     """Send SIGTERM to the process that holds a folder, never to a later one of the same number."""
     with contextlib.suppress(ProcessLookupError):
-        if not hasattr(os, "pidfd_open"):  # not Linux
-            os.kill(pid, signal.SIGTERM)
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
             return
-        descriptor = os.pidfd_open(pid)
+        except (AttributeError, OSError):  # not Linux, or one before 5.3, or a container that forbids it
+            if worker(folder) == pid:
+                os.kill(pid, signal.SIGTERM)
+            return
         try:
             if worker(folder) == pid:  # so the descriptor is that process's
                 signal.pidfd_send_signal(descriptor, signal.SIGTERM)
@@ -380,29 +375,32 @@ def _table(rows: Sequence[dict[str, Any]], *, without: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
     for name in ("competition", "run", "fold", "state"):
         table.add_column(name, overflow="fold")
-    for name in _NUMBERS:
+    for name in _numbers(rows[0]):
         if name not in without:
             table.add_column(name, justify="right")
     for row in rows:
         phase = "" if row["phase"] in (None, "training") else f": {row['phase']}"
         state = Text(row["state"] + phase, style=_COLORS.get(row["state"], ""))
-        numbers = [text for name, text in zip(_NUMBERS, _numbers(row), strict=True) if name not in without]
+        numbers = [text for name, text in _numbers(row).items() if name not in without]
         table.add_row(row["competition"], row["run"], str(row["fold"]), state, *numbers)
     return table
 
 
-def _numbers(row: dict[str, Any]) -> list[str]:
-    def shown(key: str, template: str) -> str:
-        return "" if row[key] is None else template.format(row[key])
+def _numbers(row: dict[str, Any]) -> dict[str, str]:
+    """Column -> text; empty where the run says nothing of it."""
 
-    return [
-        "" if row["steps"] is None else f"{row['step']}/{row['steps']}",
-        shown("percent", "{:.0f}"),
-        *("" if row[key] is None else score_text(row[key]) for key in ("metric", "best_metric")),
-        shown("loss", "{:.4f}"),
-        shown("tokens_per_s", "{:,.0f}"),
-        "" if row["eta_s"] is None else duration(row["eta_s"]),
-        "" if row["memory_mib"] is None else f"{row['memory_mib'] / 1024:.1f} GiB",
-        shown("pid", "{}"),
-        "" if row["age_s"] is None else duration(row["age_s"]),
-    ]
+    def shown(key: str, show: Callable[[Any], str]) -> str:
+        return "" if row[key] is None else show(row[key])
+
+    return {
+        "step": shown("steps", lambda steps: f"{row['step']}/{steps}"),
+        "%": shown("percent", "{:.0f}".format),
+        "metric": shown("metric", score_text),
+        "best": shown("best_metric", score_text),
+        "loss": shown("loss", "{:.4f}".format),
+        "nt/s": shown("tokens_per_s", "{:,.0f}".format),
+        "left": shown("eta_s", duration),
+        "memory": shown("memory_mib", lambda mib: f"{mib / 1024:.1f} GiB"),
+        "pid": shown("pid", str),
+        "last sign": shown("age_s", duration),
+    }

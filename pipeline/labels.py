@@ -3,7 +3,7 @@
 Letters: N sequences, C classes or numbers.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -71,6 +71,7 @@ class Classes(_Named):
     counts: tuple[int, ...]  #: training sequences of each
     exclusive: bool  #: each labelled sequence has exactly one; otherwise none, one or several
     alphabet: str  #: letters of the sequences; a token is a place in it
+    groups: tuple[str, ...] = ()  #: of each class the group that it is scored with, "" = none; () = there are no groups
 
     def identity(self) -> dict[str, Any]:
         """What a network depends on."""
@@ -176,7 +177,7 @@ def read_classes(paths: Paths) -> Classes:
     Raises:
         DataError: the data stage has not run, or the file is not what it wrote.
     """
-    return _read(paths.clean("classes"), _as_classes)
+    return _read(paths.clean("classes"))
 
 
 def read_numbers(paths: Paths) -> Numbers:
@@ -185,7 +186,7 @@ def read_numbers(paths: Paths) -> Numbers:
     Raises:
         DataError: the data stage has not run, or the file is not what it wrote.
     """
-    return _read(paths.clean("numbers"), _as_numbers)
+    return _read(paths.clean("numbers"))
 
 
 def read_labels(paths: Paths) -> Labels:
@@ -200,10 +201,10 @@ def read_labels(paths: Paths) -> Labels:
 
 def read_label_file(path: Path) -> Labels:
     """`read_labels`, from where the file is; its name says what is in it."""
-    return _read(path, _as_numbers if path.stem == "numbers" else _as_classes)
+    return _read(path)
 
 
-def _read(path: Path, build: Callable[[Any, Mapping[bytes, bytes]], Any]) -> Any:
+def _read(path: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -211,19 +212,14 @@ def _read(path: Path, build: Callable[[Any, Mapping[bytes, bytes]], Any]) -> Any
         raise DataError(f"{path}: no {path.stem}; expected those of the clean table. Next: {how_to_make(path)}.")
     try:
         table = pq.read_table(path)
-        return build(table, table.schema.metadata or {})
+        told, columns = table.schema.metadata or {}, table.to_pydict()
+        names, counts, alphabet = tuple(columns["name"]), tuple(columns["count"]), told[b"alphabet"].decode()
+        if path.stem == "numbers":
+            return Numbers(names, counts, tuple(columns["mean"]), tuple(columns["sd"]), alphabet)
+        groups = tuple(columns.get("group", ()))
+        return Classes(names, counts, told[b"exclusive"] == b"true", alphabet, groups)
     except (pa.ArrowException, OSError, KeyError) as err:
         raise DataError(f"{path}: not what the data stage writes ({err}). Next: {how_to_make(path)}.") from err
-
-
-def _as_classes(table: Any, told: Mapping[bytes, bytes]) -> Classes:
-    names, counts = (tuple(table[name].to_pylist()) for name in ("name", "count"))
-    return Classes(names, counts, told[b"exclusive"] == b"true", told[b"alphabet"].decode())
-
-
-def _as_numbers(table: Any, told: Mapping[bytes, bytes]) -> Numbers:
-    names, counts, means, deviations = (tuple(table[name].to_pylist()) for name in ("name", "count", "mean", "sd"))
-    return Numbers(names, counts, means, deviations, told[b"alphabet"].decode())
 
 
 def write_labels(path: Path, labels: Labels) -> None:
@@ -235,6 +231,8 @@ def write_labels(path: Path, labels: Labels) -> None:
     fields = [("name", pa.string()), ("count", pa.int64())]
     if isinstance(labels, Classes):
         told = {"exclusive": str(labels.exclusive).lower()} | told
+        if labels.groups:
+            columns, fields = columns | {"group": list(labels.groups)}, [*fields, ("group", pa.string())]
     else:
         columns |= {"mean": list(labels.means), "sd": list(labels.deviations)}
         fields += [("mean", pa.float64()), ("sd", pa.float64())]

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -132,12 +132,9 @@ def interleave(
             started = time.monotonic()
             found[k].append(spawn(module, cell, python=pythons.get(cell.get("python", ""), Path(sys.executable))))
             is_slow[k] = time.monotonic() - started > slow
-            print(f"{turn + 1}/{rounds} {k + 1}/{len(cells)} {_brief(cell)}: {found[k][-1]}", file=sys.stderr)
+            brief = " ".join(map(str, cell.values()))
+            print(f"{turn + 1}/{rounds} {k + 1}/{len(cells)} {brief}: {found[k][-1]}", file=sys.stderr)
     return [_median(results) for results in found]
-
-
-def _brief(cell: dict[str, Any]) -> str:
-    return " ".join(str(value) for value in cell.values())
 
 
 def _median(results: list[dict[str, Any] | None]) -> dict[str, Any] | None:
@@ -197,27 +194,40 @@ def peak_mib() -> float:
     return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else peak_memory_mib()
 
 
-def record(path: Path, *, rows: Sequence[dict[str, Any]], promises: Iterable[Promise], **header: Any) -> None:
-    """Write the rows below a header that says when, on what and with what they were measured."""
+def publish(
+    rows: Sequence[dict[str, Any]],
+    *,
+    stem: str,
+    promises: Sequence[Promise] = (),
+    record: Path | None = None,
+    **head: Any,
+) -> None:
+    """Print rows and promises, and write both below a header that says when, on what and with what they were measured.
+
+    Args:
+        rows: of equal keys.
+        stem: of the JSON file's name, ``tests/benchmarks/<stem>-<class>.json``.
+        promises: what was promised, and found.
+        record: another JSON file.
+        **head: more of the header.
+    """
+    _print_table(rows)
+    for promise in promises:
+        sign = "at most" if promise.at_most else "at least"
+        kept = "pass" if promise.met else "FAIL"
+        print(f"{kept}  {promise.what}: {promise.found:.3g} ({sign} {promise.wanted:g} wanted)")
     told = [promise._asdict() | {"found": round(promise.found, 3), "met": promise.met} for promise in promises]
-    head = {"date": datetime.now(UTC).date().isoformat(), "machine": machine_class(), "versions": versions()}
-    write_json(path, head | header | {"promises": told, "rows": list(rows)})
+    head = {"date": datetime.now(UTC).date().isoformat(), "machine": machine_class(), "versions": versions()} | head
+    path = record or RECORDS / f"{stem}-{head['machine']}.json"
+    write_json(path, head | {"promises": told, "rows": list(rows)})
 
 
-def print_table(rows: Sequence[dict[str, Any]]) -> None:
+def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     """Rows of equal keys as plain text, in columns."""
     cells = [list(rows[0]), *([_shown(value) for value in row.values()] for row in rows)]
     widths = [max(len(line[k]) for line in cells) for k in range(len(cells[0]))]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def print_promises(promises: Iterable[Promise]) -> None:
-    """Every promise with what was found."""
-    for promise in promises:
-        sign = "at most" if promise.at_most else "at least"
-        kept = "pass" if promise.met else "FAIL"
-        print(f"{kept}  {promise.what}: {promise.found:.3g} ({sign} {promise.wanted:g} wanted)")
 
 
 def _shown(value: Any) -> str:

@@ -1,5 +1,6 @@
-"""What memory this process holds, and what a new run could still take; needs the standard library alone."""
+"""What this process may have of memory and CPUs, and what it holds; needs the standard library alone."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -32,6 +33,28 @@ def free_bytes(*, processes: int = 1) -> Free:
     return min([*found, *_allowed_bytes()], key=lambda free: free.size)
 
 
+def bound_cpus() -> int:
+    """CPUs that this process may run on; all there are where the system does not say (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_cpus() -> int:
+    """Of these as many as its control groups give time for: a container may see 64, and have the time of 4."""
+    return max(1, min([bound_cpus(), *_group_cpus(_PROCESS / "cgroup", _GROUPS)]))
+
+
+def _group_cpus(own: Path, root: Path) -> Iterator[int]:
+    """CPUs that each group's quota of time comes to, rounded down; arguments as `_groups` takes them."""
+    for group in _groups(own, root, "cpu"):
+        with contextlib.suppress(OSError, ValueError):  # "max": no quota
+            quota, period = (group / "cpu.max").read_text().split()
+            yield int(quota) // int(period)
+        with contextlib.suppress(OSError):
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            if int(quota) > 0:
+                yield int(quota) // int(period)
+
+
 def _machine_bytes() -> int:
     try:
         lines = _MACHINE.read_text().splitlines()
@@ -41,20 +64,27 @@ def _machine_bytes() -> int:
 
 
 def _group_bytes(own: Path, root: Path) -> Iterator[tuple[Path, int]]:
-    """What the control groups that this process is in have left, each with its folder.
+    """What the control groups that this process is in have left, each with its folder; arguments as of `_groups`."""
+    for group in _groups(own, root, "memory"):
+        yield from ((group, left) for left in _left(group))
+
+
+def _groups(own: Path, root: Path, controller: str) -> Iterator[Path]:
+    """Folders of the control groups that this process is in, by both versions of the interface.
 
     Args:
         own: what the system says of the process: lines of number, controllers and path.
         root: where the groups are mounted; that of a container is the root itself, whatever the path.
+        controller: of what the groups share out.
     """
     lines = own.read_text().splitlines() if own.is_file() else []
     paths = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
-    memory = next((path for names, path in paths.items() if "memory" in names.split(",")), "/")
-    for top, path in ((root, paths.get("", "/")), (root / "memory", memory)):
+    of_controller = next((path for names, path in paths.items() if controller in names.split(",")), "/")
+    for top, path in ((root, paths.get("", "/")), (root / controller, of_controller)):
         folder = top / path.lstrip("/")
         for group in (folder, *folder.parents):
             if group.is_relative_to(top):
-                yield from ((group, left) for left in _left(group))
+                yield group
 
 
 def _left(group: Path) -> Iterator[int]:

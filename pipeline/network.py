@@ -60,6 +60,6 @@ def resolved_config(config: RunConfig, model: RnaModel) -> dict[str, Any]:
     A default that changes in the code later neither changes a run that goes on nor how its checkpoints predict.
     """
     arguments = {name: parameter.default for name, parameter in model_arguments(type(model)).items()}
-    left_out = ("num_channels", "num_distance_bins")
+    left_out = ("num_channels", "num_distance_bins", "num_features")
     chosen = {name: value for name, value in arguments.items() if name not in left_out} | config.model.kwargs
     return asdict(replace(config, model=replace(config.model, kwargs=chosen)))

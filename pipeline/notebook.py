@@ -14,8 +14,9 @@ import numpy as np
 from pipeline import viennarna
 from pipeline.competitions import get_competition
 from pipeline.config import config_from_dict
-from pipeline.dataset import BppArrays, ExampleSet
+from pipeline.dataset import BppArrays, ExampleSet, Features
 from pipeline.errors import ConfigError, DataError
+from pipeline.features import in_half
 from pipeline.inference import Job, as_trained, in_batches, load_network, meta_of, not_finite
 from pipeline.labels import labels_of, letters_of, unknown_letter
 from pipeline.predict import predict_values
@@ -72,26 +73,29 @@ class Trained:
         )
         self.model, self._device = load_network(self._job)
 
-    def predict(self, sequences: Sequence[str]) -> list[np.ndarray]:
+    def predict(self, sequences: Sequence[str], features: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
         """Predict as `make predict` does: averaged over both directions where training saw both, in float32.
 
         Networks that read base-pair probabilities get them from ViennaRNA.
 
         Args:
             sequences: RNA or DNA, or letters of the labelled set, odd ones among them.
+            features: of each sequence, [L, F] or [F], where training had some (``data.features``).
 
         Returns:
             For each sequence its values, [L, C], or of a labelled set [C]: probabilities of classes, or numbers.
 
         Raises:
             ConfigError: ViennaRNA is needed and missing.
-            DataError: a sequence is empty or has a letter that is no nucleotide's, or it is a text instead of a list.
+            DataError: a sequence is empty or has a letter that is no nucleotide's, or it is a text instead of a list;
+                features are needed and missing, or do not fit.
             DivergedError: a prediction is not finite.
             StorageError: a single sequence does not fit into memory.
         """
         if isinstance(sequences, str):  # each of its letters would be a sequence
             raise DataError("predict: got a single text; expected a list of sequences. Next: predict([text]).")
-        examples = self._examples([self._tokens(text, where=f"sequence {k}") for k, text in enumerate(sequences)])
+        tokens = [self._tokens(text, where=f"sequence {k}") for k, text in enumerate(sequences)]
+        examples = self._examples(tokens, features)
         job = replace(self._job, examples=examples, positions=np.arange(len(sequences)))
         found = [np.empty(0)] * len(sequences)
         compute = partial(predict_values, job, self.model, self._device)
@@ -113,7 +117,24 @@ class Trained:
         clean = clean.replace("T", "U") if self._labels.is_nucleic else clean
         return encode(re.sub(f"[^{letters}]", unknown, clean), self._labels.readable)
 
-    def _examples(self, tokens: Sequence[np.ndarray]) -> ExampleSet:
+    def _features(self, tokens: Sequence[np.ndarray], given: Sequence[np.ndarray]) -> Features | None:
+        name = self.meta["config"]["data"].get("features", "")  # of older checkpoints, none
+        width = self.meta["config"]["model"]["kwargs"].get("num_features", 0)
+        if len(given) != len(tokens) * bool(name):
+            wanted = (
+                f"one for each of {len(tokens)}, [L, {width}] or [{width}]" if name else "none, as it reads no features"
+            )
+            raise DataError(
+                f"predict: got {len(given)} arrays of features; expected {wanted}. Next: give as many as that."
+            )
+        values = [np.zeros((0, width), np.float16)]
+        for k, (tokens_L, x) in enumerate(zip(tokens, given, strict=True) if name else ()):
+            like = "those of training", (width,) if np.ndim(x) < 2 else (0, width)
+            half = in_half(f"sequence {k}", np.asarray(x), length=len(tokens_L), like=like, where="predict")
+            values.append(np.broadcast_to(half, (len(tokens_L), width)))
+        return Features(name=name, key="notebook", values=np.concatenate(values), per_nucleotide=True) if name else None
+
+    def _examples(self, tokens: Sequence[np.ndarray], features: Sequence[np.ndarray] = ()) -> ExampleSet:
         """Sequences as the arrays that the pipeline keeps of a table."""
         return ExampleSet(
             key="notebook",
@@ -121,6 +142,7 @@ class Trained:
             offsets=_offsets(tokens),
             ids_N=np.array([f"sequence {k}".encode() for k in range(len(tokens))], dtype="S32"),
             bpp=_pair_probabilities(tokens) if "bpp" in self.meta["data"] else None,
+            features=self._features(tokens, features),
             labels=self._labels,
             crop=self.meta["config"]["data"].get("crop", 0),  # of older checkpoints, none
         )

@@ -5,14 +5,16 @@ predictions by run and fold. So whatever serves a hidden test set serves a file.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import polars as pl
 
-from pipeline import bpp, predict, words
+from pipeline import bpp, features, predict, words
 from pipeline.competitions import get_competition
 from pipeline.competitions.base import Competition, Facts
 from pipeline.competitions.labelled import LABELLED, read_sequences
@@ -22,12 +24,13 @@ from pipeline.labels import Labels, labels_of, read_labels, write_labels
 from pipeline.paths import PRETRAINED, Paths
 from pipeline.plan import longest_sequence
 from pipeline.runlog import say
-from pipeline.runs import is_stage
+from pipeline.runs import is_stage, weighted_runs
 from pipeline.schema import ALPHABET
 from pipeline.stage import Report, read_result, run_stage, write_json, write_text
 from pipeline.training.checkpoint import CheckpointStore
 
 _VERSION = 1
+NONE: Mapping[str, Path] = MappingProxyType({})
 
 
 def require_file(source: Path, *, verb: str) -> None:
@@ -101,6 +104,7 @@ def predict_run(
     paths: Paths,
     run: str | Path,
     fold: int | None = None,
+    embeddings: Mapping[str, Path] = NONE,
 ) -> Predicted:
     """Predict the sequences of a file with the folds of a run, to be joined by their mean.
 
@@ -110,6 +114,7 @@ def predict_run(
         paths: where runs are; all is written below `folder_of` the file.
         run: name of the run, or its folder where that lies elsewhere.
         fold: this one alone; None = all that are trained.
+        embeddings: name -> source of the features that its network reads, see `pipeline.features.run`.
 
     Raises:
         ConfigError: structures are predicted in another way, the run is of another competition, or ViennaRNA is needed
@@ -122,7 +127,8 @@ def predict_run(
     _require_no_structures(competition)
     require_file(source, verb="predict")
     own = own_paths(source, paths)
-    work = partial(apply_checkpoint, competition=competition, source=source, own=own, paths=paths)
+    how: dict[str, Any] = {"competition": competition, "source": source, "embeddings": embeddings}
+    work = partial(apply_checkpoint, own=own, paths=paths, **how)
     folds = [fold] if fold is not None else trained_folds(paths.run_dir(run), competition)
     for k in folds:  # never none
         trained = with_best_checkpoint(work, competition=competition, paths=paths, run=run, fold=k).facts["trained"]
@@ -139,8 +145,10 @@ def predict_run(
     return Predicted(own=own, competition=competition, **told_of)
 
 
-def predict_ensemble(source: Path, *, competition: Competition, paths: Paths, name: str) -> Predicted:
-    """Predict the sequences of a file with every run and fold of an ensemble, to be joined by its weights.
+def predict_ensemble(
+    source: Path, *, competition: Competition, paths: Paths, name: str, embeddings: Mapping[str, Path] = NONE
+) -> Predicted:
+    """Predict the sequences of a file with every fold of the runs that an ensemble gives weight, to be joined by these.
 
     Args and errors are those of `predict_run`.
     """
@@ -149,8 +157,9 @@ def predict_ensemble(source: Path, *, competition: Competition, paths: Paths, na
     weights = paths.ensemble_dir(name) / "weights.json"
     told = read_result(weights, hint=f"make ensemble COMP={paths.comp} NAME={name}")
     own, longest = own_paths(source, paths), None
-    work = partial(apply_checkpoint, competition=competition, source=source, own=own, paths=paths)
-    for run in told["runs"]:
+    how: dict[str, Any] = {"competition": competition, "source": source, "embeddings": embeddings}
+    work = partial(apply_checkpoint, own=own, paths=paths, **how)
+    for run in weighted_runs(told):
         if is_stage(run):  # the one of labelled sets
             labels = read_labels(paths)
             keep_labels(labels, own)
@@ -164,7 +173,7 @@ def predict_ensemble(source: Path, *, competition: Competition, paths: Paths, na
             competition = _as_trained(competition, trained["facts"], kind=next(iter(trained["labels"]), ""))
     if longest:
         _tell_of_length(longest, own)
-    about = f"ensemble {name} of {', '.join(told['runs'])}"
+    about = f"ensemble {name} of {', '.join(weighted_runs(told))}"
     told_of: dict[str, Any] = {"name": name, "weights": weights, "about": about, "longest": longest}
     return Predicted(own=own, competition=competition, **told_of)
 
@@ -178,6 +187,7 @@ def apply_checkpoint(
     source: Path | None,
     own: Paths,
     paths: Paths,
+    embeddings: Mapping[str, Path] = NONE,
 ) -> Report:
     """What `with_best_checkpoint` does for one fold: read the file as its network reads sequences, and predict it.
 
@@ -189,10 +199,14 @@ def apply_checkpoint(
         source: the file; None = it was read.
         own: where all that is written goes.
         paths: of the data that it was trained on, as far as they are here.
+        embeddings: name -> source of the features that its network reads.
 
     Returns:
         Facts: those of `predict.run`, and ``trained``, what the checkpoint tells: run, split, facts of the competition,
         labels, and the ``longest`` sequence.
+
+    Raises:
+        ConfigError: its features are not given, or it predicts structures by some.
     """
     labels = labels_of(meta)
     competition = _as_trained(competition, meta.get("facts") or {}, kind=labels.kind if labels else "")
@@ -200,8 +214,12 @@ def apply_checkpoint(
         keep_labels(labels, own)
     if source is not None:
         read(source, own, alphabet=labels.alphabet if labels else ALPHABET)
-    if "bpp" in meta["data"]:
-        bpp.run(own, tables=("test",))
+    if competition.task == "structure" and (name := meta["config"]["data"].get("features")):
+        raise ConfigError(
+            f"{meta['run']}: reads features {name!r}, which make structures FILE=… does not take; expected a network "
+            "of letters and pairing alone. Next: MODEL=<another run>, or such sequences in the test set."
+        )
+    bring_inputs(meta, own, embeddings)
     report = predict.apply(checkpoint, meta, unfinished, competition=competition, paths=own, which=("test",))
     trained = {"run": meta["run"], "split": meta["split"], "facts": dict(competition.facts)}
     trained |= {"labels": {labels.kind: labels.facts()} if labels else {}, "longest": _longest(meta, paths)}
@@ -212,6 +230,25 @@ def _as_trained(competition: Competition, facts: Facts, *, kind: str) -> Competi
     """What a checkpoint predicts, also where the data by now have labels of another kind."""
     same = not kind or kind == competition.task
     return (competition if same else get_competition(competition.name)).with_facts(facts)
+
+
+def bring_inputs(meta: dict[str, Any], own: Paths, given: Mapping[str, Path]) -> None:
+    """What else than letters a checkpoint reads of the sequences of a file: pairing is computed, features are given.
+
+    Raises:
+        ConfigError: they are not given; ViennaRNA is needed and missing.
+        DataError: they are not what they should be.
+    """
+    name = meta["config"]["data"].get("features")  # of older checkpoints, none
+    if name and name not in given:
+        raise ConfigError(
+            f"{meta['run']}: reads features {name!r} of every sequence; given: {', '.join(given) or 'none'}. Next: "
+            f'make predict (or embed) FILE=<sequences> FEATURES="{name}=<folder or parquet>".'
+        )
+    if name:
+        features.run(given[name], name=name, paths=own)
+    if "bpp" in meta["data"]:
+        bpp.run(own, tables=("test",))
 
 
 def keep_labels(labels: Labels, own: Paths) -> None:

@@ -1,6 +1,6 @@
 """Which examples come together, and how they become one padded batch of numpy arrays; loader workers need no torch.
 
-Letters: B batch, L padded length (nt), C target or class, N examples of a set, K base pairs of a batch.
+Letters: B batch, L padded length (nt), C target or class, N examples of a set, K base pairs of a batch, F feature.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +26,7 @@ class Packed(NamedTuple):
     pairs_3K: np.ndarray | None = None  # int32: position in the batch, i, j, with i < j
     p_K: np.ndarray | None = None  # float32
     label_BC: np.ndarray | None = None  # see `RnaExample`
+    features_BLF: np.ndarray | None = None  # float16, 0 where padded
 
 
 def plan_epoch(lengths_N: np.ndarray, *, batch_size: int, bucket: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -103,22 +104,25 @@ def read_packed(
 
 
 def pack(examples: Sequence[RnaExample]) -> Packed:
-    """Pad examples at their ends to the longest: tokens with 0, targets with NaN."""
+    """Pad examples at their ends to the longest: tokens and features with 0, targets with NaN."""
     lengths_B = np.array([len(example.tokens_L) for example in examples])
     ids = tuple(example.id for example in examples)
     real_BL = np.arange(lengths_B.max()) < lengths_B[:, None]
     tokens_BL = np.zeros(real_BL.shape, dtype=np.uint8)
     tokens_BL[real_BL] = np.concatenate([example.tokens_L for example in examples])
     pairs_3K, p_K = _pairs(examples) if examples[0].bpp_p_K is not None else (None, None)
-    first, target_BLC = examples[0], None
+    first, target_BLC, features_BLF = examples[0], None, None
     if first.target_LC is not None:
         target_BLC = np.full((*real_BL.shape, first.target_LC.shape[1]), np.nan, dtype=np.float32)
         target_BLC[real_BL] = np.concatenate([example.target_LC for example in examples])
+    if first.features_LF is not None:
+        features_BLF = np.zeros((*real_BL.shape, first.features_LF.shape[1]), dtype=np.float16)
+        features_BLF[real_BL] = np.concatenate([example.features_LF for example in examples])
     weight_BC, label_BC = (
         None if getattr(first, name) is None else np.stack([getattr(example, name) for example in examples])
         for name in ("weight_C", "label_C")
     )
-    return Packed(ids, tokens_BL, lengths_B, target_BLC, weight_BC, pairs_3K, p_K, label_BC)
+    return Packed(ids, tokens_BL, lengths_B, target_BLC, weight_BC, pairs_3K, p_K, label_BC, features_BLF)
 
 
 def _pairs(examples: Sequence[RnaExample]) -> tuple[np.ndarray, np.ndarray]:

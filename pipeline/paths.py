@@ -12,7 +12,9 @@ PRETRAINED = REPOSITORY / "models" / "pretrained"
 _HOME = REPOSITORY if IS_CHECKOUT else Path()
 
 #: Folder of a competition's artefacts -> the make target that fills it.
-_TARGETS = {"clean": "data", "bpp": "bpp", "folds": "folds", "runs": "train", "ensembles": "ensemble"}
+_TARGETS = {"clean": "data", "bpp": "bpp", "folds": "folds", "runs": "train", "ensembles": "ensemble"} | {
+    "features": "features"
+}
 
 
 def how_to_make(path: Path) -> str:
@@ -29,8 +31,9 @@ def how_to_make(path: Path) -> str:
     """
     for folder in path.parents:
         if folder.name in _TARGETS and folder.parent.name:
-            which = {"folds": f" SPLIT={path.stem}", "ensembles": f" NAME={path.parent.name}"}.get(folder.name, "")
-            return f"make {_TARGETS[folder.name]} COMP={folder.parent.name}{which}"
+            which = {"folds": f" SPLIT={path.stem}", "ensembles": f" NAME={path.parent.name}"}
+            which |= {"features": f" NAME={path.parent.name} FILE=<folder or parquet>"}
+            return f"make {_TARGETS[folder.name]} COMP={folder.parent.name}{which.get(folder.name, '')}"
     return "run the stage that writes it (make help)"
 
 
@@ -38,7 +41,8 @@ def how_to_make(path: Path) -> str:
 class Paths:
     """Files of one competition below one artifacts folder.
 
-    ``artifacts/<comp>/raw|clean|bpp|arrays|folds|runs/<run>/fold<k>|embeddings/<file>|predictions/<file>|ensembles/<name>``
+    ``artifacts/<comp>/raw|clean|bpp|features/<name>|arrays|folds|runs/<run>/fold<k>|embeddings/<file>|predictions/<file>|
+    ensembles/<name>``
     """
 
     comp: str
@@ -59,6 +63,12 @@ class Paths:
     @property
     def bpp(self) -> Path:
         return self.home / "bpp" / "bpp.parquet"
+
+    def features(self, name: str, table: str) -> Path:
+        return self.home / "features" / name / f"{table}.npy"
+
+    def features_manifest(self, name: str) -> Path:
+        return self.home / "features" / name / "features.manifest.json"
 
     @property
     def arrays_dir(self) -> Path:

@@ -10,7 +10,7 @@ eight networks of 0.1 to 12 million parameters, batches of 4 to 32, L 177 to 500
 checkpointing, held 5 to 43 % (median 19 %) of what the forward pass allocates on top of the live tensors.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from weakref import ref
 
 import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -279,8 +279,11 @@ def _moment_bytes(build: Build, optimizer: str, *, device: torch.device, otherwi
             made.step()
     except (RuntimeError, AssertionError):
         return otherwise
-    kept = [x for state in made.state.values() for x in state.values() if isinstance(x, Tensor) and x.ndim]
-    return sum(moment.numel() * moment.element_size() for moment in kept)
+    return _bytes(x for state in made.state.values() for x in state.values() if isinstance(x, Tensor) and x.ndim)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,11 +342,11 @@ def _run(
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
         with precision.autocast(device):
-            outputs = model(_inputs(step, with_bpp=model.uses_bpp))
+            outputs = model(_inputs(step, model))
         allocated = live.allocated
         losses = [x.float().square().sum() for x in outputs if x is not None]
         torch.stack(losses).sum().backward()
-    gradients = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    gradients = _bytes(parameters)
     return _Counted(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         weights=weights,
@@ -356,12 +359,8 @@ def _run(
 
 def _together(model: RnaModel) -> int:
     """Bytes of the parameters that `pipeline.training.sharding` has put together while it computes a block."""
-
-    def size(module: nn.Module) -> int:
-        return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-
-    blocks = [size(block) for block in getattr(model, "blocks", ())]
-    return size(model) - sum(blocks) + 2 * max(blocks, default=0)
+    blocks = [_bytes(block.parameters()) for block in getattr(model, "blocks", ())]
+    return _bytes(model.parameters()) - sum(blocks) + 2 * max(blocks, default=0)
 
 
 def set_gradient_checkpointing(model: RnaModel, every: int) -> None:
@@ -376,12 +375,13 @@ def set_gradient_checkpointing(model: RnaModel, every: int) -> None:
         raise ConfigError(f"[train] {err} Next: correct it there.") from err
 
 
-def _inputs(step: Step, *, with_bpp: bool) -> RnaInputs:
+def _inputs(step: Step, model: RnaModel) -> RnaInputs:
     shape = (step.micro_batch, step.length)
     return RnaInputs(
         torch.zeros(shape, dtype=torch.int64),
         torch.ones(shape, dtype=torch.bool),
-        torch.zeros(*shape, step.length) if with_bpp else None,
+        torch.zeros(*shape, step.length) if model.uses_bpp else None,
+        torch.zeros(*shape, model.num_features, dtype=torch.float16) if model.num_features else None,
     )
 
 

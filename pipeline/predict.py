@@ -23,9 +23,10 @@ from pipeline.arrays import create_scratch
 from pipeline.augment import central_crop
 from pipeline.batch import make_batch
 from pipeline.competitions.base import Competition
-from pipeline.config import RunConfig, config_from_dict
+from pipeline.config import DataConfig, RunConfig, config_from_dict
 from pipeline.dataset import ExampleSet, RnaExample, dense_bpp, fold_members, open_examples, read_folds
 from pipeline.errors import DataError, StorageError
+from pipeline.features import read_features, with_width
 from pipeline.inference import (
     Job,
     as_trained,
@@ -141,8 +142,8 @@ def _run_table(
 ) -> Report:
     config = config_from_dict(meta["config"], where=f"{checkpoint}/meta.json")
     labels = require_labels(meta, paths, where=checkpoint)
-    sees: dict[str, Any] = {"uses_bpp": "bpp" in meta["data"], "labels": labels, "crop": config.data.crop}
-    examples = _open(table, competition, paths, **sees)
+    examples = _open(table, competition, paths, uses_bpp="bpp" in meta["data"], labels=labels, data=config.data)
+    _require_same_features(meta, config.data.features, paths)
     run, split, fold = meta["run"], meta["split"], meta["fold"]
     inputs = inputs_of(checkpoint, examples, paths)
     if table == "oof":
@@ -175,12 +176,13 @@ def _run_table(
 
 
 def _open(
-    table: Which, competition: Competition, paths: Paths, *, uses_bpp: bool, labels: Labels | None, crop: int
+    table: Which, competition: Competition, paths: Paths, *, uses_bpp: bool, labels: Labels | None, data: DataConfig
 ) -> ExampleSet:
     """Examples of a table, with base-pair probabilities where network or structures are made from them."""
     bpp = uses_bpp or (competition.task == "structure" and paths.bpp.is_file())
     name: Any = "train" if table == "oof" else "test"
-    return open_examples(competition, paths=paths, table=name, bpp=bpp, labels=labels, crop=crop)
+    sees: dict[str, Any] = {"bpp": bpp, "features": data.features, "labels": labels, "crop": data.crop}
+    return open_examples(competition, paths=paths, table=name, **sees)
 
 
 def _members(table: Which, examples: ExampleSet, paths: Paths, *, split: str, fold: int) -> np.ndarray:
@@ -202,6 +204,7 @@ def estimate(
     sooner, runs in another precision and without what is done for structures.
     """
     labels = read_labels(paths) if competition.has_labels else None
+    config = with_width(config, paths)
     model, device = build_model(config.model, competition, labels).eval(), choose_device()
     if labels:
         take_unknown_letters(model, labels)
@@ -212,8 +215,7 @@ def estimate(
         for table, number in tables.items():
             if table == "test" and not competition.has_test(paths):
                 continue
-            sees: dict[str, Any] = {"uses_bpp": model.uses_bpp, "labels": labels, "crop": config.data.crop}
-            examples = _open(table, competition, paths, **sees)
+            examples = _open(table, competition, paths, uses_bpp=model.uses_bpp, labels=labels, data=config.data)
             positions = _members(table, examples, paths, split=split, fold=fold)
             job = Job(
                 competition=competition,
@@ -259,6 +261,16 @@ def _require_trained_on(meta: dict[str, Any], examples: ExampleSet, fold_table: 
         raise DataError(
             f"{fold_table}: clean or fold table changed since {meta['run']} fold {meta['fold']} was trained; held-out "
             "sequences may have been trained on. Next: train again, with a new TAG or --restart (make: RESTART=1)."
+        )
+
+
+def _require_same_features(meta: dict[str, Any], name: str, paths: Paths) -> None:
+    """Features of a name must be those that were learned from, as far as these are here."""
+    trained = meta["data"].get("features")
+    if trained and read_features(name, paths=paths)["outputs"].get("train", trained) != trained:
+        raise DataError(
+            f"{paths.features(name, 'train')}: features {name!r} changed since {meta['run']} fold {meta['fold']} was "
+            "trained; expected the same. Next: make features with the earlier ones, or train again with a new TAG."
         )
 
 

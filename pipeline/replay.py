@@ -133,6 +133,7 @@ def describe_inputs(batches: Sequence[RnaBatch]) -> dict[str, Any]:
         "target": [batch.target_BLC for batch in batches],
         "weight": [batch.weight_BC for batch in batches],
         "bpp": [batch.p_K for batch in batches],
+        "features": [batch.inputs.features_BLF for batch in batches],
     }.items():
         values = [tensor[~torch.isnan(tensor)] for tensor in tensors if tensor is not None]
         if any(value.numel() for value in values):

@@ -271,10 +271,10 @@ def duration(seconds: float) -> str:
 def amount(count: int, noun: str) -> str:
     """So many of something, for people.
 
-    >>> amount(1, "batch"), amount(1200, "batch"), amount(2, "epoch"), amount(0, "file")
-    ('1 batch', '1,200 batches', '2 epochs', '0 files')
+    >>> amount(1, "batch"), amount(1200, "batch"), amount(2, "class"), amount(0, "file")
+    ('1 batch', '1,200 batches', '2 classes', '0 files')
     """
-    ending = "" if count == 1 else "es" if noun.endswith("tch") else "s"
+    ending = "" if count == 1 else "es" if noun.endswith(("tch", "ss")) else "s"
     return f"{count:,} {noun}{ending}"
 
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError
@@ -77,6 +78,19 @@ def is_stage(run: str) -> bool:
     return run.partition(".")[0] in STAGES
 
 
+def weighted_runs(told: Mapping[str, Any]) -> list[str]:
+    """Runs of an ensemble's ``weights.json`` whose predictions it takes, in their order: a run may have no weight.
+
+    >>> weighted_runs({"runs": ["a", "b", "c"], "weights": {"DMS_MaP": {"a": 1.0, "b": 0.0, "c": 0.0},
+    ...                                                     "2A3_MaP": {"a": 0.6, "b": 0.0, "c": 0.4}}})
+    ['a', 'c']
+    >>> weighted_runs({"runs": ["denovo.sim80_k5"]})  # of structures there is a choice in place of weights
+    ['denovo.sim80_k5']
+    """
+    weights = told.get("weights")
+    return [run for run in told["runs"] if weights is None or any(of_run[run] for of_run in weights.values())]
+
+
 def fold_count(split: str) -> int:
     """How many folds a split has, by its name.
 
@@ -146,10 +160,14 @@ def _how_to_make(comp: str, run: str) -> str:
     return f"make {target} COMP={comp}"
 
 
+def predicted_unfinished(folder: Path) -> bool:
+    """Whether a fold's predictions were made before its training was finished."""
+    found = (read_manifest(folder / f"predict-{table}.manifest.json") for table in ("oof", "test"))
+    return any(done["params"].get("unfinished", False) for done in found if done)
+
+
 def warn_of_unfinished(paths: Paths, runs: Sequence[str]) -> None:
     """Say which runs of an ensemble were predicted before their training was finished."""
-    from pipeline.jobs import predicted_unfinished
-
     for run in runs:
         folders = sorted(paths.run_dir(run).glob("fold*"))
         early = [folder.name for folder in folders if predicted_unfinished(folder)]

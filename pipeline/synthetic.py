@@ -2,7 +2,8 @@
 
 Sequences are those of `pipeline.designs`, so their base pairs are known; chemical reactivity follows pairing,
 nucleotide, loop and noise; C1' traces come from the same pairs. Every file has the columns, the row order and the gaps
-that Kaggle's has, so the stages read it as they read the real one.
+that Kaggle's has, so the stages read it as they read the real one. Each `write_…` makes its folder if needed, replaces
+files of its names, and returns name -> path; two calls with equal arguments write the same bytes.
 
 Letters: L length (nt), 3 xyz.
 """
@@ -57,13 +58,10 @@ def write_ribonanza(folder: Path, *, sequences: int = 240, test: int = 40, seed:
     leaks. Some profiles fail SN_filter and some are missing. Test sequences are single designs, some of them longer.
 
     Args:
-        folder: made if needed; its files of these names are replaced.
+        folder: where the files go.
         sequences: different sequences in train_data.csv, which has a row per sequence and probe.
         test: different sequences in test_sequences.csv, none of them in train.
-        seed: two calls with equal arguments write the same bytes.
-
-    Returns:
-        File name -> path.
+        seed: of all choices.
     """
     rng = np.random.default_rng(seed)
     library = _take(_library(rng), sequences, taken=set())
@@ -198,13 +196,10 @@ def write_openvaccine(folder: Path, *, sequences: int = 160, test: int = 24, see
     Designs come in families of mutants; some molecules fail SN_filter; five in six test sequences are longer.
 
     Args:
-        folder: made if needed; its files of these names are replaced.
+        folder: where the files go.
         sequences: different sequences in train.json.
         test: different sequences in test.json, none of them in train.
-        seed: two calls with equal arguments write the same bytes.
-
-    Returns:
-        File name -> path.
+        seed: of all choices.
     """
     rng = np.random.default_rng(seed)
     library = _take(_vaccines(rng, lengths=[107]), sequences, taken=set())
@@ -262,13 +257,10 @@ def write_rna3d(folder: Path, *, targets: int = 40, test: int = 6, seed: int = 0
     not resolved. The validation labels are those of the test targets, in another order, so that they can be scored.
 
     Args:
-        folder: made if needed; its files of these names are replaced.
+        folder: where the files go.
         targets: train targets, with ids that hold an underscore.
         test: test targets, deposited after the temporal cut-off of all train targets.
-        seed: two calls with equal arguments write the same bytes.
-
-    Returns:
-        File name -> path.
+        seed: of all choices.
     """
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -405,9 +397,6 @@ def write_labelled(
         test: sequences of the test set, which has no labels.
         seed: of all choices.
         numbers: ask instead where the first of them begins, as a share of the length.
-
-    Returns:
-        Name -> file.
     """
     rng = np.random.default_rng([seed, 4])
     folder.mkdir(parents=True, exist_ok=True)

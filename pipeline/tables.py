@@ -78,6 +78,16 @@ def read_folds(path: Path, ids: Sequence[str]) -> pl.DataFrame:
     return table
 
 
+def fold_numbers(path: Path) -> list[int]:
+    """Folds of a fold table, in rising order.
+
+    Raises:
+        DataError: missing or damaged.
+    """
+    open_parquet(path, ("sequence_id", "fold")).close()
+    return pl.read_parquet(path, columns=["fold"])["fold"].unique().sort().to_list()
+
+
 class SortedRows:
     """Rows of one parquet file that is sorted by, and unique in, ``sequence_id``; each row is handed out once.
 
@@ -393,9 +403,14 @@ def _check_fold(table: pl.DataFrame, rows: pl.DataFrame, *, path: Path) -> None:
 
 
 def finite_values(
-    table: pl.DataFrame, lengths_N: np.ndarray, *, targets: Sequence[str], missing_N: np.ndarray, where: str
+    table: pl.DataFrame,
+    lengths_N: np.ndarray,
+    *,
+    targets: Sequence[str],
+    missing_N: np.ndarray | None = None,
+    where: str,
 ) -> np.ndarray:
-    """Predicted lists as [T, C] float32, NaN for the sequences that `missing_N` names.
+    """Predicted lists as [T, C] float32, NaN for the sequences that `missing_N`, [N] bool, names; None = for none.
 
     Raises:
         DataError: a prediction that is there has another length than its sequence or is not finite.
@@ -403,7 +418,9 @@ def finite_values(
     ids = table["sequence_id"]
     flats = [flat_lists(table[target], lengths_N, ids=ids, where=where) for target in targets]
     values_TC = np.stack(flats, axis=1)
-    broken_T = ~np.isfinite(values_TC).all(axis=1) & ~np.repeat(missing_N, lengths_N)
+    broken_T = ~np.isfinite(values_TC).all(axis=1)
+    if missing_N is not None:
+        broken_T &= ~np.repeat(missing_N, lengths_N)
     if broken_T.any():
         at = int(np.flatnonzero(broken_T)[0])
         ends_N = np.cumsum(lengths_N)

@@ -18,6 +18,7 @@ from pipeline.competitions.base import Competition
 from pipeline.config import ModelConfig, RunConfig
 from pipeline.dataset import ExampleSet, fold_members, open_examples, read_folds
 from pipeline.errors import ConfigError, DataError
+from pipeline.features import with_width
 from pipeline.labels import Classes, Numbers, read_labels, units_of
 from pipeline.network import build_model, resolved_config
 from pipeline.paths import Paths
@@ -97,6 +98,7 @@ def run(
             set_aside(folder)
         torch.manual_seed(config.train.seed)
         refuse_idle(config, competition)
+        config = with_width(config, paths)
         model = build_model(config.model, competition, read_labels(paths) if competition.has_labels else None)
         store = CheckpointStore(folder / "checkpoints", is_held=is_held)
         if world.is_main:
@@ -150,10 +152,11 @@ def load_data(
         The data, and the digests by which a resumed run knows that they are the same.
 
     Raises:
-        ConfigError: no such fold; base-pair probabilities are needed and missing.
+        ConfigError: no such fold; base-pair probabilities or features are needed and missing.
         DataError: tables are missing or do not belong together, or nothing is left to train or validate on.
     """
-    examples = open_examples(competition, paths=paths, table="train", bpp=model.uses_bpp, crop=config.data.crop)
+    reads: dict[str, Any] = {"bpp": model.uses_bpp, "features": config.data.features, "crop": config.data.crop}
+    examples = open_examples(competition, paths=paths, table="train", **reads)
     table = paths.fold_table(split)
     held_out_N = fold_members(read_folds(table, examples=examples), fold, where=split)
     assert examples.weights_NC is not None
@@ -181,6 +184,8 @@ def load_data(
     digests: dict[str, Any] = {"examples": examples.key, "folds": sha256_file(table)}
     if examples.bpp is not None:
         digests["bpp"] = examples.bpp.key
+    if examples.features is not None:
+        digests["features"] = examples.features.key
     examples = replace(examples, weights_NC=weights_NC)
     if config.data.pseudo and config.data.pseudo_weight:
         learner = {"competition": competition.name, "split": split, "fold": fold, "data": digests}

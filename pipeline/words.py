@@ -8,7 +8,7 @@ Letters: N sequences, K classes, C numbers, V words or features, F folds.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import polars as pl
@@ -160,35 +160,12 @@ def _write_test(paths: Paths, counting: "_Counting", models: Mapping[int, Any], 
     return test.height
 
 
-class _Counting(Protocol):
-    """What words say of classes or of numbers; its models are those of the folds."""
+class _Columns:
+    """What the two ways to count have: tables' columns. Their models are those of the folds."""
 
-    @property
-    def known(self) -> str:
-        """Column of the clean table that tells the truth."""
-
-    @property
-    def said(self) -> str:
-        """Column of predictions."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Columns of the file of models."""
-
-    def fit(self, table: pl.DataFrame) -> tuple[dict[int, Any], dict[str, Any]]:
-        """The model of every fold, fitted on what is known of the others; and facts."""
-
-    def predict(self, model: Any, sequences: Sequence[str]) -> np.ndarray:
-        """[N, K] what is said of some sequences."""
-
-    def score(self, said_NK: np.ndarray, table: pl.DataFrame, competition: Competition) -> float:
-        """The competition's score of what is said of the rows of a table."""
-
-    def table(self, models: Mapping[int, Any]) -> pl.DataFrame:
-        """Models as rows."""
-
-    def models(self, table: pl.DataFrame) -> dict[int, Any]:
-        """The inverse of `table`."""
+    known: ClassVar[str]  #: of the clean table: the truth
+    said: ClassVar[str]  #: of predictions
+    columns: ClassVar[tuple[str, ...]]  #: of the file of models
 
 
 # ------------------------------------------------------------------------------------------------------------- classes
@@ -204,13 +181,12 @@ class BayesModel:
 
 
 @dataclass(frozen=True)
-class _OfClasses:
+class _OfClasses(_Columns):
     """Naive Bayes of a set's classes."""
 
     classes: Classes
-    known: ClassVar[str] = "labels"
-    said: ClassVar[str] = "probabilities"
-    columns: ClassVar[tuple[str, ...]] = ("fold", "factor", "frequency", "weights")
+    known, said = "labels", "probabilities"
+    columns = ("fold", "factor", "frequency", "weights")
 
     def _words(self, sequences: Sequence[str]) -> tuple[int, Any]:
         letters = letters_of(self.classes.alphabet)
@@ -220,7 +196,7 @@ class _OfClasses:
     def _truth(self, table: pl.DataFrame) -> np.ndarray:
         return labels_that_count(table, width=len(self.classes.names)) > 0.5
 
-    def fit(self, table: pl.DataFrame) -> tuple[dict[int, BayesModel], dict[str, Any]]:
+    def fit(self, table: pl.DataFrame) -> tuple[dict[int, Any], dict[str, Any]]:
         """The model of every fold, fitted on the labelled sequences of the others."""
         labelled = table.filter("scored")
         fold_N, cluster_N = (labelled[name].to_numpy() for name in ("fold", "cluster"))
@@ -244,6 +220,7 @@ class _OfClasses:
         return mix(model.frequent_K, evidence_NK, model.factor, exclusive=self.classes.exclusive)
 
     def score(self, said_NK: np.ndarray, table: pl.DataFrame, competition: Competition) -> float:
+        """The log loss of what is said of the rows of a table."""
         return float(log_losses(said_NK, self._truth(table), exclusive=self.classes.exclusive).mean())
 
     def table(self, models: Mapping[int, BayesModel]) -> pl.DataFrame:
@@ -257,7 +234,7 @@ class _OfClasses:
             }
         ).cast({"fold": pl.UInt8, "weights": pl.List(pl.Float32)})
 
-    def models(self, table: pl.DataFrame) -> dict[int, BayesModel]:
+    def models(self, table: pl.DataFrame) -> dict[int, Any]:
         """The inverse of `table`."""
         return {
             fold: BayesModel(
@@ -273,18 +250,17 @@ class _OfClasses:
 
 
 @dataclass(frozen=True)
-class _OfNumbers:
+class _OfNumbers(_Columns):
     """Ridge regression of a set's numbers."""
 
     numbers: Numbers
-    known: ClassVar[str] = "numbers"
-    said: ClassVar[str] = "numbers"
-    columns: ClassVar[tuple[str, ...]] = ("fold", "span", "weights", "level", "low", "high", "penalty")
+    known = said = "numbers"
+    columns = ("fold", "span", "weights", "level", "low", "high", "penalty")
 
     def _truth(self, table: pl.DataFrame) -> np.ndarray:
         return numbers_that_count(table, width=len(self.numbers.names))
 
-    def fit(self, table: pl.DataFrame) -> tuple[dict[int, RidgeModel], dict[str, Any]]:
+    def fit(self, table: pl.DataFrame) -> tuple[dict[int, Any], dict[str, Any]]:
         """The model of every fold, fitted on what was measured in the others."""
         view = View.of(table["sequence"].to_list(), self.numbers.alphabet)
         scored = table.filter("scored")
@@ -299,6 +275,7 @@ class _OfNumbers:
         return model.predict(sequences)
 
     def score(self, said_NC: np.ndarray, table: pl.DataFrame, competition: Competition) -> float:
+        """The competition's score of what is said of the rows of a table."""
         assert competition.error_sums is not None
         assert competition.score is not None
         return competition.score(*competition.error_sums(said_NC, self._truth(table)))
@@ -318,7 +295,7 @@ class _OfNumbers:
             }
         )
 
-    def models(self, table: pl.DataFrame) -> dict[int, RidgeModel]:
+    def models(self, table: pl.DataFrame) -> dict[int, Any]:
         """The inverse of `table`."""
         return {
             fold: RidgeModel(
@@ -328,6 +305,9 @@ class _OfNumbers:
             )
             for (fold,), part in table.partition_by("fold", as_dict=True, maintain_order=True).items()
         }
+
+
+_Counting = _OfClasses | _OfNumbers
 
 
 def _counting(labels: Labels) -> _Counting:

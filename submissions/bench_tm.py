@@ -172,12 +172,7 @@ def _as_table(facts: dict[str, Any]) -> Table:
         "peer's mean",
     )
     table = Table(
-        *names,
-        title=f"{title}; beside {beside}",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        header_style="bold",
+        *names, title=f"{title}; beside {beside}", title_justify="left", box=None, pad_edge=False, header_style="bold"
     )
     for row in facts["rows"]:
         differences = [f"{row[key]:.6f}" if key in row else "" for key in ("mean_absolute", "lowest", "highest")]

@@ -4,13 +4,14 @@ Letters: T positions, C targets, N sequences of a batch, G groups.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from pipeline.competitions.base import Competition
+from pipeline.runlog import score_text, spread_text
 from pipeline.tables import OofBatch
 
 #: Lengths are reported in steps of so many nt.
@@ -103,10 +104,21 @@ def sums_by(
 def fold_summary(by_fold: Groups) -> dict[str, Any]:
     """Score of all folds together, of each, and mean and standard deviation over them (NaN for a single one)."""
     folds = by_fold.table("fold")
-    scores = np.array([row["score"] for row in folds])
-    spread = float(scores.std(ddof=1)) if len(scores) > 1 else math.nan
-    mean = float(scores.mean()) if len(scores) else math.nan
-    return by_fold.summary() | {"per_fold": folds, "fold_mean": mean, "fold_sd": spread}
+    return by_fold.summary() | {"per_fold": folds} | over_folds([row["score"] for row in folds])
+
+
+def over_folds(scores: Sequence[float]) -> dict[str, float]:
+    """``fold_mean`` and ``fold_sd``; NaN where there are too few folds for them."""
+    mean = float(np.mean(scores)) if len(scores) else math.nan
+    return {"fold_mean": mean, "fold_sd": float(np.std(scores, ddof=1)) if len(scores) > 1 else math.nan}
+
+
+def tell_over_folds(told: Mapping[str, Any]) -> str | None:
+    """``0.1587 ± 0.0380`` of what `over_folds` found, the mean alone of a single fold; None where there is no mean."""
+    mean, spread = told.get("fold_mean"), told.get("fold_sd")
+    if mean is None or spread is None:
+        return None if mean is None else score_text(mean)
+    return f"{score_text(mean)} ± {spread_text(spread, mean=mean)}"
 
 
 class Breakdown:

@@ -7,6 +7,7 @@ thing wrong is named with its data row (from 1) and line of the file.
 import dataclasses
 import itertools
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,28 +123,27 @@ def check_file(file: Path, layout: Layout, *, values: bool = True) -> dict[str, 
 def _check_keys(block: pa.Table, before: int, layout: Layout, *, file: Path, fmt: FileFormat) -> None:
     stop = min(before + block.num_rows, layout.keys.rows)
     inside = stop - before
-    first_wrong: tuple[int, str] | None = None
     expected = layout.keys.block(before, stop) if inside > 0 else {}
-    for name, column in expected.items():
-        got = block[name].slice(0, inside)
-        same = pc.fill_null(pc.equal(got, pa.array(column, ARROW[layout.kinds[name]])), False).to_numpy()
-        if not same.all() and (first_wrong is None or int(np.argmin(same)) < first_wrong[0]):
-            first_wrong = int(np.argmin(same)), name
-    if first_wrong:
-        at, name = first_wrong
+    same = {
+        name: pc.fill_null(pc.equal(block[name].slice(0, inside), pa.array(column, ARROW[layout.kinds[name]])), False)
+        for name, column in expected.items()
+    }
+    if wrong := _first_wrong({name: same_T.to_numpy() for name, same_T in same.items()}):
+        at, name = wrong
         got, wanted = block[name][at].as_py(), expected[name][at]
-        raise wrong_row(
-            file,
-            before + at + 1,
-            _explain(name, got, wanted, before + at, layout, file, fmt),
-            fmt=fmt,
-            advice=layout.advice,
-        )
+        what = _explain(name, got, wanted, before + at, layout, file, fmt)
+        raise wrong_row(file, before + at + 1, what, fmt=fmt, advice=layout.advice)
     if inside < block.num_rows:
         got = block[layout.keys.names[0]][max(inside, 0)].as_py()
         what = "an empty line or a row without key" if got is None else f"an extra row ({layout.keys.names[0]} {got!r})"
         what += f"; expected {layout.keys.rows:,} rows"
         raise wrong_row(file, before + max(inside, 0) + 1, what, fmt=fmt, advice=layout.advice)
+
+
+def _first_wrong(right: Mapping[str, np.ndarray]) -> tuple[int, str] | None:
+    """Row and column of the first cell that is not right; of a row's, the first column."""
+    wrong = [(int(np.argmin(right_T)), name) for name, right_T in right.items() if not right_T.all()]
+    return min(wrong, key=lambda found: found[0], default=None)
 
 
 def _explain(name: str, got: Any, wanted: Any, row: int, layout: Layout, file: Path, fmt: FileFormat) -> str:
@@ -178,14 +178,10 @@ def _find_key(file: Path, name: str, key: Any, *, after: int, layout: Layout, fm
 
 
 def _check_values(block: pa.Table, before: int, layout: Layout, *, file: Path, fmt: FileFormat) -> None:
-    first_wrong: tuple[int, str] | None = None
-    for name in layout.values:
-        values = block[name].to_numpy()  # null becomes NaN, which no comparison lets through
-        ok = (values >= layout.low) & (values <= layout.high)
-        if not ok.all() and (first_wrong is None or int(np.argmin(ok)) < first_wrong[0]):
-            first_wrong = int(np.argmin(ok)), name
-    if first_wrong:
-        at, name = first_wrong
+    cells = {name: block[name].to_numpy() for name in layout.values}  # null is NaN, which no comparison lets through
+    ok = {name: (cells_T >= layout.low) & (cells_T <= layout.high) for name, cells_T in cells.items()}
+    if wrong := _first_wrong(ok):
+        at, name = wrong
         got = block[name][at].as_py()
         what = "empty" if got is None else f"{got!r}"
         limits = f"a finite number from {layout.low:.7g} to {layout.high:.7g}"
@@ -232,9 +228,8 @@ def _check_steps(file: Path, layout: Layout, *, fmt: FileFormat) -> None:
                 "about 5.5. Next: write C1' coordinates in Å, five candidates of each target."
             )
         wrong_T = follows & ~((step_T >= _STEPS[0]) & (step_T <= _STEPS[1]))
-        odd += [
-            f"{name} candidate {number}" for name in table["_target"][1:].filter(pl.Series(wrong_T)).unique().sort()
-        ]
+        names = table["_target"][1:].filter(pl.Series(wrong_T)).unique().sort()
+        odd += [f"{name} candidate {number}" for name in names]
     if odd:
         them = "candidate has" if len(odd) == 1 else "candidates have"
         some = ", ".join(odd[:3]) + (" …" if len(odd) > 3 else "")

@@ -15,10 +15,11 @@ from rich.table import Table
 
 from pipeline.labels import Classes, log_losses, read_classes
 from pipeline.paths import Paths
+from pipeline.runlog import amount
 from pipeline.tables import check_probabilities, labels_that_count
 from submissions import class_scores, whole_scores
 from submissions.class_floors import predict_floors
-from submissions.whole_scores import Answers, Predicted, by_length, read_known, read_test, summarise, warn_missing
+from submissions.whole_scores import Answers, Predicted, by_length, floors_of, read_test, summarise, warn_missing
 
 #: Most classes of which all confusions are kept and drawn.
 MOST_CONFUSED = 60
@@ -26,6 +27,11 @@ MOST_CONFUSED = 60
 _ALSO_AVERAGED = ("mcc", "auroc", "average_precision", "f1_at_threshold")
 #: Most classes that the terminal lists.
 _SHOWN = 30
+#: Scores of each class in the tables of terminal and report, and the heads of their columns.
+COLUMNS = {
+    **{"precision": "precision", "recall": "recall", "f1": "F1", "mcc": "MCC", "auroc": "AUROC"},
+    **{"average_precision": "average precision", "threshold": "threshold", "f1_at_threshold": "F1 there"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +80,7 @@ def read_predicted(
 def evaluate_classes(
     paths: Paths, *, split: str, folds: Sequence[int], sources: Mapping[str, Sequence[Path]]
 ) -> dict[str, Any]:
-    """Score out-of-fold predictions of classes.
-
-    Args:
-        paths: where the clean tables and the fold table live.
-        split: name of the fold table.
-        folds: folds that were predicted.
-        sources: name -> prediction tables that together make one set; the first is told in full, all are scored.
-
-    Returns:
-        JSON-able but for NaN: score, parts and coverage of the first source; ``others``: score and folds of the rest;
-        ``floors`` on the sequences of the first, ``floor_details``, ``floor_notes``.
+    """Score out-of-fold predictions of classes, as `submissions.value_scores.evaluate_values` does values; not paired.
 
     Raises:
         DataError: see `read_predicted`.
@@ -95,7 +91,14 @@ def evaluate_classes(
         own = read_predicted(paths, split=split, folds=folds, tables=tables, name=name, classes=classes)
         others[name] = _summary(own, own.said_NK)
     warn_missing(own, name)
-    floors = {floor: _summary(own, values_NK) for floor, values_NK in _floors_of(paths, split, own).items()}
+
+    def predict(
+        sequences: list[str], truth_NK: np.ndarray, fold_N: np.ndarray, cluster_N: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        return predict_floors(sequences, truth_NK > 0.5, fold_N, cluster_N, classes)
+
+    found = floors_of(own, paths, answers_of(classes), split=split, predict=predict)
+    floors = {floor: _summary(own, values_NK) for floor, values_NK in found.items()}
     summary = others.pop(name)
     return {
         **summary,
@@ -106,15 +109,6 @@ def evaluate_classes(
         "floor_details": floors,
         "floor_notes": [],
     }
-
-
-def _floors_of(paths: Paths, split: str, own: ClassesPredicted) -> dict[str, np.ndarray]:
-    """Floors fitted on all scored sequences outside a fold, whether predicted or not, at the sequences of `own`."""
-    rows, truth_NK = read_known(paths, answers_of(own.classes), split=split)
-    here_N = rows["sequence_id"].is_in(own.ids.to_list()).to_numpy()
-    fold_N, cluster_N = (rows[name].to_numpy() for name in ("fold", "cluster"))
-    found = predict_floors(rows["sequence"].to_list(), truth_NK > 0.5, fold_N, cluster_N, own.classes)
-    return {name: values_NK[here_N] for name, values_NK in found.items()}
 
 
 def _decide(probability_NK: np.ndarray, own: ClassesPredicted) -> np.ndarray:
@@ -160,6 +154,7 @@ def _in_full(own: ClassesPredicted) -> dict[str, Any]:
             for place, name in enumerate(names)
         ],
         "averages": averages,
+        "median_auroc": [] if exclusive and not own.classes.groups else _medians(found["auroc"], own.classes.groups),
         "undefined": {
             kind: lost
             for kind, values_K in found.items()
@@ -173,6 +168,13 @@ def _in_full(own: ClassesPredicted) -> dict[str, Any]:
     }
 
 
+def _medians(auroc_K: np.ndarray, groups: Sequence[str]) -> list[dict[str, Any]]:
+    """`class_scores.median_defined` of all classes, then of each group; ``group`` "" = all."""
+    group_K = np.array(groups)
+    parts = {"": auroc_K} | {group: auroc_K[group_K == group] for group in sorted(set(groups) - {""})}
+    return [{"group": group} | class_scores.median_defined(part_k) for group, part_k in parts.items()]
+
+
 def _by_length(own: ClassesPredicted, decided_NK: np.ndarray) -> list[dict[str, Any]]:
     losses_N = log_losses(own.said_NK, own.truth(), exclusive=own.classes.exclusive)
     right_N = (decided_NK == own.truth()).all(axis=1)
@@ -184,15 +186,12 @@ def _by_length(own: ClassesPredicted, decided_NK: np.ndarray) -> list[dict[str, 
 
 
 def evaluate_test(paths: Paths, *, predictions: Path, thresholds: Sequence[float]) -> dict[str, Any]:
-    """Score the test sequences whose classes are known; nothing else reads these.
+    """Score the test sequences whose classes are known, as a fold; nothing else reads these.
 
     Args:
         paths: where the clean tables are.
         predictions: of the test set.
         thresholds: of several labels, what the probability of each must reach.
-
-    Returns:
-        As of a fold: ``score``, ``per_target``, ``scored``.
 
     Raises:
         DataError: a test sequence has no prediction, or none of probabilities.
@@ -205,22 +204,37 @@ def evaluate_test(paths: Paths, *, predictions: Path, thresholds: Sequence[float
 
 def describe(facts: Mapping[str, Any]) -> Table:
     """Every class's scores as a table for the terminal; of many classes, the most frequent."""
-    rows = sorted(facts["per_class"], key=lambda row: (-row["support"], row["class"]))
-    head = {"precision": "precision", "recall": "recall", "f1": "F1", "mcc": "MCC", "auroc": "AUROC"}
-    head |= {"average_precision": "average precision", "threshold": "threshold", "f1_at_threshold": "F1 there"}
+    rows = by_support(facts)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(f"{'one class' if facts['classes']['exclusive'] else 'any number of classes'} a sequence")
-    for name in ("sequences", *head.values()):
+    for name in ("sequences", *COLUMNS.values()):
         table.add_column(name, justify="right")
     for row in rows[:_SHOWN]:
-        table.add_row(escape(row["class"]), f"{row['support']:,}", *(tell(row[kind], 3) for kind in head))
+        table.add_row(escape(row["class"]), f"{row['support']:,}", *(tell(row[kind], 3) for kind in COLUMNS))
     for name, told in facts["averages"].items():
-        table.add_row(
-            f"{name} average", "", *(tell(told[kind], 3) if kind in told else "" for kind in head), style="dim"
-        )
+        cells = [tell(told[kind], 3) if kind in told else "" for kind in COLUMNS]
+        table.add_row(f"{name} average", "", *cells, style="dim")
+    for told in facts["median_auroc"]:
+        cells = [tell(told["median"], 3) if kind == "auroc" else "" for kind in COLUMNS]
+        table.add_row(escape(tell_median(told)), "", *cells, style="dim")
     if len(rows) > _SHOWN:
         table.caption = f"The {_SHOWN} most frequent of {len(rows)} classes; scores.json and the report have them all."
     return table
+
+
+def tell_median(told: Mapping[str, Any]) -> str:
+    """Of what a median is: a row of ``median_auroc``.
+
+    >>> tell_median({"group": "TF", "classes": 690, "left_out": 2})
+    'median of 690 classes, TF (2 undefined)'
+    """
+    words = f"median of {amount(told['classes'], 'class')}" + (f", {told['group']}" if told["group"] else "")
+    return words + (f" ({told['left_out']:,} undefined)" if told["left_out"] else "")
+
+
+def by_support(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the classes, the most frequent first."""
+    return sorted(facts["per_class"], key=lambda row: (-row["support"], row["class"]))
 
 
 def tell(value: float | None, digits: int = 4) -> str:

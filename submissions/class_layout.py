@@ -52,11 +52,7 @@ class ClassLayout(Layout):
 
 
 def read_class_layout(paths: Paths, sample: Path | None = None) -> ClassLayout:
-    """Layout from the clean tables.
-
-    Args:
-        paths: where the clean test set, the classes and, where there is one, the sample submission are.
-        sample: another sample submission, CSV or parquet.
+    """Layout from the clean test set, the classes and the sample submission: the set's own, if any, or `sample`.
 
     Raises:
         DataError: there is no test set, or the sample submission is of other sequences or classes.

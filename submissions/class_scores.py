@@ -133,6 +133,17 @@ def mean_defined(values_K: np.ndarray, *, weight_K: np.ndarray | None = None) ->
     return float((values_K[here_K] * weights).sum() / weights.sum()) if weights.sum() > 0 else math.nan
 
 
+def median_defined(values_K: np.ndarray) -> dict[str, Any]:
+    """``median`` of what is not NaN (NaN if nothing is), of how many ``classes``, and how many are ``left_out``.
+
+    >>> median_defined(np.array([0.5, np.nan, 0.9, 0.6]))
+    {'median': 0.6, 'classes': 3, 'left_out': 1}
+    """
+    known = values_K[~np.isnan(values_K)]
+    median = float(np.median(known)) if known.size else math.nan
+    return {"median": median, "classes": known.size, "left_out": values_K.size - known.size}
+
+
 def confusion(decided_NK: np.ndarray, truth_NK: np.ndarray) -> np.ndarray:
     """[K, K] int64: sequences by true class (row) and decided class (column)."""
     classes = truth_NK.shape[1]
@@ -252,16 +263,17 @@ def in_short(
     """Name -> score, the columns of every table of scores beside the log loss.
 
     Accuracy: share of sequences with every class right. Macro: the mean over the classes; MCC of exclusive ones is of
-    all at once.
+    all at once. Median AUROC: over the classes, where a sequence may have several, as DeepSEA's is told.
     """
     counts = count(decided_NK, truth_NK)
     together = matthews_of_classes(confusion(decided_NK, truth_NK)) if exclusive else mean_defined(matthews(counts))
-    right_N = (decided_NK == truth_NK).all(axis=1)
+    right_N, auroc_K = (decided_NK == truth_NK).all(axis=1), each_class(auroc, probabilities_NK, truth_NK)
     return {
         "accuracy": float(right_N.mean()) if len(right_N) else math.nan,
         "macro F1": mean_defined(f1(counts)),
         "MCC" if exclusive else "macro MCC": together,
-        "macro AUROC": mean_defined(each_class(auroc, probabilities_NK, truth_NK)),
+        "macro AUROC": mean_defined(auroc_K),
+        **({} if exclusive else {"median AUROC": median_defined(auroc_K)["median"]}),
         "macro average precision": mean_defined(each_class(average_precision, probabilities_NK, truth_NK)),
     }
 

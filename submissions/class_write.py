@@ -14,7 +14,7 @@ from pipeline.stage import read_result
 from submissions import class_scores
 from submissions.class_evaluation import answers_of, read_predicted
 from submissions.class_layout import SEPARATOR, ClassLayout, read_class_layout
-from submissions.whole_rows import predictions_in_order, write_rows
+from submissions.whole_rows import ids_of, predictions_in_order, set_inputs, write_rows
 
 #: Decimals of a probability in a CSV.
 DECIMALS = 6
@@ -26,9 +26,7 @@ def class_inputs(paths: Paths, name: str) -> dict[str, Path]:
     Raises:
         DataError: there is no test set, or the sample submission does not fit it.
     """
-    inputs = {"classes": paths.clean("classes")}
-    if paths.clean("sample").is_file():
-        inputs["sample"] = paths.clean("sample")
+    inputs = set_inputs(paths, "classes")
     if _needs_thresholds(read_class_layout(paths)):
         home, split = paths.ensemble_dir(name), _read_weights(paths, name)["split"]
         inputs |= {"oof": home / "oof.parquet", "weights": home / "weights.json"}
@@ -58,10 +56,9 @@ def write_classes(paths: Paths, predictions: Path, part: Path, *, fmt: str) -> t
         DataError: a prediction is missing, twice, unknown, or no probability.
     """
     layout = read_class_layout(paths)
-    (key,) = layout.keys.names
-    ids = pl.Series(key, layout.keys.block(0, layout.keys.rows)[key])
+    ids = ids_of(layout)
     probability_NK = np.clip(predictions_in_order(predictions, ids, answers_of(layout.classes)), 0.0, 1.0)
-    columns = {key: ids, **dict(zip(layout.values, probability_NK[:, list(layout.of_values)].T, strict=True))}
+    columns = {ids.name: ids, **dict(zip(layout.values, probability_NK[:, list(layout.of_values)].T, strict=True))}
     facts: dict[str, Any] = {"sequences": len(ids)}
     if layout.label:
         thresholds_K, facts["labels"] = _thresholds(paths, predictions.parent.name, layout)

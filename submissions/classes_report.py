@@ -3,6 +3,7 @@
 Letters: N sequences, K classes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,21 @@ import numpy as np
 from pipeline.labels import log_losses, read_classes
 from submissions import class_scores, figures, page
 from submissions.breakdown import LENGTH_STEP
-from submissions.class_evaluation import MOST_CONFUSED, ClassesPredicted, read_predicted
+from submissions.canvas import heat_colour, ramp
+from submissions.class_evaluation import (
+    COLUMNS,
+    MOST_CONFUSED,
+    ClassesPredicted,
+    by_support,
+    read_predicted,
+    tell_median,
+)
 from submissions.page import Markup
 from submissions.subject import Subject, beginning, test_table, without_prediction
 
 _WRITTEN = 16  # most classes whose confusions are written as numbers
+_LISTED = 60  # classes in the table; the others open on a click
+_DRAWN = 60  # classes that have curves
 _MISTAKES = 12
 _POINTS = 240  # of a curve
 _PADDING = "padding: .34rem .7rem"
@@ -42,17 +53,20 @@ def _score(value: float | None) -> object:
 
 
 def _classes_section(subject: Subject) -> Markup:
-    scores = subject.scores
-    head = {"precision": "precision", "recall": "recall", "f1": "F1", "mcc": "MCC", "auroc": "AUROC"}
-    head |= {"average_precision": "average precision", "threshold": "threshold", "f1_at_threshold": "F1 there"}
-    ranked = sorted(scores["per_class"], key=lambda row: (-row["support"], row["class"]))
+    scores, ranked = subject.scores, by_support(subject.scores)
     rows: list[list[Any]] = [
-        [row["class"], f"{row['support']:,}", f"{row['decided']:,}", *(_score(row[kind]) for kind in head)]
+        [row["class"], f"{row['support']:,}", f"{row['decided']:,}", *(_score(row[kind]) for kind in COLUMNS)]
         for row in ranked
     ]
-    for name, told in scores["averages"].items():
-        rows.append([f"{name} average", "", "", *(_score(told[kind]) if kind in told else "" for kind in head)])
-    kinds = [""] * len(ranked) + ["floor"] * len(scores["averages"])
+    together = {f"{name} average": told for name, told in scores["averages"].items()}
+    together |= {tell_median(told): {"auroc": told["median"]} for told in scores.get("median_auroc", [])}
+    over_all = [
+        [of, "", "", *(_score(told[kind]) if kind in told else "" for kind in COLUMNS)] for of, told in together.items()
+    ]
+    columns, more = ["class", "sequences", "decided", *COLUMNS.values()], rows[_LISTED:]
+    table = page.table(
+        columns, rows[:_LISTED] + over_all, classes=[""] * len(rows[:_LISTED]) + ["floor"] * len(over_all)
+    )
     how = (
         "Decided is the most probable class."
         if scores["classes"]["exclusive"]
@@ -65,13 +79,19 @@ def _classes_section(subject: Subject) -> Markup:
         "negatives, or never decided for; averages leave it out."
     )
     lost = {kind: names for kind, names in scores["undefined"].items() if kind in ("f1", "auroc")}
-    notes = [f"No {head[kind]} of {', '.join(names[:10])}." for kind, names in lost.items()]
+    notes = [f"No {COLUMNS[kind]} of {_some(names)}." for kind, names in lost.items()]
     return page.join(
-        page.element("p", words, class_="note"),
-        page.table(["class", "sequences", "decided", *head.values()], rows, classes=kinds),
-        *(page.element("p", note, class_="note") for note in notes),
+        page.note(words),
+        table,
+        *([page.details(f"{len(more):,} rarer classes", page.table(columns, more))] if more else []),
+        *(page.note(note) for note in notes),
         test_table(scores),
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of many names, and how many follow."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
 
 
 def _confusion_section(subject: Subject, own: ClassesPredicted, decided_NK: np.ndarray) -> Markup:
@@ -92,9 +112,8 @@ def _confusion_section(subject: Subject, own: ClassesPredicted, decided_NK: np.n
         drawing = _numbers(counts_KK, share_KK, names)
     else:
         drawing = page.figure(figures.class_map(share_KK, names), wide=True)
-    scale = page.element("span", class_="ramp", style=f"background: {figures.heat_gradient()}")
-    key = page.element("div", "0", scale, "100 %", class_="legend")
-    return page.join(page.element("p", words, class_="note"), key, drawing)
+    key = page.element("div", "0", ramp(), "100 %", class_="legend")
+    return page.join(page.note(words), key, drawing)
 
 
 def _numbers(counts_KK: np.ndarray, share_KK: np.ndarray, names: tuple[str, ...]) -> Markup:
@@ -103,7 +122,7 @@ def _numbers(counts_KK: np.ndarray, share_KK: np.ndarray, names: tuple[str, ...]
     for name, counts_K, share_K in zip(names, counts_KK, share_KK, strict=True):
         cells = [page.element("td", name)]
         for count, share in zip(counts_K, share_K, strict=True):
-            ground, letters = figures.heat_colour(share) if np.isfinite(share) else ("transparent", "inherit")
+            ground, letters = heat_colour(share) if np.isfinite(share) else ("transparent", "inherit")
             style = f"background: {ground}; color: {letters}; {_PADDING}"
             cells.append(page.element("td", f"{count:,}", class_="number", style=style))
         rows.append(page.element("tr", *cells))
@@ -121,6 +140,8 @@ def _curves_section(own: ClassesPredicted) -> Markup:
         places = [k for k in places if k == 1]  # the other's is its mirror image
     if not places:
         return page.missing("No class has both positives and negatives: there is nothing to rank.")
+    of_all = f" Drawn are the {_DRAWN} most frequent of {len(places):,}." if len(places) > _DRAWN else ""
+    places = places[:_DRAWN]
     found = [class_scores.curve(own.said_NK[:, k], own.truth()[:, k]) for k in places]
     roc = [_thin(np.append(0.0, each["false_positive_rate"]), np.append(0.0, each["recall"])) for each in found]
     steps = [_thin(each["recall"], each["precision"]) for each in found]
@@ -136,10 +157,11 @@ def _curves_section(own: ClassesPredicted) -> Markup:
         ),
     ]
     named = places[: len(figures.SERIES)]
-    keys = [(own.classes.names[k], figures.series_colour(place)) for place, k in enumerate(named)]
+    keys = [(own.classes.names[k], page.series_colour(place)) for place, k in enumerate(named)]
     keys += [(f"{len(places) - len(named)} more classes", "var(--muted)")] if len(places) > len(named) else []
-    words = f"Each class against all others. Dashed: guessing; at the right, for {own.classes.names[places[0]]}."
-    return page.join(page.element("p", words, class_="note"), page.legend(keys), page.panels(drawings))
+    guess = f"Dashed: guessing; at the right, for {own.classes.names[places[0]]}."
+    words = f"Each class against all others.{of_all} {guess}"
+    return page.join(page.note(words), page.legend(keys), page.panels(drawings))
 
 
 def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -155,8 +177,8 @@ def _calibration_section(subject: Subject) -> Markup:
         f"Expected calibration error {told['error']:.4f}: the mean distance of the points from the dashed line, "
         f"weighted by the cases at the right, {'one a sequence' if exclusive else 'one for each sequence and class'}."
     )
-    keys = page.legend([("came true", figures.series_colour(0)), ("did not", figures.series_colour(1))])
-    return page.join(page.element("p", words, class_="note"), keys, page.figure(drawing, wide=True))
+    keys = page.legend([("came true", page.series_colour(0)), ("did not", page.series_colour(1))])
+    return page.join(page.note(words), keys, page.figure(drawing, wide=True))
 
 
 def _errors_section(subject: Subject, own: ClassesPredicted, decided_NK: np.ndarray) -> Markup:
@@ -183,7 +205,7 @@ def _mistakes(own: ClassesPredicted, decided_NK: np.ndarray) -> Markup:
     losses_N = log_losses(own.said_NK, own.truth(), exclusive=own.classes.exclusive)
     wrong_N = np.flatnonzero((decided_NK != own.truth()).any(axis=1))
     if not wrong_N.size:
-        return page.element("p", "None: every sequence got its classes.", class_="note")
+        return page.note("None: every sequence got its classes.")
     names = np.array(own.classes.names, dtype=object)
     rows = []
     for at in wrong_N[np.argsort(-losses_N[wrong_N], kind="stable")][:_MISTAKES]:
@@ -191,6 +213,6 @@ def _mistakes(own: ClassesPredicted, decided_NK: np.ndarray) -> Markup:
         loss = page.number(losses_N[at], 2)
         rows.append([own.ids[int(at)], true, said, beginning(own.sequences[int(at)]), loss, int(own.fold_N[at])])
     return page.join(
-        page.element("p", "The highest losses among the sequences with a wrong answer.", class_="note"),
+        page.note("The highest losses among the sequences with a wrong answer."),
         page.table(["sequence", "true", "decided", "begins", "loss, nats", "fold"], rows, words=4),
     )

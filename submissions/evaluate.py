@@ -25,10 +25,11 @@ from rich.text import Text
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
-from pipeline.runlog import score_text, spread_text, warn
-from pipeline.stage import Report, commit, read_result, run_stage
-from pipeline.tables import open_parquet
+from pipeline.runlog import amount, score_text, warn
+from pipeline.stage import Report, commit, read_result, run_stage, write_json
+from pipeline.tables import fold_numbers, open_parquet
 from submissions import class_evaluation, log, number_evaluation, value_scores
+from submissions.breakdown import over_folds, tell_over_folds
 from submissions.class_evaluation import evaluate_classes
 from submissions.number_evaluation import evaluate_numbers
 from submissions.number_scores import tell
@@ -39,7 +40,7 @@ from submissions.whole_scores import has_test_truth
 if TYPE_CHECKING:
     from submissions.engines import Engine
 
-VERSION = 5
+VERSION = 6
 
 
 def run(
@@ -172,9 +173,7 @@ def _find_run(paths: Paths, run: str, split: str) -> _Subject:
     if not paths.run_dir(run).is_dir():
         known = ", ".join(sorted(path.name for path in (paths.home / "runs").glob("*.*"))) or "none"
         raise ConfigError(f"RUN={run}: no such run; there are: {known}. Next: name one of these.")
-    table = paths.fold_table(split)
-    open_parquet(table, ["sequence_id", "fold"]).close()
-    every = pl.read_parquet(table, columns=["fold"])["fold"].unique().sort().to_list()
+    every = fold_numbers(paths.fold_table(split))
     folds = [fold for fold in every if paths.oof(run, fold).is_file()]
     if not folds:
         raise ConfigError(
@@ -188,7 +187,7 @@ def _find_run(paths: Paths, run: str, split: str) -> _Subject:
 
 def _write_scores(path: Path, scores: dict[str, Any]) -> dict[str, Any]:
     scores = _without_nan(scores)
-    path.write_text(json.dumps(scores, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    write_json(path, scores)
     return scores
 
 
@@ -289,9 +288,7 @@ def _structure_folds(paths: Paths, subject: _Subject, targets: list[dict[str, An
         .agg(pl.col("score").sort_by("sequence_id").mean(), pl.len().alias("sequences"))
         .sort("fold")
     )
-    folds = by_fold["score"].to_numpy()
-    spread = {"fold_mean": float(folds.mean()), "fold_sd": float(folds.std(ddof=1)) if len(folds) > 1 else math.nan}
-    return {"per_fold": by_fold.to_dicts()} | spread
+    return {"per_fold": by_fold.to_dicts()} | over_folds(by_fold["score"].to_list())
 
 
 # ---------------------------------------------------------------------------------------------------------------- log
@@ -359,8 +356,9 @@ def describe(facts: Mapping[str, Any]) -> RenderableType:
     """Scores of the subject, of its runs and of the floors, for the terminal; below them every class or structure."""
     targets = facts["columns"] if facts["task"] != "structure" else []
     table = Table(box=None, pad_edge=False, header_style="bold")
-    folds = f"{len(facts['folds'])} fold{'s' if len(facts['folds']) > 1 else ''}"
-    table.add_column(f"{facts['metric']}, {folds} of {facts['split']}, out of fold", overflow="fold")
+    table.add_column(
+        f"{facts['metric']}, {amount(len(facts['folds']), 'fold')} of {facts['split']}, out of fold", overflow="fold"
+    )
     both = ["sequence-independent"] if facts["task"] == "structure" else []
     for column in ("score", *both, *targets, "folds: mean ± sd"):
         table.add_column(column, justify="right", overflow="fold")
@@ -397,12 +395,9 @@ def _floor_of_both(facts: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _cells(label: str, scores: Mapping[str, Any], targets: Sequence[str]) -> list[str]:
-    spread = _number(scores.get("fold_mean"))
-    if scores.get("fold_sd") is not None:
-        spread += f" ± {spread_text(scores['fold_sd'], mean=scores['fold_mean'])}"
     told = [tell(scores["per_target"][target], target) for target in targets]
     told += [_number(scores["sequence_independent"]["score"])] if "sequence_independent" in scores else []
-    cells = [label, _number(scores["score"]), *told, spread]
+    cells = [label, _number(scores["score"]), *told, tell_over_folds(scores) or ""]
     return [*cells, tell_difference(scores["difference"])] if "difference" in scores else cells
 
 

@@ -1,126 +1,14 @@
-"""Figures of the report as inline SVG whose colours and letters follow the page.
-
-Matplotlib draws with placeholder colours; each becomes a CSS variable of `submissions.page`, so one drawing serves a
-light and a dark page. Texts stay texts.
+"""Drawings of the report, one function each. Labels tell the unit; a colour is a place in the series.
 
 Letters: N sequences, L positions, B bins, 3 xyz.
 """
 
-import io
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, ListedColormap
-from matplotlib.figure import Figure
 
+from submissions.canvas import BLANK, DASHED, DENSITY, HEAT_MAP, INK, MUTED, PAPER, SERIES, canvas, colour_of
 from submissions.page import Markup
-
-INK, MUTED, LINE, PAPER, BLANK = "#010101", "#020202", "#030303", "#040404", "#050505"
-SERIES = tuple(f"#0a0a{k:02x}" for k in range(1, 7))
-_VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", PAPER: "--paper", BLANK: "--blank"}
-_VARIABLES |= {colour: f"--s{k}" for k, colour in enumerate(SERIES)}
-
-#: Values from low to high: pale to dark, even steps of lightness, readable with any colour vision.
-HEAT = ListedColormap(mpl.colormaps["magma"](np.linspace(0.97, 0.11, 256)))
-_DENSITY = LinearSegmentedColormap.from_list("density", [(0.5, 0.55, 0.6, 0.0), (0.5, 0.55, 0.6, 0.9)])
-
-_STYLE: Any = {
-    "text.parse_math": False,  # a $ in an id is a $
-    "svg.fonttype": "none",
-    "font.size": 10,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": LINE,
-    "grid.linewidth": 0.7,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-    "text.color": INK,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-    "lines.solid_capstyle": "round",
-}
-
-
-@dataclass
-class Canvas:
-    """A figure that is being drawn, and its drawing once it is finished."""
-
-    figure: Figure
-    drawing: Markup = field(default_factory=Markup)
-
-    @property
-    def axes(self) -> Axes:
-        return self.figure.axes[0]
-
-
-@contextmanager
-def canvas(width: float, height: float, **options: Any) -> Iterator[Canvas]:
-    """Draw a figure in the house style.
-
-    Args:
-        width: inches; the drawing is scaled to its place, so this sets how large letters look beside it.
-        height: inches.
-        options: of ``Figure.subplots``.
-    """
-    with mpl.rc_context(_STYLE):
-        made = Canvas(Figure(figsize=(width, height), layout="constrained"))
-        made.figure.subplots(**options)
-        yield made
-        made.drawing = _to_svg(made.figure)
-
-
-def _to_svg(figure: Figure) -> Markup:
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "report"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    drawing = buffer.getvalue()
-    drawing = drawing[drawing.index("<svg") :]
-    drawing = re.sub(r"<(metadata|style)\b.*?</\1>", "", drawing, flags=re.DOTALL)
-    drawing = re.sub(r' (?:width|height)="[\d.]+pt"', "", drawing, count=2)
-    used = set(re.findall(r"#([\w-]+)[)\"]", drawing))
-    drawing = re.sub(r' id="([\w.-]+)"', lambda found: found.group() if found.group(1) in used else "", drawing)
-    drawing = re.sub(r"font-family: [^;\"]*;? ?", "", drawing)  # the page's own
-    drawing = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 var(--sans)", drawing)
-    for colour, variable in _VARIABLES.items():
-        drawing = drawing.replace(colour, f"var({variable})")
-    return Markup(re.sub(r"\n\s*", "\n", drawing).strip())
-
-
-def series_colour(place: int) -> str:
-    """CSS colour of a series, for a legend outside its figure."""
-    return f"var(--s{place % len(SERIES)})"
-
-
-def brief(name: str) -> str:
-    """A name that fits on an axis or above one of four drawings: of a long one both ends.
-
-    >>> brief("deg_Mg_pH10"), brief("relative luminescence after 24 hours")
-    ('deg_Mg_pH10', 'relative lumi…r 24 hours')
-    """
-    return name if len(name) <= _BRIEF else f"{name[: _BRIEF // 2 + 1]}…{name[2 - _BRIEF // 2 :]}"
-
-
-_BRIEF = 24
-
-
-def heat_gradient() -> str:
-    """The heat map's colours as a CSS background."""
-    stops = ", ".join(mpl.colors.to_hex(HEAT(share)) for share in np.linspace(0, 1, 9))
-    return f"linear-gradient(to right, {stops})"
 
 
 def curves(
@@ -134,20 +22,19 @@ def curves(
 
     Args:
         lines: fold -> (x, y).
-        xlabel: with unit.
-        ylabel: with unit.
+        xlabel: with unit, as all labels here.
+        ylabel: likewise.
         level: name and height of a horizontal line to compare with.
     """
     with canvas(4.6, 2.9) as made:
         axes = made.axes
         for place, (x, y) in enumerate(lines.values()):
-            axes.plot(x, y, color=SERIES[place % len(SERIES)], linewidth=1.6, marker="o" if len(x) == 1 else None)
+            axes.plot(x, y, color=colour_of(place), linewidth=1.6, marker="o" if len(x) == 1 else None)
         if level:
-            axes.axhline(level[1], color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
+            axes.axhline(level[1], **DASHED)
             # above the axes: beside its line it would lie on others, which end on both sides of it
             axes.set_title(f"– –  {level[0]}", loc="right", color=MUTED, fontsize=9, pad=4)
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_xlim(left=0)
     return made.drawing
 
@@ -155,12 +42,7 @@ def curves(
 def calibration(counts_BB: np.ndarray, *, low: float, high: float, unit: str, colour: int) -> Markup:
     """Measured against predicted: density, mean and middle half of the measured values by predicted bin.
 
-    Args:
-        counts_BB: [B, B] positions by (predicted, measured) bin, both from `low` to `high`.
-        low: of the range.
-        high: of the range.
-        unit: of both axes.
-        colour: of the line, place in the series.
+    `counts_BB` are positions by (predicted, measured) bin, both from `low` to `high`, in `unit`.
     """
     bins = len(counts_BB)
     middles = low + (np.arange(bins) + 0.5) * (high - low) / bins
@@ -174,10 +56,10 @@ def calibration(counts_BB: np.ndarray, *, low: float, high: float, unit: str, co
     with canvas(4.2, 3.7) as made:
         axes = made.axes
         density = np.log1p(counts_BB.T) / np.log1p(max(counts_BB.max(), 1))
-        axes.imshow(density, origin="lower", extent=(low, high, low, high), cmap=_DENSITY, interpolation="none")
-        axes.plot([low, high], [low, high], color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
-        axes.fill_between(predicted_P, quarter, three, color=SERIES[colour], alpha=0.22, linewidth=0)
-        axes.plot(predicted_P, mean_P, color=SERIES[colour], linewidth=2, marker="o", markersize=3.5)
+        axes.imshow(density, origin="lower", extent=(low, high, low, high), cmap=DENSITY, interpolation="none")
+        axes.plot([low, high], [low, high], **DASHED)
+        axes.fill_between(predicted_P, quarter, three, color=colour_of(colour), alpha=0.22, linewidth=0)
+        axes.plot(predicted_P, mean_P, color=colour_of(colour), linewidth=2, marker="o", markersize=3.5)
         axes.set(xlim=(low, high), ylim=(low, high), xlabel=f"predicted, {unit}", ylabel=f"measured, {unit}")
         axes.set_aspect("equal")
         axes.grid(visible=False)
@@ -188,36 +70,24 @@ _MERGE = 5  # fine bins of a point on the calibration line
 
 
 def points(predicted_N: np.ndarray, measured_N: np.ndarray, *, unit: str, colour: int) -> Markup:
-    """Measured against predicted, a dot for each sequence: for so few that a density would say nothing.
-
-    Args:
-        predicted_N: [N].
-        measured_N: [N].
-        unit: of both axes.
-        colour: of the dots, place in the series.
-    """
+    """Measured against predicted, a dot for each sequence: for so few that a density would say nothing."""
     low = float(min(predicted_N.min(), measured_N.min()))
     high = float(max(predicted_N.max(), measured_N.max()))
     room = 0.04 * (high - low) or 0.5
     ends = (low - room, high + room)
     with canvas(4.2, 3.7) as made:
         axes = made.axes
-        axes.plot(ends, ends, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
-        axes.plot(predicted_N, measured_N, "o", color=SERIES[colour % len(SERIES)], markersize=3.2, alpha=0.55, mew=0)
+        axes.plot(ends, ends, **DASHED)
+        axes.plot(predicted_N, measured_N, "o", color=colour_of(colour), markersize=3.2, alpha=0.55, mew=0)
         axes.set(xlim=ends, ylim=ends, xlabel=f"predicted, {unit}", ylabel=f"measured, {unit}")
         axes.set_aspect("equal")
     return made.drawing
 
 
 def residuals(x_N: np.ndarray, residual_N: np.ndarray, *, xlabel: str, ylabel: str, colour: int) -> Markup:
-    """Predicted less measured: median, and the middle half and nine tenths, along a property.
+    """Predicted less measured: median, and the middle half and nine tenths, along a property of the sequences.
 
-    Args:
-        x_N: [N] the property of each sequence; groups of it hold about equally many.
-        residual_N: [N].
-        xlabel: with unit.
-        ylabel: with unit.
-        colour: place in the series.
+    Groups along it hold about equally many.
     """
     edges = np.unique(np.quantile(x_N, np.linspace(0, 1, min(_GROUPS, max(2, len(x_N) // 12)) + 1)[1:], method="lower"))
     of_N = np.searchsorted(edges, x_N)
@@ -228,10 +98,10 @@ def residuals(x_N: np.ndarray, residual_N: np.ndarray, *, xlabel: str, ylabel: s
     ).T
     with canvas(4.6, 2.9) as made:
         axes = made.axes
-        axes.axhline(0.0, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
-        axes.fill_between(at, low, high, color=SERIES[colour % len(SERIES)], alpha=0.12, linewidth=0)
-        axes.fill_between(at, quarter, three, color=SERIES[colour % len(SERIES)], alpha=0.22, linewidth=0)
-        axes.plot(at, middle, color=SERIES[colour % len(SERIES)], linewidth=2, marker="o", markersize=3.5)
+        axes.axhline(0.0, **DASHED)
+        axes.fill_between(at, low, high, color=colour_of(colour), alpha=0.12, linewidth=0)
+        axes.fill_between(at, quarter, three, color=colour_of(colour), alpha=0.22, linewidth=0)
+        axes.plot(at, middle, color=colour_of(colour), linewidth=2, marker="o", markersize=3.5)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.margins(x=0.02)
     return made.drawing
@@ -241,28 +111,18 @@ _GROUPS = 12  # along the x axis of residuals
 
 
 def grouped_bars(
-    labels: Sequence[str],
-    values: Mapping[int, Sequence[float]],
-    *,
-    xlabel: str,
-    ylabel: str,
-    notes: Sequence[str] = (),
+    labels: Sequence[str], values: Mapping[int, Sequence[float]], *, xlabel: str, ylabel: str, notes: Sequence[str] = ()
 ) -> Markup:
     """Bars side by side for every label, one per series, with their heights written on them where there is room.
 
-    Args:
-        labels: of the groups.
-        values: place in the series -> height of each group.
-        xlabel: with unit.
-        ylabel: with unit.
-        notes: second line under each label.
+    `values` are place in the series -> height of each group; `notes` stand under the labels.
     """
     width, most = 0.8 / len(values), max(map(max, values.values()))
     with canvas(4.6, 2.9) as made:
         axes = made.axes
         for at, (place, heights) in enumerate(values.items()):
             x = np.arange(len(labels)) + (at - (len(values) - 1) / 2) * width
-            drawn = axes.bar(x, heights, width * 0.92, color=SERIES[place % len(SERIES)])
+            drawn = axes.bar(x, heights, width * 0.92, color=colour_of(place))
             if len(labels) * len(values) <= 12:
                 written = [f"{height:.2f}" if most >= 0.1 else f"{height:.2g}" for height in heights]
                 axes.bar_label(drawn, written, padding=2, fontsize=8, color=MUTED)
@@ -281,11 +141,7 @@ def rates(
 ) -> Markup:
     """Lines in the unit square, one for each class: the first `len(SERIES)` in colour, those after them in grey.
 
-    Args:
-        lines: x and y of each.
-        xlabel: of a rate.
-        ylabel: of a rate.
-        chance: ends of a dashed line, what guessing reaches.
+    `chance` are the ends of a dashed line, what guessing reaches.
     """
     with canvas(4.2, 3.7) as made:
         axes = made.axes
@@ -293,7 +149,7 @@ def rates(
             named = place < len(SERIES)
             colour, width = (SERIES[place], 1.7) if named else (MUTED, 0.7)
             axes.plot(x, y, color=colour, linewidth=width, alpha=1.0 if named else 0.5)
-        axes.plot(*zip(*chance, strict=True), color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
+        axes.plot(*zip(*chance, strict=True), **DASHED)
         axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel=xlabel, ylabel=ylabel, aspect="equal")
     return made.drawing
 
@@ -304,14 +160,14 @@ def reliability(rows: Sequence[Mapping[str, float]], *, bins: int, stated: str, 
     Args:
         rows: ``low``, ``stated``, ``right`` (share) and ``count`` of every bin that is not empty.
         bins: from 0 to 1.
-        stated: what was stated, in words.
+        stated: in words, as `right`.
         right: what came true.
     """
     names = ("low", "stated", "right", "count")
     low_B, stated_B, right_B, count_B = (np.array([row[name] for row in rows]) for name in names)
     with canvas(9.4, 3.5, ncols=2) as made:
         line, bars = made.figure.axes
-        line.plot([0, 1], [0, 1], color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
+        line.plot([0, 1], [0, 1], **DASHED)
         line.plot(stated_B, right_B, color=SERIES[0], linewidth=2, marker="o", markersize=4)
         line.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel=stated, ylabel=right)
         middle_B, width = low_B + 0.5 / bins, 0.9 / bins
@@ -323,16 +179,11 @@ def reliability(rows: Sequence[Mapping[str, float]], *, bins: int, stated: str, 
 
 
 def class_map(share_KK: np.ndarray, names: Sequence[str]) -> Markup:
-    """How often classes (rows) are taken for others (columns), as shares of the row.
-
-    Args:
-        share_KK: [K, K]; NaN is left blank.
-        names: of the classes.
-    """
+    """How often K classes (rows) are taken for others (columns), as shares of the row; NaN is left blank."""
     side = 1.6 + 0.16 * len(names)
     with canvas(side + 0.6, side) as made:
         axes = made.axes
-        axes.imshow(share_KK, cmap=HEAT, vmin=0.0, vmax=1.0, interpolation="none")
+        axes.imshow(share_KK, **HEAT_MAP)
         axes.set_facecolor(BLANK)
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         axes.set_yticks(range(len(names)), names, fontsize=7)
@@ -342,23 +193,12 @@ def class_map(share_KK: np.ndarray, names: Sequence[str]) -> Markup:
     return made.drawing
 
 
-def heat_colour(share: float) -> tuple[str, str]:
-    """Colour of a value from 0 to 1 on the heat map's scale, and that of letters on it.
-
-    >>> heat_colour(0.0)[1], heat_colour(1.0)[1]
-    ('#111111', '#ffffff')
-    """
-    colour = HEAT(share)
-    light = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-    return mpl.colors.to_hex(colour), "#111111" if light > 0.55 else "#ffffff"
-
-
 def profile(x: Sequence[float], values: Mapping[int, Sequence[float]], *, xlabel: str, ylabel: str) -> Markup:
     """Lines over positions, one per place in the series."""
     with canvas(9.4, 2.6) as made:
         axes = made.axes
         for place, heights in values.items():
-            axes.plot(x, heights, color=SERIES[place % len(SERIES)], linewidth=1.4)
+            axes.plot(x, heights, color=colour_of(place), linewidth=1.4)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_ylim(bottom=0)
         axes.margins(x=0.01)
@@ -379,10 +219,8 @@ def strip(letters: str, rows: Sequence[tuple[str, np.ndarray]], *, first: int) -
         heights = [row + (row // 2) * 0.45 for row in range(len(rows))]
         for height, (_, values_L) in zip(heights, rows, strict=True):
             axes.axhspan(height + 0.04, height + 0.96, color=BLANK, linewidth=0, zorder=-1)
-            axes.imshow(
-                values_L[None], cmap=HEAT, vmin=0.0, vmax=1.0, aspect="auto", interpolation="none",
-                extent=(first - 0.5, first + length - 0.5, height + 0.96, height + 0.04),
-            )  # fmt: skip
+            extent = (first - 0.5, first + length - 0.5, height + 0.96, height + 0.04)
+            axes.imshow(values_L[None], **HEAT_MAP, aspect="auto", extent=extent)
         axes.set(xlim=(first - 0.5, first + length - 0.5), ylim=(heights[-1] + 1.0, 0.0))
         axes.set_yticks([height + 0.5 for height in heights], [label for label, _ in rows], fontsize=9)
         axes.set_xticks([at for at in range(first, first + length) if at % 10 == 0])
@@ -409,10 +247,8 @@ def heat_maps(maps: Sequence[tuple[str, np.ndarray]], *, first: int, ylabel: str
     with canvas(10.4, 4.0, ncols=len(maps), sharey=True) as made:
         for axes, (title, values_NL) in zip(made.figure.axes, maps, strict=True):
             count, length = values_NL.shape
-            axes.imshow(
-                values_NL, cmap=HEAT, vmin=0.0, vmax=1.0, aspect="auto", interpolation="none",
-                extent=(first - 0.5, first + length - 0.5, count, 0),
-            )  # fmt: skip
+            extent = (first - 0.5, first + length - 0.5, count, 0)
+            axes.imshow(values_NL, **HEAT_MAP, aspect="auto", extent=extent)
             axes.set_facecolor(BLANK)
             axes.set_title(title, fontsize=10, color=INK)
             axes.set_xlabel("position, nt")
@@ -426,32 +262,17 @@ def heat_maps(maps: Sequence[tuple[str, np.ndarray]], *, first: int, ylabel: str
 def target_scores(
     labels: Sequence[str], scores: Sequence[float], floors: Sequence[Sequence[float]], *, xlabel: str
 ) -> Markup:
-    """One line per target: its score as a dot, the floors as ticks, joined to the best of them.
-
-    Args:
-        labels: of the targets, in the order to be shown, from the top.
-        scores: of the targets.
-        floors: target -> scores of the floors.
-        xlabel: with unit.
-    """
-    rows = np.arange(len(labels))
+    """One line per target, from the top: its score as a dot, its floors as ticks, joined to the best of them."""
+    rows, score = np.arange(len(labels)), np.asarray(scores)
     best = np.array([max(values) for values in floors])
-    ahead = np.asarray(scores) >= best
+    ahead = score >= best
     with canvas(9.4, 0.75 + 0.2 * len(labels)) as made:
         axes = made.axes
         axes.hlines(rows, best, scores, color=MUTED, linewidth=0.8)
         for row, values in enumerate(floors):
             axes.plot(values, np.full(len(values), row), "|", color=MUTED, markersize=7, markeredgewidth=1.0)
-        axes.scatter(np.asarray(scores)[ahead], rows[ahead], s=34, color=SERIES[0], zorder=3)
-        axes.scatter(
-            np.asarray(scores)[~ahead],
-            rows[~ahead],
-            s=30,
-            facecolor=PAPER,
-            edgecolor=SERIES[1],
-            linewidth=1.5,
-            zorder=3,
-        )
+        axes.scatter(score[ahead], rows[ahead], s=34, color=SERIES[0], zorder=3)
+        axes.scatter(score[~ahead], rows[~ahead], s=30, facecolor=PAPER, edgecolor=SERIES[1], linewidth=1.5, zorder=3)
         axes.set_yticks(rows, labels, fontsize=8.5)
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")

@@ -132,8 +132,7 @@ class Layout:
     @property
     def kinds(self) -> dict[str, Kind]:
         """Column -> what its cells are, in the order of the columns."""
-        numbers: dict[str, Kind] = dict.fromkeys(self.values, "number")
-        return dict(zip(self.keys.names, self.keys.kinds, strict=True)) | numbers
+        return _kinds(self.keys, self.values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +159,11 @@ def submission_columns(competition: Competition) -> dict[str, Kind]:
     """Header of a competition's submission, and what its cells are."""
     known: tuple[type[Keys], ...] = (IdRuns, PositionKeys, ResidueKeys)
     (keys,) = (kind for kind in known if kind.names[0] == competition.row_key)
-    numbers: dict[str, Kind] = dict.fromkeys(value_columns(competition), "number")
+    return _kinds(keys, value_columns(competition))
+
+
+def _kinds(keys: Keys | type[Keys], values: tuple[str, ...]) -> dict[str, Kind]:
+    numbers: dict[str, Kind] = dict.fromkeys(values, "number")
     return dict(zip(keys.names, keys.kinds, strict=True)) | numbers
 
 

@@ -3,6 +3,8 @@
 A line is written before a file is sent: a run that is killed in between leaves a trace that the next one looks up.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import time
@@ -35,11 +37,13 @@ class Sent:
 
 
 def append(path: Path, sent: Sent) -> None:
-    """Add a line, on the disk before this returns."""
+    """Add a line, on the disk before this returns; two at a time wait for each other, where the disk gives locks."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    cut_torn_tail(path)
     row = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | asdict(sent)
     with path.open("a") as handle:
+        with contextlib.suppress(OSError):  # some file systems have no locks: one upload at a time needs none
+            fcntl.flock(handle, fcntl.LOCK_EX)  # or one would cut, as torn, what the other has just written
+        cut_torn_tail(path)
         handle.write(json.dumps(row) + "\n")
         handle.flush()
         os.fsync(handle.fileno())

@@ -25,7 +25,7 @@ from submissions.whole_scores import (
     Answers,
     Predicted,
     by_length,
-    read_known,
+    floors_of,
     read_predicted,
     read_test,
     summarise,
@@ -49,26 +49,11 @@ def answers_of(competition: Competition) -> Answers:
 
 
 def evaluate_numbers(
-    paths: Paths,
-    *,
-    competition: Competition,
-    split: str,
-    folds: Sequence[int],
-    sources: Mapping[str, Sequence[Path]],
+    paths: Paths, *, competition: Competition, split: str, folds: Sequence[int], sources: Mapping[str, Sequence[Path]]
 ) -> dict[str, Any]:
-    """Score out-of-fold predictions of numbers.
+    """Score out-of-fold predictions of numbers, as `submissions.value_scores.evaluate_values` does values.
 
-    Args:
-        paths: where the clean tables and the fold table live.
-        competition: names of the columns, and the metric.
-        split: name of the fold table.
-        folds: folds that were predicted.
-        sources: name -> prediction tables that together make one set; the first is told in full, all are scored.
-
-    Returns:
-        JSON-able but for NaN: score, parts and coverage of the first source; ``others``: score and folds of the rest;
-        ``paired``: which of these is ``best`` (the first, if it is alone) and the ``differences`` from it
-        (`submissions.paired`); ``floors`` on the sequences of the first, ``floor_details``, ``floor_notes``.
+    ``paired`` is there of a single source, too: it compares the floors as well.
 
     Raises:
         DataError: see `read_predicted`.
@@ -83,7 +68,10 @@ def evaluate_numbers(
     warn_missing(own, first)
     others = {name: _summary(read[name], read[name].said_NK, competition) for name in rest}
     best = min(others, key=lambda name: others[name]["score"], default=first)
-    said = _floors_of(paths, split, own, competition)
+    predict = partial(predict_floors, numbers=read_numbers(paths))
+    found = floors_of(own, paths, answers, split=split, predict=predict)
+    # as float32, like all predictions: ridge is to differ from the run `words` by nothing
+    said = {floor: said_NC.astype(np.float32) for floor, said_NC in found.items()}
     floors = {floor: _summary(own, said_NC, competition) for floor, said_NC in said.items()}
     compared = {name: read[name] for name in ([first, *rest] if len(rest) > 1 else [best])}
     differences = _differences(paths.fold_table(split), own, compared, said, competition, best=best)
@@ -104,18 +92,6 @@ def evaluate_numbers(
         "floor_details": floors,
         "floor_notes": [],
     }
-
-
-def _floors_of(paths: Paths, split: str, own: Predicted, competition: Competition) -> dict[str, np.ndarray]:
-    """Floors fitted on all measured sequences outside a fold, whether predicted or not, at the sequences of `own`.
-
-    As float32, like all predictions: ridge is to differ from the run `words` by nothing.
-    """
-    rows, truth_NC = read_known(paths, answers_of(competition), split=split)
-    here_N = rows["sequence_id"].is_in(own.ids.to_list()).to_numpy()
-    fold_N, cluster_N = (rows[name].to_numpy() for name in ("fold", "cluster"))
-    found = predict_floors(rows["sequence"].to_list(), truth_NC, fold_N, cluster_N, read_numbers(paths))
-    return {name: said_NC[here_N].astype(np.float32) for name, said_NC in found.items()}
 
 
 def _differences(
@@ -163,15 +139,7 @@ def _per_column(own: Predicted, said_NC: np.ndarray, competition: Competition) -
 
 
 def evaluate_test(paths: Paths, *, competition: Competition, predictions: Path) -> dict[str, Any]:
-    """Score the test sequences whose numbers are known; nothing else reads these.
-
-    Args:
-        paths: where the clean tables are.
-        competition: names of the columns, and the metric.
-        predictions: of the test set.
-
-    Returns:
-        As of a fold: ``score``, ``per_target``, ``scored``.
+    """Score the test sequences whose numbers are known, as a fold; nothing else reads these.
 
     Raises:
         DataError: a test sequence has no prediction, or none of these columns.

@@ -34,12 +34,7 @@ def predict_floors(
 ) -> dict[str, np.ndarray]:
     """Floor -> [N, C] float64, each fold predicted from the others.
 
-    Args:
-        sequences: N of them, in the letters of `numbers`.
-        truth_NC: [N, C] float, NaN = not measured.
-        fold_N: [N] fold that holds a sequence out.
-        cluster_N: [N] its relatives, see `pipeline.bayes.Known`.
-        numbers: names and alphabet.
+    Arguments are those of `submissions.class_floors.predict_floors`; of `truth_NC`, NaN = not measured.
     """
     known, letters = _Measured(truth_NC, fold_N, cluster_N), letters_of(numbers.alphabet)
     view, k_near = View.of(sequences, numbers.alphabet), longest_words(len(letters), NEIGHBOUR_WORDS)

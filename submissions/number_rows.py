@@ -22,9 +22,11 @@ from submissions.number_evaluation import answers_of
 from submissions.whole_rows import (
     SequenceKeys,
     free_key,
+    ids_of,
     predictions_in_order,
     read_sample_rows,
     read_test_ids,
+    set_inputs,
     write_rows,
 )
 
@@ -39,12 +41,7 @@ class NumberLayout(Layout):
 
 
 def read_number_layout(paths: Paths, competition: Competition, sample: Path | None = None) -> NumberLayout:
-    """Layout from the clean tables.
-
-    Args:
-        paths: where the clean test set and, where there is one, the sample submission are.
-        competition: names of the numbers.
-        sample: another sample submission, CSV or parquet.
+    """Layout from the clean test set and the sample submission: the set's own, if there is one, or `sample`.
 
     Raises:
         DataError: there is no test set, or the sample submission is of other sequences or numbers.
@@ -78,29 +75,20 @@ def number_inputs(paths: Paths, competition: Competition) -> dict[str, Path]:
         DataError: see `read_number_layout`.
     """
     read_number_layout(paths, competition)
-    inputs = {"numbers": paths.clean("numbers")}
-    return inputs | ({"sample": paths.clean("sample")} if paths.clean("sample").is_file() else {})
+    return set_inputs(paths, "numbers")
 
 
 def write_numbers(
     paths: Paths, competition: Competition, predictions: Path, part: Path, *, fmt: str
 ) -> tuple[NumberLayout, dict[str, Any]]:
-    """Write a submission of numbers, with all the digits of a float32.
-
-    Args:
-        paths: where the clean tables are.
-        competition: names of the numbers.
-        predictions: table of the ensemble.
-        part: file to write.
-        fmt: "csv" or "parquet".
+    """Write a submission of numbers as CSV or parquet, with all the digits of a float32.
 
     Raises:
         DataError: a prediction is missing, twice, unknown or not finite.
     """
     layout = read_number_layout(paths, competition)
-    (key,) = layout.keys.names
-    ids = pl.Series(key, layout.keys.block(0, layout.keys.rows)[key])
+    ids = ids_of(layout)
     said_NC = predictions_in_order(predictions, ids, answers_of(competition))
     columns = {name: said_NC[:, place] for name, place in zip(layout.values, layout.of_values, strict=True)}
-    write_rows(pl.DataFrame({key: ids} | columns), part, fmt=fmt)
+    write_rows(pl.DataFrame({ids.name: ids} | columns), part, fmt=fmt)
     return layout, {"sequences": len(ids)}

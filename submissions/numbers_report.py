@@ -12,7 +12,7 @@ from submissions import figures, page
 from submissions.number_evaluation import answers_of
 from submissions.number_scores import SCORES, tell
 from submissions.page import Markup
-from submissions.subject import Subject, beginning, test_table, without_prediction
+from submissions.subject import Subject, beginning, brief, test_table, without_prediction
 from submissions.whole_scores import Predicted, read_predicted
 
 _BINS = 100  # of a density, along each axis
@@ -49,11 +49,7 @@ def _columns_section(subject: Subject) -> Markup:
     )
     if len(scores["per_column"]) > 1:
         words += f" {scores['metric']} is the mean of the columns' RMSE: those of large numbers decide it."
-    return page.join(
-        page.element("p", words, class_="note"),
-        page.table(["", "measured", *SCORES], rows, classes=kinds),
-        test_table(scores),
-    )
+    return page.join(page.note(words), page.table(["", "measured", *SCORES], rows, classes=kinds), test_table(scores))
 
 
 def _columns_drawn(subject: Subject, own: Predicted) -> list[tuple[int, str, np.ndarray]]:
@@ -68,7 +64,7 @@ def _measured_section(subject: Subject, own: Predicted) -> Markup:
     for place, name, here_N in _columns_drawn(subject, own):
         pair = own.said_NK[here_N, place].astype(np.float64), own.truth_NK[here_N, place]
         drawing = figures.points if len(pair[0]) <= _DOTS else _density
-        drawn = drawing(*pair, unit=figures.brief(name), colour=place % len(figures.SERIES))
+        drawn = drawing(*pair, unit=brief(name), colour=place % len(figures.SERIES))
         drawings.append(page.figure(drawn, title=name))
     words = "Dashed: perfect predictions."
     if len(own.ids) > _DOTS:
@@ -78,7 +74,7 @@ def _measured_section(subject: Subject, own: Predicted) -> Markup:
         )
     if len(subject.competition.targets) > _DRAWN:
         words += f" Drawn are the first {_DRAWN} of {len(subject.competition.targets)} columns."
-    return page.join(page.element("p", words, class_="note"), page.panels(drawings))
+    return page.join(page.note(words), page.panels(drawings))
 
 
 def _density(predicted_N: np.ndarray, measured_N: np.ndarray, *, unit: str, colour: int) -> Markup:
@@ -109,10 +105,10 @@ def _errors_section(subject: Subject, own: Predicted) -> Markup:
             [row["label"].replace("-", "–"), score_text(row["score"]), f"{row['sequences']:,}"]
             for row in scores["by_length"]
         ]
-        parts += [page.element("h3", "By length"), page.element("p", words, class_="note"), page.panels(drawings)]
+        parts += [page.element("h3", "By length"), page.note(words), page.panels(drawings)]
         parts += [page.details("By length, in numbers", page.table(["length", scores["metric"], "sequences"], cells))]
     else:
-        parts += [page.element("p", f"All sequences have {length_N[0]:,} letters.", class_="note")]
+        parts += [page.note(f"All sequences have {length_N[0]:,} letters.")]
     parts += [page.element("h3", "The largest errors"), _worst(subject, own)]
     return page.join(*parts, without_prediction(scores))
 
@@ -127,17 +123,9 @@ def _worst(subject: Subject, own: Predicted) -> Markup:
     rows: list[list[Any]] = []
     for at, place in zip(*np.unravel_index(worst[size[worst] > 0], off_NC.shape), strict=True):
         measured, predicted = own.truth_NK[at, place], own.said_NK[at, place]
-        rows.append(
-            [
-                own.ids[int(at)],
-                subject.competition.targets[place],
-                beginning(own.sequences[int(at)]),
-                f"{measured:.5g}",
-                f"{predicted:.5g}",
-                f"{off_NC[at, place]:+.2f}",
-                int(own.fold_N[at]),
-            ]
-        )
+        which = own.ids[int(at)], subject.competition.targets[place], beginning(own.sequences[int(at)])
+        numbers = f"{measured:.5g}", f"{predicted:.5g}", f"{off_NC[at, place]:+.2f}", int(own.fold_N[at])
+        rows.append([*which, *numbers])
     words = "Error: predicted less measured, in standard deviations of the column."
     head = ["sequence", "number", "begins", "measured", "predicted", "error", "fold"]
-    return page.join(page.element("p", words, class_="note"), page.table(head, rows, words=3))
+    return page.join(page.note(words), page.table(head, rows, words=3))

@@ -13,12 +13,12 @@ import polars as pl
 from pipeline.competitions.base import Competition
 from pipeline.labels import read_classes
 from pipeline.paths import Paths
+from pipeline.runlog import amount
 from pipeline.stage import Report, run_stage
 from pipeline.tables import read_batches
 from submissions import page
 from submissions.class_scores import decide
 from submissions.class_write import joined_labels
-from submissions.figures import series_colour
 from submissions.page import Markup
 from submissions.subject import short_name
 
@@ -123,13 +123,7 @@ def _rounded(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def _write_values(
-    table: pl.DataFrame,
-    competition: Competition,
-    parts: dict[str, Path],
-    longest: int | None,
-    *,
-    title: str,
-    name: str,
+    table: pl.DataFrame, competition: Competition, parts: dict[str, Path], longest: int | None, *, title: str, name: str
 ) -> dict[str, Any]:
     low, high = competition.target_range or (None, None)
     targets = list(competition.targets)
@@ -155,8 +149,7 @@ def _page(table: pl.DataFrame, competition: Competition, longest: int | None, *,
     base_C1 = np.clip(0.0, low_C1, high_C1)  # bars begin at 0, or at the edge that is next to it
     names = [short_name(target) for target in competition.targets]
     shown = table.head(_SHOWN)
-    words = f"{table.height:,} sequences" if table.height > 1 else "1 sequence"
-    words += f", predicted by {name}. {_told_ends(competition.shown_ranges, names)} "
+    words = f"{amount(table.height, 'sequence')}, predicted by {name}. {_told_ends(competition.shown_ranges, names)} "
     words += f"Every value is in {name}.csv."
     if table.height > shown.height:
         words += f" Drawn: the first {shown.height}."
@@ -169,11 +162,11 @@ def _page(table: pl.DataFrame, competition: Competition, longest: int | None, *,
         bases = ((base_C1 - low_C1) / (high_C1 - low_C1))[:, 0].tolist()
         drawing = profile_drawing(sequence[:_SHOWN_NT], shares_CL.clip(0.0, 1.0), names, bases=bases)
         drawings.append(page.figure(drawing, title=about, wide=True))
-    key = page.legend([(label, series_colour(place)) for place, label in enumerate(names)])
+    key = page.legend([(label, page.series_colour(place)) for place, label in enumerate(names)])
     body = page.join(
         page.element("div", competition.title, class_="kicker"),
         page.element("h1", title),
-        page.element("p", words, class_="note"),
+        page.note(words),
         key,
         *drawings,
     )
@@ -234,7 +227,7 @@ def _line(letters: str, heights_CL: np.ndarray, bases: Sequence[float], *, first
         parts.append(
             f'<path d="M0 {zero}.5h{len(letters) * _CELL}M0 {foot - _BARS}.5h{len(letters) * _CELL}" '
             'stroke="var(--line)"/>'
-            f'<path d="{bars}" fill="{series_colour(place)}"/>'
+            f'<path d="{bars}" fill="{page.series_colour(place)}"/>'
         )
     foot = top + len(heights_CL) * (_BARS + _GAP) + _GAP // 2
     places = " ".join(str(at * _CELL + _CELL / 2) for at in range(len(letters)))

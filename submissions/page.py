@@ -106,6 +106,9 @@ footer { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid var(--line);
 @media print { details > * { display: block; } section { break-inside: avoid; } nav { display: none; } }
 """
 
+#: Series colours of the style sheet.
+COLOURS = 6
+
 
 class Markup(str):
     """Text that is HTML already: made by this module or by a figure, never by data."""
@@ -208,6 +211,16 @@ def legend(entries: Sequence[tuple[str, str]]) -> Markup:
     """Colour keys: (label, colour)."""
     keys = [element("span", element("i", style=f"background: {colour}"), label) for label, colour in entries]
     return element("div", *keys, class_="legend")
+
+
+def series_colour(place: int) -> str:
+    """Colour of a series for a key, `COLOURS` of them in turn."""
+    return f"var(--s{place % COLOURS})"
+
+
+def note(words: object) -> Markup:
+    """A remark in smaller letters."""
+    return element("p", words, class_="note")
 
 
 def missing(reason: str) -> Markup:

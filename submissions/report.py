@@ -4,16 +4,17 @@ The page needs no network and runs no script. What an earlier stage has not left
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError
 from pipeline.paths import Paths
-from pipeline.runlog import score_text, spread_text
+from pipeline.runlog import amount, score_text
 from pipeline.stage import Report, read_result, run_stage
 from submissions import page
+from submissions.breakdown import tell_over_folds
 from submissions.classes_report import classes_sections
 from submissions.numbers_report import numbers_sections
 from submissions.page import Markup
@@ -23,7 +24,7 @@ from submissions.subject import Subject, read_scores, score_cells, short_name
 from submissions.training_report import Training, duration, memory, read_training, training_section
 from submissions.values_report import values_sections
 
-VERSION = 7
+VERSION = 8
 _SAME = 0.0005  # a difference from a floor, relative to it, that is none
 
 
@@ -83,8 +84,7 @@ def _write(subject: Subject, path: Path) -> dict[str, Any]:
             "epoch was chosen by the score on that same fold, which flatters the scores a little.",
         ),
     )
-    title = f"{subject.name} · {subject.title}"
-    text = page.page(title, body)
+    text = page.page(f"{subject.name} · {subject.title}", body)
     path.write_text(text, encoding="utf-8")
     return {"bytes": len(text.encode()), "missing": subject.missing}
 
@@ -114,7 +114,7 @@ def _header(subject: Subject, training: Mapping[tuple[str, int], Training]) -> M
         page.element("div", f"{subject.title} · {scores['kind']} · split {subject.split}", class_="kicker"),
         page.element("h1", subject.name),
         page.element("p", _verdict(subject), class_="lead"),
-        *([page.element("p", _roles(subject), class_="note")] if subject.joined else []),
+        *([page.note(_roles(subject))] if subject.joined else []),
         hero,
         page.facts(_headline_facts(subject, training)),
     )
@@ -158,8 +158,7 @@ def _headline_facts(subject: Subject, training: Mapping[tuple[str, int], Trainin
     else:
         told["targets scored"] = f"{len(scores['targets']):,}"
     if scores["fold_sd"] is not None:
-        spread = spread_text(scores["fold_sd"], mean=scores["fold_mean"])
-        told["mean ± sd over folds"] = f"{score_text(scores['fold_mean'])} ± {spread}"
+        told["mean ± sd over folds"] = tell_over_folds(scores)
     if training:
         told["training, all folds"] = duration(sum(each.seconds for each in training.values()))
         told["peak memory"] = memory(max(each.memory_mib for each in training.values()))
@@ -169,11 +168,7 @@ def _headline_facts(subject: Subject, training: Mapping[tuple[str, int], Trainin
 def _size(subject: Subject) -> str:
     spare = f", {len(subject.idle)} more idle" if subject.idle else ""
     predicting = [run for run in subject.runs if run not in subject.idle]
-    return f"{_count(predicting, 'run')} × {_count(subject.folds, 'fold')}{spare}"
-
-
-def _count(items: Sequence[Any], word: str) -> str:
-    return f"{len(items)} {word}{'' if len(items) == 1 else 's'}"
+    return f"{amount(len(predicting), 'run')} × {amount(len(subject.folds), 'fold')}{spare}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- folds
@@ -189,10 +184,10 @@ def _folds_section(subject: Subject) -> Markup:
     everyone |= {f"floor: {name}": told for name, told in floors}
     kinds = ["own"] + [""] * len(scores["runs"]) + ["floor"] * len(floors)
     counted, lost = ("positions", None) if subject.competition.task == "values" else ("scored", "undefined")
-    means = [[name, *score_cells(told, targets, lost=lost), _spread(told)] for name, told in everyone.items()]
+    means = [[name, *score_cells(told, targets, lost=lost), tell_over_folds(told)] for name, told in everyone.items()]
     by_fold = [[row["fold"], *score_cells(row, targets, lost=lost), f"{row[counted]:,}"] for row in scores["per_fold"]]
     names = [short_name(target) for target in targets]
-    notes = [page.element("p", note, class_="note") for note in scores["floor_notes"]]
+    notes = [page.note(note) for note in scores["floor_notes"]]
     return page.join(
         page.table(["", scores["metric"], *names, "folds: mean ± sd"], means, classes=kinds),
         *notes,
@@ -203,13 +198,6 @@ def _folds_section(subject: Subject) -> Markup:
     )
 
 
-def _spread(told: Mapping[str, Any]) -> str | None:
-    if told.get("fold_mean") is None:
-        return None
-    spread = "" if told.get("fold_sd") is None else f" ± {spread_text(told['fold_sd'], mean=told['fold_mean'])}"
-    return score_text(told["fold_mean"]) + spread
-
-
 def _paired(everyone: Mapping[str, Mapping[str, Any]], scores: Mapping[str, Any]) -> Markup:
     rows = [[name, tell_difference(told["difference"])] for name, told in everyone.items() if "difference" in told]
     if not rows:
@@ -218,7 +206,7 @@ def _paired(everyone: Mapping[str, Mapping[str, Any]], scores: Mapping[str, Any]
     return page.join(
         page.element("h3", f"Difference from the best run, {scores['best_run']}"),
         page.table(["", scores["metric"]], rows),
-        page.element("p", words, class_="note"),
+        page.note(words),
     )
 
 
@@ -232,7 +220,7 @@ def _coverage(scores: Mapping[str, Any]) -> Markup:
         text += f" Predictions clipped to the range of the truth would score {scores['score_clipped']:.4f}."
     if count["scored_without_prediction"]:
         text += f" {count['scored_without_prediction']:,} that count have no prediction and are left out."
-    return page.element("p", text, class_="note")
+    return page.note(text)
 
 
 # ----------------------------------------------------------------------------------------------------------- provenance
@@ -253,7 +241,7 @@ def _settings_section(subject: Subject) -> Markup:
         for text, fold in distinct.items():
             which = run if len(distinct) == 1 else f"{run}, fold {fold}"
             parts.append(page.details(which, _settings(json.loads(text))))
-    return page.join(*parts) if parts else page.element("p", "None: no run is a network.", class_="note")
+    return page.join(*parts) if parts else page.note("None: no run is a network.")
 
 
 def _weights(subject: Subject) -> Markup:
@@ -263,9 +251,7 @@ def _weights(subject: Subject) -> Markup:
     targets = told["targets"]
     rows = [[run, *(page.number(told["weights"][target][run], 3) for target in targets)] for run in subject.runs]
     words = f"Weights of the runs; chosen by the out-of-fold score: {told['chosen']}."
-    return page.join(
-        page.element("p", words, class_="note"), page.table(["run", *(short_name(target) for target in targets)], rows)
-    )
+    return page.join(page.note(words), page.table(["run", *(short_name(target) for target in targets)], rows))
 
 
 def _settings(config: Mapping[str, Any]) -> Markup:
@@ -293,12 +279,11 @@ def _provenance_section(subject: Subject) -> Markup:
         for kind in ("inputs", "outputs")
         for name, digest in sorted(done.get(kind, {}).items())
     ]
-    versions: dict[str, str] = next(
-        (done["versions"] for done in reversed(list(manifests.values())) if "versions" in done), {}
-    )
+    known = [done["versions"] for done in manifests.values() if "versions" in done]
+    versions: dict[str, str] = known[-1] if known else {}
     return page.join(
         *notes,
-        page.element("p", " · ".join(f"{package} {version}" for package, version in versions.items()), class_="note"),
+        page.note(" · ".join(f"{package} {version}" for package, version in versions.items())),
         page.element("h3", "Stages"),
         page.table(["stage", "time, s", "commit"], times),
         page.details(

@@ -22,7 +22,7 @@ from pipeline.structure.geometry import rotation_onto
 from pipeline.tables import open_parquet
 from submissions import page
 from submissions.layout import LOWEST_SUBMITTED, MAX_SUBMITTED
-from submissions.structure_scores import read_traces
+from submissions.structure_targets import read_traces
 from submissions.tm_score import d0_rna, tm_matrix
 
 #: Raised when the same tables give other files than before.
@@ -51,13 +51,7 @@ class Structure:
 
 
 def run(
-    paths: Paths,
-    *,
-    competition: Competition,
-    name: str,
-    table: str = "test",
-    home: Path | None = None,
-    title: str = "",
+    paths: Paths, *, competition: Competition, name: str, table: str = "test", home: Path | None = None, title: str = ""
 ) -> Report:
     """Write ``ensembles/<name>/structures-<table>/``: ``<target>.pdb``, ``<target>.cif`` and ``viewer.html``.
 
@@ -175,14 +169,8 @@ def to_cif(structure: Structure) -> str:
     """An mmCIF file with a model for each candidate, C1' only; the B factor is 100 times the expected TM-score."""
     lines = [f"data_{structure.name}", "#", f"_entry.id {structure.name}", "#"]
     lines += ["_entity.id 1", "_entity.type polymer", "_entity_poly.entity_id 1"]
-    lines += [
-        "_entity_poly.type polyribonucleotide",
-        "#",
-        "_struct_asym.id A",
-        "_struct_asym.entity_id 1",
-        "#",
-        "loop_",
-    ]
+    lines += ["_entity_poly.type polyribonucleotide", "#", "_struct_asym.id A", "_struct_asym.entity_id 1"]
+    lines += ["#", "loop_"]
     lines += ["_entity_poly_seq.entity_id", "_entity_poly_seq.num", "_entity_poly_seq.mon_id"]
     lines += [f"1 {i} {letter}" for i, letter in enumerate(structure.sequence, start=1)]
     lines += ["#", "loop_", *(f"_atom_site.{column}" for column in _CIF_COLUMNS)]
@@ -243,11 +231,7 @@ def viewer_page(
         scale,
         element("div", id="candidates"),
         element("p", id="facts", class_="note"),
-        element(
-            "p",
-            "Drag to turn, scroll or pinch to zoom, point at a residue to read its name. A ball is a 5′ end.",
-            class_="note",
-        ),
+        page.note("Drag to turn, scroll or pinch to zoom, point at a residue to read its name. A ball is a 5′ end."),
         page.details("Drawn with 3Dmol.js; its licence", element("pre", _LICENCE.read_text(encoding="utf-8"))),
         markup(f'<script type="application/json" id="data">{text}</script>'),
     )

@@ -52,20 +52,12 @@ def _targets_section(scores: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
         page.figure(_dots(_evenly(found, _TARGETS), f"{scores['metric']}, {mode}, best of the candidates"), wide=True)
         for mode, found in modes.items()
     ]
-    by_length = [
-        page.figure(
-            figures.scatter(
-                [row["length"] for row in found],
-                [row["score"] for row in found],
-                [_floor(row) for row in found],
-                xlabel="length, nt",
-                ylabel=scores["metric"],
-            ),
-            title=f"By length, {mode}",
-            caption="filled: prediction; open: best floor of the target",
-        )
-        for mode, found in modes.items()
-    ]
+    by_length = []
+    for mode, found in modes.items():
+        points = zip(*((row["length"], row["score"], _floor(row)) for row in found), strict=True)
+        drawing = figures.scatter(*points, xlabel="length, nt", ylabel=scores["metric"])
+        caption = "filled: prediction; open: best floor of the target"
+        by_length.append(page.figure(drawing, title=f"By length, {mode}", caption=caption))
     notes = []
     if copied := scores.get("copies_note"):  # older scores have none
         notes.append(f"{copied}.")
@@ -75,12 +67,12 @@ def _targets_section(scores: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
         notes.append(f"No known structure, not scored: {len(lost):,} targets.")
     return page.join(
         _modes_table(scores),
-        page.element("p", words, class_="note"),
+        page.note(words),
         *drawings,
         page.panels(by_length),
         _lengths_table(scores),
         page.details(f"All {len(rows)} targets", _all_targets(rows)),
-        *(page.element("p", note, class_="note") for note in notes),
+        *(page.note(note) for note in notes),
     )
 
 
@@ -159,7 +151,7 @@ def _traces_section(subject: Subject, rows: Sequence[Mapping[str, Any]]) -> Mark
         "C1' traces of targets evenly spaced by rank, the best first: the best candidate (thin, starting at the large "
         "dot) superposed by least squares on the known structure (broad), seen from where that is broadest."
     )
-    return page.join(page.element("p", words, class_="note"), page.panels(drawings, small=True))
+    return page.join(page.note(words), page.panels(drawings, small=True))
 
 
 def _coordinates(table: pl.LazyFrame, *, member: str) -> dict[str, list[np.ndarray]]:

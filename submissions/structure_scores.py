@@ -10,55 +10,28 @@ Letters: N pairs of traces, M candidates, R references, L residues, 3 xyz; lengt
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 
 from pipeline.competitions.base import Competition
-from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, warn
 from pipeline.structure.assembly import trace_from_pairs
 from pipeline.structure.geometry import STEP, helix_strand
-from pipeline.tables import open_parquet
 from submissions import tm_score
 from submissions.chains import permuted
 from submissions.engines import Case, Engine, batches, built_in
+from submissions.structure_targets import Target, read_targets
 
 #: Lengths (nt) at which the table by length is cut.
 LENGTH_CUTS = (30, 80, 150)
 
-_AXES = ["x", "y", "z"]
 _RANDOM_WALKS = 5
 _LOOP = 4  # nt at the end of the constant hairpin
 _SHOWN = 20  # targets in the text
 _LONG = 2000  # nt: of the 14 pairs of a longer target, each takes 5 s or more to be aligned
-#: How the names of runs begin whose candidates are copied from templates.
-TEMPLATES = "templates."
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Target:
-    """What is predicted of a target, and what is known."""
-
-    name: str
-    predicted_ML3: np.ndarray
-    known_RL3: np.ndarray
-    letters: str  # N where no clean table tells them
-    chains: list[str]  # their sequences; none where no order has to be chosen
-    templates: int | None  # candidates that were copied from templates
-
-    @property
-    def length(self) -> int:
-        return self.known_RL3.shape[1]
-
-    @property
-    def pairs(self) -> int:
-        """Predictions and trivial shapes, each with every known structure."""
-        return (len(self.predicted_ML3) + 3 + _RANDOM_WALKS) * len(self.known_RL3)
 
 
 def evaluate_structure(
@@ -87,34 +60,13 @@ def evaluate_structure(
     Raises:
         DataError: a table is missing or damaged, the tables contradict each other, or no predicted target is known.
     """
-    known = read_traces(paths.clean("references"), member="conformer", finite=False)
-    predicted = read_traces(predictions, member="candidate", finite=True)
-    common = sorted(set(known) & set(predicted))
-    if not common:
-        raise DataError(
-            f"{predictions}: none of its {len(predicted)} targets has a known structure in "
-            f"{paths.clean('references')}. Next: add validation_labels.csv to the raw files, or evaluate the folds."
-        )
-    _check_lengths(predicted, known, common, predictions)
-    letters, chains, templates = _sequences(paths), _chains(paths), _templates(predictions)
-    targets = [
-        _Target(
-            name=name,
-            predicted_ML3=predicted[name],
-            known_RL3=known[name],
-            letters=letters.get(name, "N" * known[name].shape[1]),
-            chains=_copies(chains.get(name, []), letters.get(name, ""), known[name].shape[1]),
-            templates=templates.get(name),
-        )
-        for name in common
-    ]
-    _check_letters(targets, predictions)
+    targets, without = read_targets(paths, predictions)
     engine, floors = engine or built_in(), built_in()
     if long := [target.name for target in targets if target.length > _LONG]:
         warn(f"evaluate: {len(long)} targets of more than {_LONG:,} nt take minutes each to be aligned: {long[0]}")
     rows = []
     with Bar("score", total=len(targets), unit="targets") as bar:
-        for part in batches(targets, lambda target: target.pairs * target.length**2):
+        for part in batches(targets, _work):
             rows += _score_targets(part, engine, floors)
             bar.advance(len(part))
     independent = [row.pop("sequence_independent") for row in rows]
@@ -130,13 +82,18 @@ def evaluate_structure(
             "floor_engine": floors.aligned_by,
             **_means(independent),
             "by_length": _by_length([row | row["sequence_independent"] for row in rows]),
-            "unnamed": [name for name in common if name not in letters],
+            "unnamed": [target.name for target in targets if not target.is_named],
         },
         "by_length": _by_length(rows),
         "targets": rows,
         "copies_note": _copies_note(rows),
-        "without_reference": sorted(set(predicted) - set(known)),
+        "without_reference": without,
     }
+
+
+def _work(target: Target) -> float:
+    """Squared length times the pairs of predictions and trivial shapes with each known structure."""
+    return (len(target.predicted_ML3) + 3 + _RANDOM_WALKS) * len(target.known_RL3) * target.length**2
 
 
 def _copies_note(rows: Sequence[dict[str, Any]]) -> str:
@@ -159,112 +116,7 @@ def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _sequences(paths: Paths) -> dict[str, str]:
-    """sequence_id -> letters, of the clean tables that are there."""
-    found: dict[str, str] = {}
-    for path in (paths.clean("test"), paths.clean("train")):
-        if path.is_file():
-            open_parquet(path, ["sequence_id", "sequence"]).close()
-            table = _columns(path, {"sequence_id": pl.String(), "sequence": pl.String()})
-            found |= dict(table.drop_nulls().iter_rows())
-    return found
-
-
-def _chains(paths: Paths) -> dict[str, list[int]]:
-    """sequence_id -> length of every chain, of targets with several copies of one.
-
-    The labels of part 2 tell the copy of every residue; where they do not, the stoichiometry does.
-    """
-    found: dict[str, list[int]] = {}
-    for path in (paths.clean("test"), paths.clean("train")):
-        if path.is_file() and "chain_lengths" in pl.read_parquet_schema(path):
-            table = _columns(path, {"sequence_id": pl.String(), "chain_lengths": pl.List(pl.Int64)})
-            found |= dict(table.filter(pl.col("chain_lengths").list.len() > 1).iter_rows())
-    path = paths.clean("references")
-    if {"chain", "copy"} <= set(pl.read_parquet_schema(path)):
-        types = {"sequence_id": pl.String(), "chain": pl.List(pl.String), "copy": pl.List(pl.Int64)}
-        table = _columns(path, types).drop_nulls()
-        for name, chain, copy in table.unique("sequence_id", keep="first").iter_rows():
-            if max((number for number in copy if number is not None), default=1) > 1:
-                found[name] = [len(list(run)) for _, run in itertools.groupby(zip(chain, copy, strict=True))]
-            else:
-                found.pop(name, None)
-    return found
-
-
-def _copies(lengths: Sequence[int], letters: str, residues: int) -> list[str]:
-    """Sequences of the chains; none where no two are alike, or where the letters are not known."""
-    if sum(lengths) != residues or len(letters) != residues:
-        return []
-    ends = list(itertools.accumulate(lengths))
-    chains = [letters[end - length : end] for end, length in zip(ends, lengths, strict=True)]
-    return chains if len(set(chains)) < len(chains) else []
-
-
-def _templates(predictions: Path) -> dict[str, int]:
-    """sequence_id -> candidates from templates; nothing if the table does not tell whose they are."""
-    if "source" not in pl.read_parquet_schema(predictions):
-        return {}
-    table = _columns(predictions, {"sequence_id": pl.String(), "source": pl.String()})
-    copied = pl.col("source").str.starts_with(TEMPLATES).sum().cast(pl.Int64)
-    return dict(table.group_by("sequence_id").agg(copied).iter_rows())
-
-
-def read_traces(path: Path, *, member: str, finite: bool) -> dict[str, np.ndarray]:
-    """sequence_id -> [M, L, 3] Å in the order of `member`, NaN where null.
-
-    Raises:
-        DataError: the table is missing or damaged, or contradicts itself; or, if `finite`, a coordinate is missing.
-    """
-    open_parquet(path, ("sequence_id", member, *_AXES)).close()
-    table = _columns(path, {"sequence_id": pl.String(), member: pl.Int64()} | dict.fromkeys(_AXES, pl.List(pl.Float64)))
-    traces = {}
-    for (target,), rows in table.sort("sequence_id", member).group_by(["sequence_id"], maintain_order=True):
-        if rows[member].is_duplicated().any():
-            raise DataError(f"{path}: {target} has a {member} twice. Next: run the stage that writes it again.")
-        lists = [[values or [] for values in rows[axis].to_list()] for axis in _AXES]
-        if len({len(values) for axis in lists for values in axis}) != 1:
-            raise DataError(f"{path}: {target} has lists of different lengths. Next: run its stage again.")
-        xyz_ML3 = np.stack([np.array(axis, dtype=np.float64) for axis in lists], axis=-1)
-        if finite and not tm_score.resolved(xyz_ML3.reshape(-1, 3)).all():
-            raise DataError(
-                f"{path}: {target} has a coordinate that is null or not finite or a sentinel. Next: predict again."
-            )
-        traces[str(target)] = xyz_ML3
-    return traces
-
-
-def _columns(path: Path, types: dict[str, pl.DataType]) -> pl.DataFrame:
-    """Some columns of a table, in these types."""
-    try:
-        return pl.read_parquet(path, columns=list(types)).cast(pl.Schema(types))
-    except (pl.exceptions.PolarsError, OSError) as err:
-        reason = str(err).splitlines()[0]
-        raise DataError(f"{path}: {', '.join(types)} cannot be read ({reason}). Next: run its stage again.") from err
-
-
-def _check_lengths(
-    predicted: dict[str, np.ndarray], known: dict[str, np.ndarray], targets: list[str], path: Path
-) -> None:
-    for target in targets:
-        got, expected = predicted[target].shape[1], known[target].shape[1]
-        if got != expected:
-            raise DataError(
-                f"{path}: {target} has {got} residues, its reference {expected}. "
-                "Next: predict again from the present clean tables."
-            )
-
-
-def _check_letters(targets: Sequence[_Target], path: Path) -> None:
-    for target in targets:
-        if len(target.letters) != target.length:
-            raise DataError(
-                f"{path}: {target.name} has {target.length} residues, its sequence {len(target.letters)}. "
-                "Next: make data, and predict again."
-            )
-
-
-def _score_targets(targets: Sequence[_Target], engine: Engine, floors: Engine) -> list[dict[str, Any]]:
+def _score_targets(targets: Sequence[Target], engine: Engine, floors: Engine) -> list[dict[str, Any]]:
     """Rows of some targets; all of their pairs go into one call, so that every thread has work."""
     shapes = [{"prediction": target.predicted_ML3} | trivial_shapes(target.length) for target in targets]
     matched: list[Case] = []

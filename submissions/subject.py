@@ -16,6 +16,7 @@ from submissions.number_scores import tell
 from submissions.page import Markup
 
 _SHOWN = 48  # letters of a sequence
+_BRIEF = 24  # letters of a name
 
 
 def read_scores(home: Path, *, comp: str) -> dict[str, Any]:
@@ -150,6 +151,15 @@ def short_name(target: str) -> str:
     return target.removeprefix("reactivity_")
 
 
+def brief(name: str) -> str:
+    """A name that fits on an axis or above one of four drawings: of a long one both ends.
+
+    >>> brief("deg_Mg_pH10"), brief("relative luminescence after 24 hours")
+    ('deg_Mg_pH10', 'relative lumi…r 24 hours')
+    """
+    return name if len(name) <= _BRIEF else f"{name[: _BRIEF // 2 + 1]}…{name[2 - _BRIEF // 2 :]}"
+
+
 def score_cells(told: Mapping[str, Any], targets: Sequence[str], *, lost: str | None = None) -> list[Markup]:
     """Cells of a table: score, and mean error of every target, or `lost` (a dash) where there is none."""
     values = {"": told["score"]} | {target: told["per_target"][target] for target in targets}
@@ -165,7 +175,7 @@ def test_table(scores: Mapping[str, Any]) -> Markup:
     words = "Its answers are known; nothing was chosen by them, neither epochs nor weights nor thresholds."
     return page.join(
         page.element("h3", "The test set"),
-        page.element("p", words, class_="note"),
+        page.note(words),
         page.table(["sequences", scores["metric"], *columns], [cells], words=0),
     )
 

@@ -71,7 +71,7 @@ def training_section(subject: Subject, training: Mapping[tuple[str, int], Traini
     lost = [f"{run} fold {k}" for run in subject.networks for k in subject.folds if (run, k) not in training]
     notes = [subject.without(f"No metrics log (metrics.jsonl) of {', '.join(lost)}.")] if lost else []
     if without := [run for run in subject.runs if run not in subject.networks]:
-        notes.append(page.element("p", f"Without a network, so never trained: {', '.join(without)}.", class_="note"))
+        notes.append(page.note(f"Without a network, so never trained: {', '.join(without)}."))
     if len(subject.folds) == 1:
         notes.append(subject.without(f"Only fold {subject.folds[0]} is trained: there is no spread over folds."))
     if not training:
@@ -81,17 +81,10 @@ def training_section(subject: Subject, training: Mapping[tuple[str, int], Traini
     runs = [run for run in subject.runs if any(key[0] == run for key in training)]
     return page.join(
         *notes,
-        *(
-            _curves(subject, run, {fold: told for (each, fold), told in training.items() if each == run})
-            for run in runs
-        ),
+        *(_curves(subject, run, {k: told for (each, k), told in training.items() if each == run}) for run in runs),
         page.element("h3", "Folds, time and memory"),
         page.table(head, rows),
-        page.element(
-            "p",
-            "best: metric of the averaged weights on the held-out fold; memory: peak of the process.",
-            class_="note",
-        ),
+        page.note("best: metric of the averaged weights on the held-out fold; memory: peak of the process."),
         _events_section(training),
     )
 
@@ -116,21 +109,19 @@ def _training_row(run: str, fold: int, told: Training) -> list[object]:
 
 
 def _curves(subject: Subject, run: str, folds: Mapping[int, Training]) -> Markup:
-    metric = subject.scores["metric"]
-    level = None
+    metric, level = "structure loss", None  # of distances alone, or of coordinates too: no floor has one
     if subject.competition.task != "structure":
-        metric += " on the held-out fold"
+        metric = subject.scores["metric"]
         name, floor = subject.best_floor
         level = (f"floor: {name}", floor)
-    else:
-        metric = "structure loss on the held-out fold"  # distances alone, or coordinates too: no floor has one
+    ylabel = f"{metric} on the held-out fold"
     loss = {fold: told.curve("step", "loss") for fold, told in folds.items()}
     held_out = {fold: told.curve("epoch", "metric") for fold, told in folds.items()}
     drawings = [
         page.figure(figures.curves(loss, xlabel="step", ylabel="training loss, weighted"), title="Training loss"),
-        page.figure(figures.curves(held_out, xlabel="step", ylabel=metric, level=level), title="Validation"),
+        page.figure(figures.curves(held_out, xlabel="step", ylabel=ylabel, level=level), title="Validation"),
     ]
-    keys = [(f"fold {fold}", figures.series_colour(place)) for place, fold in enumerate(folds)]
+    keys = [(f"fold {fold}", page.series_colour(place)) for place, fold in enumerate(folds)]
     return page.join(page.element("h3", run), page.legend(keys), page.panels(drawings))
 
 
@@ -144,23 +135,20 @@ def _events_section(training: Mapping[tuple[str, int], Training]) -> Markup:
         calm = (
             "Nothing: no value that was not finite, no lack of memory, no interruption, no settings changed on the way."
         )
-        return page.join(title, page.element("p", calm, class_="note"))
-    quiet = len(training) - len(eventful)
-    words = "Batches that were left out are kept beside their run; make replay runs one again." + (
-        f" {quiet} of {len(training)} folds went through without any of this." if quiet else ""
-    )
+        return page.join(title, page.note(calm))
+    words = "Batches that were left out are kept beside their run; make replay runs one again."
+    if quiet := len(training) - len(eventful):
+        words += f" {quiet} of {len(training)} folds went through without any of this."
     tables = [
         page.details(f"{run}, fold {fold}: {_in_short(training[run, fold])}", _events_table(rows))
         for (run, fold), rows in eventful.items()
     ]
-    return page.join(title, page.element("p", words, class_="note"), *tables)
+    return page.join(title, page.note(words), *tables)
 
 
 def _events(told: Training) -> list[list[object]]:
     """One row for each: step, what was seen, where it began, in which batch, and what was done; in their order."""
-    tell = {"guard": _guard_cells, "rollback": _rollback_cells, "micro_batch": _memory_cells}
-    tell |= {"changed": _changed_cells, "start": _resumed_cells}
-    return [tell[row["event"]](row) for row in told.rows if row["event"] in tell and row is not told.start]
+    return [cells for row in told.rows if row is not told.start and (cells := _cells(row))]
 
 
 def _in_short(told: Training) -> str:
@@ -180,10 +168,8 @@ def _in_short(told: Training) -> str:
 
 def _guard_cells(row: Mapping[str, Any]) -> list[object]:
     if row["seen"] == "scaler_overflow":
-        answer = (
-            f"step skipped, loss scale {row['scale']:g}" if row.get("scale") else "step skipped, loss scale set back"
-        )
-        return [row["step"], "fp16 overflow, which its scale provokes", None, None, answer]
+        scale = f"{row['scale']:g}" if row.get("scale") else "set back"
+        return [row["step"], "fp16 overflow, which its scale provokes", None, None, f"step skipped, loss scale {scale}"]
     seen = f"{row['seen'].replace('nonfinite', 'non-finite').replace('_', ' ')} in {row['precision']}"
     where = f"{row['phase']} of {row['module']}" if row.get("module") else None
     ids, count = row.get("ids") or [], row.get("sequences", 0)
@@ -191,28 +177,26 @@ def _guard_cells(row: Mapping[str, Any]) -> list[object]:
     return [row["step"], seen, where, batch, "batch left out" if row["answer"] == "skip" else "rolled back, see below"]
 
 
-def _rollback_cells(row: Mapping[str, Any]) -> list[object]:
-    lower = f", now in {row['precision']}" if row["precision"] != row.get("before") else ""
-    return [row.get("step"), "rollback", None, None, f"everything from the checkpoint of step {row['to_step']}{lower}"]
-
-
-def _memory_cells(row: Mapping[str, Any]) -> list[object]:
-    done = f"micro-batches of {row['now']}, the optimiser's batches as before"
-    return [row["step"], f"out of memory with {row['before']} sequences at a time", None, None, done]
-
-
-def _changed_cells(row: Mapping[str, Any]) -> list[object]:
-    return [row["step"], f"{row['key']} {row['before']} → {row['now']}", None, None, row["remark"]]
-
-
-def _resumed_cells(row: Mapping[str, Any]) -> list[object]:
-    return [
-        row.get("resumed_step"),
-        "the run had ended before its time",
-        None,
-        None,
-        "started again, went on from there",
-    ]
+def _cells(row: Mapping[str, Any]) -> list[object]:
+    """A row of the table, of an event that belongs there; else none."""
+    match row["event"]:
+        case "guard":
+            return _guard_cells(row)
+        case "rollback":
+            lower = f", now in {row['precision']}" if row["precision"] != row.get("before") else ""
+            step, seen = row.get("step"), "rollback"
+            done = f"everything from the checkpoint of step {row['to_step']}{lower}"
+        case "micro_batch":
+            step, seen = row["step"], f"out of memory with {row['before']} sequences at a time"
+            done = f"micro-batches of {row['now']}, the optimiser's batches as before"
+        case "changed":
+            step, seen, done = row["step"], f"{row['key']} {row['before']} → {row['now']}", row["remark"]
+        case "start":
+            step, seen = row.get("resumed_step"), "the run had ended before its time"
+            done = "started again, went on from there"
+        case _:
+            return []
+    return [step, seen, None, None, done]
 
 
 def _events_table(rows: Sequence[Sequence[object]]) -> Markup:
@@ -220,7 +204,7 @@ def _events_table(rows: Sequence[Sequence[object]]) -> Markup:
     table = page.table(["step", "seen", "began in", "batch", "done"], shown, words=5)
     left_out = len(rows) - len(shown)
     note = f"{left_out} more between the first {_EVENTS} and the last {_EVENTS}: metrics.jsonl has them all."
-    return page.join(table, page.element("p", note, class_="note") if left_out else "")
+    return page.join(table, page.note(note) if left_out else "")
 
 
 def duration(seconds: float) -> str:

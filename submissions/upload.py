@@ -17,7 +17,7 @@ from pipeline import kaggle_cli
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, NetworkError
 from pipeline.paths import Paths
-from pipeline.runlog import Bar, say
+from pipeline.runlog import Bar, amount, say
 from pipeline.stage import Report, commit, sha256_file
 from submissions import check, ledger, log
 from submissions.ledger import Sent
@@ -129,7 +129,7 @@ def _need_budget(competition: Competition) -> None:
         raise kaggle_cli.explain(answer, what="question for the daily budget", slug=competition.slug) from err
     if left < 1:
         raise ConfigError(f"{competition.slug}: no submission is left today. Next: the same command tomorrow.")
-    say(f"{competition.slug}: {left} submission{'s' if left > 1 else ''} left today")
+    say(f"{competition.slug}: {amount(left, 'submission')} left today")
 
 
 def _send(sent: Sent, file: Path, competition: Competition, kernel: Kernel | None, book: Path) -> None:

@@ -15,19 +15,22 @@ from pipeline.competitions.base import Competition
 from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, warn
-from pipeline.tables import OofBatch, finite_values, flat_lists, out_of_fold, read_batches, truth_that_counts
+from pipeline.tables import (
+    OofBatch,
+    finite_values,
+    flat_lists,
+    fold_numbers,
+    out_of_fold,
+    read_batches,
+    truth_that_counts,
+)
 from submissions.breakdown import Breakdown, Groups, fold_summary
 from submissions.floors import FLOORS, FloorTables, UnpairedBins, kmers, usuals_of
 from submissions.paired import Paired
 
 
 def evaluate_values(
-    paths: Paths,
-    *,
-    competition: Competition,
-    split: str,
-    folds: Sequence[int],
-    sources: Mapping[str, Sequence[Path]],
+    paths: Paths, *, competition: Competition, split: str, folds: Sequence[int], sources: Mapping[str, Sequence[Path]]
 ) -> dict[str, Any]:
     """Score out-of-fold predictions in two passes over the training sequences: floors are fitted, then all is scored.
 
@@ -105,8 +108,8 @@ def evaluate_test(paths: Paths, *, competition: Competition, predictions: Path) 
     said = test.select("sequence_id").join(said, on="sequence_id", how="left", maintain_order="left", validate="1:1")
     if said[targets[0]].null_count():
         raise DataError(f"{predictions}: not of this test set. Next: make predict, then make ensemble.")
-    lengths_N, none_N = test["sequence"].str.len_bytes().to_numpy().astype(np.int64), np.zeros(test.height, dtype=bool)
-    said_TC = finite_values(said, lengths_N, targets=targets, missing_N=none_N, where=str(predictions))
+    lengths_N = test["sequence"].str.len_bytes().to_numpy().astype(np.int64)
+    said_TC = finite_values(said, lengths_N, targets=targets, where=str(predictions))
     where, ids = "clean test table", test["sequence_id"]
     truth_TC = np.stack([flat_lists(test[name], lengths_N, ids=ids, where=where) for name in targets], axis=1)
     row_T = np.repeat(np.arange(test.height), lengths_N)
@@ -145,8 +148,7 @@ class _Floors:
     """Floors of a split, fitted on all its scored sequences outside the fold that is predicted."""
 
     def __init__(self, paths: Paths, competition: Competition, split: str) -> None:
-        table = pl.read_parquet(paths.fold_table(split), columns=["fold"])
-        folds = table["fold"].unique().sort().to_list()
+        folds = fold_numbers(paths.fold_table(split))
         self._bins = UnpairedBins(paths.bpp, paths.clean("train")) if paths.bpp.is_file() else None
         self._tables = FloorTables(usuals_of(competition), folds=folds, unpaired=self._bins is not None)
         self.notes = self._notes(paths)

@@ -16,8 +16,9 @@ from pipeline.schema import ALPHABET
 from pipeline.tables import OofBatch, out_of_fold, truth_that_counts
 from submissions import figures, page
 from submissions.breakdown import Groups, sums_by
+from submissions.canvas import ramp
 from submissions.page import Markup
-from submissions.subject import Subject, score_cells, short_name, test_table
+from submissions.subject import Subject, brief, score_cells, short_name, test_table
 
 _BINS = 100  # of the calibration's histogram, along each axis
 _STRIPS = 6  # sequences shown letter by letter
@@ -88,7 +89,7 @@ def _calibration_section(gathered: _Gathered) -> Markup:
     drawings = []
     for place, (target, counts_BB) in enumerate(zip(gathered.competition.targets, gathered.counts_CBB, strict=True)):
         unit = "degradation" if target.startswith("deg_") else "reactivity"
-        unit = figures.brief(target) if gathered.competition.is_own else unit
+        unit = brief(target) if gathered.competition.is_own else unit
         low, high = gathered.competition.shown_ranges[place]
         drawing = figures.calibration(counts_BB, low=low, high=high, unit=unit, colour=place)
         drawings.append(page.figure(drawing, title=short_name(target)))
@@ -100,14 +101,12 @@ def _calibration_section(gathered: _Gathered) -> Markup:
         words += (
             "A model trained on absolute error predicts medians, so a skewed truth has its mean above the dashed line."
         )
-    return page.join(page.element("p", words, class_="note"), page.panels(drawings))
+    return page.join(page.note(words), page.panels(drawings))
 
 
 def _errors_section(subject: Subject, gathered: _Gathered) -> Markup:
     scores, targets = subject.scores, subject.competition.targets
-    ylabel = subject.competition.error_name
-
-    scales = _scales(subject.competition)
+    ylabel, scales = subject.competition.error_name, _scales(subject.competition)
 
     def series(rows: Sequence[Mapping[str, Any]], places: Sequence[int]) -> dict[int, list[float]]:
         return {place: [row["per_target"][targets[place]] or 0.0 for row in rows] for place in places}
@@ -117,33 +116,18 @@ def _errors_section(subject: Subject, gathered: _Gathered) -> Markup:
 
     letters = sorted(gathered.nucleotides.table("letter"), key=lambda row: ALPHABET.index(row["letter"]))
     groups = {
-        "By nucleotide": (letters, [row["letter"] for row in letters], "nucleotide"),
-        "By signal-to-noise": (
-            scores["by_signal_to_noise"],
-            [row["label"].replace(" to ", "–").replace(" or more", "+") for row in scores["by_signal_to_noise"]],
-            "lowest signal-to-noise of the profiles",
-        ),
-        "By length": (
-            scores["by_length"],
-            [row["label"].replace("-", "–") for row in scores["by_length"]],
-            "length, nt",
-        ),
+        "By nucleotide": ([row | {"label": row["letter"]} for row in letters], "nucleotide"),
+        "By signal-to-noise": (scores["by_signal_to_noise"], "lowest signal-to-noise of the profiles"),
+        "By length": (scores["by_length"], "length, nt"),
     }
-    drawings = [
-        page.figure(
-            figures.grouped_bars(
-                labels,
-                series(rows, together),
-                xlabel=xlabel,
-                ylabel=ylabel,
-                notes=[_many(row["positions"]) for row in rows],
-            ),
-            title=titled(title, together),
-        )
-        for title, (rows, labels, xlabel) in groups.items()
-        for together in scales
-        if rows
-    ]
+    drawings = []
+    for title, (rows, xlabel) in groups.items():
+        labels = [row["label"].replace(" to ", "–").replace(" or more", "+").replace("-", "–") for row in rows]
+        notes = [_many(row["positions"]) for row in rows]
+        for together in scales if rows else ():
+            heights = series(rows, together)
+            drawing = figures.grouped_bars(labels, heights, xlabel=xlabel, ylabel=ylabel, notes=notes)
+            drawings.append(page.figure(drawing, title=titled(title, together)))
     most = max(row["positions"] for row in scores["by_position"])
     places = [row for row in scores["by_position"] if row["positions"] >= _RARE * most]
     x = [row["position"] for row in places]
@@ -159,9 +143,9 @@ def _errors_section(subject: Subject, gathered: _Gathered) -> Markup:
     names = [short_name(target) for target in targets]
     by_set = page.table(["data set", scores["metric"], *names, "positions"], sets)
     return page.join(
-        page.legend([(name, figures.series_colour(place)) for place, name in enumerate(names)]),
+        page.legend([(name, page.series_colour(place)) for place, name in enumerate(names)]),
         page.panels(drawings),
-        page.element("p", "Small numbers under the labels: positions scored.", class_="note"),
+        page.note("Small numbers under the labels: positions scored."),
         *along,
         page.element("h4", "By data set"),
         by_set,
@@ -181,12 +165,11 @@ def _named(places: Sequence[int], targets: Sequence[str]) -> str:
 
 def _key(competition: Competition) -> Markup:
     """What the colours of the maps stand for, on every scale."""
-    ramp = page.element("span", class_="ramp", style=f"background: {figures.heat_gradient()}")
     below, keys, scales = "" if competition.target_range else " and below", [], _scales(competition)
     for places in scales:
         low, high = competition.shown_ranges[places[0]]
         names = [] if len(scales) == 1 else [page.element("span", f"{_named(places, competition.targets)}:")]
-        keys.append(page.element("div", *names, f"{low:g}{below}", ramp, f"{high:g} and above", class_="legend"))
+        keys.append(page.element("div", *names, f"{low:g}{below}", ramp(), f"{high:g} and above", class_="legend"))
     return page.join(*keys)
 
 
@@ -207,7 +190,7 @@ def _examples_section(subject: Subject, gathered: _Gathered) -> Markup:
     for place, target in enumerate(competition.targets):
         for kind in ("measured", "predicted"):
             rows = [_share(_padded(examples[name], kind, place, first, last), competition, place) for name in mapped]
-            maps.append((f"{figures.brief(short_name(target))}, {kind}", np.stack(rows)))
+            maps.append((f"{brief(short_name(target))}, {kind}", np.stack(rows)))
     draw = partial(figures.heat_maps, first=first + 1)
     overview = [draw(maps[at : at + 4], ylabel="sequences, best predicted on top") for at in range(0, len(maps), 4)]
     drawings = [
@@ -223,7 +206,7 @@ def _examples_section(subject: Subject, gathered: _Gathered) -> Markup:
         "predicted. Grey: not measured."
     )
     return page.join(
-        page.element("p", words, class_="note"),
+        page.note(words),
         key,
         *(page.figure(drawing, wide=True) for drawing in overview),
         page.element("h3", "Letter by letter"),
@@ -275,7 +258,7 @@ def _share(values_L: np.ndarray, competition: Competition, place: int) -> np.nda
 def _strip(example: Mapping[str, Any], competition: Competition) -> Markup:
     first, last = _span([example])
     rows = [
-        (f"{figures.brief(short_name(target))} {kind}", _share(example[kind][place][first:last], competition, place))
+        (f"{brief(short_name(target))} {kind}", _share(example[kind][place][first:last], competition, place))
         for place, target in enumerate(competition.targets)
         for kind in ("measured", "predicted")
     ]

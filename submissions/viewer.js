@@ -93,8 +93,9 @@
       box.type = "checkbox";
       box.checked = shown.has(candidate.number);
       box.addEventListener("change", () => { shown[box.checked ? "add" : "delete"](candidate.number); draw(); });
-      const score = candidate.score === null ? "" : `, TM‑score ${candidate.score.toFixed(3)}`;
-      label.append(box, swatch, `Candidate ${candidate.number}: expected ${candidate.confidence.toFixed(3)}${score}`);
+      const score = candidate.score === null ? "" : `, got ${candidate.score.toFixed(3)}`;
+      const expected = `expected TM‑score ${candidate.confidence.toFixed(3)}`;
+      label.append(box, swatch, `Candidate ${candidate.number}: ${expected}${score}`);
       return label;
     }));
     $("facts").textContent = `${target.sequence.length} nt; ${target.facts}`;

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.tables import open_parquet, read_batches
-from submissions.layout import Kind
+from submissions.layout import Kind, Layout
 from submissions.whole_scores import Answers, dense
 
 
@@ -32,6 +32,18 @@ class SequenceKeys:
 
     def row_of(self, key: object) -> int | None:
         return self._row.get(key)
+
+
+def ids_of(layout: Layout) -> pl.Series:
+    """[N] ids of a submission, named as their column."""
+    (key,) = layout.keys.names
+    return pl.Series(key, layout.keys.block(0, layout.keys.rows)[key])
+
+
+def set_inputs(paths: Paths, answers: str) -> dict[str, Path]:
+    """The clean table of the answers, and the set's sample submission where there is one."""
+    sample = paths.clean("sample")
+    return {answers: paths.clean(answers)} | ({"sample": sample} if sample.is_file() else {})
 
 
 def read_test_ids(paths: Paths) -> pl.Series:

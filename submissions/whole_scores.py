@@ -3,7 +3,6 @@
 Letters: N sequences, K answers to each: classes or numbers.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.runlog import track, warn
 from pipeline.tables import finite_values, out_of_fold, read_batches
-from submissions.breakdown import LENGTH_STEP
+from submissions.breakdown import LENGTH_STEP, over_folds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +100,29 @@ def _batches(
     )
 
 
-def read_known(paths: Paths, answers: Answers, *, split: str) -> tuple[pl.DataFrame, np.ndarray]:
-    """Scored sequences of a split, predicted or not, with fold and cluster; truth [N, K]: what floors are fitted on."""
+def floors_of(
+    own: Predicted, paths: Paths, answers: Answers, *, split: str, predict: Callable[..., dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Floors fitted on all scored sequences outside a fold, whether predicted or not, at the sequences of `own`.
+
+    Args:
+        own: gives the sequences.
+        paths: where the clean tables and the fold table are.
+        answers: how the truth is read.
+        split: name of the fold table.
+        predict: n sequences, [n, K] truth, [n] fold and [n] cluster of each -> floor -> [n, K].
+    """
     table = pl.read_parquet(paths.fold_table(split), columns=["sequence_id", "fold", "cluster"])
     folds = table["fold"].unique().sort().to_list()
     rows = pl.concat([batch.rows for batch in _batches(paths, answers, split, folds, {})])
     rows = rows.join(table.drop("fold"), on="sequence_id", how="left", maintain_order="left", validate="1:1")
     truth_NK = answers.truth(rows)
     scored_N = np.isfinite(truth_NK).any(axis=1)
-    return rows.filter(pl.Series(scored_N)), truth_NK[scored_N]
+    rows = rows.filter(pl.Series(scored_N))
+    here_N = rows["sequence_id"].is_in(own.ids.to_list()).to_numpy()
+    fold_N, cluster_N = (rows[name].to_numpy() for name in ("fold", "cluster"))
+    found = predict(rows["sequence"].to_list(), truth_NK[scored_N], fold_N, cluster_N)
+    return {name: values_NK[here_N] for name, values_NK in found.items()}
 
 
 def has_test_truth(paths: Paths, targets: Sequence[str]) -> bool:
@@ -142,9 +155,8 @@ def dense(table: pl.DataFrame, answers: Answers, *, where: str) -> np.ndarray:
     Raises:
         DataError: one has another length, is not finite, or is none of this kind.
     """
-    lengths_N, none_N = np.full(table.height, answers.width), np.zeros(table.height, dtype=bool)
-    flat_T1 = finite_values(table, lengths_N, targets=(answers.said,), missing_N=none_N, where=where)
-    said_NK = flat_T1.reshape(-1, answers.width)
+    lengths_N = np.full(table.height, answers.width)
+    said_NK = finite_values(table, lengths_N, targets=(answers.said,), where=where).reshape(-1, answers.width)
     answers.check(said_NK, table["sequence_id"], where)
     return said_NK
 
@@ -167,10 +179,8 @@ def summarise(own: Predicted, score: Callable[[np.ndarray], dict[str, Any]]) -> 
         score: [N] bool -> ``score`` and others of these sequences.
     """
     by_fold = [{"fold": int(fold)} | score(own.fold_N == fold) for fold in np.unique(own.fold_N)]
-    scores = np.array([row["score"] for row in by_fold])
-    spread = float(scores.std(ddof=1)) if len(scores) > 1 else math.nan
     whole = score(np.ones(len(own.fold_N), dtype=bool))
-    return whole | {"per_fold": by_fold, "fold_mean": float(scores.mean()), "fold_sd": spread}
+    return whole | {"per_fold": by_fold} | over_folds([row["score"] for row in by_fold])
 
 
 def by_length(own: Predicted, score: Callable[[np.ndarray], dict[str, Any]]) -> list[dict[str, Any]]:

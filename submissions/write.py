@@ -30,36 +30,23 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.memory import peak_memory_mib
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, amount, say, size_text
-from pipeline.schema import CANDIDATES, split_id
 from pipeline.stage import Report, run_stage
 from pipeline.tables import finite_values, read_batches
 from submissions.check import check_file
 from submissions.class_write import class_inputs, write_classes
-from submissions.layout import (
-    LOWEST_SUBMITTED,
-    MAX_SUBMITTED,
-    IdRuns,
-    Layout,
-    ResidueKeys,
-    TestIndex,
-    layout_of,
-    read_sample,
-    read_test_index,
-    value_columns,
-)
+from submissions.layout import IdRuns, Layout, TestIndex, layout_of, read_test_index
 from submissions.number_rows import number_inputs, write_numbers
-from submissions.structure_scores import trivial_shapes
+from submissions.structure_write import write_structures
 
 VERSION = 1
 
 #: Decimals of a value in a CSV; half of the last one, 0.00005, is below any difference of scores that means something.
 #: Of a set of one's own, whose unit nobody knows, all digits of a float32 are written.
 DECIMALS = 4
-#: Decimals of a coordinate, as in a PDB file, Å.
-COORDINATE_DECIMALS = 3
 
 #: Rows of a scratch file: 16 MiB for two values.
 _SCRATCH_ROWS = 1 << 21
+_SHOWN = 30  # most columns whose ranges the terminal lists
 #: Rows that are formatted together.
 _CHUNK_ROWS = 1 << 16
 
@@ -113,7 +100,7 @@ def _build(
     started = time.monotonic()
     layout: Layout
     if competition.task == "structure":
-        layout, facts = _write_structures(paths, competition, predictions, part, fmt=fmt, fill=fill)
+        layout, facts = write_structures(paths, competition, predictions, part, fmt=fmt, fill=fill)
     elif competition.task == "classes":
         layout, facts = write_classes(paths, predictions, part, fmt=fmt)
     elif competition.task == "numbers":
@@ -177,15 +164,13 @@ def _deal(
     with contextlib.ExitStack() as stack, Bar("place predictions", total=len(seen_K), unit="sequences") as bar:
         handles = [stack.enter_context(file.open("wb")) for file in files]
         for batch in read_batches(predictions, ["sequence_id", *targets]):
-            batch = batch.join(places, on="sequence_id", how="left", validate="m:1", maintain_order="left").sort(
-                "place"
-            )
+            batch = batch.join(places, on="sequence_id", how="left", validate="m:1", maintain_order="left")
+            batch = batch.sort("place")
             _check_places(batch, seen_K, predictions)
             place_N = batch["place"].to_numpy()
             seen_K[place_N] = True
             length_N = index.length_K[place_N]
-            none_N = np.zeros(batch.height, dtype=bool)
-            values_TC = finite_values(batch, length_N, targets=targets, missing_N=none_N, where=str(predictions))
+            values_TC = finite_values(batch, length_N, targets=targets, where=str(predictions))
             ends_N = np.cumsum(length_N)
             for first, last in _stretches(file_K[place_N]):
                 file = file_K[place_N[first]]
@@ -328,102 +313,6 @@ class FixedWidth:
         return lines.tobytes()
 
 
-# --------------------------------------------------------------------------------------------------------- structures
-
-
-def _write_structures(
-    paths: Paths, competition: Competition, predictions: Path, part: Path, *, fmt: str, fill: bool
-) -> tuple[Layout, dict[str, Any]]:
-    sample = read_sample(paths.clean("sample"))
-    layout = layout_of(competition, ResidueKeys(sample))
-    tests = pl.concat(list(read_batches(paths.clean("test"), ["sequence_id", "sequence"])))
-    long = _read_candidates(predictions, tests, competition, fill=fill)
-    coordinates = _wide_coordinates(long, predictions, tests, competition)
-    targets = [split_id(key) for key in sample["ID"].to_list()]
-    keyed = sample.with_columns(
-        pl.Series("sequence_id", [target for target, _ in targets]),
-        pl.Series("resid_of_id", [row for _, row in targets]),
-    )
-    table = keyed.join(
-        coordinates,
-        left_on=["sequence_id", "resid_of_id"],
-        right_on=["sequence_id", "position"],
-        how="left",
-        validate="1:1",
-        maintain_order="left",
-    )
-    lost = table.filter(pl.col(layout.values[0]).is_null())
-    if lost.height:
-        raise DataError(
-            f"{predictions}: no coordinates for {lost['ID'][0]} ({lost.height:,} rows of the sample submission); "
-            "expected a prediction for every residue. Next: make predict, then make ensemble."
-        )
-    table = table.select(layout.columns)
-    if fmt == "csv":
-        table.write_csv(part, float_precision=COORDINATE_DECIMALS)
-    else:
-        pq.write_table(table.to_arrow(), part, compression="zstd", write_page_checksum=True)
-    return layout, {"sequences": tests.height}
-
-
-def _read_candidates(predictions: Path, tests: pl.DataFrame, competition: Competition, *, fill: bool) -> pl.DataFrame:
-    """sequence_id, candidate, x, y, z, sequence: a row per candidate of the test sequences."""
-    columns = ["sequence_id", "candidate", *competition.targets]
-    frames = list(read_batches(predictions, columns)) if predictions.is_file() or not fill else []
-    if fill:
-        known = pl.concat([*frames, pl.DataFrame(schema=dict.fromkeys(columns[:2], pl.Null))], how="diagonal_relaxed")
-        frames.append(_fill(tests, dict(known.group_by("sequence_id").len().iter_rows()), competition))
-    return pl.concat(frames, how="vertical_relaxed").join(tests, on="sequence_id", how="inner", validate="m:1")
-
-
-def _fill(tests: pl.DataFrame, known: Mapping[str, int], competition: Competition) -> pl.DataFrame:
-    """Candidates that every sequence lacks, of which `known` has so many: shapes that know nothing but the length."""
-    rows: list[dict[str, Any]] = []
-    for name, sequence in tests.select("sequence_id", "sequence").iter_rows():
-        have = known.get(name, 0)
-        shapes = _plain_shapes(len(sequence)) if have < CANDIDATES else []
-        for number, xyz_L3 in enumerate(shapes[: CANDIDATES - have], start=have + 1):
-            axes = dict(zip(competition.targets, xyz_L3.T.tolist(), strict=True))
-            rows.append({"sequence_id": name, "candidate": number} | axes)
-    kinds = {"sequence_id": pl.String, "candidate": pl.UInt8} | dict.fromkeys(competition.targets, pl.List(pl.Float32))
-    return pl.DataFrame(rows, schema=kinds)
-
-
-def _plain_shapes(length: int) -> list[np.ndarray]:
-    """Hairpin, helix and five walks, the best of them first; without those too long for the file's coordinates."""
-    shapes = trivial_shapes(length)
-    traces = [*shapes["hairpin"], *shapes["A-form helix"], *shapes["random walks"]]
-    moved = [xyz_L3 - np.minimum(xyz_L3.min(axis=0) - LOWEST_SUBMITTED, 0.0) for xyz_L3 in traces]
-    return [xyz_L3 for xyz_L3 in moved if xyz_L3.max() < MAX_SUBMITTED]
-
-
-def _wide_coordinates(
-    long: pl.DataFrame, predictions: Path, tests: pl.DataFrame, competition: Competition
-) -> pl.DataFrame:
-    """sequence_id, position (1-based), x_1 … z_5: a row per residue of every predicted sequence."""
-    axes = competition.targets
-    wide: pl.DataFrame | None = None
-    for number in range(1, CANDIDATES + 1):
-        one = long.filter(pl.col("candidate") == number).sort("sequence_id")
-        lost = tests.join(one, on="sequence_id", how="anti", maintain_order="left")
-        if lost.height:
-            raise DataError(
-                f"{predictions}: {lost['sequence_id'][0]} has no candidate {number}; expected {CANDIDATES} of every "
-                "test sequence. Next: make predict, then make ensemble."
-            )
-        lengths_N = one["sequence"].str.len_bytes().to_numpy().astype(np.int64)
-        none_N = np.zeros(one.height, dtype=bool)
-        xyz_TC = finite_values(one, lengths_N, targets=axes, missing_N=none_N, where=str(predictions))
-        named = {f"{axis}_{number}": xyz_TC[:, place] for place, axis in enumerate(axes)}
-        if wide is None:
-            ids = np.repeat(one["sequence_id"].to_numpy(), lengths_N)
-            positions = np.concatenate([np.arange(1, length + 1) for length in lengths_N])
-            wide = pl.DataFrame({"sequence_id": ids, "position": positions})
-        wide = wide.with_columns(**{column: pl.Series(values) for column, values in named.items()})
-    assert wide is not None
-    return wide.select("sequence_id", "position", *value_columns(competition))
-
-
 # ------------------------------------------------------------------------------------------------------- what it says
 
 
@@ -432,8 +321,12 @@ def describe(facts: Mapping[str, Any]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     told = f"{facts['rows']:,} for {amount(facts['sequences'], 'sequence')}, {size_text(facts['bytes'])}"
     table.add_row("rows", told)
-    for name, (low, high) in _of_axes(facts["ranges"]).items():
+    ranges = list(_of_axes(facts["ranges"]).items())
+    for name, (low, high) in ranges[:_SHOWN]:
         table.add_row(escape(name), f"{low:.4g} to {high:.4g}")
+    if rest := [both for _, both in ranges[_SHOWN:]]:
+        low, high = min(low for low, _ in rest), max(high for _, high in rest)
+        table.add_row(f"{len(rest):,} more", f"{low:.4g} to {high:.4g}")
     if "labels" in facts:
         table.add_row("labels", escape(facts["labels"]))
     if "clipped_values" in facts:

@@ -3,7 +3,6 @@
 import itertools
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +45,14 @@ def test_the_help_lists_the_verbs_below_what_their_modules_are_about(capsys, mon
     panels = capsys.readouterr().out.split("╭─ ")[2:]  # behind the program's own options
     found = {panel.partition("─")[0].strip(): re.findall(r"^│ ([a-z-]+) ", panel, re.MULTILINE) for panel in panels}
     assert sorted(verb for verbs in found.values() for verb in verbs) == VERBS
-    assert found["From raw files to clean tables and folds"] == ["download", "data", "bpp", "folds", "audit"]
+    assert found["From raw files to clean tables and folds"] == [
+        "download",
+        "data",
+        "bpp",
+        "features",
+        "folds",
+        "audit",
+    ]
     homes = {command.callback.__module__ for command in typer.main.get_command(app).commands.values()}
     assert found.keys() == {(sys.modules[home].__doc__ or "").partition("\n")[0].rstrip(".") for home in homes}
 
@@ -218,6 +224,18 @@ def test_an_empty_variable_of_make_is_named(tmp_path):
         assert "argument" not in done.stderr
 
 
+def test_targets_of_one_command_run_one_after_the_other_whatever_make_is_told(tmp_path):
+    """`make -j4 data folds`, or MAKEFLAGS=-j8 in the shell: folds began beside data, of which there was nothing yet."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho begin\nsleep 0.2\necho end\n")
+    program.chmod(0o755)
+    variables = [f"PY={program}", f"RAW={tmp_path}", f"ARTIFACTS={tmp_path}"]
+    command = ["make", "--no-print-directory", "data", "folds", "evaluate", *variables]
+    told = {**os.environ, "MAKEFLAGS": "-j4"}
+    done = subprocess.run(command, cwd=ROOT, env=told, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["begin", "end"] * 3
+
+
 def test_make_takes_folders_with_blanks(tmp_path):
     """ARTIFACTS="my folder" ended with "Got unexpected extra argument (folder)"."""
     write_ribonanza(tmp_path / "raw data", sequences=12, test=3)
@@ -305,7 +323,6 @@ def test_make_clean_spares_a_home(tmp_path, there):
     assert (tmp_path / there).is_file()
 
 
-@pytest.mark.skipif(not shutil.which("flock"), reason="no flock: locks are not asked")
 def test_make_clean_spares_what_a_run_is_at_work_in(tmp_path):
     """It was removed under the run, which went on into a new folder and found no tables for its predictions."""
     fold = tmp_path / "ribonanza" / "runs" / "a.sim80_k5" / "fold0"
@@ -361,11 +378,15 @@ def test_make_refuses_variables_in_small_letters():
         ("train FOLDS=3", "FOLDS: no target reads that. Next: make help lists the variables"),
         ("train MODLE=hyena EPOCHS=5", "EPOCHS MODLE: no target reads that."),
         ("train GPU=1", "GPU: no target reads that."),
-        ("evaluate report MODEL=hyena", "MODEL=hyena: what is blended, scored or sent goes by name. Next: RUN=<run>"),
+        ("evaluate report MODEL=hyena", "MODEL=hyena: what is blended, scored, shown or sent goes by name. Next: RUN="),
+        ("structures MODEL=hyena", "MODEL=hyena: what is blended, scored, shown or sent goes by name. Next: RUN="),
     ],
 )
 def test_make_refuses_variables_that_would_be_left_out(words, sentence):
-    """`make train FOLDS=3 MODLE=hyena` trained fold 0 of another model; `make evaluate MODEL=hyena` scored all runs."""
+    """`make train FOLDS=3 MODLE=hyena` trained fold 0 of another model; `make evaluate MODEL=hyena` scored all runs.
+
+    `make structures MODEL=denovo` without FILE wrote the files of ensemble all.
+    """
     done = subprocess.run(["make", "-n", *words.split()], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert sentence in done.stderr
@@ -376,6 +397,8 @@ def test_make_refuses_variables_that_would_be_left_out(words, sentence):
     [
         "train OMP_NUM_THREADS=2 RESTART=1 CXX=g++",
         "train evaluate MODEL=hyena",
+        "train-all ensemble structures COMP=rna3d MODEL=small_structure",
+        "structures MODEL=denovo SEQ=ACGU",
         "audit SPLITS=a",
         "status MAKEFLAGS=-k",
     ],
@@ -548,6 +571,25 @@ def test_interrupted_stage_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("folds.assign.run", interrupt)
     assert run_verb(["folds", "--artifacts", str(tmp_path)]) == 130
     assert "interrupted; nothing is half-written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("usable", "given", "threads"),
+    [(4, {}, ["4", "4"]), (4, {"OMP_NUM_THREADS": "2"}, ["2", "4"]), (64, {}, [None] * 2)],
+)
+def test_a_quota_of_time_limits_threads_unless_their_number_is_given(usable, given, threads):
+    """A container with the time of 4 CPUs out of 64 trained with 64 threads."""
+    names = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
+    program = (
+        "import os; from pipeline.cli import process as p; p.bound_cpus = lambda: 64; "
+        f"p.usable_cpus = lambda: {usable}; p.run_verb = lambda: print([os.environ.get(n) for n in {names}]) or 0; "
+        "p.main()"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in names} | given
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(threads)
 
 
 def test_our_files_are_read_as_utf8_whatever_the_locale(tmp_path):

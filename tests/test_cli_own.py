@@ -108,7 +108,7 @@ def test_make_hands_over_files_sequences_folds_and_ensembles_only_where_they_are
     assert '--fold "0"' in words("predict", "FILE=x.fa", "FOLD=0")
     assert '--name "best"' in words("predict", "SEQ=ACGU", "NAME=best")
     assert '--sequence "ACGU"' in words("structures", "SEQ=ACGU", "COMP=rna3d")
-    assert "--model" not in words("structures", "MODEL=small_structure", "COMP=rna3d")
+    assert "--model" not in words("structures", "COMP=rna3d")
     one = words("structures", "SEQ=ACGU", "MODEL=small_structure", "TAG=x", "COMP=rna3d")
     assert '--model "small_structure" --tag x' in one
     assert '--fold "0"' in words("predict")

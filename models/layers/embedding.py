@@ -1,6 +1,6 @@
-"""From tokens and base-pair probabilities to the first hidden layer.
+"""From tokens, base-pair probabilities and features to the first hidden layer.
 
-Letters: B batch, L length, D width.
+Letters: B batch, L length, D width, F feature.
 """
 
 import torch
@@ -16,15 +16,27 @@ class InputEmbedding(nn.Module):
     """Nucleotides, what they pair with, and their neighbours.
 
     With bpp: each position's unpaired probability and its expected partner's nucleotide enter through a linear
-    layer, and its expected partner's surroundings after the stem.
+    layer, and its expected partner's surroundings after the stem. Features are normed, as networks differ in their
+    scale, and enter through a linear layer, too.
     """
 
-    def __init__(self, width: int, *, use_bpp: bool, stem_kernel: int, vocabulary: int = NUM_NUCLEOTIDES) -> None:
+    def __init__(
+        self,
+        width: int,
+        *,
+        use_bpp: bool,
+        stem_kernel: int,
+        vocabulary: int = NUM_NUCLEOTIDES,
+        num_features: int = 0,
+    ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
         self.pairing = nn.Linear(NUM_NUCLEOTIDES + 1, width) if use_bpp else None
         self.stem = SeparableConv(width, kernel=stem_kernel) if stem_kernel else None
         self.partner = nn.Linear(width, width, bias=False) if use_bpp else None
+        self.features = (
+            nn.Sequential(nn.LayerNorm(num_features), nn.Linear(num_features, width)) if num_features else None
+        )
 
     def widen(self, vocabulary: int) -> None:
         """Take tokens below `vocabulary` too, as vectors of zeros: of letters that no training sequence had.
@@ -39,8 +51,10 @@ class InputEmbedding(nn.Module):
 
     def forward(self, inputs: RnaInputs) -> Tensor:
         """First hidden layer: [B, L, D], from inputs that are zero under the padding (`clean_inputs`)."""
-        tokens_BL, mask_BL, bpp_BLL = inputs
+        tokens_BL, mask_BL, bpp_BLL, features_BLF = inputs
         x_BLD = self.tokens(tokens_BL)
+        if self.features is not None and features_BLF is not None:
+            x_BLD = x_BLD + self.features(features_BLF.to(x_BLD.dtype))
         if self.pairing is not None and bpp_BLL is not None:
             bpp_BLL = bpp_BLL.to(x_BLD.dtype)
             x_BLD = x_BLD + self.pairing(pairing_features(tokens_BL, bpp_BLL))

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ import torch
 
 _SOURCES = Path(__file__).parent / "csrc"
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)  # a home that takes no file
-_FLAGS = ("-O3", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
+_SERIAL = "-serial-"  # in the name of what runs on one thread
+_FLAGS = ("-O3", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
 
 
 @functools.cache
@@ -30,10 +32,11 @@ def load(name: str) -> tuple[bool, str]:
         built = _built(name)
         torch.ops.load_library(str(built))
     except (OSError, RuntimeError, ImportError) as err:
-        told = f"could not be compiled ({type(err).__name__}: {str(err).strip().splitlines()[0][:100]})"
-        is_closed = isinstance(err, OSError) and err.errno in _CLOSED
+        said = [*re.findall("error: .*", str(err)), *str(err).strip().splitlines(), ""][0]  # the compiler's own first
+        told = f"could not be compiled ({type(err).__name__}: {said[:100]})"
+        is_closed = getattr(err, "errno", None) in _CLOSED or "home directory" in str(err)
         return False, f"{told}; RNA_CACHE=<folder> names another place for it" if is_closed else told
-    return True, f"for this CPU, {built}"
+    return True, f"for this CPU, {'on one thread (no OpenMP), ' if _SERIAL in built.name else ''}{built}"
 
 
 def _built(name: str) -> Path:
@@ -57,20 +60,47 @@ def _digest(path: Path) -> str:
 
 
 def _compile(source: Path, stem: Path, flags: list[str]) -> Path:
-    """Build in a private folder and rename: two processes may do so at once, and a killed one leaves no lock."""
+    """Build in a private folder and rename: two processes may do so at once, and a killed one leaves no lock.
+
+    Where the compiler has no OpenMP the operators run on one thread. On macOS too: Apple's has none, and the one of
+    another would be a second beside torch's own, which ends the process.
+    """
+    with tempfile.TemporaryDirectory(dir=stem.parent, prefix=".build-") as folder, _own_programs_found():
+        if sys.platform != "darwin":
+            try:
+                made = _load(source, folder, flags, ["-fopenmp"])
+                return made.replace(f"{stem}-{_digest(made)}.so")
+            except RuntimeError as err:
+                if not _lacks_openmp(str(err)):
+                    raise
+        made = _load(source, folder, flags, [])
+        return made.replace(f"{stem}{_SERIAL}{_digest(made)}.so")
+
+
+def _lacks_openmp(said: str) -> bool:
+    """Whether a build failed for that: its commands, which are repeated, name OpenMP in any case.
+
+    >>> _lacks_openmp("c++ -fopenmp -c scan.cpp -o scan.o\\nclang: error: unsupported option '-fopenmp'")
+    True
+    >>> _lacks_openmp("c++ -fopenmp -c scan.cpp -o scan.o\\nc++: fatal error: Killed signal terminated program cc1plus")
+    False
+    """
+    return any(re.search("openmp|gomp|lomp|omp[.]h", line) and " -o " not in line for line in said.splitlines())
+
+
+def _load(source: Path, folder: str, flags: list[str], openmp: list[str]) -> Path:
     from torch.utils import cpp_extension
 
-    with tempfile.TemporaryDirectory(dir=stem.parent, prefix=".build-") as folder, _own_programs_found():
-        cpp_extension.load(
-            name=source.stem,
-            sources=[str(source)],
-            extra_cflags=flags,
-            extra_ldflags=["-fopenmp"],
-            build_directory=folder,
-            is_python_module=False,
-        )
-        made = Path(folder, f"{source.stem}.so")
-        return made.replace(f"{stem}-{_digest(made)}.so")
+    cpp_extension.load(
+        name=source.stem,
+        sources=[str(source)],
+        extra_cflags=[*flags, *openmp],
+        extra_ldflags=openmp,
+        build_directory=folder,
+        is_python_module=False,
+    )
+    [made] = Path(folder).glob("*.so")  # a second one of the same name gets another
+    return made
 
 
 @contextlib.contextmanager

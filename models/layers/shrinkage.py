@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.layers.masked import masked_mean
 from models.layers.precision import at_least_float32
 
-Shrink = Literal["channel", "shared"]
+Shrink = Literal["channel", "shared", "none"]
 
 
 class Shrinkage(nn.Module):

@@ -73,6 +73,23 @@ def bpp(
 
 
 @verb()
+def features(
+    source: Annotated[
+        Path,
+        typer.Argument(help="A parquet file as embed writes it, a folder of <sequence_id>.npy, or its index.csv."),
+    ],
+    name: Annotated[str, typer.Option("--name", help="By which data.features asks for them: rnafm, for example.")] = "",
+    comp: Comp = COMP,
+    artifacts: Artifacts = ARTIFACTS,
+) -> None:
+    """Bring in embeddings of all sequences, of each or of its nucleotides, that networks then read (data.features)."""
+    from pipeline import features as stage
+
+    report = stage.run(source, name=name, paths=find_paths(comp, artifacts))
+    show(report, stage.describe(report.facts))
+
+
+@verb()
 def folds(
     comp: Comp = COMP,
     artifacts: Artifacts = ARTIFACTS,

@@ -43,6 +43,7 @@ Model = Annotated[
 ]
 Split = Annotated[str, typer.Option("--split", help="<kind><identity %>_k<folds>: sim80_k5, length_k5, random_k5.")]
 Fold = Annotated[int, typer.Option("--fold", help="Fold to hold out, from 0.", min=0)]
+AllFolds = Annotated[bool, typer.Option("--all-folds", help="Train every fold of the split in turn.")]
 Tag = Annotated[str, typer.Option("--tag", help="Names a variant of the model; needed with --set.")]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="Override, as TOML: train.lr=1e-3. May be given several times.")

@@ -21,6 +21,12 @@ OwnFile = Annotated[
         show_default=False,
     ),
 ]
+OwnFeatures = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--features", help="name=<folder or parquet>: features of your own sequences, where a network reads some."
+    ),
+]
 OwnSequence = Annotated[str, typer.Option("--sequence", help="Or a single sequence of your own.")]
 
 
@@ -35,6 +41,17 @@ def source_of(file: Path | None, sequence: str, paths: Paths) -> Path | None:
     return write_single(sequence, paths)
 
 
+def embeddings_of(features: list[str] | None) -> dict[str, Path]:
+    """Name -> source of the features that are given."""
+    found = {}
+    for item in features or ():
+        name, is_given, source = item.partition("=")
+        if not is_given:
+            raise ConfigError(f'--features {item!r}: expected name=<folder or parquet>. Next: write FEATURES="name=…".')
+        found[name] = Path(source)
+    return found
+
+
 def predict_file(
     source: Path,
     *,
@@ -45,6 +62,7 @@ def predict_file(
     tag: str,
     fold: int | None,
     ensemble: str,
+    embeddings: dict[str, Path],
 ) -> None:
     """Predict a file with the folds of a run, joined by their mean, or with an ensemble, and write its tables."""
     from folds import ensemble as joining
@@ -54,12 +72,13 @@ def predict_file(
     from submissions.class_write import thresholds_here
 
     started = time.monotonic()
+    given: dict[str, Any] = {"competition": competition, "paths": paths, "embeddings": embeddings}
     if ensemble:
-        done = own_file.predict_ensemble(source, competition=competition, paths=paths, name=ensemble)
+        done = own_file.predict_ensemble(source, name=ensemble, **given)
     else:
         run = find_run(model, split=split, tag=tag)
         only = None if fold is None else check_fold(fold, split)
-        done = own_file.predict_run(source, competition=competition, paths=paths, run=run, fold=only)
+        done = own_file.predict_run(source, run=run, fold=only, **given)
     joining.apply(done.own, competition=done.competition, name=done.name, weights=done.weights)
     folder = own_file.folder_of(source, paths)
     which: dict[str, Any] = {"name": done.name, "folder": folder, "title": source.name, "longest": done.longest}

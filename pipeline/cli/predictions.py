@@ -24,7 +24,7 @@ from pipeline.cli.options import (
     find_competition,
     find_paths,
 )
-from pipeline.cli.own import OwnFile, OwnSequence, predict_file, source_of
+from pipeline.cli.own import OwnFeatures, OwnFile, OwnSequence, embeddings_of, predict_file, source_of
 from pipeline.cli.program import show, verb
 from pipeline.runs import (
     check_fold,
@@ -53,6 +53,7 @@ def predict(
     ensemble: Annotated[
         str, typer.Option("--name", help="Sequences of your own: by all runs and folds of this ensemble.")
     ] = "",
+    features: OwnFeatures = None,
     test_only: TestOnly = False,
     kernels: Kernels = "auto",
 ) -> None:
@@ -70,6 +71,7 @@ def predict(
         source = source_of(file, sequence, paths)
         if source is not None:
             which: dict[str, Any] = {"model": model, "split": split, "tag": tag, "fold": fold, "ensemble": ensemble}
+            which["embeddings"] = embeddings_of(features)
             predict_file(source, competition=find_competition(comp, artifacts), paths=paths, **which)
             return
         from pipeline import predict as stage
@@ -92,6 +94,7 @@ def embed(
     per_nucleotide: Annotated[
         bool, typer.Option("--per-nucleotide", help="Also the embedding of every nucleotide.")
     ] = False,
+    features: OwnFeatures = None,
     kernels: Kernels = "auto",
 ) -> None:
     """Write the last hidden layer of a trained checkpoint for any sequences: their mean, and each nucleotide's."""
@@ -102,7 +105,8 @@ def embed(
         from pipeline import embed as stage
 
         where: dict[str, Any] = {"paths": find_paths(comp, artifacts), "run": run, "fold": check_fold(fold, split)}
-        report = stage.run(file, competition=find_competition(comp, artifacts), per_nucleotide=per_nucleotide, **where)
+        where |= {"per_nucleotide": per_nucleotide, "embeddings": embeddings_of(features)}
+        report = stage.run(file, competition=find_competition(comp, artifacts), **where)
     show(report, "sequences: {sequences:,}, of {nucleotides:,} nt, {width} numbers each".format(**report.facts))
 
 

@@ -16,6 +16,7 @@ from pipeline import commands
 from pipeline.cli.options import ask_for_kernels
 from pipeline.cli.program import app
 from pipeline.errors import ConfigError, PipelineError, StorageError
+from pipeline.memory import bound_cpus, usable_cpus
 from pipeline.runlog import Unbreakable, console
 
 _INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended, and what typer makes of it
@@ -33,6 +34,9 @@ def main() -> NoReturn:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     # torch's threads wait by spinning, which beside another busy process made training 2 to 10 times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if usable_cpus() < bound_cpus():  # threads of all CPUs would mostly wait for each other to be given time
+        for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+            os.environ.setdefault(name, str(usable_cpus()))
     code = 1  # of an exception that nobody expected
 
     def leave() -> None:

@@ -18,9 +18,9 @@ _Run = TypeVar("_Run", bound=Callable[..., Any])
 
 app = typer.Typer(
     help="RNA competitions: raw files to checked, scored submissions. Each verb is one stage and can be run twice.",
-    epilog="Order: (download), data, (bpp), folds, train, ensemble, submit, evaluate, report. Exit codes: 0 done, "
-    "2 configuration, 3 data, 4 diverged, 5 storage or memory, 6 network or credentials, 7 died repeatedly, 75 stopped "
-    "and resumable.",
+    epilog="Order: (download), data, (bpp), (features), folds, train, ensemble, submit, evaluate, report. Exit codes: "
+    "0 done, 2 configuration, 3 data, 4 diverged, 5 storage or memory, 6 network or credentials, 7 died repeatedly, "
+    "75 stopped and resumable.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -21,6 +21,7 @@ from pipeline.cli.options import (
 from pipeline.cli.own import OwnFile, OwnSequence, predict_structures, source_of
 from pipeline.cli.program import show, verb
 from pipeline.errors import ConfigError
+from pipeline.paths import Paths
 from pipeline.runs import find_run, read_run_name, warn_of_other_data, whole_name
 
 SingleRun = Annotated[str, typer.Option("--run", help="A single run, <model>[.<split>], instead of the ensemble.")]
@@ -59,11 +60,10 @@ def evaluate(
     from submissions import evaluate as stage
 
     competition, paths = find_competition(comp, artifacts), find_paths(comp, artifacts)
-    single_run = single_run and whole_name(single_run, split=split, paths=paths)
-    which = {"run": single_run} if single_run else {"name": name}
-    split = read_run_name(single_run)[2] if single_run else split
+    which = _which(name, single_run, split=split, paths=paths)
+    split = read_run_name(which["run"])[2] if single_run else split
     report = stage.run(paths, competition=competition, split=split, engine=engine, **which)
-    warn_of_other_data(paths, [single_run] if single_run else [*report.facts["runs"]])
+    warn_of_other_data(paths, [which["run"]] if single_run else [*report.facts["runs"]])
     show(report, stage.describe(report.facts))
 
 
@@ -128,5 +128,10 @@ def report(
     from submissions import report as stage
 
     paths = find_paths(comp, artifacts)
-    which = {"run": whole_name(single_run, split=split, paths=paths)} if single_run else {"name": name}
+    which = _which(name, single_run, split=split, paths=paths)
     show(stage.run(paths, competition=find_competition(comp, artifacts), **which))
+
+
+def _which(name: str, single_run: str, *, split: str, paths: Paths) -> dict[str, str]:
+    """The ensemble or the run that is meant, as stages take it."""
+    return {"run": whole_name(single_run, split=split, paths=paths)} if single_run else {"name": name}

@@ -12,6 +12,7 @@ from pipeline.cli.options import (
     ARTIFACTS,
     COMP,
     SPLIT,
+    AllFolds,
     Artifacts,
     Comp,
     Fold,
@@ -46,10 +47,12 @@ def plan(
     """Say what memory a training step takes, counted without running it; refuse what cannot fit, and say what would."""
     from pipeline import plan as planning
     from pipeline.config import load_config
+    from pipeline.features import with_width
     from pipeline.labels import read_labels
     from pipeline.network import build_model
 
     config, competition = load_config(model, set_ or ()), find_competition(comp, artifacts)
+    config = with_width(config, find_paths(comp, artifacts))
     labels = read_labels(find_paths(comp, artifacts)) if competition.has_labels else None
     table = find_paths(comp, artifacts).clean("train")
     teaching = [table, table.with_name("test.parquet")] if config.data.pseudo else [table]
@@ -76,7 +79,7 @@ def train(
     model: Model = "",
     split: Split = SPLIT,
     fold: Fold = 0,
-    all_folds: Annotated[bool, typer.Option("--all-folds", help="Train every fold of the split in turn.")] = False,
+    all_folds: AllFolds = False,
     tag: Tag = "",
     set_: Sets = None,
     max_steps: Annotated[

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -12,10 +12,15 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.labels import Numbers
 from pipeline.paths import Paths
 
+if TYPE_CHECKING:  # a machine that trains may be without it
+    import polars as pl
+
 #: (prediction_LC, truth_LC) -> (sums_C, counts_C); truth is NaN where it does not count.
 ErrorSums = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 #: (sums_C, counts_C) over all scored rows -> the competition's single number.
 Score = Callable[[np.ndarray, np.ndarray], float]
+#: How Kaggle's competitions write their clean tables: readers see a flipped bit.
+PARQUET: Mapping[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 #: What only the data of a set of one's own say, as JSON holds it; checkpoints keep it.
 Facts = Mapping[str, Any]
 
@@ -130,6 +135,12 @@ def length_counts(lengths_N: np.ndarray) -> dict[str, int]:
     """
     lengths, counts = np.unique(lengths_N, return_counts=True)
     return {str(length): count for length, count in zip(lengths.tolist(), counts.tolist(), strict=True)}
+
+
+def tell_lengths(sequences: "pl.Series") -> dict[str, float]:
+    """Shortest, median and longest, for the validation report."""
+    lengths = sequences.str.len_bytes()
+    return {"shortest": lengths.min(), "median": lengths.median(), "longest": lengths.max()}  # type: ignore[dict-item]
 
 
 def error_sums(

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import polars as pl
@@ -30,7 +31,8 @@ def take_classes(
     frame = with_ids(frame, "train", may_repeat=True)
     train = train_table(frame, _places(names))
     counted = dict(train["labels"].explode().drop_nulls().value_counts().iter_rows())
-    classes = Classes(tuple(names), tuple(counted.get(index, 0) for index in range(len(names))), exclusive, alphabet)
+    counts = tuple(counted.get(index, 0) for index in range(len(names)))
+    classes = Classes(tuple(names), counts, exclusive, alphabet, _groups(names, settings.groups, where=where))
     for hint in filter(None, (_combined(names, taken=settings.separator), _alike(names), _alone(classes))):
         warn(f"{where}: {hint}")
     of_column = f", from {frame['label_name'][0]}" if frame["label_name"][0] != "label" else ""
@@ -131,6 +133,25 @@ def _tidy(
 def _count(frame: pl.DataFrame) -> dict[str, int]:
     """Rows that have each class."""
     return dict(frame["names"].explode().drop_nulls().value_counts().iter_rows())
+
+
+def _groups(names: Sequence[str], told: Mapping[str, Sequence[str]], *, where: str) -> tuple[str, ...]:
+    """Of each class the first group of columns.toml that fits it, "" = none; () where there are no groups.
+
+    >>> _groups(["liver|DNase", "liver|CTCF"], {"DNase": ["*|DNase"], "TF": ["*"]}, where="train.csv")
+    ('DNase', 'TF')
+    """
+
+    found = dict[str, str]()
+    for group, pattern in ((group, pattern) for group, patterns in told.items() for pattern in patterns):
+        fitting = [name for name in names if name == pattern or fnmatchcase(name, pattern)]  # names may hold [ and *
+        if not fitting:
+            warn(
+                f"{where}: no class is {pattern!r}, which columns.toml has in groups.{group}. Next: correct or remove "
+                "it there; * stands for any letters."
+            )
+        found = dict.fromkeys(fitting, group) | found
+    return tuple(found.get(name, "") for name in names) if told else ()
 
 
 def _rename(frame: pl.DataFrame, names: Mapping[str, str], *, exclusive: bool) -> pl.DataFrame:

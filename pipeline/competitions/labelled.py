@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from pipeline.competitions.base import Competition, Facts, require_finite
+from pipeline.competitions.base import Competition, Facts, require_finite, tell_lengths
 from pipeline.competitions.class_labels import take_classes, take_test_classes
 from pipeline.competitions.columns_toml import tell_settings
 from pipeline.competitions.number_labels import number_names, take_numbers, take_test_numbers
@@ -26,12 +26,11 @@ from pipeline.competitions.sequence_rows import (
     normalise,
     one_row_an_id,
     spot,
-    tell_lengths,
     tell_letters,
     warn_of_unknown,
     with_ids,
 )
-from pipeline.competitions.table_files import column_names, ending, read_table
+from pipeline.competitions.table_files import column_names, ending, read_table, refuse_foreign
 from pipeline.errors import DataError
 from pipeline.labels import (
     Classes,
@@ -43,7 +42,7 @@ from pipeline.labels import (
     write_labels,
 )
 from pipeline.paths import Paths
-from pipeline.runlog import amount, warn
+from pipeline.runlog import amount, say, warn
 
 _KINDS = ("classes", "numbers")  # tables of which there is one
 _PARQUET: dict[str, Any] = {"compression": "zstd", "row_group_size": 1 << 14}
@@ -124,12 +123,15 @@ def read_sequences(path: Path, *, alphabet: str, also: Sequence[str] = ()) -> tu
     Raises:
         DataError: the file is not what it should be, or has an odd letter that the network does not know.
     """
+    refuse_foreign(path)
     if ending(path) not in ENDINGS:
         raise DataError(f"{path}: expected {', '.join(ENDINGS)}. Next: write the sequences in one of these.")
     columns = path.with_name("columns.toml")
     settings = read_settings(columns if columns.is_file() else None, of_any_set=True)
     letters, unknown = letters_of(alphabet), unknown_letter(alphabet)
     frame, found = normalise(read_raw({"own": path}, "own", settings, also=also), letters, settings)
+    if "id" not in frame.columns:
+        say(f"{path.name}: no column is called id, so rows are numbered; id = '<column>' in columns.toml names one")
     if found["odd"] and unknown not in alphabet:
         row = frame.filter(pl.col("sequence").str.contains(unknown, literal=True)).row(0, named=True)
         raise DataError(

@@ -12,7 +12,7 @@ from pipeline.competitions.sequence_files import Settings
 from pipeline.competitions.sequence_rows import duplicates, spot, train_table, with_ids
 from pipeline.errors import DataError
 from pipeline.labels import Numbers
-from pipeline.runlog import say, warn
+from pipeline.runlog import amount, say, warn
 from pipeline.tables import number_lists
 
 _MOST_DIGITS = 6  # of what the report says of numbers
@@ -61,7 +61,7 @@ def take_numbers(
     for name, column in zip(names, number_NC.T, strict=True):
         known = np.sort(column[~np.isnan(column)])
         if len(np.unique(known)) < 2:
-            found = f"{known[0]:g} in all {len(known):,} sequences" if len(known) else "no number at all"
+            found = f"{known[0]:g} in {amount(len(known), 'sequence')}" if len(known) else "no number at all"
             raise DataError(
                 f"{where}: {name} is {found}; expected at least two different numbers. Next: check the column, or name "
                 "others in columns.toml: numbers = ['<column>', …]."
@@ -75,7 +75,7 @@ def take_numbers(
             warn(f"{where}: {name}: {hint}")
         told[name] = _summary(known, missing=len(column) - len(known))
     if unsaid:
-        warn(f"{where}: {unsaid:,} cells such as 'NaN' or 'NA' are taken for not measured, as empty ones are")
+        warn(f"{where}: {amount(unsaid, 'cell')} such as 'NaN' or 'NA', taken for not measured as empty ones are")
     facts = {
         "rows": rows,
         "sequences": train.height,
@@ -175,7 +175,7 @@ def _sentinel(known: np.ndarray) -> str:
         if apart and len(others) > 1 and (nines or (spread > 0 and len(known) - len(others) > 1)):
             return (
                 f"{value:g} stands apart from all others ({others[0]:g} to {others[-1]:g}) in "
-                f"{len(known) - len(others):,} sequences. Next, if it means not measured: empty these cells."
+                f"{amount(len(known) - len(others), 'sequence')}. Next, if it means not measured: empty these cells."
             )
     return ""
 

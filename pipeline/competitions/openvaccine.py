@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.competitions import base
-from pipeline.competitions.base import Competition, length_counts
+from pipeline.competitions.base import PARQUET, Competition, length_counts
 from pipeline.competitions.raw import (
     column_names,
     find_table,
@@ -36,7 +36,6 @@ TARGETS = ("reactivity", "deg_Mg_pH10", "deg_pH10", "deg_Mg_50C", "deg_50C")
 COUNTED = ("reactivity", "deg_Mg_pH10", "deg_Mg_50C")
 
 _ROW_GROUP = 4096
-_PARQUET: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 _SAMPLE = "sample_submission"
 
 
@@ -178,8 +177,7 @@ def _train_schema() -> pa.Schema:
 
 
 def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
-    with pq.ParquetWriter(path, schema, **_PARQUET) as writer:
-        writer.write_table(pa.Table.from_pylist(rows, schema=schema), row_group_size=_ROW_GROUP)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=_ROW_GROUP, **PARQUET)
 
 
 def check_sample(path: Path, ids: Sequence[str], lengths_K: np.ndarray, *, targets: Sequence[str] = TARGETS) -> int:

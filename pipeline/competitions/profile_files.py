@@ -11,26 +11,17 @@ from typing import Any
 
 import polars as pl
 
-from pipeline.competitions import sequence_files
+from pipeline.competitions import sequence_files, table_files
 from pipeline.competitions.columns_toml import read_told
 from pipeline.competitions.profile_columns import MISSING, REPAIR
-from pipeline.competitions.raw import kind_of, read_json_lines
+from pipeline.competitions.raw import kind_of, read_json_lines, refuse_twice
 from pipeline.competitions.rdat import read_rdat
-from pipeline.competitions.table_files import (
-    FASTA,
-    TEXT,
-    column_names,
-    ending,
-    number_rows,
-    open_text,
-    read_fasta,
-    read_table,
-)
+from pipeline.competitions.table_files import FASTA, ending, read_fasta
 from pipeline.errors import DataError
 
 _JSON = (".json", ".jsonl", ".ndjson")
 _RDAT = ".rdat"
-_ENDINGS = (*TEXT, ".parquet", *_JSON, _RDAT, *FASTA)
+_ENDINGS = (*table_files.TEXT, ".parquet", *_JSON, _RDAT, *FASTA)
 ROW, FILE = " row", " file"  # beside a table's own columns, none of which is called so
 
 
@@ -101,15 +92,14 @@ def _read_file(path: Path, settings: Settings) -> pl.DataFrame:
         return _read_rdat(path, settings)
     if kind in _JSON:
         return _read_records(path)
-    names = [name for name in column_names(path) if name]  # spreadsheets end lines with separators
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError(f"{path.name}: column {twice[0]!r} is there twice; expected it once. Next: remove one.")
-    table = read_table(path, names, blank_lines=True)
-    return table if kind_of(path) == "parquet" else number_rows(table, ROW)
+    names = [name for name in table_files.column_names(path) if name]  # spreadsheets end lines with separators
+    refuse_twice(names, where=path.name)
+    table = table_files.read_table(path, names, blank_lines=True)
+    return table if kind_of(path) == "parquet" else table_files.number_rows(table, ROW)
 
 
 def _read_rdat(path: Path, settings: Settings) -> pl.DataFrame:
-    with open_text(path, errors="replace") as lines:  # comments hold signs of all times
+    with table_files.open_text(path, errors="replace") as lines:  # comments hold signs of all times
         rows = list(read_rdat(lines, where=path.name, stem=Path(path.name.removesuffix(".gz")).stem))
     modifiers = sorted({row["dataset_name"] for row in rows})
     if len(modifiers) > 1 and not settings.modifier:

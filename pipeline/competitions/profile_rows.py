@@ -7,7 +7,7 @@ import polars as pl
 
 from pipeline.competitions.profile_columns import REPAIR, Rows, read_numbers
 from pipeline.competitions.profile_files import FILE, ROW, Settings
-from pipeline.competitions.table_files import HAS, HAS_NOT
+from pipeline.competitions.table_files import read_flags, usual_columns
 from pipeline.errors import DataError
 from pipeline.runlog import warn
 from pipeline.schema import ALPHABET
@@ -37,7 +37,7 @@ def choose_columns(
     for role in roles:
         usual = _USUAL[role]
         told = getattr(settings, role, "")
-        found = [told] if told else [name for name in names if name.strip().lower() in usual]
+        found = [told] if told else usual_columns(names, usual)
         if told and told not in names:
             raise DataError(f"{where}: no column {told!r}, which columns.toml names. Next: correct it there.")
         if len(found) > 1 or (not found and role == "sequence"):
@@ -104,12 +104,12 @@ def passes_of(frame: pl.DataFrame, roles: Mapping[str, str], rows: Rows) -> pl.S
     """Whether each row passes its ``SN_filter``; all do where there is none."""
     if "passes" not in roles:
         return pl.Series(np.ones(frame.height, dtype=bool))
-    text = frame[roles["passes"]].cast(pl.String).str.strip_chars().str.to_lowercase()
-    odd = ~text.is_in([*HAS, *HAS_NOT]).fill_null(False)
-    if odd.any():
-        at = int(odd.arg_max() or 0)
-        raise DataError(f"{rows.where[at]}: {roles['passes']} holds {text[at]!r}; expected 0 or 1. {REPAIR}")
-    return text.is_in(HAS)
+    column = frame[roles["passes"]].cast(pl.String)
+    passes = read_flags(column)
+    if passes.null_count():
+        at = int(passes.is_null().arg_max() or 0)
+        raise DataError(f"{rows.where[at]}: {column.name} holds {column[at]!r}; expected 0 or 1. {REPAIR}")
+    return passes
 
 
 def _ids(frame: pl.DataFrame, roles: Mapping[str, str]) -> pl.Series:

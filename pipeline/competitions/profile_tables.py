@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from pipeline.competitions.base import tell_lengths
 from pipeline.competitions.profile_columns import Rows, Source, error_source, find_targets, read_values
 from pipeline.competitions.profile_files import FILE, ROW, Settings
 from pipeline.competitions.profile_rows import (
@@ -27,7 +28,7 @@ from pipeline.competitions.profile_rows import (
     take_sequences,
 )
 from pipeline.competitions.raw import replace_odd_letters
-from pipeline.competitions.sequence_rows import one_row_an_id, spot, tell_lengths, with_ids
+from pipeline.competitions.sequence_rows import one_row_an_id, spot, with_ids
 from pipeline.errors import DataError
 from pipeline.runlog import warn
 from pipeline.schema import ALPHABET, ODD_LETTER_AS, normalise_sequence

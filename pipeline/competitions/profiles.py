@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import polars as pl
 
-from pipeline.competitions.base import Competition, Facts, error_sums, mean_error
+from pipeline.competitions.base import Competition, Facts, error_sums, mean_error, tell_lengths
 from pipeline.competitions.columns_toml import tell_settings
 from pipeline.competitions.openvaccine import check_sample
 from pipeline.competitions.profile_files import raw_files, read_raw, read_settings
 from pipeline.competitions.profile_tables import clean_test, clean_train, known_values, signal_column
-from pipeline.competitions.sequence_rows import tell_lengths, total_of
+from pipeline.competitions.sequence_rows import total_of
 from pipeline.competitions.table_files import column_names
 from pipeline.errors import DataError
 from pipeline.paths import Paths, how_to_make

@@ -13,7 +13,7 @@ import typing
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import IO, Any, Literal, NoReturn
 
@@ -23,7 +23,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from pipeline.errors import DataError
-from pipeline.runlog import Bar, warn
+from pipeline.runlog import Bar, amount, warn
 from pipeline.schema import ALPHABET, ODD_LETTER_AS
 
 #: Bytes of one block, read ahead a few times over; 1 to 8 MiB are equally fast, 8 MiB take 110 MiB more at the peak.
@@ -120,10 +120,14 @@ def column_names(path: Path, stem: str) -> list[str]:
             names = list(file.schema_arrow.names)
     else:
         names = _csv_header(path, stem)
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"{path.name}: column {twice[0]!r} is there twice; expected it once. Next: remove one.")
+    refuse_twice(names, where=path.name)
     return names
+
+
+def refuse_twice(names: Sequence[str], *, where: str) -> None:
+    """DataError where two columns have one name."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{where}: column {twice[0]!r} is there twice; expected it once. Next: remove one.")
 
 
 def require_columns(names: Sequence[str], needed: Sequence[str], *, where: str) -> None:
@@ -230,14 +234,9 @@ class RawBytes:
         self._disk.close()
 
 
-@contextmanager
-def open_raw_bytes(path: Path, stem: str, *, suffix: str = ".csv") -> Iterator[RawBytes]:
+def open_raw_bytes(path: Path, stem: str, *, suffix: str = ".csv") -> closing[RawBytes]:
     """Unpacked bytes of a CSV file, or of one with another suffix, closed at the end."""
-    source = RawBytes(path, stem, suffix)
-    try:
-        yield source
-    finally:
-        source.close()
+    return closing(RawBytes(path, stem, suffix))
 
 
 def _members(archive: Path, name: str) -> list[str]:
@@ -284,7 +283,7 @@ def replace_odd_letters(sequences: pa.StringArray, *, where: str) -> pa.StringAr
     texts = pc.utf8_trim_whitespace(sequences)
     odd = pc.sum(pc.match_substring_regex(texts, _ODD)).as_py()
     if odd:
-        warn(f"{where}: {odd:,} sequences hold signs other than A, C, G, U, T; these are read as {ODD_LETTER_AS}")
+        warn(f"{where}: {amount(odd, 'sequence')} with signs other than A, C, G, U, T, read as {ODD_LETTER_AS}")
     return pc.replace_substring_regex(texts, _ODD, ODD_LETTER_AS)
 
 
@@ -360,7 +359,9 @@ def _explain(
     numbers = {name: pa.types.is_integer(kind) for name, kind in types.items() if not pa.types.is_string(kind)}
     names = _csv_header(path, stem)
     with open_raw_bytes(path, stem) as source:
-        for row, line, is_last in _data_lines(source, skip=good_rows):
+        for row, (line, is_last) in enumerate(_lines(source)):
+            if row <= good_rows or not line:  # an empty line is a row of empty cells
+                continue
             cells = csv_cells(line)
             if len(cells) != len(names):
                 what = "the last one: the file was cut short" if is_last else "a broken line"
@@ -379,13 +380,6 @@ def _explain(
     raise DataError(f"{path.name}: after row {good_rows}: {str(err)[:200]}. Next: download it again.") from err
 
 
-def _data_lines(source: RawBytes, *, skip: int) -> Iterator[tuple[int, str, bool]]:
-    """(row, line, is it the file's last) below the header, from row `skip` + 1 on."""
-    for row, (line, is_last) in enumerate(_lines(source)):
-        if row > skip:
-            yield row, line, is_last
-
-
 def _lines(source: RawBytes) -> Iterator[tuple[str, bool]]:
     """(line, is it the file's last)."""
     rest = b""
@@ -399,19 +393,16 @@ def _lines(source: RawBytes) -> Iterator[tuple[str, bool]]:
             return
 
 
-@contextmanager
-def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
-    """A parquet file, closed at the end.
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """A parquet file, which ``with`` closes.
 
     Raises:
         DataError: the file is cut short or no parquet file.
     """
     try:
-        file = pq.ParquetFile(path)
+        return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as err:
         raise DataError(f"{path.name}: not a whole parquet file: {err}. Next: download it again.") from err
-    with file:
-        yield file
 
 
 def _parquet_batches(path: Path, types: Mapping[str, pa.DataType]) -> Iterator[pa.RecordBatch]:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.competitions import base
-from pipeline.competitions.base import Competition, length_counts
+from pipeline.competitions.base import PARQUET, Competition, length_counts
 from pipeline.competitions.raw import (
     column_names,
     find_table,
@@ -41,7 +41,6 @@ TARGETS = tuple(f"reactivity_{probe}" for probe in PROBES)
 
 #: Sequences of one row group of the clean table: about 28 MiB of numbers.
 ROW_GROUP = 8192
-_PARQUET: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}  # readers see a flipped bit
 
 _TRAIN, _TEST, _SAMPLE = "train_data", "test_sequences", "sample_submission"
 _TEST_TYPES = {
@@ -90,8 +89,7 @@ def clean(files: dict[str, Path], parts: dict[str, Path]) -> dict[str, Any]:
     _check_rows(files["test"], _TEST, test.num_rows, known_rows)
     if "sample" in files:
         test_facts["sample_submission_rows"] = _check_sample(files["sample"], test)
-    with pq.ParquetWriter(parts["test"], test.schema, **_PARQUET) as writer:
-        writer.write_table(test, row_group_size=ROW_GROUP)
+    pq.write_table(test, parts["test"], row_group_size=ROW_GROUP, **PARQUET)
     if "train" not in parts:
         return {"test": test_facts}
     _need_room(files["train"], parts["train"].parent)
@@ -118,7 +116,7 @@ def _write_train(store: ProfileStore, choice: Choice, groups: pa.StringArray, pa
     schema = _train_schema()
     count = len(choice.ids)
     with (
-        pq.ParquetWriter(path, schema, **_PARQUET) as writer,
+        pq.ParquetWriter(path, schema, **PARQUET) as writer,
         Bar("write train", total=count, unit="sequences") as bar,
     ):
         for start in range(0, count, ROW_GROUP):

@@ -9,7 +9,6 @@ for each sequence. Columns are found by their usual names; ``columns.toml`` in t
 Source: Klimentova et al. 2023, GenomicBenchmarks, BMC Genomic Data 24:25 (the folders).
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,19 +16,9 @@ from typing import Literal
 
 import polars as pl
 
+from pipeline.competitions import table_files
 from pipeline.competitions.columns_toml import read_told
-from pipeline.competitions.table_files import (
-    FASTA,
-    HAS,
-    HAS_NOT,
-    TEXT,
-    column_names,
-    ending,
-    number_rows,
-    open_text,
-    read_fasta,
-    read_table,
-)
+from pipeline.competitions.table_files import FASTA, ending, read_fasta, refuse_foreign
 from pipeline.errors import DataError
 from pipeline.runlog import say
 
@@ -42,8 +31,7 @@ _USUAL = {
 }
 _LABEL_ENDS = ("_label", "_class", "_family")  # of a label's column where none has a usual name
 _NUMBER_NAMES = ("value", "y", "efficacy", "efficiency", "activity", "half_life", "tm")  # and where none ends so
-_UNIT = re.compile(r"\s*[(\[][^()\[\]]*[)\]]$")  # "tm [°C]"
-ENDINGS = (*TEXT, ".parquet", *FASTA)
+ENDINGS = (*table_files.TEXT, ".parquet", *FASTA)
 _SAMPLE = "sample_submission"
 
 
@@ -61,6 +49,8 @@ class Settings:
     #: label -> the class that it is read as; "" = none
     merge: dict[str, str] = field(default_factory=dict)
     min_count: int = 0  #: classes of fewer training sequences are dropped
+    #: group -> classes that are scored together, by name or pattern (`fnmatch`); a class is in the first that fits
+    groups: dict[str, list[str]] = field(default_factory=dict)
     group: str = ""  #: column of known relatives, which share a fold
     separator: str = ";"  #: between the labels of one sequence; "" = a cell is one label, whatever it holds
     alphabet: Literal["", "nucleotides", "amino acids"] = ""
@@ -84,6 +74,7 @@ def raw_files(raw: Path, *, endings: Sequence[str] = ENDINGS) -> dict[str, Path]
     home = raw if raw.is_dir() else raw.parent
     files = {"columns": home / "columns.toml"} if (home / "columns.toml").is_file() else {}
     if raw.is_file():
+        refuse_foreign(raw)
         return {"train": raw} | files
     train, test, sample = (_find(raw, stem, endings) for stem in ("train", "test", _SAMPLE))
     train = train or _only_table(raw, endings, needed=test is None)
@@ -119,6 +110,8 @@ def _only_table(raw: Path, endings: Sequence[str], *, needed: bool) -> Path | No
     if not (found or needed):
         return None
     others = sorted(path for path in raw.iterdir() if not path.name.startswith("."))
+    for path in () if found else others:
+        refuse_foreign(path)
     names = ", ".join(path.name for path in (found or others)[:5]) or "nothing of the kind"
     of_classes = (" or folder train/<class>", ", or put a FASTA file for each class into train/")
     of_classes = of_classes if endings is ENDINGS else ("", "")
@@ -147,7 +140,7 @@ def read_settings(path: Path | None, *, of_any_set: bool = False) -> Settings:
     if len(given := [name for name in ("label", "classes", "numbers") if told.get(name)]) > 1:
         raise DataError(f"{path}: {' and '.join(given)}; expected one of them. Next: remove the rest.")
     settings = Settings(**told)
-    tidies = [name for name in ("merge", "min_count") if told.get(name)]
+    tidies = [name for name in ("merge", "min_count", "groups") if told.get(name)]
     if settings.numbers and tidies:
         raise DataError(f"{path}: {tidies[0]} is for classes, numbers says there are none. Next: remove one of them.")
     if twice := sorted(settings.merge.keys() & settings.merge.values()):
@@ -185,14 +178,14 @@ def read_raw(files: Mapping[str, Path], table: str, settings: Settings, *, also:
 
 
 def _read_columns(path: Path, settings: Settings, *, labelled: bool, also: Sequence[str]) -> pl.DataFrame:
-    names = column_names(path)
+    names = table_files.column_names(path)
     chosen = _choose_columns(names, settings, labelled=labelled, where=path.name)
     chosen |= {name: name for name in also if name in names}
     several = list(dict.fromkeys(settings.classes or settings.numbers))
     several = several if labelled or set(several) <= set(names) else []
     columns = [*chosen.values(), *(name for name in several if name not in chosen.values())]
     is_any_row_one = not (labelled or "id" in chosen)  # of a test set without ids
-    table = read_table(path, columns, blank_lines=not is_any_row_one)
+    table = table_files.read_table(path, columns, blank_lines=not is_any_row_one)
     frame = table.select(pl.col(column).alias(role) for role, column in chosen.items())
     if several and settings.classes:
         try:
@@ -214,22 +207,22 @@ def _read_columns(path: Path, settings: Settings, *, labelled: bool, also: Seque
             f"{path.name}: columns {', '.join(table.columns)} are {kinds_found}; expected text. "
             "Next: say which columns are meant in columns.toml beside the file."
         ) from err
-    frame = frame if is_any_row_one else number_rows(frame, "row")
+    frame = frame if is_any_row_one else table_files.number_rows(frame, "row")
     return frame.with_columns(pl.lit(chosen.get("label", "label")).alias("label_name"))
 
 
 def _join_flags(table: pl.DataFrame, names: Sequence[str], *, where: str) -> pl.Series:
     """``label``: of each row the names of the columns that hold 1."""
-    texts = table.select(pl.col(names).cast(pl.String).str.strip_chars().str.to_lowercase())
+    flags = pl.DataFrame({name: table_files.read_flags(table[name]) for name in names})
     for name in names:
-        odd = texts[name].filter(~texts[name].is_in([*HAS, *HAS_NOT]).fill_null(False))
+        odd = table[name].cast(pl.String).filter(flags[name].is_null())
         if odd.len():
             raise DataError(
                 f"{where}: column {name} holds {odd[0]!r}; expected 0 or 1, being one of columns.toml's classes. "
                 "Next: repair that cell, or correct columns.toml."
             )
-    flags = [pl.when(pl.col(name).is_in(HAS)).then(pl.lit(name)) for name in names]
-    return texts.select(pl.concat_list(flags).list.drop_nulls().alias("label"))["label"]
+    held = [pl.when(name).then(pl.lit(name)) for name in names]
+    return flags.select(pl.concat_list(held).list.drop_nulls().alias("label"))["label"]
 
 
 def _choose_columns(names: Sequence[str], settings: Settings, *, labelled: bool, where: str) -> dict[str, str]:
@@ -274,11 +267,14 @@ def _choose_columns(names: Sequence[str], settings: Settings, *, labelled: bool,
 
 
 def _usual_columns(names: Sequence[str], role: str) -> list[str]:
-    found = [name for name in names if name.strip().lower() in _USUAL[role]]
-    if role == "label" and not found:
-        found = [name for name in names if name.strip().lower().endswith(_LABEL_ENDS)]
-        found = found or [name for name in names if _UNIT.sub("", name.strip().lower()) in _NUMBER_NAMES]
-    return found
+    found = table_files.usual_columns(names, _USUAL[role])
+    if role != "label":
+        return found
+    found = found or [name for name in names if table_files.plain_heading(name).endswith(_LABEL_ENDS)]
+    if any(name.strip().lower() in _USUAL[role] or name.strip().lower().endswith(_LABEL_ENDS) for name in found):
+        return found
+    # a heading that is only like a label's, "Target (mRNA)", may be a remark beside a measured number
+    return found + [name for name in names if table_files.plain_heading(name) in _NUMBER_NAMES]
 
 
 def _read_folders(files: Mapping[str, Path]) -> pl.DataFrame:
@@ -289,7 +285,7 @@ def _read_folders(files: Mapping[str, Path]) -> pl.DataFrame:
         if ending(path) in FASTA:
             found = read_fasta(path, labelled=False).select("id", "sequence").rows()
         else:
-            with open_text(path) as lines:
+            with table_files.open_text(path) as lines:
                 found = [(stem, "".join(line.strip() for line in lines))]
         name = folder[0] if folder else stem
         told = {"label": name, "label_name": "label"}

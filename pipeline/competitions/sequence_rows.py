@@ -7,12 +7,12 @@ from typing import Any
 import polars as pl
 
 from pipeline.competitions.sequence_files import Settings
+from pipeline.competitions.table_files import NUCLEOTIDE
 from pipeline.errors import DataError
 from pipeline.labels import unknown_letter
-from pipeline.runlog import warn
+from pipeline.runlog import amount, warn
 from pipeline.schema import ALPHABET, AMINO_ACIDS
 
-_NUCLEOTIDE = "[ACGTUNacgtun]"
 _NUCLEIC_FROM, _PROTEIN_BELOW = 0.9, 0.6  # share of nucleotides' letters; proteins have about a quarter
 
 
@@ -21,7 +21,7 @@ def choose_letters(frames: Sequence[pl.DataFrame], settings: Settings) -> str:
     if settings.alphabet:
         return ALPHABET if settings.alphabet == "nucleotides" else AMINO_ACIDS
     text = pl.concat([frame["sequence"] for frame in frames])
-    total, nucleotides = (total_of(text.str.count_matches(sign)) for sign in ("[A-Za-z]", _NUCLEOTIDE))
+    total, nucleotides = (total_of(text.str.count_matches(sign)) for sign in ("[A-Za-z]", NUCLEOTIDE))
     share = nucleotides / max(total, 1)
     if _PROTEIN_BELOW < share < _NUCLEIC_FROM or not total:
         raise DataError(
@@ -53,7 +53,7 @@ def normalise(
         raise DataError(f"{spot(row)}: {what}; expected letters. Next: remove or repair the row.")
     gaps = total_of(frame["before"]) - total_of(frame["text"].str.len_chars())
     if wrong.height:
-        warn(f"{frame['where'][0]}: {wrong.height:,} sequences hold other signs than letters, or nothing")
+        warn(f"{frame['where'][0]}: {amount(wrong.height, 'sequence')} with other signs than letters, or nothing")
         letter = pl.col("text").str.replace_all("[^A-Z]", unknown_letter(letters))
         frame = frame.with_columns(
             pl.when(letter == "").then(pl.lit(unknown_letter(letters))).otherwise(letter).alias("text")
@@ -78,14 +78,16 @@ def warn_of_unknown(test: pl.DataFrame, alphabet: str) -> None:
     """Say where letters of a test set say nothing, as no training sequence had any such."""
     unknown = unknown_letter(alphabet)
     odd = test["sequence"].str.count_matches(unknown, literal=True)
-    if unknown not in alphabet and odd.sum():
+    rows = int((odd > 0).sum())
+    if unknown not in alphabet and rows:
         warn(
-            f"{test['where'][0]}: {odd.sum():,} letters in {(odd > 0).sum():,} sequences are none of {alphabet}; no "
-            "training sequence has such letters, so they say nothing"
+            f"{test['where'][0]}: {amount(total_of(odd), 'letter')} other than {alphabet} in "
+            f"{amount(rows, 'sequence')}; no training sequence has such letters, so they say nothing"
         )
 
 
 def spot(row: Mapping[str, Any]) -> str:
+    """Place of a row, for messages."""
     named = f" (id {row['id']})" if row.get("id") else ""
     return f"{row['where']}: row {row['row']}{named}"
 
@@ -105,11 +107,6 @@ def total_of(counts: pl.Series) -> int:
     return int(counts.cast(pl.Int64).sum())
 
 
-def tell_lengths(sequences: pl.Series) -> dict[str, float]:
-    lengths = sequences.str.len_bytes()
-    return {"shortest": lengths.min(), "median": lengths.median(), "longest": lengths.max()}  # type: ignore[dict-item]
-
-
 def one_row_an_id(frame: pl.DataFrame) -> pl.DataFrame:
     """Number the rows of a hidden test set that have no id; of rows that share one, keep the first."""
     if "id" not in frame.columns:
@@ -119,7 +116,7 @@ def one_row_an_id(frame: pl.DataFrame) -> pl.DataFrame:
     kept = named.unique("id", keep="first", maintain_order=True)
     changed = int((named["id"] != frame["id"].fill_null("")).sum()) + named.height - kept.height
     if changed:
-        warn(f"{frame['where'][0]}: {changed:,} rows have no id, and are numbered, or an id again, and are left out")
+        warn(f"{frame['where'][0]}: {amount(changed, 'row')} without an id, numbered, or with an id again, left out")
     return kept
 
 

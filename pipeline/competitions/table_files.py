@@ -19,13 +19,51 @@ from pipeline.errors import DataError
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 TEXT = tuple(_SEPARATORS)  #: endings of tables of text
 FASTA = (".fasta", ".fa", ".fna", ".faa")
-HAS, HAS_NOT = ("1", "1.0", "true"), ("0", "0.0", "false")  #: what a column of yes or no holds
-_NUCLEOTIDE = "[ACGTUNacgtun]"
+#: Endings of files that other programs read -> what they are, and how they become a table there.
+_FOREIGN = {
+    **dict.fromkeys((".h5", ".hdf5", ".hdf"), ("HDF5", "pandas.read_hdf({0!r}, '<key>')")),
+    **dict.fromkeys((".pkl", ".pickle"), ("a pickle", "pandas.read_pickle({0!r})")),
+    **dict.fromkeys((".npz", ".npy"), ("arrays of numpy", "pandas.DataFrame({{'sequence': …, 'label': …}})")),
+    **dict.fromkeys((".xlsx", ".xls"), ("a workbook", "pandas.read_excel({0!r})")),
+    **dict.fromkeys((".feather", ".arrow"), ("an Arrow file", "pandas.read_feather({0!r})")),
+}
+NUCLEOTIDE = "[ACGTUNacgtun]"
+_UNIT = re.compile(r"\s*[(\[][^()\[\]]*[)\]]$")  # "tm [°C]"
 
 
 def ending(path: Path) -> str:
     """Of a file's name, in small letters and without ``.gz``: ``.csv``."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def refuse_foreign(path: Path) -> None:
+    """Say how a file becomes a table that is none, by its name.
+
+    Raises:
+        DataError: another program's file.
+    """
+    if ending(path) in _FOREIGN:
+        what, call = _FOREIGN[ending(path)]
+        raise DataError(
+            f"{path}: {what}; expected a table of text or parquet. Next: write it as one in Python: "
+            f"{call.format(path.name)}.to_csv('{path.name.partition('.')[0]}.csv', index=False), sequences as letters "
+            "(flags become letters as pipeline/OWN_DATA.md shows)."
+        )
+
+
+def plain_heading(name: str) -> str:
+    """A column's name in small letters, without a unit or remark in brackets at its end.
+
+    >>> plain_heading("RNA Sequence (5'->3')")
+    'rna_sequence'
+    """
+    return re.sub(r"[\s-]+", "_", _UNIT.sub("", name.strip().lower()))
+
+
+def usual_columns(names: Sequence[str], usual: Sequence[str]) -> list[str]:
+    """Those called by a usual name, in whatever letters; where none is, those whose plain heading is one."""
+    called = [name for name in names if name.strip().lower() in usual]
+    return called or [name for name in names if plain_heading(name) in usual]
 
 
 def column_names(path: Path) -> list[str]:
@@ -96,18 +134,30 @@ def number_rows(frame: pl.DataFrame, name: str) -> pl.DataFrame:
     return numbered.join(empty, on=name, how="anti", maintain_order="left") if empty.height else numbered
 
 
+def read_flags(column: pl.Series) -> pl.Series:
+    """Of each cell whether it says yes (1, 1.0, true) or no (0, 0.0, false); null = neither.
+
+    >>> read_flags(pl.Series(["1.0", "False", " true", "2", None])).to_list()
+    [True, False, True, None, None]
+    """
+    text = column.cast(pl.String).str.strip_chars().str.to_lowercase()
+    said = dict.fromkeys(("1", "1.0", "true"), True) | dict.fromkeys(("0", "0.0", "false"), False)
+    return text.replace_strict(said, default=None, return_dtype=pl.Boolean)
+
+
 def _header(path: Path) -> tuple[list[str], str]:
     """Column names of a text table, and what stands between them."""
     if kind_of(path) == "zip":
         raise DataError(f"{path.name}: an archive, or a workbook; expected text. Next: unpack it, or save it as CSV.")
     with open_text(path) as lines:
-        first = next(iter(lines), "").rstrip("\r\n")
+        first, second = (next(lines, "").rstrip("\r\n") for _ in range(2))
     if first.lstrip()[:1] in ("<", "") or "\0" in first or first.lower().startswith("sep="):
         raise DataError(f"{path.name}: the first line is {first[:40]!r}; expected column names. Next: check the file.")
     usual = _SEPARATORS.get(ending(path), ",")
-    separator = max((usual, ",", "\t", ";", "|"), key=first.count)  # the first of equals
+    signs = sorted((usual, ",", "\t", ";", "|"), key=first.count, reverse=True)  # the first of equals stays it
+    separator = next((sign for sign in signs if 0 < first.count(sign) <= second.count(sign)), signs[0])
     names = next(csv.reader([first], delimiter=separator, skipinitialspace=True))
-    if any(re.fullmatch(f"{_NUCLEOTIDE}{{20,}}", name.strip()) for name in names):
+    if any(re.fullmatch(f"{NUCLEOTIDE}{{20,}}", name.strip()) for name in names):
         raise DataError(
             f"{path.name}: the first line holds a sequence; expected column names. Next: begin with a line such as "
             f"{separator.join(('id', 'sequence', 'label'))!r}, in the order of the columns."
@@ -128,7 +178,8 @@ def open_text(path: Path, *, errors: str = "strict") -> Iterator[IO[str]]:
             yield handle
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as err:
         raise DataError(
-            f"{path.name}: damaged, cut short or no UTF-8 text: {err}. Next: save it as UTF-8, or get it again."
+            f"{path.name}: damaged, cut short or no UTF-8 text: {err}. Next: save it as UTF-8 (Excel: "
+            "CSV UTF-8), or get it again."
         ) from err
 
 

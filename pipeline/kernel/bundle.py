@@ -28,7 +28,7 @@ from pipeline.kernel import script
 from pipeline.kernel.wheels import IMAGE, PYTHON, build_wheel, missing_wheels
 from pipeline.labels import Classes, read_labels
 from pipeline.paths import Paths
-from pipeline.runs import STAGES, is_stage, read_run_name
+from pipeline.runs import STAGES, is_stage, read_run_name, weighted_runs
 from pipeline.stage import Report, commit, read_result, sha256_file, versions, write_json
 from pipeline.structure import predict as denovo
 from pipeline.templates import predict as templates
@@ -39,6 +39,7 @@ Mode = Literal["train", "predict"]
 #: First word of the name of a run without a network -> its files that predict elsewhere.
 _CARRIED = {"denovo": denovo.CARRIED, "templates": templates.CARRIED, "words": bayes.CARRIED}
 _INITIAL = "initial"  # folder of the weights that a run begins with, among the artefacts of a training notebook
+_WEIGHTS = "bundled/weights.json"  # the ensemble's, among those of a prediction notebook
 _SLUG_LENGTH = 42  # Kaggle allows 50: a part's number and the data set's "-data" come to it
 _MARGIN_S = 600.0  # kept at the end of a long session for saving and writing; of a short one, a tenth
 
@@ -90,21 +91,18 @@ def build(order: Order) -> Report:
     shutil.rmtree(part, ignore_errors=True)
     try:
         dataset, code = part / "dataset", part / "code"
-        dataset.mkdir(parents=True)
-        settings = _train_settings(order, dataset) if order.mode == "train" else _predict_settings(order, dataset)
-        places = settings.pop("places", {})
-        wheels = [
-            build_wheel(dataset),
-            *missing_wheels(order.wheels or order.paths.root / "wheels", dataset, uses_bpp=settings["bpp"]),
-        ]
-        names = sorted(path.name for path in dataset.iterdir())
-        files = {name: _entry(dataset / name) | places.get(name, {}) for name in names}
+        parcel = _Parcel(dataset)
+        settings = (_train_settings if order.mode == "train" else _predict_settings)(order, parcel)
+        fetched = order.wheels or order.paths.root / "wheels"
+        wheels = [build_wheel(dataset), *missing_wheels(fetched, dataset, uses_bpp=settings["bpp"])]
+        files = parcel.entries()
         told: dict[str, Any] = {"bundle": slug, "mode": order.mode, "competition": order.competition.name}
         told |= {"slug": order.competition.slug, "task": order.competition.task, "raw_files": order.competition.files}
         told |= settings
         told |= {"files": files, "limit_s": order.limit_s, "margin_s": _MARGIN_S, "python": PYTHON, "image": IMAGE}
         write_json(dataset / "MANIFEST.json", told | {"commit": commit(), "versions": versions()})
-        write_json(dataset / "dataset-metadata.json", _dataset_metadata(order.owner, slug))
+        about = {"id": f"{order.owner}/{slug}-data", "title": f"{slug}-data".replace("-", " ")}
+        write_json(dataset / "dataset-metadata.json", about | {"licenses": [{"name": "other"}]})
         _write_code(order, slug, code, sources=[order.competition.slug] if told["raw_files"] else [])
         refuse_secrets(part)
         _replace(part, home)
@@ -192,8 +190,56 @@ def _check(order: Order) -> None:
 # --- what each mode brings ---
 
 
-def _train_settings(order: Order, dataset: Path) -> dict[str, Any]:
+class _Parcel:
+    """The data set, whose folder is flat, and where its files belong among the artefacts."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self.folder = folder
+        self._places: dict[str, list[str]] = {}
+
+    def add(self, source: Path | str, place: str, *, name: str = "") -> None:
+        """Pack a file or a text, under the name of its place unless one is given; one name may have more places."""
+        file = self.folder / (name or place.replace("/", "."))
+        if isinstance(source, str):
+            file.write_text(source)
+        else:
+            shutil.copyfile(source, file)
+        self._places.setdefault(file.name, []).append(place)
+
+    def add_weights(self, checkpoint: Path, folds: Sequence[str], *, name: str, finished: bool) -> dict[str, Any]:
+        """Copy a checkpoint's weights and settings as ``<name>.<file>``, for these folds' folders; returns its meta.
+
+        Raises:
+            DataError: it is absent or damaged.
+        """
+        aside = self.folder / "aside"
+        try:
+            export_weights(checkpoint, aside, finished=finished)
+            meta = read_meta(checkpoint)
+        except (DamagedError, OSError) as err:
+            raise DataError(
+                f"{checkpoint}: cannot be packed: {err}. Next: correct the path, or make train again."
+            ) from err
+        for path in aside.iterdir():
+            homes = [f"{fold}/checkpoints/step-{meta['step']:08d}/{path.name}" for fold in folds]
+            self._places[path.rename(self.folder / f"{name}.{path.name}").name] = homes
+        aside.rmdir()
+        return meta
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """Name -> sha256, size and, of what is placed, places."""
+        found = {}
+        for path in sorted(self.folder.iterdir()):
+            found[path.name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+            found[path.name] |= {"places": self._places[path.name]} if path.name in self._places else {}
+        return found
+
+
+def _train_settings(order: Order, parcel: _Parcel) -> dict[str, Any]:
     config = load_config(order.model, order.overrides)
+    if config.data.features:
+        raise _reads_features(f"data.features = {config.data.features!r}")
     if config.data.pseudo:
         raise ConfigError(
             f"kernel: data.pseudo = {config.data.pseudo!r}: predictions of these runs do not travel, and the notebook "
@@ -201,16 +247,17 @@ def _train_settings(order: Order, dataset: Path) -> dict[str, Any]:
             "pseudo-labels in a training notebook. Next: make train here, or leave data.pseudo out."
         )
     toml = find_config(order.model)
-    shutil.copyfile(toml, dataset / toml.name)
+    shutil.copyfile(toml, parcel.folder / toml.name)
     words = ["--model", toml.name, "--split", order.split]
     words += ["--tag", order.tag] if order.tag else []
     words += [word for change in order.overrides for word in ("--set", change)]
     words += ["--fold", str(order.folds[0])] if len(order.folds) == 1 else ["--all-folds"]
-    packed: dict[str, Any] = _pack_clean(order, dataset) if order.competition.is_own else {}
+    if order.competition.is_own:
+        _pack_clean(order, parcel)
     if config.model.init:
-        packed["places"] = packed.get("places", {}) | _pack_initial(Path(config.model.init), order.folds, dataset)
+        _pack_initial(Path(config.model.init), order.folds, parcel)
         words += ["--set", f'model.init="artifacts/{order.competition.name}/{_INITIAL}"']  # as the script sees it
-    return packed | {
+    return ({"raw_files": []} if order.competition.is_own else {}) | {
         "config": toml.name,
         "run": order.run,
         "split": order.split,
@@ -220,72 +267,57 @@ def _train_settings(order: Order, dataset: Path) -> dict[str, Any]:
     }
 
 
-def _pack_initial(given: Path, folds: Sequence[int], dataset: Path) -> dict[str, Any]:
+def _pack_initial(given: Path, folds: Sequence[int], parcel: _Parcel) -> None:
     """The weights that a run begins with, as a run's folder; what several folds begin with is packed once."""
-    places: dict[str, list[str]] = {}
-    sources = [initial_checkpoint(given, fold=fold) for fold in folds]
-    for number, source in enumerate(dict.fromkeys(sources)):
-        taken = [fold for fold, each in zip(folds, sources, strict=True) if each == source]
-        names = _export(source, dataset, name=f"initial{number}", finished=True)
-        step = f"step-{read_meta(source)['step']:08d}"
-        for name in names:
-            file = name.removeprefix(f"initial{number}.")
-            places[name] = [f"{_INITIAL}/fold{fold}/checkpoints/{step}/{file}" for fold in taken]
-    return {name: {"places": where} for name, where in places.items()}
+    sources = {fold: initial_checkpoint(given, fold=fold) for fold in folds}
+    for number, source in enumerate(dict.fromkeys(sources.values())):
+        homes = [f"{_INITIAL}/fold{fold}" for fold, each in sources.items() if each == source]
+        parcel.add_weights(source, homes, name=f"initial{number}", finished=True)
 
 
-def _predict_settings(order: Order, dataset: Path) -> dict[str, Any]:
-    """Pack an ensemble's weights, and of its runs the checkpoints or what a stage without a network learned."""
+def _predict_settings(order: Order, parcel: _Parcel) -> dict[str, Any]:
+    """Pack an ensemble's weights and, of runs that have some, checkpoints or what a stage without a network learned."""
     source = order.paths.ensemble_dir(order.ensemble) / "weights.json"
     told = read_result(source, hint=f"make ensemble COMP={order.competition.name} NAME={order.ensemble}")
-    places: dict[str, list[str]] = {}
-    stages = [run for run in told["runs"] if is_stage(run)]
-    networks = [run for run in told["runs"] if not is_stage(run)]
+    runs = weighted_runs(told)
+    stages = [run for run in runs if is_stage(run)]
+    networks = [run for run in runs if not is_stage(run)]
     for run in stages:
-        _pack_stage(order.paths, run, dataset, places)
+        _pack_stage(order.paths, run, parcel)
     uses_bpp = [
-        _pack_checkpoint(order.paths, run, fold, dataset, places, name=f"run{number}.fold{fold}")
+        _pack_checkpoint(order.paths, run, fold, parcel, name=f"run{number}.fold{fold}")
         for number, run in enumerate(networks)
         for fold in told["folds"]
     ]
-    shutil.copyfile(source, dataset / "weights.json")
-    places["weights.json"] = ["bundled/weights.json"]
-    more = _pack_reading(order, told["split"], dataset, places) if order.competition.is_own else {}
-    return more | {
-        "places": {name: {"places": where} for name, where in places.items()},
-        "weights": "bundled/weights.json",
+    parcel.add(source, _WEIGHTS, name=source.name)
+    return (_pack_reading(order, told["split"], parcel) if order.competition.is_own else {}) | {
+        "weights": _WEIGHTS,
         "folds": told["folds"],
         "words_of_runs": [_words_of(run) for run in networks],
         "stages": [
-            {
-                "verb": STAGES[run.partition(".")[0]],
-                "words": ["--split", told["split"]],
-                "source": f"learned/{run}",
-            }
+            {"verb": STAGES[run.partition(".")[0]], "words": ["--split", told["split"]], "source": f"learned/{run}"}
             for run in stages
         ],
         "bpp": any(uses_bpp) or order.competition.task == "structure",
     }
 
 
-def _pack_clean(order: Order, dataset: Path) -> dict[str, Any]:
+def _pack_clean(order: Order, parcel: _Parcel) -> None:
     """Pack the clean tables of a set of one's own: only here is it known how its raw files are to be read."""
     paths = order.paths
     if order.competition.has_labels:
         read_labels(paths)
     read_result(_data_manifest(paths), hint=f"make data COMP={paths.comp}")
-    files = [path for name in order.competition.tables if (path := paths.clean(name)).is_file()]
-    files.append(_data_manifest(paths))
-    for path in files:
-        shutil.copyfile(path, dataset / f"clean.{path.name}")
-    return {"places": {f"clean.{path.name}": {"places": [f"clean/{path.name}"]} for path in files}, "raw_files": []}
+    tables = [path for name in order.competition.tables if (path := paths.clean(name)).is_file()]
+    for path in (*tables, _data_manifest(paths)):
+        parcel.add(path, f"clean/{path.name}")
 
 
 def _data_manifest(paths: Paths) -> Path:
     return paths.clean("train").with_name("data.manifest.json")
 
 
-def _pack_reading(order: Order, split: str, dataset: Path, places: dict[str, list[str]]) -> dict[str, Any]:
+def _pack_reading(order: Order, split: str, parcel: _Parcel) -> dict[str, Any]:
     """Pack what is predicted, and how a hidden test set is to be read and decided; which raw files are looked for."""
     paths, manifest = order.paths, _data_manifest(order.paths)
     labels = read_labels(paths) if order.competition.has_labels else None
@@ -296,59 +328,46 @@ def _pack_reading(order: Order, split: str, dataset: Path, places: dict[str, lis
             "predict. Next: put test.csv or the like beside the training file, then make data."
         )
     told = made["facts"].get("columns", {})  # a hidden test set has no labels to tidy
-    settings = {name: value for name, value in told.items() if name not in ("merge", "min_count")}
+    settings = {name: value for name, value in told.items() if name not in ("merge", "min_count", "groups")}
     if labels:
         settings |= {"alphabet": "nucleotides" if labels.is_nucleic else "amino acids"}
     lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in settings.items()]
-    (dataset / "columns.toml").write_text("".join(lines))
-    places["columns.toml"] = ["raw/columns.toml"]
+    parcel.add("".join(lines), "raw/columns.toml", name="columns.toml")
     kind = labels.kind if labels else "profiles"
-    files = [(paths.clean(kind), f"clean/{kind}.parquet")]
+    parcel.add(paths.clean(kind), f"clean/{kind}.parquet")
     sample = ["sample_submission"] if "sample" in made["inputs"] else []
     if sample and isinstance(labels, Classes) and not labels.exclusive:  # thresholds are learned from these
-        home = paths.ensemble_dir(order.ensemble)
-        files += [(paths.clean("train"), "clean/train.parquet"), (paths.fold_table(split), f"folds/{split}.parquet")]
-        files += [(home / name, f"ensembles/kernel/{name}") for name in ("oof.parquet", "weights.json")]
-    for source, place in files:
-        flat = place.replace("/", ".")
-        shutil.copyfile(source, dataset / flat)
-        places[flat] = [place]
+        parcel.add(paths.clean("train"), "clean/train.parquet")
+        parcel.add(paths.fold_table(split), f"folds/{split}.parquet")
+        for name in ("oof.parquet", "weights.json"):
+            parcel.add(paths.ensemble_dir(order.ensemble) / name, f"ensembles/kernel/{name}")
     return {"raw_files": ["test", *sample]}
 
 
-def _pack_stage(paths: Paths, run: str, dataset: Path, places: dict[str, list[str]]) -> None:
+def _pack_stage(paths: Paths, run: str, parcel: _Parcel) -> None:
     """What a stage without a network learned; a file that several of them have is packed once."""
     kind = run.partition(".")[0]
     for name in _CARRIED[kind]:
         path = paths.run_dir(run) / name
         if not path.is_file():
             raise DataError(f"{path}: absent, so {run} cannot be packed. Next: make {STAGES[kind]}.")
-        flat = f"{sha256_file(path)[:12]}.{name}"
-        shutil.copyfile(path, dataset / flat)
-        places.setdefault(flat, []).append(f"learned/{run}/{name}")
+        parcel.add(path, f"learned/{run}/{name}", name=f"{sha256_file(path)[:12]}.{name}")
 
 
-def _pack_checkpoint(
-    paths: Paths, run: str, fold: int, dataset: Path, places: dict[str, list[str]], *, name: str
-) -> bool:
+def _pack_checkpoint(paths: Paths, run: str, fold: int, parcel: _Parcel, *, name: str) -> bool:
     """The weights that predict; whether they read pairing probabilities."""
     checkpoint, finished = _best(paths, run, fold)
-    for packed in _export(checkpoint, dataset, name=name, finished=finished):
-        file = packed.removeprefix(f"{name}.")
-        places[packed] = [f"runs/{run}/fold{fold}/checkpoints/{checkpoint.name}/{file}"]
-    return "bpp" in read_meta(checkpoint)["data"]
+    data = parcel.add_weights(checkpoint, [f"runs/{run}/fold{fold}"], name=name, finished=finished)["data"]
+    if "features" in data:
+        raise _reads_features(f"{run} fold{fold} reads features")
+    return "bpp" in data
 
 
-def _export(checkpoint: Path, dataset: Path, *, name: str, finished: bool) -> list[str]:
-    """Copy a checkpoint's weights and settings as ``<name>.<file>``; these names."""
-    aside = dataset / "aside"
-    try:
-        export_weights(checkpoint, aside, finished=finished)
-    except (DamagedError, OSError) as err:
-        raise DataError(f"{checkpoint}: cannot be packed: {err}. Next: correct the path, or make train again.") from err
-    names = [path.rename(dataset / f"{name}.{path.name}").name for path in sorted(aside.iterdir())]
-    aside.rmdir()
-    return names
+def _reads_features(what: str) -> ConfigError:
+    return ConfigError(
+        f"kernel: {what}: embeddings do not travel, and of hidden test sequences there are none; expected networks "
+        "that read letters and pairing alone. Next: make train, predict and submit here, or leave these networks out."
+    )
 
 
 def _best(paths: Paths, run: str, fold: int) -> tuple[Path, bool]:
@@ -398,18 +417,6 @@ def _write_code(order: Order, slug: str, code: Path, *, sources: Sequence[str]) 
             "keywords": [],
         },
     )
-
-
-def _dataset_metadata(owner: str, slug: str) -> Mapping[str, Any]:
-    return {
-        "id": f"{owner}/{slug}-data",
-        "title": f"{slug}-data".replace("-", " "),
-        "licenses": [{"name": "other"}],
-    }
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
 
 
 def _replace(part: Path, home: Path) -> None:

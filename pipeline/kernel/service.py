@@ -51,11 +51,7 @@ def push(paths: Paths, *, slug: str, every: float = 10.0) -> Report:
     what = f"push of {code['id']}"
     limit = str(int(told["limit_s"]))
     answer = kaggle_cli.call("kernels", "push", "-p", str(home / "code"), "-t", limit, timeout=_READ_S)
-    refused = re.search(r"Kernel push error: *(.*)", answer.text)
-    if refused:
-        raise NetworkError(
-            f"{what}: Kaggle refused it: {refused[1][:300].rstrip('.')}. Next: cure that, then make kernel-push."
-        )
+    _require_taken(answer, r"Kernel push error: *(.*)", what=what)
     unknown = re.search(r"not valid (\w+) sources and could\s*not be added to the kernel: *(.*)", answer.text)
     if unknown:
         (home / _SENT).unlink(missing_ok=True)  # the next push sends the data set again
@@ -128,9 +124,8 @@ def pull(paths: Paths, *, slug: str) -> Report:
     incoming = nest.joinpath(*_NEST)
     incoming.mkdir(parents=True)
     try:
-        wanted = (
-            rf"(^|/)({_RESULT}|submission\.csv)$|^artifacts/[^/]+/runs/"  # tables stay: the next notebook reads them
-        )
+        # tables stay: the next notebook reads them
+        wanted = rf"(^|/)({_RESULT}|submission\.csv)$|^artifacts/[^/]+/runs/"
         request = ["kernels", "output", name, "-p", str(incoming), "--page-size", "200", "--file-pattern", wanted]
         answer = kaggle_cli.call(*request, timeout=_SEND_S)
         came = _arrived(nest, incoming)
@@ -163,6 +158,13 @@ def describe(facts: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _require_taken(answer: kaggle_cli.Answer, refusal: str, *, what: str) -> None:
+    if refused := re.search(refusal, answer.text):
+        raise NetworkError(
+            f"{what}: Kaggle refused it: {refused[1][:300].rstrip('.')}. Next: cure that, then make kernel-push."
+        )
+
+
 def _pushed_version(home: Path) -> int | None:
     """Version of the notebook that was pushed last from here; None if it was pushed elsewhere."""
     path = home / "pushed.json"
@@ -184,11 +186,7 @@ def _send_dataset(home: Path, name: str, told: Mapping[str, Any], *, every: floa
     verb = ["create"] if state in ("absent", "deleted") else ["version", "-m", told["commit"] or digest[:10]]
     request = ["datasets", *verb, "-p", str(home / "dataset"), "-r", "skip"]
     answer = kaggle_cli.call(*request, timeout=_SEND_S)
-    refused = re.search(r"creation error: *(.*)", answer.text)
-    if refused:
-        raise NetworkError(
-            f"{what}: Kaggle refused it: {refused[1][:300].rstrip('.')}. Next: cure that, then make kernel-push."
-        )
+    _require_taken(answer, r"creation error: *(.*)", what=what)
     lost = [file for file in [*told["files"], "MANIFEST.json"] if f"Upload successful: {file} (" not in answer.text]
     if answer.code != 0 or (not lost and "is being created" not in answer.text):
         raise kaggle_cli.explain(answer, what=what, slug=told["slug"])
@@ -257,17 +255,14 @@ def _arrived(nest: Path, incoming: Path) -> list[Path]:
     """What came; a file that was put outside its folder, or that is no plain file, is refused."""
     came = []
     for path in sorted(nest.rglob("*")):
-        if path.is_symlink() or not (path.is_file() or path.is_dir()) or _is_astray(path, incoming):
+        astray = not path.is_relative_to(incoming) and not incoming.is_relative_to(path)
+        if astray or path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise DataError(
                 f"{path}: left the folder that it was fetched into, or is no plain file; all of it is removed. "
                 "Next: look at the notebook's output on Kaggle before fetching it again."
             )
         came += [path] if path.is_file() else []
     return came
-
-
-def _is_astray(path: Path, incoming: Path) -> bool:
-    return not path.is_relative_to(incoming) and not incoming.is_relative_to(path)
 
 
 def _declared(incoming: Path, name: str, log: Path) -> dict[str, Any]:

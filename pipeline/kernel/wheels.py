@@ -1,6 +1,5 @@
 """Wheels for a notebook without internet: our own, built from this checkout, and those that Kaggle's image lacks."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -46,7 +45,7 @@ def build_wheel(target: Path) -> str:
     Raises:
         ConfigError: pip or setuptools is missing, or this is no checkout.
     """
-    lacking = [name for name in ("pip", "setuptools") if importlib.util.find_spec(name) is None]
+    lacking = [name for name in ("pip", "setuptools") if not any(metadata.distributions(name=name))]
     if lacking or not IS_CHECKOUT:
         why = f"{', '.join(lacking)} is not installed" if lacking else f"{REPOSITORY} is no checkout of the project"
         raise ConfigError(

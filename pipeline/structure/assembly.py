@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.structure.geometry import RISE, STEP, Frame, Scaffold, Stem, double_helix, find_stems, helix_strand
 from pipeline.structure.rigid import relax
-from pipeline.structure.rings import Stack, close_rings, crossing_stacks, ring_gaps
+from pipeline.structure.rings import close_rings, crossing_stacks, ring_gaps
 
 _DRAWS = 24  # random placements tried for a helix that is not stacked on another
 _PAIR_WIDTH = 18.0  # Å that a helix which is not placed yet may bridge
@@ -88,11 +88,9 @@ def trace_from_pairs(
     >>> bool(np.allclose(np.linalg.norm(trace_L3[:4] - trace_L3[:7:-1], axis=1), 10.58, atol=0.05))
     True
     """
-    stems = find_stems(length, pairs)
-    stacks = crossing_stacks(crossing, stems)
-    assembly = _Assembly(length, stems, stacks, rng, arranger)
+    assembly = _Assembly(length, pairs, rng, arranger, crossing)
     assembly.place_stems()
-    close_rings(assembly, stacks)
+    close_rings(assembly, assembly.stacks)
     assembly.fill_gaps()
     return relax(assembly.xyz_L3, assembly.bodies())
 
@@ -104,21 +102,26 @@ def gaps_of_rings(
 
     The arguments are those of `trace_from_pairs`, and so are the places of the helices.
     """
-    stems = find_stems(length, pairs)
-    stacks = crossing_stacks(crossing, stems)
-    assembly = _Assembly(length, stems, stacks, rng, arranger)
+    assembly = _Assembly(length, pairs, rng, arranger, crossing)
     assembly.place_stems()
-    return ring_gaps(assembly, stacks)
+    return ring_gaps(assembly, assembly.stacks)
 
 
 class _Assembly(Scaffold):
-    """Helices placed one after the other, from the 5' end and from the outside in."""
+    """Helices placed one after the other, from the 5' end and from the outside in (see `trace_from_pairs`)."""
 
     def __init__(
-        self, length: int, stems: list[Stem], stacks: list[Stack], rng: np.random.Generator, arranger: Arranger | None
+        self,
+        length: int,
+        pairs: list[tuple[int, int]],
+        rng: np.random.Generator,
+        arranger: Arranger | None,
+        crossing: Sequence[Stem],
     ) -> None:
         super().__init__(length)
-        self._stacks, self._rng, self._arranger = stacks, rng, arranger
+        stems = find_stems(length, pairs)
+        self.stacks = crossing_stacks(crossing, stems)
+        self._rng, self._arranger = rng, arranger
         self._at = {stem.i: stem for stem in stems}
 
     def place_stems(self) -> None:
@@ -137,15 +140,15 @@ class _Assembly(Scaffold):
 
     def _crossed(self, closing: Stem) -> bool:
         """Whether another loop's strand stacks on the inner end of a helix."""
-        return any(stack.stem == closing and stack.inside for stack in self._stacks)
+        return any(stack.stem == closing and stack.inside for stack in self.stacks)
 
     def _place_crossed(self, closing: Stem, branches: list[Stem]) -> None:
         """The helix between loops goes on; others are put where there is room."""
-        for stack in self._stacks:
+        for stack in self.stacks:
             if stack.stem == closing and stack.crossing not in self.frames:
                 self.put(stack.crossing, stack.seen_from_stem().within(self.frames[closing]))
         for stem in branches:
-            placed = [each for each in self._stacks if each.stem == stem and each.crossing in self.frames]
+            placed = [each for each in self.stacks if each.stem == stem and each.crossing in self.frames]
             if placed:
                 self.put(stem, placed[0].frame.within(self.frames[placed[0].crossing]))
             else:
@@ -238,15 +241,18 @@ class _Assembly(Scaffold):
             inner = self.frames[other].along(other.pairs - 1)
             strand = 0 if link.left == closing else 1
             self.put(stem, inner.along(1 + link.gap), body=body, beside=other)
-            for step in range(1, link.gap + 1):
-                residue = other.inner[0] + step if strand == 0 else other.inner[1] - step
-                self.xyz_L3[residue] = inner.place(double_helix(1, first=step)[strand, 0])
+            self._go_on(inner, strand, other.inner[strand], link.gap)
             return
-        frame = self.frames[other]
+        frame, strand = self.frames[other], int(other == link.left)
         self.put(stem, frame.along(-(1 + link.gap)).flipped(), body=body, beside=other)
-        for step in range(1, link.gap + 1):
-            residue, strand = (other.j + step, 1) if other == link.left else (other.i - step, 0)
-            self.xyz_L3[residue] = frame.place(double_helix(1, first=-step)[strand, 0])
+        self._go_on(frame, strand, (other.i, other.j)[strand], link.gap, outwards=True)
+
+    def _go_on(self, frame: Frame, strand: int, residue: int, count: int, *, outwards: bool = False) -> None:
+        """Stack unpaired residues on one strand of a helix's pair, which `frame` is of and `residue` belongs to."""
+        side = -1 if outwards else 1  # steps of the helix go inwards
+        onwards = side if strand == 0 else -side  # and those of the second strand against the chain
+        for step in range(1, count + 1):
+            self.xyz_L3[residue + onwards * step] = frame.place(double_helix(1, first=side * step)[strand, 0])
 
     def _ties(self, stem: Stem, closing: Stem | None, branches: list[Stem]) -> list[tuple[int, int, float]]:
         """What holds a helix: (own residue, placed residue, longest distance in Å), at most one on each side."""
@@ -298,10 +304,8 @@ class _Assembly(Scaffold):
         if size == len(_TETRALOOP):
             self.xyz_L3[left + 1 : right] = inner.place(_TETRALOOP)
             return
-        for step in range(1, 1 + (size > 2) + (size > 6)):
-            self.xyz_L3[left + step] = inner.place(double_helix(1, first=step)[0, 0])
-        for step in range(1, 1 + (size > 2) + (size > 5) + (size > 7)):
-            self.xyz_L3[right - step] = inner.place(double_helix(1, first=step)[1, 0])
+        self._go_on(inner, 0, left, (size > 2) + (size > 6))
+        self._go_on(inner, 1, right, (size > 2) + (size > 5) + (size > 7))
 
     def fill_gaps(self) -> None:
         """Give the other unpaired residues places between the helices, and stacked on the ends of the chain."""
@@ -309,12 +313,8 @@ class _Assembly(Scaffold):
             self.xyz_L3[:] = helix_strand(len(self.xyz_L3))
             return
         first, last = min(self.frames, key=lambda stem: stem.i), max(self.frames, key=lambda stem: stem.j)
-        for stem, strand, residues in (
-            (first, 0, range(first.i - 1, -1, -1)),
-            (last, 1, range(last.j + 1, len(self.xyz_L3))),
-        ):
-            for step, residue in enumerate(residues, start=1):
-                self.xyz_L3[residue] = self.frames[stem].place(double_helix(1, first=-step)[strand, 0])
+        self._go_on(self.frames[first], 0, first.i, first.i, outwards=True)
+        self._go_on(self.frames[last], 1, last.j, len(self.xyz_L3) - 1 - last.j, outwards=True)
         placed = np.flatnonzero(np.isfinite(self.xyz_L3[:, 0]))
         for left, right in itertools.pairwise(placed.tolist()):
             if right - left > 1:

@@ -12,6 +12,20 @@ _TOLERANCES = (0.5, 1.0, 2.0, 4.0)  # Å
 _COPY = 0.8  # likeness: 1 Å in chains of up to 60 nt, 1.7 Å at 100 nt
 
 
+def pair_probabilities(logits_LLK: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First and second residues, ``i < j``, row by row of the upper triangle, and [P, K] float32 of their distance.
+
+    Args:
+        logits_LLK: [L, L, K] over the bins; the mean of both orders of a pair counts.
+    """
+    i_P, j_P = np.triu_indices(len(logits_LLK), 1)
+    probability_PK = ((logits_LLK[i_P, j_P] + logits_LLK[j_P, i_P]) / 2).astype(np.float32)
+    probability_PK -= probability_PK.max(axis=1, keepdims=True)
+    np.exp(probability_PK, out=probability_PK)
+    probability_PK /= probability_PK.sum(axis=1, keepdims=True)
+    return i_P, j_P, probability_PK
+
+
 def expected_lddt(logits_LLK: np.ndarray, xyz_NL3: np.ndarray) -> np.ndarray:
     """LDDT that a distribution of distances expects of each trace, whoever made it.
 
@@ -28,11 +42,9 @@ def expected_lddt(logits_LLK: np.ndarray, xyz_NL3: np.ndarray) -> np.ndarray:
     from models.heads import distance_bins  # imports torch, which structures without a network do not need
 
     length, bins = logits_LLK.shape[0], logits_LLK.shape[2]
-    i_P, j_P = np.triu_indices(length, 1)
-    logits_PK = ((logits_LLK[i_P, j_P] + logits_LLK[j_P, i_P]) / 2).astype(np.float32)
-    probability_PK = np.exp(logits_PK - logits_PK.max(axis=1, keepdims=True, initial=-np.inf))
+    i_P, j_P, probability_PK = pair_probabilities(logits_LLK)
     below_PK = np.zeros((len(i_P), bins + 1), dtype=np.float32)
-    np.cumsum(probability_PK / probability_PK.sum(axis=1, keepdims=True), axis=1, out=below_PK[:, 1:])
+    np.cumsum(probability_PK, axis=1, out=below_PK[:, 1:])
     edges = distance_bins(bins).edges
     width = edges[1] - edges[0]
 

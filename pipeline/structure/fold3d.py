@@ -15,8 +15,9 @@ import numpy as np
 
 from pipeline.compiled import njit, prange
 from pipeline.structure.assembly import trace_from_pairs
+from pipeline.structure.choice import pair_probabilities
 from pipeline.structure.denovo import Assembly, assemble, choose_assemblies
-from pipeline.structure.geometry import SHORTEST_STEP, double_helix, find_stems, handedness, rotation_onto
+from pipeline.structure.geometry import SHORTEST_STEP, double_helix, find_stems, handedness, rmsd
 from pipeline.structure.motifs import MotifLibrary
 from pipeline.structure.rigid import fit_helices, relax
 from pipeline.structure.secondary import nested_pairs, probable_pairs, stacking_pairs, without_lone_pairs
@@ -84,13 +85,16 @@ def candidates_from_distogram(
     if distances is None:
         found = assemble_drawn(sequence, likely, count=count, library=None, rng=rng)
         chosen, expected_M = choose_assemblies(found, count=count)
-        return _in_order(np.stack([found[m].xyz_L3 for m in chosen]), expected_M[chosen])
-    structures = draw_structures(length, *likely, count=count, rng=rng)
-    pool = _assemblies(distances, structures, rng)
-    assembled = _choose(pool, min(_ASSEMBLED if length >= _SHORT else count, count - 1))
-    refined = _choose(_refined(distances, structures, pool, rng), count - len(assembled))
-    xyz_ML3 = np.stack([trace.xyz_L3 for trace in assembled + refined])
-    return _in_order(xyz_ML3, np.array([distances.agreement(xyz_L3) for xyz_L3 in xyz_ML3]))
+        xyz_ML3, confidence_M = np.stack([found[m].xyz_L3 for m in chosen]), expected_M[chosen]
+    else:
+        structures = draw_structures(length, *likely, count=count, rng=rng)
+        pool = _assemblies(distances, structures, rng)
+        assembled = _choose(pool, min(_ASSEMBLED if length >= _SHORT else count, count - 1))
+        refined = _choose(_refined(distances, structures, pool, rng), count - len(assembled))
+        xyz_ML3 = np.stack([trace.xyz_L3 for trace in assembled + refined])
+        confidence_M = np.array([distances.agreement(xyz_L3) for xyz_L3 in xyz_ML3])
+    order = np.argsort(-confidence_M, kind="stable")
+    return xyz_ML3[order], confidence_M[order]
 
 
 def assemble_drawn(
@@ -126,11 +130,6 @@ def _check(logits_LLK: np.ndarray | None, bpp_LL: np.ndarray | None, length: int
             raise ValueError(f"candidates_from_distogram: {name} is {array.shape}; expected L = {length}")
         if not np.isfinite(array).all():
             raise ValueError(f"candidates_from_distogram: {name} holds a value that is not finite")
-
-
-def _in_order(xyz_ML3: np.ndarray, confidence_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    order = np.argsort(-confidence_M, kind="stable")
-    return xyz_ML3[order], confidence_M[order]
 
 
 def draw_structures(
@@ -182,6 +181,8 @@ class _Distances:
     """What a network says of the distances of all pairs ``i < j``, row by row of the upper triangle."""
 
     length: int
+    i_P: np.ndarray
+    j_P: np.ndarray
     probability_PK: np.ndarray  # float32
     energy_PK: np.ndarray  # float32: minus its logarithm
     centres_K: np.ndarray  # Å, evenly spaced
@@ -190,14 +191,10 @@ class _Distances:
     def of(logits_LLK: np.ndarray) -> "_Distances":
         from models.heads import distance_bins  # imports torch, which folding from pairing alone does not need
 
-        length, bins = logits_LLK.shape[0], logits_LLK.shape[2]
-        i_P, j_P = np.triu_indices(length, 1)
-        logits_PK = ((logits_LLK[i_P, j_P] + logits_LLK[j_P, i_P]) / 2).astype(np.float32)
-        logits_PK -= logits_PK.max(axis=1, keepdims=True)
-        np.exp(logits_PK, out=logits_PK)
-        logits_PK /= logits_PK.sum(axis=1, keepdims=True)
-        energy_PK = -np.log(np.maximum(logits_PK, _RAREST))
-        return _Distances(length, logits_PK, energy_PK, np.array(distance_bins(bins).centres))
+        i_P, j_P, probability_PK = pair_probabilities(logits_LLK)
+        energy_PK = -np.log(np.maximum(probability_PK, _RAREST))
+        centres_K = np.array(distance_bins(logits_LLK.shape[2]).centres)
+        return _Distances(len(logits_LLK), i_P, j_P, probability_PK, energy_PK, centres_K)
 
     @property
     def bin_width(self) -> float:
@@ -217,9 +214,8 @@ class _Distances:
 
     def scaled(self) -> np.ndarray:
         """[L, 3] Å: classical multidimensional scaling of the expected distances; which mirror image is chance."""
-        i_P, j_P = np.triu_indices(self.length, 1)
         square_LL = np.zeros((self.length, self.length))
-        square_LL[i_P, j_P] = (self.probability_PK @ np.maximum(self.centres_K, 4.0)) ** 2
+        square_LL[self.i_P, self.j_P] = (self.probability_PK @ np.maximum(self.centres_K, 4.0)) ** 2
         square_LL += square_LL.T
         square_LL -= square_LL.mean(axis=0)
         square_LL -= square_LL.mean(axis=1, keepdims=True)
@@ -228,17 +224,15 @@ class _Distances:
 
     def nll(self, xyz_L3: np.ndarray) -> float:
         """Mean negative log-likelihood of a trace's distances."""
-        i_P, j_P = np.triu_indices(self.length, 1)
-        distance_P = np.linalg.norm(xyz_L3[i_P] - xyz_L3[j_P], axis=1)
+        distance_P = np.linalg.norm(xyz_L3[self.i_P] - xyz_L3[self.j_P], axis=1)
         bin_P = np.rint((distance_P - self.centres_K[0]) / self.bin_width).astype(np.int64)
         bin_P = np.clip(bin_P, 0, len(self.centres_K) - 1)
         return float(self.energy_PK[np.arange(len(bin_P)), bin_P].mean())
 
     def agreement(self, xyz_L3: np.ndarray) -> float:
         """Expected share of pairs, of those nearer than 30 Å and no neighbours, within about 4 Å of the truth."""
-        i_P, j_P = np.triu_indices(self.length, 1)
-        distance_P = np.linalg.norm(xyz_L3[i_P] - xyz_L3[j_P], axis=1)
-        counted = np.flatnonzero((distance_P < 30.0) & (j_P - i_P > 2))
+        distance_P = np.linalg.norm(xyz_L3[self.i_P] - xyz_L3[self.j_P], axis=1)
+        counted = np.flatnonzero((distance_P < 30.0) & (self.j_P - self.i_P > 2))
         if not counted.size:
             return 0.0
         bin_P = np.rint((distance_P[counted] - self.centres_K[0]) / self.bin_width).astype(np.int64)
@@ -414,12 +408,6 @@ def _choose(pool: list[_Trace], count: int) -> list[_Trace]:
     chosen: list[_Trace] = []
     spare: list[_Trace] = []
     for trace in sorted(pool, key=lambda trace: trace.nll):
-        new = all(_rmsd(trace.xyz_L3, other.xyz_L3) > _DIFFERENT for other in chosen)
+        new = all(rmsd(trace.xyz_L3, other.xyz_L3) > _DIFFERENT for other in chosen)
         (chosen if new and len(chosen) < count else spare).append(trace)
     return chosen + spare[: count - len(chosen)]
-
-
-def _rmsd(mobile_L3: np.ndarray, fixed_L3: np.ndarray) -> float:
-    mobile_L3, fixed_L3 = mobile_L3 - mobile_L3.mean(axis=0), fixed_L3 - fixed_L3.mean(axis=0)
-    moved_L3 = mobile_L3 @ rotation_onto(mobile_L3, fixed_L3)
-    return float(np.sqrt(np.mean(np.sum((moved_L3 - fixed_L3) ** 2, axis=1))))

@@ -210,6 +210,12 @@ class Frame:
         return Frame((2.0 * np.outer(dyad, dyad) - np.eye(3)) @ self.axes, self.place(np.array([0.0, 0.0, PAIR_SHIFT])))
 
 
+def rmsd(mobile_P3: np.ndarray, fixed_P3: np.ndarray) -> float:
+    """Root mean square distance of paired points after superposition, Å."""
+    moved_P3 = Frame.fitted(mobile_P3, fixed_P3).place(mobile_P3)
+    return float(np.sqrt(np.mean(np.sum((moved_P3 - fixed_P3) ** 2, axis=1))))
+
+
 class Scaffold:
     """Helices that stand in place, and the residues that are placed with them.
 

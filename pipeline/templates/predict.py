@@ -5,7 +5,7 @@ Letters: N matches of all targets, F features, L length (nt), 3 xyz. Lengths in 
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from pipeline.runlog import Bar
 from pipeline.schema import CANDIDATES
 from pipeline.stage import Report, read_result, run_stage, take_until, tell_left_out
 from pipeline.structure.candidate_tables import CandidateRows, Scorer, read_folds, read_pairs, read_targets
-from pipeline.structure.geometry import rotation_onto
+from pipeline.structure.geometry import rmsd
 from pipeline.tables import open_parquet
 from pipeline.templates.collection import collect, library_path, make_library
 from pipeline.templates.gate import allowed_mask
@@ -110,8 +110,10 @@ def run(paths: Paths, *, competition: Competition, split: str, score: Scorer, ms
         facts = {"library": about} | known.write_oof(parts, score=score)
         test = _read_targets(paths, "test", alignments)
         facts["test"] = _write_test(test, library, known.final, folds, parts)
-        learned = {"ranker": known.final.ranker.as_dict(), "calibration": known.final.calibration.as_dict()}
-        parts["ranker"].write_text(json.dumps(learned | {"folds": folds}, indent=1, sort_keys=True) + "\n")
+        learned = json.dumps(
+            asdict(known.final) | {"folds": folds}, indent=1, sort_keys=True, default=np.ndarray.tolist
+        )
+        parts["ranker"].write_text(learned + "\n")
         return facts
 
     return run_stage(
@@ -344,16 +346,11 @@ def _choose(
         copied_L3 = transfer(match.partner_L, library.xyz_T3[library.part(match.template)])
         xyz_L3 = refine(complete(copied_L3, target.novo), np.isfinite(copied_L3[:, 0]), target.nested)
         candidate = _Candidate(template=match.template, expected=expected, xyz_L3=xyz_L3)
-        new = all(_rmsd(xyz_L3, other.xyz_L3) > _DIFFERENT for other in chosen)
+        new = all(rmsd(xyz_L3, other.xyz_L3) > _DIFFERENT for other in chosen)
         (chosen if new else spare).append(candidate)
         if len(chosen) == count:
             break
     return sorted(chosen + spare[: count - len(chosen)], key=lambda each: -each.expected)
-
-
-def _rmsd(mobile_L3: np.ndarray, fixed_L3: np.ndarray) -> float:
-    """Of two centred traces after superposition, Å."""
-    return float(np.sqrt(np.mean(np.sum((mobile_L3 @ rotation_onto(mobile_L3, fixed_L3) - fixed_L3) ** 2, axis=1))))
 
 
 def _write_test(

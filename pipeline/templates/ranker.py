@@ -45,10 +45,6 @@ class Ranker:
         """[N] scores to rank by: about the TM-score, too high for the best ones."""
         return _quadratic(features_NF, self.mean_F, self.scale_F) @ self.weight_Q
 
-    def as_dict(self) -> dict[str, list[float]]:
-        """JSON-able; ``Ranker(**arrays)`` of it is the same ranker."""
-        return {name: getattr(self, name).tolist() for name in ("mean_F", "scale_F", "weight_Q")}
-
 
 def _quadratic(features_NF: np.ndarray, mean_F: np.ndarray, scale_F: np.ndarray) -> np.ndarray:
     standard_NF = np.clip((features_NF - mean_F) / scale_F, -_CLIP, _CLIP)
@@ -85,24 +81,20 @@ class Calibration:
         """[N] expected TM-scores in [0, 1]."""
         return np.interp(score_N, self.score_K, self.tm_K)
 
-    def as_dict(self) -> dict[str, list[float]]:
-        """JSON-able; ``Calibration(**arrays)`` of it is the same map."""
-        return {name: getattr(self, name).tolist() for name in ("score_K", "tm_K")}
 
-
-def reliability(expected_N: np.ndarray, tm_N: np.ndarray, *, bins: int = 5) -> dict[str, Any]:
+def reliability(expected_N: np.ndarray, tm_N: np.ndarray) -> dict[str, Any]:
     """How honest expected TM-scores are.
 
     Args:
         expected_N: [N] predicted out of fold.
         tm_N: [N] found.
-        bins: of equal counts.
 
     Returns:
         JSON-able: ``correlation``, ``mean_error`` (expected minus found), ``mean_absolute_error``,
-        ``calibration_error`` (mean over the bins of their absolute error) and ``bins`` as (matches, expected, found).
+        ``calibration_error`` (mean over the bins of their absolute error) and ``bins``, five of equal counts, as
+        (matches, expected, found).
     """
-    parts = np.array_split(np.argsort(expected_N, kind="stable"), min(bins, len(tm_N)))
+    parts = np.array_split(np.argsort(expected_N, kind="stable"), min(5, len(tm_N)))
     rows = [(len(part), float(expected_N[part].mean()), float(tm_N[part].mean())) for part in parts]
     spread = expected_N.std() * tm_N.std()
     covariance = float(np.mean((expected_N - expected_N.mean()) * (tm_N - tm_N.mean())))

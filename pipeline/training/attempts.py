@@ -118,9 +118,10 @@ def _newest(folder: Path) -> list[int]:
 
 def _read(home: Path) -> dict[str, Any]:
     try:
-        return json.loads((home / "count.json").read_text())
+        count = json.loads((home / "count.json").read_text())
     except (OSError, ValueError):  # not there, or damaged: nothing was counted
         return {}
+    return count if isinstance(count, dict) else {}
 
 
 def _begin(home: Path, count: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ one's meta.json knows which step was best. Nothing but tensors and plain Python 
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -36,6 +37,9 @@ from pipeline.stage import DISK_FULL, fsync, write_json
 _FORMAT = 1
 _STEP_NAME = re.compile(r"step-\d{8,}")
 _KEEP = 2
+#: What the system says of files that are no more; what it refuses otherwise (rights, too many open files, a share that
+#: is gone for a moment) may be whole.
+_LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)
 _WEIGHTS, _TRAINING, _STATE = "model.safetensors", "training.safetensors", "state.pt"
 
 
@@ -71,9 +75,9 @@ class CheckpointStore:
 
     def newest_meta(self) -> dict[str, Any] | None:
         """Meta data of the newest checkpoint whose files are all there, or None; nothing is loaded or moved."""
-        for path in self.steps().values():
+        for step, path in self.steps().items():
             with contextlib.suppress(DamagedError):
-                return read_meta(path)
+                return _of_step(read_meta(path), step)
         return None
 
     def save(
@@ -127,10 +131,12 @@ class CheckpointStore:
         """The newest undamaged checkpoint; damaged ones are moved to ``bad/``. None if there never was one.
 
         Raises:
+            OSError: one cannot be read now, by this user; it is left where it is.
             StorageError: there were checkpoints and none can be read; the run does not silently start again.
         """
-        for path in self.steps().values():
+        for step, path in self.steps().items():
             try:
+                _of_step(read_meta(path), step)
                 return load_checkpoint(path)
             except DamagedError as err:
                 self._quarantine(path, str(err))
@@ -232,13 +238,16 @@ def read_meta(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedError: it is not.
+        OSError: it cannot be read now.
     """
     try:
         meta = json.loads((path / "meta.json").read_text())
         seal = meta.pop("sha256")
         files = meta["files"].items()
         sizes = {name: (path / name).stat().st_size for name, _ in files}
-    except (OSError, ValueError, KeyError, AttributeError) as err:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as err:
+        if isinstance(err, OSError) and err.errno not in _LOST:
+            raise
         raise DamagedError(f"meta.json or a file of it cannot be read ({type(err).__name__}: {err})") from err
     if seal != _sealed(meta)["sha256"]:
         raise DamagedError("meta.json does not have its sha256")
@@ -250,6 +259,13 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
+def _of_step(meta: dict[str, Any], step: int) -> dict[str, Any]:
+    """Meta data, if it is of the step that its folder's name says: by that name the newest is chosen."""
+    if meta["step"] != step:
+        raise DamagedError(f"the folder was renamed: it holds step {meta['step']}")
+    return meta
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint folder; every byte is compared with its recorded sha256 first.
 
@@ -257,7 +273,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
         DamagedError: it is not what was written, or holds anything but tensors and plain values.
     """
     meta = read_meta(path)
-    data = {name: (path / name).read_bytes() for name in meta["files"]}
+    try:
+        data = {name: (path / name).read_bytes() for name in meta["files"]}
+    except OSError as err:
+        if err.errno not in _LOST:
+            raise
+        raise DamagedError(str(err)) from err
     for name, record in meta["files"].items():
         if hashlib.sha256(data[name]).hexdigest() != record["sha256"]:
             raise DamagedError(f"{name} does not have its sha256")
@@ -315,10 +336,13 @@ def _sealed(meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def fsync_folder(path: Path) -> None:
-    """Ask the system to put a folder's entries on the disk."""
+    """Ask the system to put a folder's entries on the disk; some shared folders have no such request."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as err:
+        if err.errno != errno.EINVAL:
+            raise
     finally:
         os.close(handle)
 

@@ -30,6 +30,7 @@ from torch import distributed, nn
 
 from pipeline import runlog
 from pipeline.errors import ConfigError, PipelineError, StoppedError, StorageError
+from pipeline.memory import bound_cpus, usable_cpus
 from pipeline.training.checkpoint import Checkpoint, CheckpointStore, DamagedError, load_checkpoint
 from pipeline.training.failures import OutOfMemoryEverywhere, is_device_lost, is_out_of_memory
 from pipeline.training.stop import SIGNALS
@@ -228,7 +229,7 @@ class World:
         try:
             yield
         except RuntimeError as err:
-            if is_out_of_memory(err):
+            if is_out_of_memory(err) or isinstance(err, torch.AcceleratorError):  # of this process's own device
                 raise
             raise self.lost() from err
 
@@ -356,7 +357,9 @@ def launch(arguments: Sequence[str], *, processes: int, module: str = "pipeline"
     from torch.distributed.run import parse_args, run
 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or each loss of a connection comes with traces of C++
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    cpus, threads = usable_cpus(), os.environ.get("OMP_NUM_THREADS")
+    if threads is None or (threads == str(cpus) and cpus < bound_cpus()):  # as `rna` has set it where there is a quota
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cpus // processes))
     hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     listens = ",".join(number.name for number in SIGNALS if number is not signal.SIGHUP or hangs_up)
     options = ["--standalone", "--nproc-per-node", str(processes), "--signals-to-handle", listens]

@@ -58,14 +58,16 @@ def load_initial(model: RnaModel, config: ModelConfig, meta: dict[str, Any]) -> 
         raise ConfigError(
             f"model.init = {config.init!r}: {' '.join(str(err).split())[:300]}; expected a run's folder with this fold "
             "in it, or a checkpoint's (…/checkpoints/step-…), of a network with the same [model], heads aside. Next: "
-            "correct the path."
+            "correct the path, or take the MODEL whose weights they are (of reactivity-v2 small_ribonanza_mamba)."
         ) from err
     seen = has_seen(source)
     for each in seen:
         if each["competition"] == meta["competition"] and each != trained_on(meta):
+            is_namesake = (each["split"], each["fold"]) == (meta["split"], meta["fold"])
+            held, has = ("of other data held out", "may have") if is_namesake else ("held out", "has")
             warn(
-                f"model.init = {config.init!r} was trained with fold {each['fold']} of {each['split']!r} held out, so "
-                f"it has seen sequences of fold {meta['fold']}: scores of this run are not out of fold"
+                f"model.init = {config.init!r} was trained with fold {each['fold']} of {each['split']!r} {held}, so it "
+                f"{has} seen sequences of fold {meta['fold']}: scores of this run are not out of fold"
             )
     facts = found.facts()
     told = "; ".join(f"{fate} {', '.join(facts[fate]) or 'nothing'}" for fate in ("loaded", "fresh", "ignored"))

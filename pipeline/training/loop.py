@@ -171,7 +171,15 @@ class Trainer:
         """Evaluate, remember the best, decide whether to go on, save."""
         progress = self.progress
         train_seconds = time.monotonic() - self._epoch_started
-        values = self.evaluate()
+        try:
+            values = self.evaluate()
+        except DivergedError:  # perhaps of sequences longer than the pieces that train
+            rung = self.state.precision.name
+            if rung == "fp32" or not self.world.is_alone:  # several processes have agreed to end
+                raise
+            self.recovery.roll_back(f"step {progress.step}: the validation in {rung} predicts what is not finite")
+            self._saved_at = None
+            return
         metric = values.pop("metric")
         is_best = progress.enter(metric, values.pop("choice", metric))
         self.telemetry.epoch(

@@ -90,47 +90,6 @@ def _times(weight_BC: Tensor, target_weights: TargetWeights) -> Tensor:
     return weight_BC * torch.tensor(target_weights).to(weight_BC, non_blocking=True)  # new_tensor waits for a GPU
 
 
-@dataclass(frozen=True)
-class DistanceCrossEntropy:
-    """Cross-entropy of binned C1'–C1' distances: mean over a structure's resolved pairs, then over structures.
-
-    Source:
-        AlphaFold 2's distogram (Jumper et al. 2021, supplement 1.9.8), here on C1' and without the diagonal.
-    """
-
-    max_pairs: int = _TRAIN_PAIRS  # of one structure; 0 = all
-
-    def weight(self, batch: RnaBatch) -> float:
-        assert batch.target_BLC is not None
-        return float((_resolved(batch).sum(dim=1) >= 2).sum())
-
-    def total(self, outputs: RnaOutputs, batch: RnaBatch) -> Tensor:
-        assert batch.target_BLC is not None
-        assert outputs.distance_logits_BLLK is not None
-        logits_BLLK = outputs.distance_logits_BLLK
-        total = logits_BLLK.new_zeros((), dtype=torch.float32)
-        for logits_LLK, xyz_L3, resolved_L in zip(logits_BLLK, batch.target_BLC, _resolved(batch), strict=True):
-            known = resolved_L.nonzero().squeeze(1)
-            i_P, j_P = self._pairs(known)
-            if len(i_P):
-                distance_P = (xyz_L3[i_P] - xyz_L3[j_P]).norm(dim=-1)
-                edges = torch.tensor(distance_bins(logits_LLK.shape[-1]).edges).to(distance_P, non_blocking=True)
-                bin_P = torch.bucketize(distance_P, edges, right=True)
-                total = total + cross_entropy(logits_LLK[i_P, j_P].float(), bin_P)
-        return total
-
-    def _pairs(self, known: Tensor) -> tuple[Tensor, Tensor]:
-        """Every pair of resolved nucleotides once, or a sample with replacement if they are more than `max_pairs`."""
-        count = len(known)
-        if self.max_pairs and count * (count - 1) // 2 > self.max_pairs:
-            # drawn on the CPU, whose generator every checkpoint carries
-            first = torch.randint(count, (self.max_pairs,))
-            second = (first + torch.randint(1, count, (self.max_pairs,))) % count
-            return known[first.to(known.device)], known[second.to(known.device)]
-        i_P, j_P = torch.triu_indices(count, count, offset=1, device=known.device)
-        return known[i_P], known[j_P]
-
-
 def _resolved(batch: RnaBatch) -> Tensor:
     """[B, L] bool: nucleotides of a structure whose position is known."""
     assert batch.target_BLC is not None
@@ -150,13 +109,18 @@ class StructureTerms(NamedTuple):
 class StructureLoss:
     """Distances and, if the network predicts them, coordinates and their confidence, in float32.
 
-    The mean over structures of which two nucleotides or more are resolved, long ones and short ones alike.
+    The mean over structures of which two nucleotides or more are resolved, long ones and short ones alike; distances
+    are first averaged over a structure's resolved pairs.
 
     Args:
         frame_weight: of the error seen from local frames, where distances weigh 1.
         tm_weight: of what the TM-score lacks.
         confidence_weight: of the cross-entropy of the lDDT.
         max_pairs: whose distances count, of one structure; more are sampled; 0 = all.
+
+    Source:
+        Of distances: AlphaFold 2's distogram (Jumper et al. 2021, supplement 1.9.8), here on C1' and without the
+        diagonal.
     """
 
     frame_weight: float
@@ -165,7 +129,7 @@ class StructureLoss:
     max_pairs: int = _TRAIN_PAIRS
 
     def weight(self, batch: RnaBatch) -> float:
-        return DistanceCrossEntropy(self.max_pairs).weight(batch)
+        return float((_resolved(batch).sum(dim=1) >= 2).sum())
 
     def total(self, outputs: RnaOutputs, batch: RnaBatch) -> Tensor:
         return self.weighted(self.terms(outputs, batch))
@@ -177,13 +141,40 @@ class StructureLoss:
 
     def terms(self, outputs: RnaOutputs, batch: RnaBatch) -> StructureTerms:
         """All parts of the loss of a batch."""
-        assert outputs.distance_logits_BLLK is not None
         with torch.autocast(batch.inputs.mask_BL.device.type, enabled=False):
-            distance = DistanceCrossEntropy(self.max_pairs).total(outputs, batch)
+            distance = _distance_term(outputs, batch, max_pairs=self.max_pairs)
             coordinates_3 = distance.new_zeros(3)
             for terms in _coordinate_terms(outputs, batch):
                 coordinates_3 = coordinates_3 + torch.stack(terms)
         return StructureTerms(distance, *coordinates_3)
+
+
+def _distance_term(outputs: RnaOutputs, batch: RnaBatch, *, max_pairs: int) -> Tensor:
+    """Cross-entropy of binned distances, each structure's the mean over its pairs."""
+    assert batch.target_BLC is not None
+    assert outputs.distance_logits_BLLK is not None
+    logits_BLLK = outputs.distance_logits_BLLK
+    total = logits_BLLK.new_zeros((), dtype=torch.float32)
+    for logits_LLK, xyz_L3, resolved_L in zip(logits_BLLK, batch.target_BLC, _resolved(batch), strict=True):
+        i_P, j_P = _pairs(resolved_L.nonzero().squeeze(1), most=max_pairs)
+        if len(i_P):
+            distance_P = (xyz_L3[i_P] - xyz_L3[j_P]).norm(dim=-1)
+            edges = torch.tensor(distance_bins(logits_LLK.shape[-1]).edges).to(distance_P, non_blocking=True)
+            bin_P = torch.bucketize(distance_P, edges, right=True)
+            total = total + cross_entropy(logits_LLK[i_P, j_P].float(), bin_P)
+    return total
+
+
+def _pairs(known: Tensor, *, most: int) -> tuple[Tensor, Tensor]:
+    """Every pair of resolved nucleotides once, or a sample with replacement if they are more than `most`; 0 = all."""
+    count = len(known)
+    if most and count * (count - 1) // 2 > most:
+        # drawn on the CPU, whose generator every checkpoint carries
+        first = torch.randint(count, (most,))
+        second = (first + torch.randint(1, count, (most,))) % count
+        return known[first.to(known.device)], known[second.to(known.device)]
+    i_P, j_P = torch.triu_indices(count, count, offset=1, device=known.device)
+    return known[i_P], known[j_P]
 
 
 def _coordinate_terms(outputs: RnaOutputs, batch: RnaBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

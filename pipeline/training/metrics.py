@@ -153,7 +153,7 @@ class ClassMeter:
 def _not_finite(batch: RnaBatch) -> DivergedError:
     return DivergedError(
         f"validation: a prediction for {', '.join(batch.ids[:4])}{' …' if len(batch.ids) > 4 else ''} is not finite. "
-        "Next: train again with train.precision = 'fp32' or a lower train.lr."
+        "Next: train again with a lower train.lr, or with train.precision = 'fp32' where it was another."
     )
 
 

@@ -120,6 +120,7 @@ def with_pseudo_labels(
         DataError: there is no test set, or the predictions are of another one.
     """
     options: dict[str, Any] = {"bpp": measured.bpp is not None, "labels": measured.labels, "crop": data.crop}
+    options["features"] = data.features
     test = open_examples(competition, paths=paths, table="test", **options)
     members = hashlib.sha256(np.ascontiguousarray(train, dtype=np.int64).tobytes()).hexdigest()
     params = {"version": _VERSION, "runs": teachers.facts["runs"], "train": [measured.key, members]}

@@ -134,6 +134,7 @@ class Recovery:
         progress = state.progress
         progress.precision = lower.name  # type: ignore[assignment]
         progress.left_out, progress.micro_batch = before.left_out, before.micro_batch
+        progress.finished = False  # that of a finished run, which was given more epochs since, says it was
         progress.guard = GuardCounts(**{**asdict(counts), "rollbacks": counts.rollbacks + 1, "skips_in_a_row": 0})
         self.log.write("rollback", **row, to_step=progress.step, precision=lower.name)
         lost = runlog.amount(len(progress.left_out), "batch")

@@ -1,5 +1,6 @@
 """Whether a run may go on as it is now: the same settings and data, or changes that were asked for and do no harm."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -97,7 +98,9 @@ def warn_of_other_folds(folder: Path, wanted: Mapping[str, Any], *, label: str, 
     """
     alike = _HARMLESS.keys() - {"config.model.init", *([] if auto_epochs else ["config.train.epochs"])}
     for other in sorted(folder.parent.glob("fold*")):
-        begun = None if other == folder else CheckpointStore(other / "checkpoints").newest_meta()
+        begun = None
+        with contextlib.suppress(OSError):  # one that this user may not read keeps nobody from training another
+            begun = None if other == folder else CheckpointStore(other / "checkpoints").newest_meta()
         changes = [change for change in _changes(wanted, begun, wanted) if change.key not in alike] if begun else []
         if changes:
             warn(

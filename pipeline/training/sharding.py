@@ -10,15 +10,16 @@ out of memory in the middle of one can only leave and be missed. Nothing here is
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.layers.undecayed import leave_undecayed
+
+if TYPE_CHECKING:  # it brings sympy with it, 0.7 s of processor time: loaded where a network is in parts
+    from torch.distributed.tensor import DTensor
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
@@ -30,6 +31,8 @@ def shard(model: nn.Module, device: torch.device) -> None:
         model: the same in every process, with what repeats in ``blocks``.
         device: where it is.
     """
+    from torch.distributed.fsdp import fully_shard
+
     undecayed = {name for name, parameter in model.named_parameters() if hasattr(parameter, "_no_weight_decay")}
     # a block that hands its pair features on unchanged gives a view of them, which no other changes in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -42,14 +45,14 @@ def shard(model: nn.Module, device: torch.device) -> None:
     leave_undecayed(parameter for name, parameter in model.named_parameters() if name in undecayed)
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: object) -> TypeGuard["DTensor"]:
     """Whether this process holds only a part of it."""
-    return isinstance(tensor, DTensor)
+    return hasattr(tensor, "placements")
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """This process's parts of tensors, sharing their memory; a tensor that is not sharded is all of itself."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]
 
 
 def whole(tree: Any, *, keep: bool) -> Any:
@@ -61,7 +64,7 @@ def whole(tree: Any, *, keep: bool) -> Any:
     """
     if isinstance(tree, Mapping):
         return {key: whole(value, keep=keep) for key, value in tree.items()}
-    if isinstance(tree, DTensor):
+    if is_sharded(tree):
         tensor = tree.full_tensor()
         return tensor.cpu() if keep else None
     return tree
@@ -73,8 +76,10 @@ def parts(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str
 
 
 def _part(tensor: Tensor, like: Tensor | None) -> Tensor:
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     # without a source each process cuts its part out of its own copy
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
@@ -84,6 +89,6 @@ def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
     names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
     finite = [bool(torch.isfinite(part).all()) for part in local(tensors[name] for name in names)]
     bad = torch.tensor([not one for one in finite], dtype=torch.int32)
-    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+    if any(map(is_sharded, tensors.values())):
         distributed.all_reduce(bad)
     return [name for name, count in zip(names, bad.tolist(), strict=True) if count]

@@ -93,7 +93,8 @@ def _backward(part: Tensor) -> bool:
 def _one_nucleotide(model: RnaModel, device: torch.device) -> RnaInputs:
     tokens_BL = torch.zeros(1, 1, dtype=torch.int64, device=device)
     bpp_BLL = torch.zeros(1, 1, 1, device=device) if model.uses_bpp else None
-    return RnaInputs(tokens_BL, torch.ones_like(tokens_BL, dtype=torch.bool), bpp_BLL)
+    features_BLF = torch.zeros(1, 1, model.num_features, device=device)
+    return RnaInputs(tokens_BL, torch.ones_like(tokens_BL, dtype=torch.bool), bpp_BLL, features_BLF)
 
 
 def _nothing_of(outputs: RnaOutputs) -> Tensor:

@@ -12,13 +12,14 @@ from pathlib import Path
 from types import FrameType
 from typing import ClassVar, TextIO
 
-from pipeline.errors import BusyError, StoppedError
+from pipeline.errors import BusyError, StoppedError, StorageError
 
 #: Name of the lock that a job holds in its folder: that of a fold, or of a run where it trains all folds.
 JOB = ".job"
 #: Signals that ask for a stop; the last three are how batch systems (Slurm, LSF, Grid Engine) tell of a limit to come.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems, such as Lustre mounted without flock
 _LOCK_TRIES, _LOCK_NAP_S = 25, 0.02  # a look at a lock (`lock_holder`) holds it for microseconds
 
 
@@ -123,6 +124,7 @@ def run_lock(folder: Path, *, name: str = ".lock") -> Iterator[Callable[[], bool
 
     Raises:
         BusyError: another process holds it; the message names its pid.
+        StorageError: the file system has no locks.
     """
     while True:
         try:
@@ -133,7 +135,7 @@ def run_lock(folder: Path, *, name: str = ".lock") -> Iterator[Callable[[], bool
             yield folder.is_dir
             return
         with opened as handle:
-            if not _lock(handle.fileno()):
+            if not _lock(handle.fileno(), folder):
                 raise already_at_work(folder, lock_holder(folder, name=name))
             if not _is_still(handle, folder / name):
                 continue
@@ -174,6 +176,9 @@ def lock_holder(folder: Path, *, name: str = ".lock") -> int | None:
             except BlockingIOError:
                 told = handle.read().strip()
                 return int(told) if told.isdigit() and _has_open(int(told), path) else 0
+            except OSError as err:
+                if err.errno not in _NO_LOCKS:  # where nobody can hold one, nobody does
+                    raise
     except (FileNotFoundError, NotADirectoryError):
         pass
     return None
@@ -209,11 +214,18 @@ def already_at_work(folder: Path, pid: int | None) -> BusyError:
     )
 
 
-def _lock(descriptor: int) -> bool:
+def _lock(descriptor: int, folder: Path) -> bool:
     for _ in range(_LOCK_TRIES):  # counted, not timed: a busy machine may sleep through any time between two of them
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
             time.sleep(_LOCK_NAP_S)
+        except OSError as err:
+            if err.errno not in _NO_LOCKS:
+                raise
+            raise StorageError(
+                f"{folder}: its file system gives no locks ({err.strerror}), without which two processes could work in "
+                "one folder. Next: ARTIFACTS=<folder on another disk>, or have it mounted with flock."
+            ) from err
     return False

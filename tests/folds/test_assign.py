@@ -8,8 +8,8 @@ import polars as pl
 import pytest
 
 from folds import assign
-from folds.assign import length_label, parse_split
 from folds.edit_distance import pack, pair_distances
+from folds.split import length_label, parse_split
 from pipeline import commands, runlog
 from pipeline.cli import show
 from pipeline.errors import ConfigError, DataError
@@ -239,6 +239,14 @@ def test_folds_are_described_in_a_table(rng, paths):
         runlog.console.print(*assign.describe(report.facts))
     assert "short 49-64 nt" in printed.get()
     assert "lock absent: no ribonanza-sim80_k2-" in printed.get()
+
+
+def test_of_a_set_of_your_own_it_is_said_that_it_needs_no_lock(rng, tmp_path):
+    """Read like something left to do: lock absent: no labelled-mine-…; make folds RELOCK=1 writes it."""
+    paths = Paths(comp="profiles-mine", root=tmp_path)
+    save(library(rng), paths)
+    report, _ = assigned(paths, "sim80_k2")
+    assert report.facts["lock"].endswith(", and a set of your own needs none; make folds RELOCK=1 writes it")
 
 
 def test_the_command_that_writes_the_lock_is_that_of_this_split(rng, paths, capsys):

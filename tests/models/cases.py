@@ -18,6 +18,8 @@ TORCH_ITSELF = "ignore:.torch.jit.script_method. is deprecated:DeprecationWarnin
 
 Kwargs = dict[str, int | float | str | bool]
 
+NUM_FEATURES = 6  #: of every position of `batch`
+
 #: arguments that make each registered network small
 SMALL: dict[str, Kwargs] = {
     "drsn": {"width": 16, "depth": 3, "kernel": 3, "dilations": 2},
@@ -29,11 +31,13 @@ SMALL: dict[str, Kwargs] = {
 COMMON: dict[str, Kwargs] = {
     "values": {},
     "bpp": {"use_bpp": True},
+    "features": {"num_features": NUM_FEATURES},
     "gru": {"gru_head": True},
     "distances": {"num_channels": 0, "num_distance_bins": 5},
     "classes": {"num_channels": 0, "num_classes": 3},
     "all-heads": {
         "use_bpp": True,
+        "num_features": NUM_FEATURES,
         "num_distance_bins": 5,
         "num_classes": 3,
         "pool": "attention",
@@ -107,7 +111,7 @@ def build(case: str, *, seed: int = 0, device: str = "cpu", **kwargs: int | floa
 
 
 def batch(lengths: list[int], *, pad: int = 0, seed: int = 1, device: str = "cpu") -> RnaInputs:
-    """Random sequences with base-pair probabilities; nonsense stands under the padding, finite and not."""
+    """Random sequences with base-pair probabilities and features; nonsense stands under the padding, finite and not."""
     rng = torch.Generator().manual_seed(seed)
     longest = max(lengths) + pad
     mask_BL = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
@@ -120,17 +124,21 @@ def batch(lengths: list[int], *, pad: int = 0, seed: int = 1, device: str = "cpu
     finite_BLL = torch.rand(bpp_BLL.shape, generator=rng) < 0.6
     junk_BLL = torch.where(finite_BLL, 9 * torch.randn(bpp_BLL.shape, generator=rng), junk_BLL)
     bpp_BLL = torch.where(real_BLL, bpp_BLL, junk_BLL)
-    return RnaInputs(tokens_BL.to(device), mask_BL.to(device), bpp_BLL.to(device))
+    features_BLF = 3 * torch.randn((*mask_BL.shape, NUM_FEATURES), generator=rng)
+    features_BLF = torch.where(mask_BL.unsqueeze(2), features_BLF, junk_BLL[..., :1])
+    return RnaInputs(*(x.to(device) for x in (tokens_BL, mask_BL, bpp_BLL, features_BLF)))
 
 
 def alone(inputs: RnaInputs, row: int) -> RnaInputs:
     """One sequence of a batch without any padding."""
     length = int(inputs.mask_BL[row].sum())
     assert inputs.bpp_BLL is not None
+    assert inputs.features_BLF is not None
     return RnaInputs(
         inputs.tokens_BL[row : row + 1, :length],
         inputs.mask_BL[row : row + 1, :length],
         inputs.bpp_BLL[row : row + 1, :length, :length],
+        inputs.features_BLF[row : row + 1, :length],
     )
 
 

@@ -105,6 +105,48 @@ def test_a_cache_that_is_named_needs_no_home(tmp_path, monkeypatch):
     assert extension._built("selective_scan").parent == tmp_path
 
 
+@pytest.mark.parametrize(
+    ("system", "refused", "tried"),
+    [("linux", True, [["-fopenmp"], []]), ("linux", False, [["-fopenmp"]]), ("darwin", True, [[]])],
+)
+def test_without_openmp_an_operator_is_compiled_for_one_thread_and_that_is_said(
+    tmp_path, monkeypatch, system, refused, tried
+):
+    """Apple's compiler refused -fopenmp, "unsupported option", and every Mac took plain PyTorch."""
+    asked = []
+
+    def build(source: Path, folder: str, flags: list[str], openmp: list[str]) -> Path:
+        asked.append(openmp)
+        if openmp and refused:
+            raise RuntimeError("Error building extension\nclang++: error: unsupported option '-fopenmp'")
+        made = Path(folder, f"{source.stem}.so")
+        made.write_bytes(b"code")
+        return made
+
+    monkeypatch.setenv("RNA_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(extension, "_load", build)
+    monkeypatch.setattr(torch.ops, "load_library", lambda _: None)
+    built, why = extension.load.__wrapped__("selective_scan")
+    assert (built, asked) == (True, tried)
+    assert ("on one thread (no OpenMP)" in why) == refused
+    monkeypatch.setattr(extension, "_load", lambda *_: pytest.fail("compiled though it is there"))
+    assert extension.load.__wrapped__("selective_scan") == (built, why)
+
+
+def test_what_a_compiler_says_is_repeated_and_not_its_command(monkeypatch):
+    """It said: could not be compiled (RuntimeError: Error building extension 'long_conv': [1/2] clang++ -MMD -MF)."""
+
+    def refuse(_: str) -> Path:
+        raise RuntimeError("Error building extension: [1/2] c++ -MMD\na.cpp:1:2: error: no such function\nmore")
+
+    monkeypatch.setattr(extension, "_built", refuse)
+    assert extension.load.__wrapped__("long_conv") == (
+        False,
+        "could not be compiled (RuntimeError: error: no such function)",
+    )
+
+
 def _write(source: Path, stem: Path, flags: list[str]) -> Path:
     """What a compiler does, for tests of what is kept."""
     made = stem.with_name(f"{stem.name}-{hashlib.sha256(b'code').hexdigest()[:16]}.so")

@@ -283,6 +283,25 @@ def test_base_pair_probabilities_change_the_prediction(device: str, case: str):
 
 
 @pytest.mark.parametrize("name", SMALL)
+def test_features_that_are_missing_or_of_another_width_are_refused_in_a_sentence(name: str):
+    model, inputs = build(f"{name}/features"), batch([5, 4])
+    for given, got in ((None, "none"), (torch.ones(2, 5, 7), r"\[2, 5, 7\]")):
+        with pytest.raises(ValueError, match=rf"got features {got}; expected \[2, 5, 6\]"):
+            model(inputs._replace(features_BLF=given))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_features_change_the_prediction_and_are_read_in_half_precision_too(name: str):
+    model, inputs = build(f"{name}/features").eval(), batch([20])
+    assert inputs.features_BLF is not None
+    expected = outputs(model, inputs)["values_BLC"]
+    half = outputs(model, inputs._replace(features_BLF=inputs.features_BLF.half()))["values_BLC"]
+    torch.testing.assert_close(half, expected, rtol=0, atol=1e-2 * expected.abs().max().item())
+    other = outputs(model, inputs._replace(features_BLF=inputs.features_BLF.flip(2)))["values_BLC"]
+    assert (other - expected).abs().max() > 1e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_a_mask_that_is_not_bool_is_refused(name: str):
     inputs = batch([5, 4])
     with pytest.raises(ValueError, match="bool mask"):

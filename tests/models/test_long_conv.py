@@ -1,5 +1,7 @@
 """The Fourier convolution against the sum itself, on each of its paths."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, library
@@ -138,8 +140,12 @@ def test_the_operator_can_be_traced_and_compiled_whole(path, both: bool):
 
 @pytest.mark.parametrize("path", ["ring", COMPILED])
 @pytest.mark.parametrize(("batch", "length", "width"), [(3, 5_000, 19), (2, 70_000, 3)])
-def test_long_inputs_keep_no_spectra_and_are_as_exact_as_the_plain_transform(path, batch, length, width, monkeypatch):
-    """Compiled, the first is taken as 2 rows and the second as 32: an odd number of levels each."""
+def test_long_inputs_keep_no_spectra_and_round_as_accurate_transforms_do(path, batch, length, width, monkeypatch):
+    """Compiled, the first is taken as 2 rows and the second as 32: an odd number of levels each.
+
+    A transform of accurate factors has an error of about 0.6 eps sqrt(log2 N), of inaccurate ones more by sqrt(N)
+    (Schatzman 1996). That of the plain transform is no measure: it is a library's, and another on other processors.
+    """
     take(path, monkeypatch)
     shapes = (batch, length, width), (width, length), (width, length), (width,)
     args = [torch.randn(shape).requires_grad_() for shape in shapes]
@@ -149,10 +155,11 @@ def test_long_inputs_keep_no_spectra_and_are_as_exact_as_the_plain_transform(pat
     assert sum(kept) == sum(x.numel() for x in args)
     exact_args = [x.detach().double().requires_grad_() for x in args]
     weight = torch.randn(found.shape)
-    exact, plain = long_conv._Plain.apply(*exact_args), long_conv._Plain.apply(*args)
-    tensors = [(y, *gradients(y, xs, weight)[:3]) for y, xs in ((found, args), (plain, args), (exact, exact_args))]
-    for ours, theirs, wanted in zip(*tensors, strict=True):
-        assert (ours - wanted).norm() < 1.1 * (theirs - wanted).norm()
+    exact = long_conv._Plain.apply(*exact_args)
+    bound = torch.finfo(torch.float32).eps * math.sqrt(math.log2(2 * long_conv._points(length)))
+    tensors = [(y, *gradients(y, xs, weight)[:3]) for y, xs in ((found, args), (exact, exact_args))]
+    for ours, wanted in zip(*tensors, strict=True):
+        assert (ours - wanted).norm() < bound * wanted.norm()
 
 
 @needs_compiler

@@ -11,7 +11,7 @@ from models.interface import RnaModel
 from models.registry import _MODELS, create_model, list_models, model_arguments
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
-from tests.models.cases import SMALL, Kwargs, batch, outputs
+from tests.models.cases import NUM_FEATURES, SMALL, Kwargs, batch, outputs
 
 #: heads that every network has
 ALL_HEADS: Kwargs = {"num_distance_bins": 5, "num_classes": 3, "coordinates": True, "pool": "attention"}
@@ -66,6 +66,7 @@ OTHER: dict[str, list[Any]] = {
     "num_channels": [3],
     "num_classes": [4],
     "num_distance_bins": [7],
+    "num_features": [NUM_FEATURES],
     "num_heads": [4],
     "order": [3],
     "pair_depth": [1],
@@ -73,7 +74,7 @@ OTHER: dict[str, list[Any]] = {
     "pair_width": [6],
     "pattern": ["MAA"],
     "pool": ["mean", "max", "attention", "gru"],
-    "shrink": ["channel", "shared"],
+    "shrink": ["channel", "shared", "none"],
     "squeeze_excite": [True, False],
     "state": [6],
     "stem_kernel": [5],

@@ -38,7 +38,7 @@ def test_an_argument_like_no_other_is_answered_with_all():
         ({"width": True}, r"width: got True \(bool\); expected int"),
         ({"dropout": "0.1"}, r"dropout: got '0.1' \(str\); expected float"),
         ({"use_bpp": 1}, r"use_bpp: got 1 \(int\); expected bool"),
-        ({"shrink": "both"}, r"shrink: got 'both'; expected one of 'channel', 'shared'"),
+        ({"shrink": "both"}, r"shrink: got 'both'; expected one of 'channel', 'shared', 'none'"),
         ({"dropout": 1.5}, "dropout"),
     ],
 )

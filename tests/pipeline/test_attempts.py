@@ -218,9 +218,11 @@ def test_the_documented_loop_begins_again_after_a_signal_alone(tmp_path, ends, s
     assert len((tmp_path / "starts").read_text().split()) == starts
 
 
-def test_a_damaged_count_is_none(tmp_path):
+@pytest.mark.parametrize("text", ["{", "[1]", "null"])
+def test_a_damaged_count_is_none(tmp_path, text):
+    """One of "[1]" was "AttributeError: 'list' object has no attribute 'get'"."""
     (tmp_path / attempts.FOLDER).mkdir()
-    (tmp_path / attempts.FOLDER / "count.json").write_text("{")
+    (tmp_path / attempts.FOLDER / "count.json").write_text(text)
     with attempts.counted(tmp_path, config=tiny.config(), processes=1, restart=False):
         pass
     assert not (tmp_path / attempts.FOLDER).exists()

@@ -216,7 +216,7 @@ def test_a_manifest_that_no_stage_wrote_is_no_result(paths, rng, text):
 
 def test_two_workers_write_the_bytes_that_one_writes_and_more_row_groups_change_nothing_else(paths, rng, monkeypatch):
     monkeypatch.setattr(bpp, "_WORTH_A_WORKER", 0.05)
-    monkeypatch.setattr(bpp, "_ROWS", 7)
+    monkeypatch.setattr(bpp, "ROWS", 7)
     write_clean(paths, random_sequences(rng, 40, length=60))
     bpp.run(paths, workers=2)
     alone = Paths(comp="ribonanza", root=paths.root / "alone")
@@ -258,7 +258,7 @@ def test_a_killed_worker_is_named_and_finished_parts_are_kept(paths, rng, monkey
     monkeypatch.setattr(bpp, "_WORTH_A_WORKER", 0.1)
     monkeypatch.setattr(bpp, "_PART_SECONDS", 0.2)
     write_clean(paths, random_sequences(rng, 80, length=150))
-    receive = bpp._Crew._receive
+    receive = bpp.Crew._receive
 
     def kill_the_other(crew, pipe):
         """Its first part is at work, or finished and unread: neither may be missed, nor that it takes no other."""
@@ -269,7 +269,7 @@ def test_a_killed_worker_is_named_and_finished_parts_are_kept(paths, rng, monkey
         return receive(crew, pipe)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bpp._Crew, "_receive", kill_the_other)
+        patch.setattr(bpp.Crew, "_receive", kill_the_other)
         with pytest.raises(StorageError, match=r"exit code -9.*--workers 1"):
             bpp.run(paths, workers=2)
     assert not multiprocessing.active_children()
@@ -285,12 +285,12 @@ from pipeline.errors import PipelineError
 from pipeline.paths import Paths
 if __name__ == "__main__":
     bpp._WORTH_A_WORKER, bpp._PART_SECONDS = 0.1, 0.2
-    receive, once = bpp._Crew._receive, iter([int(sys.argv[2])])
+    receive, once = bpp.Crew._receive, iter([int(sys.argv[2])])
     def received(*args):
         for number in once:
             os.kill(os.getpid(), number)
         return receive(*args)
-    bpp._Crew._receive = received
+    bpp.Crew._receive = received
     try:
         bpp.run(Paths(comp="ribonanza", root=Path(sys.argv[1])), workers=2)
     except PipelineError as err:
@@ -326,7 +326,7 @@ def test_an_interrupted_run_leaves_no_process_and_goes_on_from_its_parts(paths, 
 
 
 def test_workers_import_neither_polars_nor_torch():
-    check = "import sys, pipeline.bpp; sys.exit(bool({'polars', 'torch', 'pandas'} & set(sys.modules)))"
+    check = "import sys, pipeline.pair_workers; sys.exit(bool({'polars', 'torch', 'pandas'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check], env=os.environ | {"PYTHONPATH": sys.path[0]}).returncode == 0
 
 

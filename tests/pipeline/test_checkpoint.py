@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import stat
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,58 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_next_older_used(store, file, 
     assert (store.folder / "bad" / "step-00000002" / "reason.txt").read_text()
 
 
+def test_a_renamed_checkpoint_is_not_taken_for_another_step(store):
+    """step-00000004 renamed to step-00000099: the run ended with "KeyError: 4", and was never finished."""
+    save(store, 2)
+    save(store, 4).rename(store.folder / "step-00000099")
+    assert store.newest_meta()["step"] == 2
+    assert store.best_folder().name == "step-00000002"
+    assert store.load_newest().meta["step"] == 2
+    assert (store.folder / "bad" / "step-00000099" / "reason.txt").read_text() == (
+        "the folder was renamed: it holds step 4\n"
+    )
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"sha256": 1, "files": []}', "\x00"])
+def test_meta_data_of_another_shape_are_damage(store, text):
+    """A meta.json of "[]" was a TypeError."""
+    save(store, 1)
+    (save(store, 2) / "meta.json").write_text(text)
+    assert store.load_newest().meta["step"] == 1
+
+
+@pytest.mark.parametrize("method", ["read_text", "read_bytes"])
+def test_what_cannot_be_read_for_a_moment_is_left_where_it_is(store, monkeypatch, method):
+    """Another user's files: all were moved to bad/, "every checkpoint is damaged"."""
+    save(store, 1)
+    save(store, 2)
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, method, refuse)
+        with pytest.raises(PermissionError):
+            store.load_newest()
+    assert store.load_newest().meta["step"] == 2
+    assert not (store.folder / "bad").exists()
+
+
+@pytest.mark.parametrize("method", ["read_text", "read_bytes"])
+def test_a_checkpoint_on_a_broken_place_of_the_disk_is_set_aside(store, monkeypatch, method):
+    """Weights that the disk gave no more (EIO) ended each start of a run that had an older checkpoint."""
+    save(store, 1)
+    broken, read = save(store, 2), getattr(Path, method)
+
+    def fail(path: Path, *arguments: object, **named: object) -> object:
+        if path.parent == broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, method, fail)
+    assert store.load_newest().meta["step"] == 1
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(store):
     damage_flip(save(store, 1) / "model.safetensors")
     for _ in range(2):  # also when it is started again
@@ -165,6 +218,20 @@ def test_a_full_disk_costs_the_new_checkpoint_only_and_says_so(store, monkeypatc
     monkeypatch.undo()
     assert sorted(path.name for path in store.folder.iterdir()) == ["step-00000002"]
     assert store.load_newest().meta["step"] == 2
+
+
+def test_a_file_system_that_flushes_no_folders_is_no_obstacle(store, monkeypatch):
+    """Shared folders of virtual machines answer EINVAL: the first checkpoint ended the run with "Invalid argument"."""
+    flush = os.fsync
+
+    def refuse_folders(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    saved = save(store, 1)
+    assert store.steps() == {1: saved}
 
 
 def test_a_file_that_may_not_be_as_large_is_named(store, monkeypatch):

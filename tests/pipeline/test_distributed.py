@@ -285,6 +285,24 @@ def test_two_machines_train_as_one(paths, ended, tmp_path):
     assert row["processes"] == 2
 
 
+@pytest.mark.parametrize(
+    ("cpus", "given", "threads"),
+    [((8, 8), None, "4"), ((8, 8), "8", "8"), ((4, 64), "4", "2"), ((4, 64), "3", "3")],
+    ids=["all", "as given", "a quota", "as given beside a quota"],
+)
+def test_processes_of_one_machine_share_its_cpus(monkeypatch, cpus, given, threads):
+    """In a container with the time of 4 CPUs out of 64 each of two had 32 threads."""
+    for name, count in zip(("usable_cpus", "bound_cpus"), cpus, strict=True):
+        monkeypatch.setattr(distributed, name, lambda count=count: count)
+    monkeypatch.setattr("torch.distributed.run.run", lambda _: None)
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
+    monkeypatch.setenv("OMP_NUM_THREADS", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    assert distributed.launch([], processes=2, module="tests.pipeline.ranks") == 0
+    assert os.environ["OMP_NUM_THREADS"] == threads
+
+
 def test_one_process_joins_nobody(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with distributed.join(timeout=1.0) as world:
@@ -295,6 +313,18 @@ def test_one_process_joins_nobody(monkeypatch):
     layer = nn.Linear(2, 2)
     world.add_gradients(layer)
     assert layer.weight.grad is None
+
+
+def test_a_device_that_fails_as_gradients_are_added_up_is_no_lost_process(monkeypatch):
+    """ "process 0 of 2 has lost another one", a fault from outside, after which the same command was tried for ever."""
+    layer, world = nn.Linear(2, 1), distributed.World(size=2, store=torch.distributed.HashStore())
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", fail)
+    with pytest.raises(torch.AcceleratorError, match="ECC"):
+        world.add_gradients(layer)
 
 
 def test_buckets_hold_every_parameter_once_in_order(monkeypatch):

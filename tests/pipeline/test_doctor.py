@@ -1,5 +1,6 @@
 """The doctor names everything that a run may use here, and survives whatever is broken."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -47,6 +48,16 @@ def test_a_gpu_that_does_not_compute_is_a_problem(err, tmp_path: Path, monkeypat
     states = {finding.detail: finding.state for finding in findings(tmp_path, "GPU")}
     assert states[str(err).splitlines()[0]] == "problem"
     assert not findings(tmp_path, "precision")
+
+
+def test_a_user_without_a_home_has_no_credentials_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container of an unknown user make doctor ended with a traceback: Could not determine home directory."""
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(Path, "home", lambda: pytest.fail("asked for the home"))
+    for name in ("KAGGLE_CONFIG_DIR", "KAGGLE_API_TOKEN", "KAGGLE_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert [found.state for found in findings(tmp_path, "credentials")] == ["absent"]
 
 
 def test_a_package_that_breaks_at_its_import_is_a_problem_with_its_reason(

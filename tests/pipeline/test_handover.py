@@ -77,6 +77,20 @@ def test_every_command_is_a_target_and_every_run_is_trained(written: dict[str, P
     assert load_config(str(config)) == CONFIG
 
 
+def test_of_networks_that_read_features_the_commands_bring_these_in(written: dict[str, Path]):
+    """The last one packed a notebook, which `make kernel` refuses to do with them."""
+    home = written["README.md"].parents[2]
+    paths = Paths(comp=home.name, root=home.parent)
+    config = asdict(load_config("tiny_hyena", ["data.features='rnafm'"]))
+    meta = {"config": config, "progress": {"finished": True}, "data": {}}
+    CheckpointStore(paths.fold_dir(RUNS[0], 0) / "checkpoints").save(8, weights={}, training=None, state={}, meta=meta)
+    text = handover.run(paths, competition=COMPETITION, name="all").outputs["entry_points.md"].read_text()
+    at = f"COMP={COMPETITION.name} NAME"
+    assert f"make features {at}=rnafm FILE=<folder or parquet>" in text
+    assert f'make predict {at}=all FILE=<sequences> FEATURES="rnafm=<folder or parquet>"' in text
+    assert "make kernel" not in text
+
+
 def test_what_a_run_began_with_is_told(written: dict[str, Path]):
     """Its path alone stood in the settings, and no command made what lies there."""
     text = written["README.md"].read_text()

@@ -1,5 +1,7 @@
 """Runs in the background: they outlive their terminal, are found by their lock, and stop when they are asked to."""
 
+import errno
+import fcntl
 import io
 import json
 import os
@@ -22,7 +24,7 @@ from rich.console import Console
 
 from pipeline import jobs
 from pipeline.cli import run_verb
-from pipeline.errors import BusyError, ConfigError, DataError, StoppedError
+from pipeline.errors import BusyError, ConfigError, DataError, StoppedError, StorageError
 from pipeline.paths import Paths
 from pipeline.runlog import read_status, write_status
 from pipeline.runs import finished_runs, warn_of_unfinished
@@ -251,6 +253,19 @@ def test_a_start_that_fails_is_answered_at_once_with_its_sentence_and_exit_code(
 # --- locks ---
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_named_with_what_to_do(tmp_path, monkeypatch, number):
+    """It said "Function not implemented. Next: check the path, its permissions and the disk", and not which path."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(StorageError, match=rf"{tmp_path}: its file system gives no locks .* Next: ARTIFACTS="):
+        run_lock(tmp_path).__enter__()
+    assert lock_holder(tmp_path) is None, "make status goes on"
+
+
 def test_a_number_is_believed_only_together_with_its_lock(tmp_path):
     assert lock_holder(tmp_path) is None
     (tmp_path / ".lock").write_text(f"{os.getpid()}\n")
@@ -285,7 +300,27 @@ def test_metrics_in_small_units_are_shown_in_digits_that_count(tmp_path):
     assert re.search(r" 2\.5e-12 +2\.25e-12 ", lines.export_text())
 
 
-def test_no_signal_is_sent_to_a_process_that_does_not_hold_the_folder(tmp_path):
+def _old_kernel(_: int) -> int:
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+
+def test_a_job_is_asked_to_stop_also_where_the_kernel_is_old(tmp_path, monkeypatch):
+    """Linux before 5.3, as on clusters, knows no pidfd_open: make stop ended with "Function not implemented"."""
+    monkeypatch.setattr(os, "pidfd_open", _old_kernel, raising=False)
+    hold = (
+        "import fcntl, os; f = open('.job', 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(os.getpid(), file=f, flush=True)"
+    )
+    command = [sys.executable, "-c", f"{hold}; print('ready', flush=True); input()"]
+    with subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as job:
+        assert job.stdout.readline() == b"ready\n"
+        jobs._terminate(job.pid, tmp_path)
+        assert job.wait() == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("kernel", ["this", "old"])
+def test_no_signal_is_sent_to_a_process_that_does_not_hold_the_folder(tmp_path, monkeypatch, kernel):
+    if kernel == "old":
+        monkeypatch.setattr(os, "pidfd_open", _old_kernel, raising=False)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
         (tmp_path / ".job").write_text(f"{stranger.pid}\n")
         assert "nothing is running here (never begun). Next: make status" in jobs.stop(tmp_path)
@@ -337,8 +372,10 @@ def test_looking_at_a_lock_does_not_keep_a_run_from_taking_it(tmp_path):
 
 
 @pytest.fixture
-def surveyed(tmp_path) -> Path:
-    """Two competitions, four folds; one at work in this process."""
+def surveyed(tmp_path, monkeypatch) -> Path:
+    """Two competitions, four folds; one at work in this process. The clock stands still: surveys are compared."""
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
     folder = tmp_path / "ribonanza" / "runs" / "a.sim80_k2"
     base = {"step": 30, "steps": 120, "loss": 0.5, "tokens_per_s": 1234.5, "memory_mib": 2048, "eta_s": 185.0, "pid": 1}
     tell(folder / "fold0", {**base, "state": "running", "pid": os.getpid(), "metric": 0.25, "best_metric": 0.2})
@@ -507,10 +544,10 @@ def test_a_lock_that_goes_with_a_refused_start_keeps_nobody_else_out_and_lets_no
     """Two that opened the file before it was removed would otherwise hold a lock that no third one sees."""
     lock, removed = stop._lock, []
 
-    def removed_before_it_is_ours(descriptor: int) -> bool:
+    def removed_before_it_is_ours(descriptor: int, folder: Path) -> bool:
         if not removed:
             removed.append((tmp_path / ".lock").unlink())
-        return lock(descriptor)
+        return lock(descriptor, folder)
 
     monkeypatch.setattr(stop, "_lock", removed_before_it_is_ours)
     with run_lock(tmp_path):
@@ -527,7 +564,7 @@ def test_unfinished_predictions_are_used_and_named(tmp_path, capsys):
         for table in ("oof", "test"):
             (folder / f"{table}.parquet").touch()
             params = {"version": 1, **({"unfinished": True} if fold else {})}
-            (folder / f"predict-{table}.manifest.json").write_text(json.dumps({"params": params}))
+            (folder / f"predict-{table}.manifest.json").write_text(json.dumps({"params": params, "facts": {}}))
     assert finished_runs(paths, "sim80_k2") == ["a.sim80_k2"]
     warn_of_unfinished(paths, ["a.sim80_k2"])
     assert "a.sim80_k2: fold1 predicted before the training was finished" in capsys.readouterr().err

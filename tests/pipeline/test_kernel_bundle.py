@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import tomllib
+import types
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,8 +73,11 @@ def test_every_dependency_is_in_the_image_or_in_the_bundle():
     assert names == set(wheels.IMAGE) | set(wheels.MISSING)
 
 
-def test_our_wheel_holds_what_stages_read_beside_code_and_nothing_else(tmp_path: Path):
+def test_our_wheel_holds_what_stages_read_beside_code_and_nothing_else(tmp_path: Path, monkeypatch):
+    """To look for pip exchanged a module that a program had imported: "Setuptools is replacing distutils"."""
+    monkeypatch.setitem(sys.modules, "distutils", old := types.ModuleType("distutils"))
     name = wheels.build_wheel(tmp_path)
+    assert sys.modules["distutils"] is old
     assert [path.name for path in tmp_path.iterdir()] == [name]
     with zipfile.ZipFile(tmp_path / name) as opened:
         members = set(opened.namelist())
@@ -215,9 +219,8 @@ def test_a_labelled_set_is_trained_without_its_raw_files_and_predicted_as_its_co
     comp = "labelled-folds-of-proteins"
     competition, here = get_competition(comp), Paths(comp=comp, root=tmp_path / "here")
     raw = write_labelled(tmp_path / "raw", test=4, seed=0, more=more)
-    tidy = (
-        "min_count = 2\nmerge = {uno = 'one'}\n"  # says nothing of a hidden test set, and is no table of one line there
-    )
+    # says nothing of a hidden test set, and is no table of one line there
+    tidy = "min_count = 2\nmerge = {uno = 'one'}\ngroups = {all = ['*']}\n"
     (raw / "columns.toml").write_text(f'id = "code"\nlabel = "fold"\n{tidy}')
     preprocess.run(competition, raw, here)
     (tmp_path / "none").mkdir()

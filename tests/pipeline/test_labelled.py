@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import preprocess
 from pipeline.competitions import get_competition
+from pipeline.competitions.labelled import read_sequences
 from pipeline.errors import ConfigError, DataError
 from pipeline.labels import Classes, read_classes
 from pipeline.paths import Paths
@@ -51,6 +52,7 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "tsv": lambda raw: ROWS.write_csv(raw / "train.tsv", separator="\t"),
     "parquet": lambda raw: ROWS.write_parquet(raw / "train.parquet"),
     "spaces-in-the-header": lambda raw: (raw / "train.csv").write_text(ROWS.write_csv().replace(",seq", ", seq")),
+    "bars-in-a-name": lambda raw: ROWS.with_columns(pl.lit(1).alias("a|b|c|d|e")).write_csv(raw / "train.csv"),
     "commas-in-a-tsv": lambda raw: (raw / "train.tsv").write_text(ROWS.write_csv()),
     "another-name": lambda raw: ROWS.write_csv(raw / "promoters.csv"),
     "fasta-space": lambda raw: (raw / "train.fa").write_text(fasta(" ")),
@@ -146,6 +148,32 @@ def test_several_labels_of_a_test_set_may_be_none(raw, paths, run):
     (raw / "test.csv").write_text("id,sequence,label\ne,ACGU,any\nf,GGGA,\n")
     run()
     assert pl.read_parquet(paths.clean("test"))["labels"].to_list() == [[0], []]
+
+
+def test_headings_with_spaces_and_remarks_in_brackets_are_known(raw, paths, run):
+    """Was: no column is called sequence, seq, rna, dna …; found Clone ID, Sequence (RNA), RNA family."""
+    heads = {"id": "Sequence ID", "sequence": "RNA Sequence (5'->3')", "label": "RNA family"}
+    ROWS.rename(heads).write_csv(raw / "train.csv", separator=";")
+    assert run()["labels"] == "one class each, from RNA family"
+    table = train(paths)
+    assert dict(table["sequence_id", "sequence"].iter_rows()) == {name: text for name, (text, _) in CLEAN.items()}
+
+
+def test_the_usual_name_itself_goes_before_a_heading_like_it(raw, paths, run):
+    ROWS.with_columns(pl.lit("ACGU").alias("Sequence (primer)")).write_csv(raw / "train.csv")
+    run()
+    assert train(paths)["sequence"].to_list() == [text for text, _ in CLEAN.values()]
+
+
+def test_rows_of_a_file_that_are_numbered_are_told(tmp_path, capsys):
+    """Sample names were lost without a word; predictions were of "row-01"."""
+    (tmp_path / "mine.csv").write_text("Sample,sequence\nA1,ACGU\n")
+    frame, _ = read_sequences(tmp_path / "mine.csv", alphabet="ACGU")
+    assert frame["sequence_id"].to_list() == ["row-1"]
+    assert "mine.csv: no column is called id, so rows are numbered" in capsys.readouterr().err
+    (tmp_path / "columns.toml").write_text("id = 'Sample'")
+    assert read_sequences(tmp_path / "mine.csv", alphabet="ACGU")[0]["sequence_id"].to_list() == ["A1"]
+    assert "numbered" not in capsys.readouterr().err
 
 
 def test_rows_without_ids_are_numbered_in_the_order_of_the_file(raw, paths, run):
@@ -300,7 +328,7 @@ def test_odd_letters_of_a_test_set_alone_are_warned_of(raw, paths, run, capsys):
     assert (classes.alphabet, classes.readable) == ("ACGU", "ACGUN")
     assert pl.read_parquet(paths.clean("test"))["sequence"].to_list()[:2] == ["ACGUN", "GGGANN"]
     assert facts["test"]["letters"]["odd, read as N"] == 3
-    assert "test.csv: 3 letters in 2 sequences are none of ACGU; no training sequence has" in capsys.readouterr().err
+    assert "test.csv: 3 letters other than ACGU in 2 sequences; no training sequence has" in capsys.readouterr().err
 
 
 # --- several labels in a cell ----------------------------------------------------------------------------------------
@@ -365,6 +393,32 @@ def test_classes_are_merged_and_dropped_as_columns_toml_says(raw, paths, run, ca
     assert train(paths)["names"].to_list() == [["A"], ["A"], ["A"], ["b"], ["b"], None, None, None]
     assert train(paths)["scored"].to_list() == [True] * 5 + [False] * 3
     assert "train.csv: no label 'z', which columns.toml merges" in capsys.readouterr().err
+
+
+def test_a_class_is_in_the_first_group_that_fits_it_and_training_knows_nothing_of_groups(raw, paths, run, capsys):
+    several(["liver|DNase|None", "liver|CTCF|None", "liver|H3K4me1|None", "odd[1]", "liver|CTCF|None"]).write_csv(
+        raw / "train.csv"
+    )
+    run()
+    plain = read_classes(paths)
+    told = 'groups = { DNase = ["*|DNase|*"], histone = ["*|H3K*", "*|H4K*"], odd = ["odd[1]"], TF = ["liver|*"] }\n'
+    (raw / "columns.toml").write_text(told)
+    assert run()["columns"]["groups"]["odd"] == ["odd[1]"]
+    grouped = read_classes(paths)
+    assert dict(zip(grouped.names, grouped.groups, strict=True)) == {
+        "liver|CTCF|None": "TF", "liver|DNase|None": "DNase", "liver|H3K4me1|None": "histone", "odd[1]": "odd"
+    }  # fmt: skip
+    assert "train.csv: no class is '*|H4K*', which columns.toml has in groups.histone." in capsys.readouterr().err
+    assert plain.groups == ()
+    assert not plain.difference(grouped)
+    assert plain.facts() == grouped.facts()
+
+
+def test_a_class_in_no_group_has_none(raw, paths, run):
+    several(["a", "b", "c"]).write_csv(raw / "train.csv")
+    (raw / "columns.toml").write_text("[groups]\nfirst = ['a', 'b']\n")
+    run()
+    assert read_classes(paths).groups == ("first", "first", "")
 
 
 def test_a_sequence_whose_labels_are_dropped_has_none_of_the_classes_that_stay(raw, paths, run):
@@ -461,7 +515,7 @@ def test_every_row_of_a_hidden_test_set_can_be_read(alphabet, raw, paths, run, c
         name: expected for name, (_, expected) in HIDDEN.items()
     }
     told = capsys.readouterr().err
-    assert "test.csv: 4 sequences hold other signs than letters, or nothing" in told
+    assert "test.csv: 4 sequences with other signs than letters, or nothing" in told
     assert ("no training sequence has such letters" in told) == (alphabet == "ACGU")
 
 
@@ -484,7 +538,7 @@ def test_ids_of_a_hidden_test_set_may_come_again_or_lack(raw, paths, run, capsys
     assert pl.read_parquet(paths.clean("test"))["sequence_id"].to_list() == ["e", "row-2", "f"]
     assert pl.read_parquet(paths.clean("sample")).rows() == [("e", "0.5"), ("row-2", "0.5"), ("f", "0.5")]
     told = capsys.readouterr().err
-    assert "test.csv: 2 rows have no id, and are numbered, or an id again, and are left out" in told
+    assert "test.csv: 2 rows without an id, numbered, or with an id again, left out" in told
     assert "sample_submission.csv: other ids than the test set's (7)" in told
 
 
@@ -554,6 +608,10 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
         {"train.csv": "sequence,class,family\nACGU,x,y\n"},
         r"class and family may each be the label",
     ),
+    "like-a-label": (  # the heading in brackets was taken, without a word
+        {"train.csv": "id,sequence,Target (mRNA),Efficacy (%)\na,ACGU,x,50\n"},
+        r"Target \(mRNA\) and Efficacy \(%\) may each be the label.*label = 'Target \(mRNA\)', or numbers = ",
+    ),
     "column-not-there": (
         {"train.csv": GOOD, "columns.toml": 'label = "kind"'},
         r"no column 'kind', which columns.toml",
@@ -600,7 +658,18 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
         {"train.csv": "a,ACGUACGUACGUACGUACGUACGU,x\n"},
         r"the first line holds a sequence; expected column names. Next: begin with a line such as 'id,sequence,label'",
     ),
-    "other-files": ({"train.xlsx": "x"}, r"no train.csv.*found train.xlsx"),
+    "other-files": ({"train.docx": "x"}, r"no train.csv.*found train.docx"),
+    "hdf5": (
+        {"train.h5": "x"},
+        r"train.h5: HDF5; expected a table of text or parquet. Next: write it as one in Python: "
+        r"pandas.read_hdf\('train.h5', '<key>'\).to_csv\('train.csv', index=False\), sequences as letters",
+    ),
+    "pickle": (
+        {"set.pkl": "x"},
+        r"set.pkl: a pickle; .*pandas.read_pickle\('set.pkl'\).to_csv\('set.csv', index=False",
+    ),
+    "arrays": ({"train.npz": "x"}, r"arrays of numpy; .*pandas.DataFrame\({'sequence': …, 'label': …}\).to_csv"),
+    "workbook": ({"train.xlsx": "x"}, r"a workbook; .*pandas.read_excel\('train.xlsx'\).to_csv"),
     "short-row": ({"train.csv": GOOD + "c,ACGU\n"}, r"train.csv: row 3 has 2 cells, 'c,ACGU'; expected 3"),
     "no-letters": ({"train.csv": GOOD + "c,AC9U,x\n"}, r"train.csv: row 3 \(id c\): '9' in the sequence"),
     "empty-sequence": ({"train.csv": GOOD + "c,-,x\n"}, r"train.csv: row 3 \(id c\): empty sequence"),
@@ -638,6 +707,14 @@ def test_a_bad_set_is_refused_in_one_sentence_and_nothing_is_written(case, raw, 
     assert "Next: " in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list(paths.root.rglob("*.parquet"))
+
+
+@pytest.mark.parametrize("kind", ["labelled", "profiles"])
+def test_a_file_of_another_program_is_refused_by_its_path_too(kind, raw):
+    """An HDF5 file was "damaged, cut short or no UTF-8 text … Next: save it as UTF-8, or get it again"."""
+    (raw / "set.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    with pytest.raises(DataError, match=r"set.h5: HDF5; expected a table of text or parquet. Next: write it"):
+        get_competition(kind).raw_files(raw / "set.h5")
 
 
 def test_a_workbook_is_named(raw, run):

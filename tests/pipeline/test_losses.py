@@ -20,7 +20,6 @@ from pipeline.train import build_model
 from pipeline.training import traces
 from pipeline.training.checkpoint import load_weights
 from pipeline.training.losses import (
-    DistanceCrossEntropy,
     MaskedError,
     StructureLoss,
     profile_weights,
@@ -145,6 +144,9 @@ def test_profile_weights_follow_signal_to_noise():
     np.testing.assert_array_equal(uniform, [[0, 1], [1, 1], [1, 1]])
 
 
+LOSS = StructureLoss(frame_weight=1.0, tm_weight=0.5, confidence_weight=0.1, max_pairs=0)
+
+
 def structure_batch() -> RnaBatch:
     xyz_BL3 = torch.full((2, 12, 3), math.nan)
     for b, length in enumerate([12, 6]):
@@ -166,37 +168,33 @@ def test_distance_loss_is_the_mean_over_resolved_pairs_then_over_structures(gene
                 if not math.isnan(distance):
                     terms.append(-float(log_softmax(logits_LLK[i, j], 0)[tiny.nearest_bin(distance, num_bins=8)]))
         expected += sum(terms) / len(terms)
-    loss = DistanceCrossEntropy(max_pairs=0)
-    total = loss.total(RnaOutputs(distance_logits_BLLK=logits_BLLK), batch)
+    total = LOSS.total(RnaOutputs(distance_logits_BLLK=logits_BLLK), batch)
     assert float(total) == pytest.approx(expected, rel=1e-5)
-    assert loss.weight(batch) == 2
+    assert LOSS.weight(batch) == 2
 
 
 def test_a_sample_of_pairs_estimates_the_loss_of_all(generator):
     batch = structure_batch()
     outputs = RnaOutputs(distance_logits_BLLK=torch.randn(2, 12, 12, 8, generator=generator))
     torch.manual_seed(0)
-    sampled = [float(DistanceCrossEntropy(max_pairs=10).total(outputs, batch)) for _ in range(600)]
-    whole = float(DistanceCrossEntropy(max_pairs=0).total(outputs, batch))
+    sampled = [float(replace(LOSS, max_pairs=10).total(outputs, batch)) for _ in range(600)]
+    whole = float(LOSS.total(outputs, batch))
     # logits are not symmetric here, so that the sample also sees (j, i): the mean over both triangles
     turned = RnaOutputs(distance_logits_BLLK=outputs.distance_logits_BLLK.transpose(1, 2))
-    both = (whole + float(DistanceCrossEntropy(max_pairs=0).total(turned, batch))) / 2
+    both = (whole + float(LOSS.total(turned, batch))) / 2
     assert np.mean(sampled) == pytest.approx(both, rel=0.03)
 
 
 def test_a_structure_without_two_resolved_nucleotides_counts_nothing():
     batch = structure_batch()
     batch.target_BLC[1, 1:] = math.nan
-    loss = DistanceCrossEntropy()
     logits_BLLK = torch.zeros(2, 12, 12, 8, requires_grad=True)
-    loss.total(RnaOutputs(distance_logits_BLLK=logits_BLLK), batch).backward()
-    assert loss.weight(batch) == 1
+    LOSS.total(RnaOutputs(distance_logits_BLLK=logits_BLLK), batch).backward()
+    assert LOSS.weight(batch) == 1
     assert not logits_BLLK.grad[1].any()
 
 
 # --- coordinates ---
-
-LOSS = StructureLoss(frame_weight=1.0, tm_weight=0.5, confidence_weight=0.1, max_pairs=0)
 
 
 def structure_outputs(generator: torch.Generator, *, noise: float = 3.0) -> RnaOutputs:
@@ -227,7 +225,7 @@ def test_a_structures_loss_is_the_weighted_sum_of_its_terms(generator):
     batch, outputs = structure_batch(), structure_outputs(generator)
     terms = LOSS.terms(outputs, batch)
     frame = sum(float(traces.frame_error(outputs.c1_xyz_BL3[b], batch.target_BLC[b])) for b in range(2))
-    assert float(terms.distance) == float(DistanceCrossEntropy(max_pairs=0).total(outputs, batch))
+    assert terms.distance == LOSS.total(RnaOutputs(distance_logits_BLLK=outputs.distance_logits_BLLK), batch)
     assert float(terms.frame) == pytest.approx(frame, rel=1e-5)
     expected = float(terms.distance) + frame + 0.5 * float(terms.tm) + 0.1 * float(terms.confidence)
     assert float(LOSS.total(outputs, batch)) == pytest.approx(expected, rel=1e-5)
@@ -291,12 +289,6 @@ def test_a_structure_of_which_nothing_is_resolved_has_no_loss_and_no_gradient(ge
     batch.target_BLC[0] = math.nan
     assert LOSS.weight(batch) == 0
     assert LOSS.total(outputs, batch) == 0
-
-
-def test_a_network_without_coordinates_learns_from_distances_alone(generator):
-    batch = structure_batch()
-    outputs = RnaOutputs(distance_logits_BLLK=torch.randn(2, 12, 12, 8, generator=generator))
-    assert LOSS.total(outputs, batch) == DistanceCrossEntropy(max_pairs=0).total(outputs, batch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

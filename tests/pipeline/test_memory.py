@@ -1,5 +1,6 @@
 """What limits a process, by every way in which a system says so."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -53,6 +54,30 @@ def test_control_groups_limit_a_process_wherever_it_is_in_them(
     write(tmp_path, files | ({"own": own} if own else {}))
     found = dict(memory._group_bytes(tmp_path / "own", tmp_path))
     assert found == {tmp_path / name: size for name, size in left.items()}
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "cpus"),
+    [
+        ("0::/", {"cpu.max": "400000 100000"}, 4),
+        ("0::/job_7/step", {"job_7/cpu.max": "250000 100000", "job_7/step/cpu.max": "max 100000"}, 2),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("4:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000"}, 3),
+        ("4:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
+        ("0::/", {"cpu.max": "max 100000"}, 64),
+        ("", {}, 64),
+    ],
+    ids=["4 of 64", "of a batch system's job", "half a CPU", "version 1", "version 1 without", "without", "no groups"],
+)
+def test_a_container_that_sees_64_cpus_uses_those_that_it_has_the_time_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, files: dict[str, str], cpus: int
+):
+    """Was 64: as many threads, and workers of `make bpp`, shared the time of 4 CPUs and waited for each other."""
+    write(tmp_path, files | ({"cgroup": own} if own else {}))
+    for name in ("_PROCESS", "_GROUPS"):
+        monkeypatch.setattr(memory, name, tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert (memory.usable_cpus(), memory.bound_cpus()) == (cpus, 64)
 
 
 def test_the_least_of_all_limits_counts_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

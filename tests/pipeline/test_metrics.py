@@ -89,7 +89,7 @@ def test_a_prediction_that_is_not_finite_is_a_divergence_and_names_its_batch(tru
     """Was: DataError (exit code 3) with the advice to predict again, in the middle of a training."""
     predicted = torch.zeros_like(truth)
     predicted[3, 2, 1] = math.inf
-    with pytest.raises(DivergedError, match=r"validation: a prediction for .* is not finite. Next: .*fp32"):
+    with pytest.raises(DivergedError, match=r"validation: a prediction for .* is not finite. Next: .*train.lr"):
         make_meter(tiny.TINY, TrainConfig()).add(RnaOutputs(predicted), batch_of(truth))
 
 
@@ -100,7 +100,7 @@ def test_a_structure_that_is_not_finite_is_a_divergence_too(bad):
     outputs = RnaOutputs(None, torch.zeros(1, 9, 9, 8), None, xyz_BL3.clone(), torch.zeros(1, 9, 5))
     spoilt = outputs.distance_logits_BLLK if bad == "distances" else outputs.c1_xyz_BL3
     spoilt[0, 3] = math.nan
-    with pytest.raises(DivergedError, match=r"validation: a prediction for .* is not finite. Next: .*fp32"):
+    with pytest.raises(DivergedError, match=r"validation: a prediction for .* is not finite. Next: .*train.lr"):
         make_meter(tiny.TINY3D, TrainConfig()).add(outputs, batch_of(xyz_BL3))
 
 

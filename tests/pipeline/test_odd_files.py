@@ -105,6 +105,16 @@ def test_blank_lines_of_a_competitions_file_are_none_at_its_end_and_named_elsewh
         preprocess.run(RIBONANZA, raw, paths)
 
 
+def test_a_line_of_spaces_after_blank_ones_is_the_row_that_is_named(tmp_path: Path):
+    """It said "has 0 of … columns, a broken line" of the first blank line, three rows before."""
+    raw, paths = tmp_path / "raw", Paths(comp="ribonanza", root=tmp_path / "artifacts")
+    write_ribonanza(raw, sequences=12, test=4)
+    with (raw / "test_sequences.csv").open("a") as file:
+        file.write("\n\n   \n")
+    with pytest.raises(DataError, match="row 7 has 1 of 5 columns"):
+        preprocess.run(RIBONANZA, raw, paths)
+
+
 # --- what is read ---
 
 

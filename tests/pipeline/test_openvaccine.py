@@ -94,7 +94,7 @@ def test_every_row_of_a_hidden_test_set_gets_a_clean_sequence(tmp_path, capsys):
     paths = Paths(comp="openvaccine", root=tmp_path / "artifacts")
     preprocess.run(OPENVACCINE, raw, paths, test_only=True)
     assert pl.read_parquet(paths.clean("test"))["sequence"].to_list() == ["GGAAACGAAU", SEQUENCE]
-    assert "test.json: 1 sequences hold signs other than A, C, G, U, T; these are read as A" in capsys.readouterr().err
+    assert "test.json: 1 sequence with signs other than A, C, G, U, T, read as A" in capsys.readouterr().err
 
 
 def test_gzip_and_archive_give_the_same_tables(synthetic_raw, tmp_path):

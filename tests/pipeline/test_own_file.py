@@ -1,5 +1,6 @@
 """Sequences of one's own: predicted as a test set would be, by every fold or an ensemble, and told in tables."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,12 @@ def test_numbers_have_a_column_each_by_networks_and_words_as_the_ensemble_joins_
     alone = predicted(file, paths, run=run, competition=get_competition("labelled-melting"))
     assert pl.read_csv(alone.outputs["table"]).columns == rows.columns, "the checkpoint knows their names"
     ensemble.run(paths, competition=competition, name="networks", runs=[run], split=SPLIT)
+    told = json.loads((paths.ensemble_dir("all") / "weights.json").read_text())
+    told["weights"] = {name: {run: 1.0, runs[1]: 0.0} for name in told["weights"]}
+    (paths.ensemble_dir("all") / "weights.json").write_text(json.dumps(told))
+    shutil.rmtree(paths.run_dir(runs[1]))
+    rows = pl.read_csv(predicted(file, paths, name="all", competition=competition).outputs["table"])
+    assert rows.equals(pl.read_csv(alone.outputs["table"])), "a run without weight is not asked"
     file = Path(shutil.copy(file, tmp_path / "mine.parquet"))
     shutil.rmtree(paths.clean("train").parent)
     joined = predicted(file, paths, name="networks", competition=get_competition("labelled-melting"))

@@ -81,7 +81,9 @@ def test_a_run_may_begin_with_them_fold_by_fold_and_their_fold_must_be_its_own(c
 
 
 def test_a_notebook_that_trains_gets_those_of_its_folds(tmp_path):
-    places = bundle._pack_initial(Path("reactivity-v2"), (0, 3), tmp_path)
+    parcel = bundle._Parcel(tmp_path / "dataset")
+    bundle._pack_initial(Path("reactivity-v2"), (0, 3), parcel)
+    places = parcel.entries()
     packed = [place for entry in places.values() for place in entry["places"]]
     steps = [CHECKPOINTS[fold].name for fold in (0, 3)]
     names = ("model.safetensors", "meta.json")
@@ -89,7 +91,7 @@ def test_a_notebook_that_trains_gets_those_of_its_folds(tmp_path):
         f"initial/fold{k}/checkpoints/{step}/{name}" for k, step in zip((0, 3), steps, strict=True) for name in names
     ]
     assert sorted(packed) == sorted(kept)
-    assert {path.name for path in tmp_path.iterdir()} == set(places)
+    assert {path.name for path in parcel.folder.iterdir()} == set(places)
 
 
 def test_they_are_found_by_name_and_a_config_of_no_such_name_is_a_runs(tmp_path, monkeypatch):

@@ -67,6 +67,42 @@ def test_a_network_that_overflows_under_fp16_is_trained_to_its_end(paths, anomal
     assert len(rows_of(paths, "done")) == 1
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_validation_that_overflows_in_half_precision_alone_is_made_one_rung_down(paths, monkeypatch, said, precision):
+    """The run ended with exit code 4 and "train again with train.precision = 'fp32'", which a run cannot change."""
+
+    def overflow(fault: tiny.Fault, x_BLD: Tensor) -> Tensor:
+        return x_BLD if fault.training or not torch.is_autocast_enabled("cpu") else x_BLD * math.inf
+
+    monkeypatch.setattr(tiny.Fault, "forward", overflow)
+    report = fit(paths, tiny.config(precision=precision, epochs=2))
+    assert report.facts["guard"]["rollbacks"] == 1
+    (row,) = rows_of(paths, "rollback")
+    assert (row["before"], row["precision"], row["to_step"]) == (precision, "fp32", 3)
+    assert f": the validation in {precision} predicts what is not finite; back to step 3, fp32" in said[0]
+    assert len(rows_of(paths, "epoch")) == 2
+
+
+def test_a_validation_that_is_not_finite_in_single_precision_ends_the_run(paths, monkeypatch):
+    monkeypatch.setattr(tiny.Fault, "forward", lambda fault, x_BLD: x_BLD if fault.training else x_BLD * math.inf)
+    with pytest.raises(DivergedError, match=r"is not finite. Next: train again with a lower train.lr"):
+        fit(paths, tiny.config())
+    assert not rows_of(paths, "rollback")
+
+
+def test_a_finished_run_with_more_epochs_that_is_rolled_back_trains_them(paths, monkeypatch):
+    """Back at the checkpoint that said it was finished, it ended there as if it had trained the second epoch, too."""
+    fit(paths, tiny.config(precision="bf16", epochs=1, save_every=0))
+
+    def overflow(fault: tiny.Fault, x_BLD: Tensor) -> Tensor:
+        return x_BLD if fault.training or not torch.is_autocast_enabled("cpu") else x_BLD * math.inf
+
+    monkeypatch.setattr(tiny.Fault, "forward", overflow)
+    report = fit(paths, tiny.config(precision="bf16", epochs=2, save_every=0), allow_changes=True)
+    assert [row["to_step"] for row in rows_of(paths, "rollback")] == [4]
+    assert (report.facts["steps"], report.facts["epochs"]) == (8, 2)
+
+
 @pytest.mark.filterwarnings("ignore:Error detected in")
 @pytest.mark.parametrize(("precision", "seen"), [("fp16", "scaler_overflow"), ("bf16", "nonfinite_grad")])
 def test_a_backward_pass_that_breaks_is_met_the_same_with_anomaly_mode(paths, inject, anomaly_mode, precision, seen):
@@ -315,12 +351,18 @@ def test_errors_are_told_apart_by_what_can_be_done():
     assert not is_device_lost(RuntimeError("CUDA error: out of memory"))
     for word in (
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`",  # was a lost device: reruns fail again
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",  # likewise
         "cuFFT error: CUFFT_ALLOC_FAILED",
+        "cuFFT error: CUFFT_INTERNAL_ERROR",  # a transform's plan; ended with a traceback, as the next two
+        "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`. If you keep seeing",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnSgesvdj_bufferSize(handle, jobz)`",
         "GET was unable to find an engine to execute this computation",  # a convolution's; ended with a traceback
         "Unable to find a valid cuDNN algorithm to run convolution",
     ):
         assert is_out_of_memory(RuntimeError(word))
         assert not is_device_lost(RuntimeError(word))
+    for word in ("cuFFT error: CUFFT_EXEC_FAILED", "cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED, when calling"):
+        assert is_device_lost(RuntimeError(word))
     assert not is_device_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_device_lost(ValueError("CUDA error"))
     assert is_anomaly(RuntimeError("Function 'MulBackward0' returned nan values in its 0th output."))

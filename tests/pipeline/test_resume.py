@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
+import errno
 import re
 import subprocess
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -342,6 +344,17 @@ def test_folds_of_one_run_with_different_settings_are_told_apart_as_the_second_b
     (line,) = [line for line in said if "other settings" in line]
     assert line.startswith(f"{tiny.RUN} fold1: fold0 of this run was trained with other settings: config.train.epochs ")
     assert "config.train.epochs 1 -> 2; config.train.lr 0.01 -> 0.001; scores and ensembles" in line
+
+
+def test_a_fold_that_this_user_may_not_read_keeps_nobody_from_training_another(paths, monkeypatch):
+    """It ended with "Permission denied" for the sake of a warning."""
+
+    def refuse() -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    paths.fold_dir(tiny.RUN, 1).mkdir(parents=True)
+    monkeypatch.setattr(resume, "CheckpointStore", lambda _: SimpleNamespace(newest_meta=refuse))
+    assert fit(paths, tiny.config(epochs=1)).status == "built"
 
 
 def test_folds_whose_size_decides_their_epochs_differ_in_nothing_else(paths, said, monkeypatch):

@@ -457,7 +457,7 @@ def test_every_row_of_a_hidden_test_set_gets_a_clean_sequence(tmp_path: Path, ca
     paths = Paths(comp="ribonanza", root=tmp_path / "out")
     preprocess.run(RIBONANZA, folder, paths, test_only=True)
     assert pl.read_parquet(paths.clean("test"))["sequence"].to_list() == ["ACAUA", "GGU"]
-    said = "test_sequences.csv: 1 sequences hold signs other than A, C, G, U, T; these are read as A"
+    said = "test_sequences.csv: 1 sequence with signs other than A, C, G, U, T, read as A"
     assert said in capsys.readouterr().err
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import date, timedelta
 from functools import cache
 from pathlib import Path
@@ -277,7 +277,8 @@ def test_the_ranker_learns_a_smooth_function_and_the_calibration_its_scale(rng: 
     told = reliability(expected_N, tm_N[2000:])
     assert told["correlation"] > 0.95
     assert told["calibration_error"] < 0.03
-    again = Ranker(**{name: np.array(values) for name, values in json.loads(json.dumps(ranker.as_dict())).items()})
+    kept = json.loads(json.dumps(asdict(ranker), default=np.ndarray.tolist))
+    again = Ranker(**{name: np.array(values) for name, values in kept.items()})
     assert (again.predict(features_NF) == ranker.predict(features_NF)).all()
 
 

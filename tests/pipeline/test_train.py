@@ -307,6 +307,19 @@ def test_initial_weights_that_have_seen_the_held_out_fold_are_said(paths, monkey
     assert "it has seen sequences of fold 1: scores of this run are not out of fold" in said[0]
 
 
+def test_initial_weights_of_a_split_of_the_same_name_of_other_data_are_said(paths, monkeypatch):
+    """The warning contradicted itself: trained with fold 0 of 'sim80_k2' held out, so it has seen fold 0."""
+    said: list[str] = []
+    monkeypatch.setattr(initial, "warn", said.append)
+    config = tiny.config(epochs=1)
+    config = replace(config, model=replace(config.model, init=str(fit(paths).outputs["checkpoint"])))
+    seen = [each | {"folds": "others"} for each in initial.has_seen(initial.read_meta(Path(config.model.init)))]
+    monkeypatch.setattr(initial, "has_seen", lambda _meta: seen)
+    fit(paths, config, run=f"same.{tiny.SPLIT}")
+    assert len(said) == 1
+    assert "fold 0 of 'sim80_k2' of other data held out, so it may have seen sequences of fold 0" in said[0]
+
+
 # --- refusals ---
 
 

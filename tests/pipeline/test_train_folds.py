@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models.interface import RnaInputs, RnaOutputs
 from pipeline import predict, train, train_folds
 from pipeline.errors import ConfigError, DataError, StoppedError
-from pipeline.jobs import predicted_unfinished, survey, worker
+from pipeline.jobs import survey, worker
 from pipeline.paths import Paths
 from pipeline.runlog import read_status
-from pipeline.runs import warn_of_unfinished
+from pipeline.runs import predicted_unfinished, warn_of_unfinished
 from pipeline.stage import Report
 from pipeline.train_folds import Budget
 from pipeline.training import stop

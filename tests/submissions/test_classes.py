@@ -1,6 +1,7 @@
 """Predicted classes from ensembles to scores, submission, check and report, on small tables."""
 
 import csv
+import dataclasses
 import json
 import re
 from functools import partial
@@ -115,6 +116,7 @@ def test_single_scores_agree_with_each_other(plain):
     assert facts["averages"]["micro"]["f1"] == pytest.approx(facts["per_target"]["accuracy"])
     assert facts["averages"]["macro"]["f1"] == pytest.approx(facts["per_target"]["macro F1"])
     assert sum(row["sequences"] for row in facts["by_length"]) == facts["scored"]
+    assert facts["median_auroc"] == []
 
 
 def test_decisions_of_several_labels_use_thresholds_of_the_other_folds(tmp_path):
@@ -126,6 +128,41 @@ def test_decisions_of_several_labels_use_thresholds_of_the_other_folds(tmp_path)
     counts = class_scores.count(said_NK >= thresholds_NK, truth_NK)
     assert facts["per_target"]["macro F1"] == pytest.approx(class_scores.f1(counts).mean())
     assert facts["confusion"] is None
+
+
+def test_the_median_area_is_over_all_classes_and_over_each_group_without_what_has_no_value(tmp_path, monkeypatch):
+    paths = build(tmp_path, kind="several")
+    classes = read_classes(paths)
+    grouped = dataclasses.replace(
+        classes,
+        names=(*classes.names, "viroid"),
+        counts=(*classes.counts, 0),
+        groups=("large", "small", "large", "small"),
+    )
+    write_labels(paths.clean("classes"), grouped)
+    for fold in range(FOLDS):
+        for table in (paths.oof(RUNS[0], fold), paths.test(RUNS[0], fold)):
+            edit(table, pl.col("probabilities").list.concat(pl.lit([0.0], dtype=pl.List(pl.Float32))))
+    facts = score(paths, run=RUNS[0]).facts
+    auroc = {row["class"]: row["auroc"] for row in facts["per_class"]}
+    assert auroc.pop("viroid") is None
+    large, small = [auroc[classes.names[0]], auroc[classes.names[2]]], [auroc[classes.names[1]]]
+    told = {row["group"]: (row["median"], row["classes"], row["left_out"]) for row in facts["median_auroc"]}
+    assert told == {
+        "": (pytest.approx(np.median(list(auroc.values()))), len(auroc), 1),
+        "large": (pytest.approx(np.median(large)), 2, 0),
+        "small": (pytest.approx(np.median(small)), 1, 1),
+    }
+    assert facts["per_target"]["median AUROC"] == told[""][0]
+    text = printed(evaluate.describe(facts))
+    assert f"median of {len(auroc)} classes (1 undefined)" in text
+    assert "median of 2 classes, large" in text
+    monkeypatch.setattr(classes_report, "_LISTED", 1)
+    monkeypatch.setattr(classes_report, "_DRAWN", 1)
+    text = visible(report.run(paths, competition=LABELLED, run=RUNS[0]).outputs["report"])
+    assert f"median of 1 class, small (1 undefined) {np.median(small):.3f}" in text
+    assert f"{len(auroc)} rarer classes" in text
+    assert f"Drawn are the 1 most frequent of {len(auroc)}." in text
 
 
 def test_floors_are_scored_on_the_same_sequences_and_the_weakest_comes_first(paths):

@@ -22,7 +22,7 @@ from pipeline.paths import REPOSITORY
 from pipeline.runlog import MetricsLog
 from pipeline.stage import write_json
 from submissions import evaluate, figures, page, report
-from submissions.subject import Subject
+from submissions.subject import Subject, brief
 from submissions.training_report import Training
 from submissions.values_report import _errors_section, _Gathered, _key, _strip
 from tests.chain_tables import (
@@ -269,7 +269,7 @@ def test_long_names_are_cut_in_figures_so_that_none_lies_on_another():
     drawing = _strip(example, replace(RIBONANZA, targets=names))
     assert "relative lumi…r 24 hours measured" in drawing
     assert names[0] not in drawing
-    assert max(len(figures.brief("x" * length)) for length in range(1, 99)) == 24
+    assert max(len(brief("x" * length)) for length in range(1, 99)) == 24
 
 
 OTHER_UNITS = replace(RIBONANZA, targets=("shape", "dms"), target_range=None, shown_ranges=((-1e-4, 1e-4), (0.0, 50.0)))
@@ -308,6 +308,16 @@ def test_bars_of_small_heights_say_them():
     assert "6.6e-05" in drawing
     assert "0.0125" not in drawing, "two digits are enough"
     assert "0.20" in figures.grouped_bars(["A"], {0: [0.2]}, xlabel="nucleotide", ylabel="error")
+
+
+def test_more_targets_than_colours_begin_with_the_first_colour_again():
+    """IndexError: tuple index out of range, of the report on profiles of seven values."""
+    counts_BB = np.ones((100, 100))
+    first, seventh = (
+        figures.calibration(counts_BB, low=0, high=1, unit="value", colour=place) for place in (0, page.COLOURS)
+    )
+    assert "var(--s0)" in first
+    assert seventh == first
 
 
 def test_a_score_is_never_broken_into_two_lines():

@@ -197,7 +197,7 @@ def test_a_browser_draws_or_says_in_a_sentence_why_not(tmp_path: Path, webgl: bo
         pytest.skip("this Chromium has no software WebGL")
     assert not re.search(r"CONSOLE.*(Uncaught|Refused|violates)", ran.stderr)
     assert re.findall(r"<option value=\"\d\">(.*?)</option>", ran.stdout) == ["R1_A", "R2"]
-    assert re.findall(r"(Candidate \d): expected [\d.]+, TM.score 1.000", ran.stdout) == ["Candidate 3"]
+    assert re.findall(r"(Candidate \d): expected TM.score [\d.]+, got 1.000", ran.stdout) == ["Candidate 3"]
     body = re.sub(r"<script.*?</script>", "", ran.stdout, flags=re.DOTALL)
     is_drawn, is_told = "<canvas" in body, "Drawing needs JavaScript and WebGL" in body
     assert (is_drawn, is_told) == (webgl, not webgl)

@@ -1,5 +1,7 @@
 """Nothing is believed that Kaggle does not list, and nothing is sent twice; the real client against a fake Kaggle."""
 
+import errno
+import fcntl
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,6 +13,7 @@ import pytest
 from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError, NetworkError
 from pipeline.paths import Paths
+from pipeline.runlog import cut_torn_tail
 from submissions import ledger, upload
 from tests.chain_tables import make_paths, write_values_data
 from tests.kaggle_server import FakeKaggle, serve
@@ -208,6 +211,34 @@ def test_a_line_after_a_torn_one_is_not_lost(tmp_path: Path):
     found = ledger.find(book, comp="ribonanza", sha256="cd")
     assert found is not None
     assert found.ref == 7
+
+
+def test_nobody_else_writes_while_a_torn_line_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two uploads after a torn line both saw it: the later one cut what the earlier had just written in its place."""
+    book = tmp_path / "ledger.jsonl"
+    sent = ledger.Sent(comp="ribonanza", sha256="ab", tag="one 1", file="a.csv")
+
+    def cut(path: Path) -> None:
+        with path.open("a") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        cut_torn_tail(path)
+
+    monkeypatch.setattr(ledger, "cut_torn_tail", cut)
+    ledger.append(book, sent)
+    book.write_text(book.read_text() + '{"time": "2026')
+    ledger.append(book, replace(sent, sha256="cd", tag="one 2"))
+    assert [json.loads(line)["tag"] for line in book.read_text().splitlines()] == ["one 1", "one 2"]
+    with book.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_line_is_written_where_the_disk_gives_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    ledger.append(tmp_path / "ledger.jsonl", ledger.Sent(comp="ribonanza", sha256="ab", tag="one 1", file="a.csv"))
+    assert "one 1" in (tmp_path / "ledger.jsonl").read_text()
 
 
 def test_a_last_line_without_its_end_is_whole(tmp_path: Path):

@@ -12,6 +12,7 @@ from pipeline.stage import sha256_file
 from submissions import check
 from submissions import write as stage
 from submissions.layout import LOWEST_SUBMITTED, MAX_SUBMITTED, IdRuns, layout_of
+from submissions.structure_write import _plain_shapes
 from tests.chain_tables import (
     TARGETS,
     edit,
@@ -301,7 +302,7 @@ def test_a_file_is_there_before_there_is_any_prediction(structure_paths):
 
 @pytest.mark.parametrize("length", [1, 2, 3, 30, 4640, 125_000])
 def test_five_shapes_of_any_length_are_within_what_a_file_holds(length):
-    shapes = stage._plain_shapes(length)
+    shapes = _plain_shapes(length)
     assert len(shapes) >= 5
     for xyz_L3 in shapes:
         assert xyz_L3.shape == (length, 3)
@@ -326,3 +327,14 @@ def test_of_coordinates_one_range_an_axis_is_told_and_of_small_files_no_zero():
     with console.capture() as printed:
         console.print(stage.describe({"rows": 9, "sequences": 9, "bytes": 300, "ranges": ranges}))
     assert "9 sequences, 300 bytes" in printed.get()
+
+
+def test_of_very_many_columns_the_ranges_of_the_first_are_told_and_one_of_the_others():
+    """A submission of 919 classes printed 919 lines."""
+    ranges = {f"class {number}": (number / 1000, number / 1000 + 0.01) for number in range(919)}
+    console = Console(width=100)
+    with console.capture() as printed:
+        console.print(stage.describe({"rows": 9, "sequences": 9, "bytes": 2048, "ranges": ranges}))
+    lines = printed.get().splitlines()
+    assert len(lines) == 32
+    assert lines[-1].split() == ["889", "more", "0.03", "to", "0.928"]

@@ -173,11 +173,17 @@ void join(Point* x, int64_t size, int64_t stop, int64_t level, int64_t block) {
   }
 }
 
-// Element i of two rows, one after the other: the first half of them from 0, the second from kLanes / 2.
-inline IVec riffle(int64_t first) {
+// Elements of two rows in turn: the first half of each from 0, the second from kLanes / 2.
+inline Vec riffle(Vec a, Vec b, int64_t first) {
+#ifdef __clang__ // makes a shuffle of it; it has no __builtin_shuffle
+  Vec both;
+  for (int64_t i = 0; i < kLanes; ++i) both[i] = (i % 2 ? b : a)[first + i / 2];
+  return both;
+#else
   IVec order;
   for (int64_t i = 0; i < kLanes; ++i) order[i] = first + i / 2 + i % 2 * kLanes;
-  return order;
+  return __builtin_shuffle(a, b, order);
+#endif
 }
 
 // Channels become positions: as many riffles of all rows as a lane's number has bits.
@@ -186,8 +192,8 @@ inline void turn(Vec* tile) {
   for (int64_t round = 1; round < kLanes; round *= 2) {
     std::copy_n(tile, kLanes, other);
     for (int64_t i = 0; i < kLanes / 2; ++i) {
-      tile[2 * i] = __builtin_shuffle(other[i], other[i + kLanes / 2], riffle(0));
-      tile[2 * i + 1] = __builtin_shuffle(other[i], other[i + kLanes / 2], riffle(kLanes / 2));
+      tile[2 * i] = riffle(other[i], other[i + kLanes / 2], 0);
+      tile[2 * i + 1] = riffle(other[i], other[i + kLanes / 2], kLanes / 2);
     }
   }
 }
