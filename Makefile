@@ -72,6 +72,9 @@ endif
 ifneq ($(and $(filter MODEL,$(GIVEN)),$(MODEL),$(MAKECMDGOALS),$(if $(filter-out ensemble submit submit-kaggle evaluate report $(if $(FILE)$(SEQ),,structures),$(MAKECMDGOALS)),,by name)),)
 $(error MODEL=$(MODEL): what is blended, scored, shown or sent goes by name. Next: RUN=<run> for evaluate and report, RUNS="<run> <run>" for ensemble, FILE=<your RNAs> for structures by one run; make status lists the runs)
 endif
+ifneq ($(and $(filter FEATURES,$(GIVEN)),$(FEATURES),$(if $(FILE)$(SEQ),,alone)),)
+$(error FEATURES says what comes with sequences of your own. Next: FILE=<sequences> with it; data.features in SET for training)
+endif
 ifneq ($(and $(strip $(SET)),$(if $(TAG)$(ALLOW_CHANGES)$(filter plan sweep,$(MAKECMDGOALS)),,untagged)),)
 $(error SET changes what a run is, so name the variant: add TAG=some-name)
 endif

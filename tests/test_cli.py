@@ -380,6 +380,7 @@ def test_make_refuses_variables_in_small_letters():
         ("train GPU=1", "GPU: no target reads that."),
         ("evaluate report MODEL=hyena", "MODEL=hyena: what is blended, scored, shown or sent goes by name. Next: RUN="),
         ("structures MODEL=hyena", "MODEL=hyena: what is blended, scored, shown or sent goes by name. Next: RUN="),
+        ("predict FEATURES=a=b", "FEATURES says what comes with sequences of your own. Next: FILE="),
     ],
 )
 def test_make_refuses_variables_that_would_be_left_out(words, sentence):
@@ -399,6 +400,7 @@ def test_make_refuses_variables_that_would_be_left_out(words, sentence):
         "train evaluate MODEL=hyena",
         "train-all ensemble structures COMP=rna3d MODEL=small_structure",
         "structures MODEL=denovo SEQ=ACGU",
+        "predict FEATURES=a=b FILE=c",
         "audit SPLITS=a",
         "status MAKEFLAGS=-k",
     ],

@@ -61,9 +61,15 @@ def plain_heading(name: str) -> str:
 
 
 def usual_columns(names: Sequence[str], usual: Sequence[str]) -> list[str]:
-    """Those called by a usual name, in whatever letters; where none is, those whose plain heading is one."""
+    """Those called by a usual name, in whatever letters; where none is, those whose plain heading is one.
+
+    But for a group, which decides the folds: "Group (treatment)" is none of relatives.
+
+    >>> usual_columns(["Name (clone)", "Group (treatment)"], ["name"]), usual_columns(["Group (treatment)"], ["group"])
+    (['Name (clone)'], [])
+    """
     called = [name for name in names if name.strip().lower() in usual]
-    return called or [name for name in names if plain_heading(name) in usual]
+    return called or [name for name in names if plain_heading(name) in usual and "group" not in usual]
 
 
 def column_names(path: Path) -> list[str]:

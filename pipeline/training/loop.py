@@ -173,11 +173,11 @@ class Trainer:
         train_seconds = time.monotonic() - self._epoch_started
         try:
             values = self.evaluate()
-        except DivergedError:  # perhaps of sequences longer than the pieces that train
+        except DivergedError as err:  # perhaps of sequences longer than the pieces that train
             rung = self.state.precision.name
             if rung == "fp32" or not self.world.is_alone:  # several processes have agreed to end
                 raise
-            self.recovery.roll_back(f"step {progress.step}: the validation in {rung} predicts what is not finite")
+            self.recovery.roll_back(f"step {progress.step}: in {rung}, {str(err).partition('. Next')[0]}")
             self._saved_at = None
             return
         metric = values.pop("metric")

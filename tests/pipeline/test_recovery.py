@@ -79,7 +79,8 @@ def test_a_validation_that_overflows_in_half_precision_alone_is_made_one_rung_do
     assert report.facts["guard"]["rollbacks"] == 1
     (row,) = rows_of(paths, "rollback")
     assert (row["before"], row["precision"], row["to_step"]) == (precision, "fp32", 3)
-    assert f": the validation in {precision} predicts what is not finite; back to step 3, fp32" in said[0]
+    assert f"step 4: in {precision}, validation: a prediction for " in said[0]
+    assert " is not finite; back to step 3, fp32" in said[0]
     assert len(rows_of(paths, "epoch")) == 2
 
 
