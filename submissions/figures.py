@@ -36,6 +36,7 @@ def curves(
             axes.set_title(f"– –  {level[0]}", loc="right", color=MUTED, fontsize=9, pad=4)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_xlim(left=0)
+        axes.locator_params(axis="x", integer=True)
     return made.drawing
 
 

@@ -23,7 +23,7 @@ from submissions.page import Markup
 from submissions.subject import short_name
 
 #: Raised when the same predictions give other files than before.
-VERSION = 3
+VERSION = 4
 _SHOWN = 50  # sequences on the page
 _SHOWN_NT = 2_000  # of each of them
 _ROWS = 1_024  # sequences of a CSV that are in memory as rows
@@ -149,10 +149,10 @@ def _page(table: pl.DataFrame, competition: Competition, longest: int | None, *,
     base_C1 = np.clip(0.0, low_C1, high_C1)  # bars begin at 0, or at the edge that is next to it
     names = [short_name(target) for target in competition.targets]
     shown = table.head(_SHOWN)
-    words = f"{amount(table.height, 'sequence')}, predicted by {name}. {_told_ends(competition.shown_ranges, names)} "
-    words += f"Every value is in {name}.csv."
+    words = [f"{amount(table.height, 'sequence')}, predicted by {name}.", competition.meaning]
+    words += [_told_ends(competition.shown_ranges, names), f"Every value is in {name}.csv."]
     if table.height > shown.height:
-        words += f" Drawn: the first {shown.height}."
+        words.append(f"Drawn: the first {shown.height}.")
     drawings = []
     for sequence_id, sequence, *values in shown.iter_rows():
         about = f"{sequence_id} · {len(sequence):,} nt"
@@ -166,7 +166,7 @@ def _page(table: pl.DataFrame, competition: Competition, longest: int | None, *,
     body = page.join(
         page.element("div", competition.title, class_="kicker"),
         page.element("h1", title),
-        page.note(words),
+        page.note(" ".join(filter(None, words))),
         key,
         *drawings,
     )

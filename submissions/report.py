@@ -24,7 +24,7 @@ from submissions.subject import Subject, read_scores, score_cells, short_name
 from submissions.training_report import Training, duration, memory, read_training, training_section
 from submissions.values_report import values_sections
 
-VERSION = 8
+VERSION = 9
 _SAME = 0.0005  # a difference from a floor, relative to it, that is none
 
 

@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 from pipeline.cli import run_verb
+from submissions.subject import brief
 
 ROOT = Path(__file__).resolve().parents[1]
 HAIRPIN = "GGGAAACGCUUCGGCGAACCAGUUACUCCC"
@@ -43,6 +44,9 @@ def test_a_sequence_on_the_command_line_is_predicted_by_the_fold_that_is_said(pl
     assert "1 sequence, reactivity-v2.sim80_k5, fold 2" in capsys.readouterr().out
     (table,) = place.glob("artifacts/ribonanza/predictions/sequence-*/*.csv")
     assert pl.read_csv(table).height == 30
+    page = table.with_suffix(".html").read_text()
+    assert f"<h1>{brief(HAIRPIN)}</h1>" in page
+    assert "Reactivity is high where a nucleotide is free to move" in page
 
 
 def test_shipped_weights_embed_too(place):

@@ -3,7 +3,7 @@
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -30,15 +30,23 @@ OwnFeatures = Annotated[
 OwnSequence = Annotated[str, typer.Option("--sequence", help="Or a single sequence of your own.")]
 
 
-def source_of(file: Path | None, sequence: str, paths: Paths) -> Path | None:
+class Own(NamedTuple):
+    """Sequences of one's own."""
+
+    path: Path
+    title: str  #: of their page
+
+
+def source_of(file: Path | None, sequence: str, paths: Paths) -> Own | None:
     """The file that is meant, a single sequence as a file of its own; None where neither is given."""
     if file is not None and sequence:
         raise ConfigError(f"{file}: given beside a sequence; expected one of them. Next: leave FILE or SEQ out.")
     if not sequence:
-        return file
+        return None if file is None else Own(file, file.name)
     from pipeline.own_file import write_single  # which torch comes with
+    from submissions.subject import brief
 
-    return write_single(sequence, paths)
+    return Own(write_single(sequence, paths), brief(sequence))
 
 
 def embeddings_of(features: list[str] | None) -> dict[str, Path]:
@@ -53,7 +61,7 @@ def embeddings_of(features: list[str] | None) -> dict[str, Path]:
 
 
 def predict_file(
-    source: Path,
+    source: Own,
     *,
     competition: Any,
     paths: Paths,
@@ -74,14 +82,14 @@ def predict_file(
     started = time.monotonic()
     given: dict[str, Any] = {"competition": competition, "paths": paths, "embeddings": embeddings}
     if ensemble:
-        done = own_file.predict_ensemble(source, name=ensemble, **given)
+        done = own_file.predict_ensemble(source.path, name=ensemble, **given)
     else:
         run = find_run(model, split=split, tag=tag)
         only = None if fold is None else check_fold(fold, split)
-        done = own_file.predict_run(source, run=run, fold=only, **given)
+        done = own_file.predict_run(source.path, run=run, fold=only, **given)
     joining.apply(done.own, competition=done.competition, name=done.name, weights=done.weights)
-    folder = own_file.folder_of(source, paths)
-    which: dict[str, Any] = {"name": done.name, "folder": folder, "title": source.name, "longest": done.longest}
+    folder = own_file.folder_of(source.path, paths)
+    which: dict[str, Any] = {"name": done.name, "folder": folder, "title": source.title, "longest": done.longest}
     if done.competition.task == "classes" and not (classes := read_classes(done.own)).exclusive:
         joined = read_result(done.weights, hint="make ensemble")
         tables = (
@@ -95,7 +103,7 @@ def predict_file(
 
 
 def predict_structures(
-    source: Path, *, competition: Any, paths: Paths, split: str, name: str, run: str | Path | None
+    source: Own, *, competition: Any, paths: Paths, split: str, name: str, run: str | Path | None
 ) -> None:
     """Give the RNAs of a file their candidates, and write them as files, as a table and as a page."""
     from folds import ensemble as joining
@@ -106,10 +114,10 @@ def predict_structures(
     started = time.monotonic()
     with StopRequest():
         which: dict[str, Any] = {"competition": competition, "name": name, "run": run}
-        done = own_structures.predict(source, paths=paths, split=split, **which)
+        done = own_structures.predict(source.path, paths=paths, split=split, **which)
         joining.apply(done.own, competition=competition, name=done.name, weights=done.weights, partial_runs=True)
-        home = own_file.folder_of(source, paths) / "structures"
+        home = own_file.folder_of(source.path, paths) / "structures"
         table = own_structures.write_table(done, home / "candidates.csv")
-        report = structure_files.run(done.own, competition=competition, name=done.name, home=home, title=source.name)
+        report = structure_files.run(done.own, competition=competition, name=done.name, home=home, title=source.title)
     show(table, f"{amount(table.facts['sequences'], 'RNA')}, {done.about}")
     show(replace(report, seconds=time.monotonic() - started))

@@ -250,4 +250,6 @@ OPENVACCINE = Competition(
     test_inputs=("test", "sample"),
     test_tables=("test",),
     shown_ranges=((0.0, 2.0),) * 5,  # 99 % of the reactivities, 97 to 98 % of the degradation rates
+    meaning="Reactivity, and the rates at which the chain breaks (deg_…), are high where a nucleotide is free to move, "
+    "as unpaired ones are, and low where it is paired.",
 )

@@ -414,6 +414,8 @@ RIBONANZA = Competition(
     targets=TARGETS,
     target_range=(0.0, 1.0),
     shown_ranges=((0.0, 1.0),) * 2,
+    meaning="Reactivity is high where a nucleotide is free to move, as unpaired ones are, and low where it is paired; "
+    "DMS tells of A and C above all, 2A3 of every nucleotide.",
     signal_to_noise=tuple(f"signal_to_noise_{probe}" for probe in PROBES),
     metric="MAE",
     error_sums=error_sums,

@@ -22,7 +22,7 @@ from pipeline.paths import Paths
 from pipeline.stage import versions, write_json
 from tests.faults import damage, kills, nan, others
 from tests.faults.network import PartsModel
-from tests.pipeline import tiny
+from tests.pipeline import before_fork, tiny  # noqa: F401  (imports for all children)
 
 Row = dict[str, Any]
 

@@ -34,7 +34,7 @@ from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.distributed import join
 from pipeline.training.loader import Loader
 from pipeline.training.metrics import ErrorMeter
-from tests.pipeline import tiny
+from tests.pipeline import before_fork, tiny  # noqa: F401  (imports for all children)
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Name of a run, how many processes, settings, fault. A run that is named again goes on, with other settings if so.

@@ -27,7 +27,7 @@ from tests.pipeline import tiny
 pytestmark = pytest.mark.usefixtures("known_model")
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.pipeline.tiny", "pipeline.train_folds"])  # torch is imported once
+SERVER.set_forkserver_preload(["tests.pipeline.before_fork", "tests.pipeline.tiny", "pipeline.train_folds"])
 
 
 def fit(paths: Paths, config=None, **options: Any) -> None:

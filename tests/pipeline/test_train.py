@@ -647,7 +647,7 @@ from models.registry import register_model
 from pipeline import runlog, train
 from pipeline.paths import Paths
 from pipeline.runlog import read_metrics
-from tests.pipeline import tiny
+from tests.pipeline import before_fork, tiny
 
 register_model(tiny.TinyModel)
 runlog.console.quiet = True
