@@ -262,6 +262,12 @@ def test_a_target_named_as_markup_stays_text_inside_a_figure():
     assert HOSTILE in "".join(reader.texts)
 
 
+def test_a_training_of_two_steps_has_whole_steps_on_its_axis():
+    """Between steps 1 and 2 stood 1.25, 1.5 and 1.75."""
+    drawing = figures.curves({0: ([1.0, 2.0], [0.3, 0.2])}, xlabel="step", ylabel="loss")
+    assert re.findall(r">([^<>\s][^<>]*)</text>", drawing)[:4] == ["0", "1", "2", "step"]
+
+
 def test_long_names_are_cut_in_figures_so_that_none_lies_on_another():
     """Titles of four maps beside each other overlapped, and labels of rows took the drawing's place."""
     names = ("relative luminescence after 24 hours", "relative luminescence after 48 hours")
