@@ -28,7 +28,7 @@ def cache_folder(home: Path) -> Path:
         each for package in ("folds", "pipeline", "submissions") for each in (home / package).rglob("*.py")
     ):
         text = path.read_bytes()
-        if b"from pipeline.compiled import" in text:
+        if path.name == "compiled.py" or b"from pipeline.compiled import" in text:
             digest.update(text)
     return home / "pipeline" / "__pycache__" / f"numba-{digest.hexdigest()[:16]}"
 
@@ -61,4 +61,16 @@ def _forgiving(cache: Any) -> Iterator[None]:
 if not numba.config.CACHE_DIR and os.access(Path(__file__).parent, os.W_OK):  # type: ignore[attr-defined]
     numba.config.CACHE_DIR = str(cache_folder(Path(__file__).parents[1]))  # type: ignore[attr-defined]
 
-__all__ = ["njit", "prange"]
+
+@njit(cache=True)
+def copy(source: Any, target: Any) -> None:
+    """Write all of `source`, [L], to the first places of `target`.
+
+    ``target[: len(source)] = source`` takes numba seconds to compile, again in whatever calls it: it brings all that
+    words a message for lengths that differ.
+    """
+    for place in range(len(source)):
+        target[place] = source[place]
+
+
+__all__ = ["copy", "njit", "prange"]

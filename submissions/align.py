@@ -6,6 +6,8 @@ dynamic programming in the superposition of the alignment before; the best is se
 apart are dropped, and the rest is scored with the reference's d0 and length. Residue names matter: the secondary
 structure is that of residues which can pair. An alignment that was searched before is not searched again.
 
+The steps of a pair are Python and what loops over residues is compiled: all in one, it took twice as long to compile.
+
 Letters: X residues of the model, Y of the reference, N pairs of traces, 3 xyz.
 
 Source:
@@ -17,7 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.compiled import njit
+from pipeline.compiled import copy, njit
 from submissions.dynamic import Workspace, align_by, columns, moved_by, paired, workspace
 from submissions.first_guesses import Shapes, first_guess, secondary
 from submissions.seed_search import FAR, MOTION, NEAR, search
@@ -34,6 +36,8 @@ _GAP = -0.6  # of the first of two rounds of dynamic programming; the second has
 #: Of all traces of one side, one behind the other: [T, 3] Å, [T] residues that are there, [T] codes of their names, and
 #: [N + 1] where each trace begins and the last ends.
 _Side = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+#: d0, near, farthest and step of `search`.
+_Measures = tuple[float, float, float, int]
 
 _CODES = np.zeros(256, dtype=np.uint8)  # of letters; 0 pairs with nothing
 _CODES[np.frombuffer(b"ACGUTacgut", dtype=np.uint8)] = 1, 2, 3, 4, 4, 1, 2, 3, 4, 4
@@ -81,7 +85,6 @@ def _side(traces: Sequence[tuple[np.ndarray, str]]) -> _Side:
     return xyz_T3, resolved(xyz_T3), _CODES[np.frombuffer(letters, dtype=np.uint8)], offsets
 
 
-@njit(cache=True, nogil=True)
 def _align_all(models: _Side, natives: _Side, scales: np.ndarray, share: np.ndarray, scores: np.ndarray) -> None:
     """Scores of the pairs in `share`; each is aligned by one thread, so their number changes nothing."""
     for pair in share:
@@ -91,7 +94,6 @@ def _align_all(models: _Side, natives: _Side, scales: np.ndarray, share: np.ndar
             scores[pair] = _align(x, y, x_names, y_names, scales[pair])
 
 
-@njit(cache=True)
 def _one(side: _Side, pair: int) -> tuple[np.ndarray, np.ndarray]:
     """[3, R] float32 about the centre and [R] codes of one trace's residues that are there."""
     xyz_T3, there_T, names_T, offsets = side
@@ -99,7 +101,6 @@ def _one(side: _Side, pair: int) -> tuple[np.ndarray, np.ndarray]:
     return centred(xyz_T3, there_T, start, end), names_T[start:end][there_T[start:end]]
 
 
-@njit(cache=True, error_model="numpy")
 def _align(x: np.ndarray, y: np.ndarray, x_names: np.ndarray, y_names: np.ndarray, final_d0: float) -> float:
     """Score of one pair: the alignment is the best by the measures of the search, its score by the final ones."""
     shorter = min(x.shape[1], y.shape[1])
@@ -111,8 +112,7 @@ def _align(x: np.ndarray, y: np.ndarray, x_names: np.ndarray, y_names: np.ndarra
         return 0.0
     motion = np.empty(MOTION)
     search(mobile, fixed, d0, near, farthest, 1, motion)
-    apart = moved_by(mobile, motion) - fixed
-    kept = np.flatnonzero(apart[0] ** 2 + apart[1] ** 2 + apart[2] ** 2 <= farthest * farthest)
+    kept = _within(moved_by(mobile, motion), fixed, farthest)
     if len(kept) == 0:
         return 0.0
     final_near = min(max(final_d0, NEAR), FAR)
@@ -120,13 +120,25 @@ def _align(x: np.ndarray, y: np.ndarray, x_names: np.ndarray, y_names: np.ndarra
     return score / y.shape[1]
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", nogil=True)
+def _within(moved: np.ndarray, fixed: np.ndarray, farthest: float) -> np.ndarray:
+    """[K] int64: the pairs that lie at most so far apart."""
+    kept = np.empty(moved.shape[1], dtype=np.int64)
+    count = 0
+    for k in range(moved.shape[1]):
+        a, b, c = moved[0, k] - fixed[0, k], moved[1, k] - fixed[1, k], moved[2, k] - fixed[2, k]
+        if np.float64(a) ** 2 + np.float64(b) ** 2 + np.float64(c) ** 2 <= farthest * farthest:
+            kept[count] = k
+            count += 1
+    return kept[:count]
+
+
 def _best_alignment(
     x: np.ndarray, y: np.ndarray, x_marks: np.ndarray, y_marks: np.ndarray, d0: float, near: float, farthest: float
 ) -> np.ndarray:
     """[Y] int64: the residue of x that faces each of y, or -1; the best that five first guesses lead to."""
     count = y.shape[1]
-    measures = (d0, near, farthest)
+    measures = (d0, near, farthest, _COARSE)
     memory = (np.zeros(_REMEMBERED, dtype=np.uint64), np.empty((_REMEMBERED, MOTION + 1)))
     shapes = (x, y, np.ascontiguousarray(y[:, ::-1]), x_marks, np.ascontiguousarray(y_marks[::-1]))
     space = workspace(x.shape[1], count, 1)
@@ -148,13 +160,13 @@ def _best_alignment(
     return chosen
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", nogil=True)
 def _improve(
     shapes: Shapes,
     motion: np.ndarray,
     without_gap_only: bool,
     rounds: int,
-    measures: tuple[float, float, float],
+    measures: _Measures,
     memory: tuple[np.ndarray, np.ndarray],
     space: Workspace,
     chosen: np.ndarray,
@@ -174,19 +186,19 @@ def _improve(
             score = _search_alignment(x, y, found, measures, memory, motion)
             if score > best:
                 best = score
-                chosen[:] = found
+                copy(found, chosen)
             if iteration > 0 and abs(score - before) < 1e-6 * min(x.shape[1], y.shape[1]):
                 break
             before = score
     return best
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", nogil=True)
 def _search_alignment(
     x: np.ndarray,
     y: np.ndarray,
     chosen: np.ndarray,
-    measures: tuple[float, float, float],
+    measures: _Measures,
     memory: tuple[np.ndarray, np.ndarray],
     motion: np.ndarray,
 ) -> float:
@@ -199,13 +211,13 @@ def _search_alignment(
     name |= np.uint64(1)  # 0 marks an empty place
     slot = name >> np.uint64(32) & np.uint64(_REMEMBERED - 1)
     if names[slot] == name:
-        motion[:] = results[slot, :MOTION]
+        copy(results[slot, :MOTION], motion)
         return results[slot, MOTION]
     mobile, fixed = paired(x, y, chosen)
     if mobile.shape[1] == 0:
         return -1.0
-    score = search(mobile, fixed, measures[0], measures[1], measures[2], _COARSE, motion)
+    score = search(mobile, fixed, measures[0], measures[1], measures[2], measures[3], motion)
     names[slot] = name
-    results[slot, :MOTION] = motion
+    copy(motion, results[slot])
     results[slot, MOTION] = score
     return score

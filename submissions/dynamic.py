@@ -20,7 +20,7 @@ _MATCH, _GAP_IN_X = 1, 2  # bits of how a cell's value came about; a gap in y ha
 Workspace = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", nogil=True)
 def workspace(count_x: int, count_y: int, lanes: int) -> Workspace:
     """Room for `fill`, for so many residues of x and of y."""
     width = (count_x + 1) * lanes
@@ -32,7 +32,7 @@ def workspace(count_x: int, count_y: int, lanes: int) -> Workspace:
     )
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", nogil=True)
 def align_by(
     moved: np.ndarray,
     y_back: np.ndarray,
@@ -202,14 +202,14 @@ def _choose(
         choices[chosen + i] = np.uint8(match >= side) | (np.uint8(left >= up) << np.uint8(1))
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", nogil=True)
 def paired(x: np.ndarray, y: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[3, P] of both sides of an alignment."""
     places = np.flatnonzero(chosen >= 0)
     return columns(x, chosen[places]), columns(y, places)
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", nogil=True)
 def columns(xyz: np.ndarray, places: np.ndarray) -> np.ndarray:
     """[3, P] float32: some columns of a trace."""
     taken = np.empty((3, len(places)), dtype=np.float32)
@@ -219,7 +219,7 @@ def columns(xyz: np.ndarray, places: np.ndarray) -> np.ndarray:
     return taken
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", nogil=True)
 def moved_by(xyz: np.ndarray, motion: np.ndarray) -> np.ndarray:
     """[3, L] float32 after a motion."""
     moved = np.empty_like(xyz)

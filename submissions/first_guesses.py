@@ -12,7 +12,7 @@ Source:
 
 import numpy as np
 
-from pipeline.compiled import njit
+from pipeline.compiled import copy, njit
 from submissions.dynamic import Workspace, align_by, fill, moved_by, paired, trace_back, workspace
 from submissions.seed_search import (
     LANES,
@@ -43,7 +43,6 @@ Shapes = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 _Tables = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-@njit(cache=True, error_model="numpy")
 def first_guess(
     start: int,
     shapes: Shapes,
@@ -63,21 +62,24 @@ def first_guess(
     elif start == 2:
         _superpose_fragments(x, y, y_back, d0, near, guess)
     elif start == 3:
-        motion = np.empty(MOTION)
-        mobile, fixed = paired(x, y, chosen)
-        tables = _tables()
-        terms = pair_terms(mobile, fixed)
-        for k in range(SUMS):
-            tables[0][cell(k, 0)] = terms[:, k].sum()
-        best_motions(tables[0], tables[1], tables[2])
-        take_motion(tables[2], 0, motion)
-        inverse = 1.0 / (d0 + 1.5) ** 2
-        align_by(moved_by(x, motion), y_back, inverse, _BONUS, _GAP_STRUCTURE, x_marks, y_marks_back, space, guess)
+        moved, inverse = moved_by(x, _superposed(*paired(x, y, chosen))), 1.0 / (d0 + 1.5) ** 2
+        align_by(moved, y_back, inverse, _BONUS, _GAP_STRUCTURE, x_marks, y_marks_back, space, guess)
     else:
         _thread_fragments(x, y, d0, near, guess)
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", nogil=True)
+def _superposed(mobile: np.ndarray, fixed: np.ndarray) -> np.ndarray:
+    """[12] motion that brings [3, P] closest to its partners."""
+    motion, tables, terms = np.empty(MOTION), _tables(), pair_terms(mobile, fixed)
+    for k in range(SUMS):
+        tables[0][cell(k, 0)] = terms[:, k].sum()
+    best_motions(tables[0], tables[1], tables[2])
+    take_motion(tables[2], 0, motion)
+    return motion
+
+
+@njit(cache=True, error_model="numpy", nogil=True)
 def secondary(xyz: np.ndarray, names: np.ndarray) -> np.ndarray:
     """[L] uint8: 0 unpaired, 1 paired with a later residue, 2 with an earlier one.
 
@@ -117,7 +119,7 @@ def _pairs(xyz: np.ndarray, names: np.ndarray, i: int, j: int) -> bool:
 # ------------------------------------------------------------------------------------------- threading, quick scores
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", nogil=True)
 def _thread(
     x: np.ndarray,
     y: np.ndarray,
@@ -138,7 +140,8 @@ def _thread(
         used = min(LANES, x_count - least + 1 - low)
         for lane in range(used):
             first, last = max(0, -low - lane), min(y_count, x_count - low - lane)
-            stretches[lane] = x_start + first + low + lane, y_start + first, last - first
+            stretches[lane, 0], stretches[lane, 1] = x_start + first + low + lane, y_start + first
+            stretches[lane, 2] = last - first
         _quick_scores(x, y, stretches[:used], d0, near, tables, scores)
         for lane in range(used):
             if scores[lane] >= best:
@@ -301,7 +304,7 @@ def _add_lanes(block: np.ndarray) -> None:
 # ----------------------------------------------------------------------------------------------------------- fragments
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", nogil=True)
 def _superpose_fragments(
     x: np.ndarray, y: np.ndarray, y_back: np.ndarray, d0: float, near: float, guess: np.ndarray
 ) -> None:
@@ -326,13 +329,15 @@ def _superpose_fragments(
             trace_back(space[3], count_x, count_y, lane, lanes, found[lane])
             pair = paired(x, y, found[lane])
             start, size = lane * count_y, pair[0].shape[1]
-            mobile[:, start : start + size], fixed[:, start : start + size] = pair
-            faced[lane] = start, start, size
+            for axis in range(3):
+                copy(pair[0][axis], mobile[axis, start:])
+                copy(pair[1][axis], fixed[axis, start:])
+            faced[lane, 0], faced[lane, 1], faced[lane, 2] = start, start, size
         _quick_scores(mobile, fixed, faced[: len(batch)], d0, near, tables, scores)
         for lane in range(len(batch)):
             if scores[lane] > best:
                 best = scores[lane]
-                guess[:] = found[lane]
+                copy(found[lane], guess)
 
 
 @njit(cache=True, error_model="numpy")
@@ -378,7 +383,6 @@ def _jump(count: int) -> int:
     return min(jump, count // 3)
 
 
-@njit(cache=True, error_model="numpy")
 def _thread_fragments(x: np.ndarray, y: np.ndarray, d0: float, near: float, guess: np.ndarray) -> None:
     """Slide the longest unbroken fragment of one side, its middle if that is all, along the other side."""
     count_x, count_y = x.shape[1], y.shape[1]
@@ -399,7 +403,7 @@ def _thread_fragments(x: np.ndarray, y: np.ndarray, d0: float, near: float, gues
         _thread(x, y, 0, count_x, y_start, y_size, least, d0, near, best, guess)
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", nogil=True)
 def _longest_fragment(xyz: np.ndarray) -> tuple[int, int]:
     """Start and length of the longest run of short steps; what is short grows by a tenth until four are in a run."""
     count = xyz.shape[1]

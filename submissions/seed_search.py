@@ -63,7 +63,7 @@ def lined_up(count: int) -> np.ndarray:
     return room[start : start + count]
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", nogil=True)
 def search(
     mobile: np.ndarray, fixed: np.ndarray, d0: float, near: float, farthest: float, step: int, motion: np.ndarray
 ) -> float:

@@ -129,7 +129,7 @@ def resolved(xyz_L3: np.ndarray) -> np.ndarray:
     return (np.abs(xyz_L3) < -SENTINEL).all(axis=1)  # NaN is not
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def centred(xyz_T3: np.ndarray, chosen_T: np.ndarray, start: int, end: int) -> np.ndarray:
     """[3, R] float32, the chosen residues of one trace about their centre: products lose fewer digits."""
     kept = start + np.flatnonzero(chosen_T[start:end])
@@ -144,7 +144,6 @@ def centred(xyz_T3: np.ndarray, chosen_T: np.ndarray, start: int, end: int) -> n
     return columns
 
 
-@njit(cache=True, nogil=True)
 def _search_all(
     predicted_T3: np.ndarray,
     reference_T3: np.ndarray,

@@ -329,7 +329,7 @@ def _descend_all(
     final_ML3 = starts_ML3.copy()
     for m in prange(len(starts_ML3)):
         springs = springs_Q3[offsets[m] : offsets[m + 1]]
-        xyz = starts_ML3[m].copy()
+        xyz = final_ML3[m]
         mean, square, force = np.zeros_like(xyz), np.zeros_like(xyz), np.zeros_like(xyz)
         turns = max(1, len(nll_PK) // _PAIRS_A_STEP)
         for step in range(_DESCENT_STEPS):
@@ -344,7 +344,6 @@ def _descend_all(
                     square[i, a] = 0.98 * square[i, a] + 0.02 * force[i, a] ** 2
                     size = math.sqrt(square[i, a] / (1.0 - 0.98 ** (step + 1))) + 1e-6
                     xyz[i, a] += rate * mean[i, a] / (1.0 - 0.9 ** (step + 1)) / size
-        final_ML3[m] = xyz
     return final_ML3
 
 

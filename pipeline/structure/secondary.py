@@ -5,7 +5,7 @@ Letters: L length (nt), K candidate pairs.
 
 import numpy as np
 
-from pipeline.compiled import njit
+from pipeline.compiled import copy, njit
 
 #: Of a pair that a structure may have.
 LEAST_PROBABILITY = 0.02
@@ -143,7 +143,7 @@ def _best_nested(length: int, starts: np.ndarray, partner_K: np.ndarray, gain_K:
     """[L] partner or -1 of the nested set of pairs with the largest sum of gains: L times K steps."""
     best = np.zeros((length + 2, length + 1), dtype=np.float32)  # best[i, j + 1]: residues i to j
     for i in range(length - 1, -1, -1):
-        best[i, i + 1 :] = best[i + 1, i + 1 :]
+        copy(best[i + 1, i + 1 :], best[i, i + 1 :])
         for k in range(starts[i], starts[i + 1]):
             partner = partner_K[k]
             inside = gain_K[k] + best[i + 1, partner]

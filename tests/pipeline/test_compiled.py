@@ -73,3 +73,6 @@ def test_a_change_in_any_compiled_file_leaves_the_cache_behind(tmp_path: Path) -
     assert cache_folder(tmp_path) == before
     callee.write_text("from pipeline.compiled import njit  # other code\n")
     assert cache_folder(tmp_path) != before
+    before = cache_folder(tmp_path)
+    (tmp_path / "pipeline" / "compiled.py").write_text("copy = None\n")  # what it compiles is part of its callers' code
+    assert cache_folder(tmp_path) != before
