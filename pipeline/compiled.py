@@ -11,12 +11,16 @@ Where there is no place for it, or what it holds is damaged, functions are compi
 import contextlib
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numba
 from numba import prange
+from numba.core import event
+
+from pipeline.runlog import say
 
 numba.config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]
 
@@ -46,6 +50,29 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         return made
 
     return compiled
+
+
+class _Patience(event.Listener):
+    """Says once in a process that it compiles, when that has taken `AFTER` seconds: nothing else is seen meanwhile."""
+
+    AFTER = 3.0
+
+    def __init__(self) -> None:
+        self.starts: list[float] = []  # of the functions that wait for what they call
+        self.said = False
+
+    def on_start(self, event: Any) -> None:
+        self.starts.append(time.monotonic())
+
+    def on_end(self, event: Any) -> None:
+        seconds = time.monotonic() - self.starts[0]
+        self.starts.pop()
+        if seconds > self.AFTER and not self.said:
+            self.said = True
+            say("compiling for this machine, once: up to a minute")
+
+
+event.register("numba:compile", _Patience())
 
 
 @contextlib.contextmanager

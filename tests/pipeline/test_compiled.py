@@ -22,12 +22,12 @@ print(twice(21), sum(twice.stats.cache_hits.values()))
 """
 
 
-def run(program: Path, cache: Path, *, before: str = "") -> str:
+def run(program: Path, cache: Path, *, before: str = "", stream: str = "stdout") -> str:
     program.write_text(before + PROGRAM)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(cache)}
     done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return str(getattr(done, stream)).strip()
 
 
 def test_a_damaged_cache_is_compiled_anew_and_heals(tmp_path: Path) -> None:
@@ -39,6 +39,14 @@ def test_a_damaged_cache_is_compiled_anew_and_heals(tmp_path: Path) -> None:
         path.write_bytes(damage)
         found.append(run(program, cache))
     assert [*found, run(program, cache)] == ["42 0", "42 0", "42 0", "42 1"]
+
+
+def test_who_waits_for_the_compiler_is_told_so_once(tmp_path: Path) -> None:
+    """The first TM-score on a machine was a minute of silence."""
+    impatient = "from pipeline import compiled\ncompiled._Patience.AFTER = 0.0\n"
+    two = impatient + "compiled.njit(cache=True)(lambda x: x + 1)(1)\n"
+    told = [run(tmp_path / "p.py", tmp_path / "c", before=two, stream="stderr") for _ in range(2)]
+    assert told == ["compiling for this machine, once: up to a minute", ""]
 
 
 NOWHERE = "from numba.core import caching; caching.CacheImpl._locator_classes = []\n"
