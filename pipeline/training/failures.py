@@ -9,12 +9,15 @@ from torch import distributed
 
 from pipeline.errors import DataError, LostDeviceError, StorageError
 
-#: What CUDA's libraries say where there is no memory left for them; PyTorch's convolutions try all that cuDNN has, keep
-#: to themselves why each failed, and find none (pytorch/pytorch issue 108645). cuFFT calls it an internal error (issue
-#: 119420); where a process first needs them, so does cuSOLVER, and cuBLAS says that it is not initialized.
 _NO_MEMORY = re.compile(
-    r"out of memory|can't allocate memory|(CUBLAS|CUDNN|CUSOLVER)_STATUS_ALLOC_FAILED|CUFFT_ALLOC_FAILED"
-    r"|CUFFT_INTERNAL_ERROR|CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate"
+    r"out of memory|can't allocate memory|(CUBLAS|CUDNN|CUSOLVER)_STATUS_ALLOC_FAILED|CUFFT_ALLOC_FAILED", re.IGNORECASE
+)
+#: What CUDA's libraries say where there is no memory left for them, but also after a fault that no call has told yet.
+#: PyTorch's convolutions try all that cuDNN has, keep to themselves why each failed, and find none (pytorch/pytorch
+#: issue 108645). cuFFT calls it an internal error (issue 119420); where a process first needs them, so does cuSOLVER,
+#: and cuBLAS says that it is not initialized.
+_NO_MEMORY_OR_LOST = re.compile(
+    r"CUFFT_INTERNAL_ERROR|CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate"
     r"|CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate"
     r"|unable to find (an engine to execute this computation|a valid cuDNN algorithm)",
     re.IGNORECASE,
@@ -36,14 +39,25 @@ def is_out_of_memory(err: BaseException) -> bool:
     """Whether an error says that memory ran out, on the CPU (a plain RuntimeError) or a GPU."""
     if isinstance(err, MemoryError | torch.OutOfMemoryError):
         return True
-    return bool(_NO_MEMORY.search(str(err)))
+    return bool(_NO_MEMORY.search(str(err)) or (_NO_MEMORY_OR_LOST.search(str(err)) and _device_answers()))
 
 
 def is_device_lost(err: BaseException) -> bool:
     """Whether an error says that the device failed: every later call to it fails too, so nothing can be saved."""
     if is_out_of_memory(err) or not isinstance(err, RuntimeError):
         return False
-    return isinstance(err, torch.AcceleratorError) or bool(_DEVICE_LOST.search(str(err)))
+    told = _DEVICE_LOST.search(str(err)) or _NO_MEMORY_OR_LOST.search(str(err))
+    return isinstance(err, torch.AcceleratorError) or bool(told)
+
+
+def _device_answers() -> bool:
+    """Whether the GPU, if one is used, still does what it is told: after an assertion or a bad access it never does."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def is_process_lost(err: BaseException) -> bool:

@@ -346,6 +346,23 @@ def test_a_lost_device_ends_the_run_and_nothing_is_saved_from_it(paths, inject, 
     assert tiny.final_bytes(paths) == tiny.final_bytes(paths, WHOLE)
 
 
+@pytest.mark.parametrize(
+    "word", ["CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", "CUFFT_INTERNAL_ERROR"]
+)
+def test_a_library_that_cannot_begin_lacks_memory_unless_the_device_failed_before(monkeypatch, word):
+    """The first product after a device-side assertion was told as out of memory, and tried again in smaller parts."""
+
+    def silent() -> None:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert is_out_of_memory(RuntimeError(word))
+    monkeypatch.setattr(torch.cuda, "synchronize", silent)
+    assert not is_out_of_memory(RuntimeError(word))
+    assert is_device_lost(RuntimeError(word))
+
+
 def test_errors_are_told_apart_by_what_can_be_done():
     assert not any(is_out_of_memory(error) for error in LOST)
     assert not is_device_lost(torch.OutOfMemoryError("CUDA out of memory."))
