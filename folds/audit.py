@@ -15,7 +15,7 @@ from rich.table import Table
 from folds.assign import VERSION as FOLDS_VERSION
 from folds.copies import read_truth, score_copies, score_labels, score_numbers, tell_leaks
 from folds.edit_distance import pack
-from folds.similarity import find_designs
+from folds.similarity import EXHAUSTIVE, find_designs
 from folds.survey import PERCENTS, Survey, compare
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError
@@ -25,10 +25,7 @@ from pipeline.stage import Report, run_stage, write_json
 from pipeline.tables import open_parquet, read_folds
 
 #: Raised when the same folds give other numbers than before.
-VERSION = 1
-
-#: Most sequences of which all pairs are compared; 14,035 take 9 s on two threads.
-EXHAUSTIVE = 20_000
+VERSION = 2
 
 
 def run(
@@ -41,8 +38,8 @@ def run(
         splits: names of splits whose fold tables exist.
         competition: gives the metric; without one (structures) only identities are measured.
         seed: of the sample.
-        exhaustive: most sequences of which all pairs are compared; of more, a sample of the scored ones is compared
-            with all: at most as many pairs.
+        exhaustive: most letters of all designs of which all pairs are compared; of more, a sample of the scored ones is
+            compared with all: at most as much work.
 
     Raises:
         ConfigError: no splits.
@@ -86,8 +83,9 @@ def measure(
         table = table.join(held_out, on="sequence_id", how="left", validate="1:1", maintain_order="left")
     table = table.sort(pl.col("design").str.len_bytes(), "design", "sequence_id")
     folds_SN = np.stack([table[split].to_numpy().astype(np.int64) for split in splits])
-    queries = _choose_queries(table["scored"].to_numpy(), seed=seed, most=most)
-    survey = compare(pack(table["design"].to_list()), folds_SN, table["scored"].to_numpy(), queries=queries)
+    packed = pack(table["design"].to_list())
+    queries = _choose_queries(table["scored"].to_numpy(), letters=packed.tokens_T.size, seed=seed, most=most)
+    survey = compare(packed, folds_SN, table["scored"].to_numpy(), queries=queries)
     facts: dict[str, Any] = {
         "sequences": table.height,
         "exhaustive": queries is None,
@@ -112,12 +110,12 @@ def measure(
     return facts
 
 
-def _choose_queries(scored_N: np.ndarray, *, seed: int, most: int) -> np.ndarray | None:
+def _choose_queries(scored_N: np.ndarray, *, letters: int, seed: int, most: int) -> np.ndarray | None:
     """Sequences that stand for all of a large data set; None = compare all."""
-    if len(scored_N) <= most:
+    if letters <= most:
         return None
     pool = np.flatnonzero(scored_N) if scored_N.any() else np.arange(len(scored_N))
-    size = min(len(pool), max(1, most**2 // 2 // len(scored_N)))
+    size = min(len(pool), max(1, most**2 // 2 * len(scored_N) // letters**2))
     return np.sort(np.random.default_rng(seed).choice(pool, size, replace=False))
 
 

@@ -67,7 +67,11 @@ def pack(sequences: Sequence[str]) -> Packed:
             f"sequences of {lengths_N.min():,} to {lengths_N.max():,} nt; the comparison takes 1 to {MAX_LENGTH:,} nt. "
             "Next: leave the others out."
         )
-    tokens_T = encode("".join(sequences))
+    return pack_tokens(encode("".join(sequences)), lengths_N)
+
+
+def pack_tokens(tokens_T: np.ndarray, lengths_N: np.ndarray) -> Packed:
+    """As `pack`, of the letters of all sequences in one row."""
     offsets_N = np.concatenate([[0], np.cumsum(lengths_N)])
     words_N = np.concatenate([[0], np.cumsum((lengths_N + _WORD - 1) // _WORD)])
     masks_W4 = _letter_masks(tokens_T, offsets_N, words_N)

@@ -17,7 +17,7 @@ and of exact duplicates; nothing less keeps relatives out of other folds.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -26,7 +26,6 @@ from folds.components import find_roots, unite_pairs, unite_rows
 from folds.edit_distance import Packed, distance_rows, pack, pair_distances, share_identical
 from folds.flanks import Flank, cut_flanks, find_flank
 from folds.seeds import link_by_seeds
-from pipeline.errors import ConfigError
 from pipeline.runlog import Bar
 from pipeline.schema import ALPHABET
 
@@ -36,12 +35,11 @@ from pipeline.schema import ALPHABET
 RESIDUE_GROUPS = ("LVIMC", "AGSTPX", "FYW", "EDNQKRH")
 
 #: Raised when the same sequences give other clusters than before.
-VERSION = 1
+VERSION = 2
 
-Method = Literal["auto", "exact", "seeded"]
-
-#: Most designs for which "auto" compares all pairs. 13,975 take 9 s on two threads, so these take about 20 s.
-EXHAUSTIVE = 20_000
+#: Most letters of all designs together of which all pairs are compared: 13,975 designs of 103, 1.4 million letters, take
+#: 11 s on two threads, so these take about a minute and a half, however long each of them is.
+EXHAUSTIVE = 4_000_000
 
 #: Least threshold: unrelated designs reach 60 % (50 nt within 103 nt), and from there on everything hangs together.
 MIN_PERCENT = 65
@@ -93,47 +91,30 @@ def find_designs(sequences: Sequence[str], datasets: Sequence[str]) -> tuple[lis
     return [sequence[cut_flanks(sequence, flanks[dataset])] for sequence, dataset in pairs], flanks
 
 
-def find_clusters(table: pl.DataFrame, *, percent: int, method: Method = "auto") -> Clusters:
+def find_clusters(table: pl.DataFrame, *, percent: int) -> Clusters:
     """Cluster sequences so that two of at least `percent` % identity, of one group or of one design are together.
+
+    Up to `EXHAUSTIVE` letters all pairs of designs are compared ("exact"): the definition holds to the letter. Of more,
+    those that share a seed (`folds.seeds`, "seeded"): linear; at 80 % few are missed (`folds.bench`; MMseqs2 leaves
+    relatives apart), at lower thresholds fewer relatives share a seed.
 
     Args:
         table: ``sequence_id, sequence, dataset_name, group`` (null = no known relatives), sorted by sequence_id.
         percent: least identity of relatives, `MIN_PERCENT` to 100.
-        method: how pairs are found, besides groups and duplicates.
-            ``exact``: all pairs are compared; the definition holds to the letter.
-            ``seeded``: pairs that share a seed are compared (`folds.seeds`); linear. Measured at 80 %, where it misses
-            few (`folds.bench`); at lower thresholds fewer relatives share a seed.
-            ``auto``: exact up to `EXHAUSTIVE` designs, else seeded. MMseqs2 leaves relatives apart (`folds.bench`).
-
-    Raises:
-        ConfigError: unknown method, or threshold out of range.
     """
-    _check_options(percent, method)
     designs, flanks = find_designs(table["sequence"].to_list(), table["dataset_name"].to_list())
     texts = sorted(set(designs), key=lambda text: (len(text), text))
     place_of = {text: place for place, text in enumerate(texts)}
     places_N = np.array([place_of[design] for design in designs], dtype=np.int64)
     parent_U = np.arange(len(texts))
     _unite_groups(parent_U, places_N, table["group"])
-    if method == "auto":
-        method = "exact" if len(texts) <= EXHAUSTIVE else "seeded"
+    packed = pack(texts)
+    method: Literal["exact", "seeded"] = "exact" if packed.tokens_T.size <= EXHAUSTIVE else "seeded"
     facts: dict[str, Any] = {"method": method, "percent": percent, "sequences": len(designs), "designs": len(texts)}
-    link(pack(texts), parent_U, percent=percent, method=method)
+    link(packed, parent_U, percent=percent, method=method)
     cluster = _name_clusters(table["sequence_id"].to_list(), find_roots(parent_U)[places_N])
     facts["flanks"] = {dataset: flank._asdict() for dataset, flank in flanks.items()}
     return Clusters(cluster=cluster, facts=facts)
-
-
-def _check_options(percent: int, method: str) -> None:
-    if method not in get_args(Method):
-        raise ConfigError(
-            f"folds: method {method!r} is not known; expected one of {', '.join(get_args(Method))}. Next: take auto."
-        )
-    if not MIN_PERCENT <= percent <= 100:
-        raise ConfigError(
-            f"identity threshold {percent} %: expected {MIN_PERCENT} to 100, as unrelated sequences reach 60 %. "
-            "Next: take 80, the usual one."
-        )
 
 
 def _unite_groups(parent_U: np.ndarray, places_N: np.ndarray, group: pl.Series) -> None:

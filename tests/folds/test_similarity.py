@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from folds import seeds
+from folds import seeds, similarity
 from folds.components import find_roots
 from folds.edit_distance import UNKNOWN, aligned_positions, distance_rows, pack, pair_distance_ref, pair_distances
 from folds.flanks import MAX_FLANK, Flank, cut_flanks, find_flank
 from folds.similarity import find_clusters, find_designs, identity, link
-from pipeline.errors import ConfigError
 from tests.folds.families import (
     LEFT,
     RIGHT,
@@ -149,7 +148,8 @@ def test_exact_clusters_are_the_connected_components(rng):
     sequences = families(rng, parents=8, size=5, edits=15) + families(rng, parents=4, size=4, length=30, edits=8)
     table = make_table(sequences)
     pairs = related_ref(find_designs(sequences, ["library"] * len(sequences))[0], 80)
-    found = find_clusters(table, percent=80, method="exact")
+    found = find_clusters(table, percent=80)
+    assert found.facts["method"] == "exact"
     assert found.cluster == clusters_ref(table["sequence_id"].to_list(), pairs)
     assert 12 < len(set(found.cluster)) < len(sequences) - 12
 
@@ -176,6 +176,33 @@ def test_seeds_find_relatives_and_never_join_strangers(rng):
     assert len(np.unique(roots["seeded"])) <= 1.02 * len(np.unique(roots["exact"]))
 
 
+def test_long_relatives_are_found_beside_long_strangers_that_share_a_repeat(rng, monkeypatch):
+    """Mutants and fragments of 1,500 to 3,000 nt, half with one repeat of 200 nt; few exact distances are needed."""
+    parents = [random_sequence(rng, int(length)) for length in rng.integers(1500, 3000, 60)]
+    repeat = random_sequence(rng, 200)
+    parents = [
+        text[:500] + mutate(rng, repeat, edits=20) + text[700:] if i % 2 else text for i, text in enumerate(parents)
+    ]
+    relatives = [mutate(rng, text, edits=len(text) // 5) for text in parents[::4]]
+    fragments = [mutate(rng, text[200:1300], edits=150) for text in parents[1::4]]
+    texts = sorted([*parents, *relatives, *fragments], key=len)
+    compared = []
+    pairs = seeds.pair_distances
+    monkeypatch.setattr(
+        seeds,
+        "pair_distances",
+        lambda packed, *pair: (compared.append((packed, len(pair[0]))), pairs(packed, *pair))[1],
+    )
+    packed, parent = pack(texts), np.arange(len(texts))
+    link(packed, parent, percent=80, method="seeded")
+    roots = np.arange(len(texts))
+    link(packed, roots, percent=80, method="exact")
+    assert np.array_equal(find_roots(parent), find_roots(roots))
+    assert len(np.unique(find_roots(roots))) == len(parents)
+    exact = sum(count for of, count in compared if of is packed)
+    assert len(relatives) + len(fragments) <= exact < 2 * (len(relatives) + len(fragments))
+
+
 def test_seeds_are_the_same_however_often_the_scan_pauses(rng):
     """A slice stops when its room for pairs is full; it has to go on as if it had not stopped."""
     packed = pack(sorted(families(rng, parents=10, size=90, length=80, edits=12), key=len))
@@ -194,15 +221,16 @@ def test_seeds_are_the_same_however_often_the_scan_pauses(rng):
 
 
 @pytest.mark.parametrize("method", ["exact", "seeded"])
-def test_clusters_do_not_depend_on_threads(rng, method):
+def test_clusters_do_not_depend_on_threads(rng, method, monkeypatch):
+    monkeypatch.setattr(similarity, "EXHAUSTIVE", 0 if method == "seeded" else 1 << 30)
     table = make_table(families(rng, parents=20, size=10, length=90, edits=18))
     before = numba.get_num_threads()
     try:
         numba.set_num_threads(1)
-        alone = find_clusters(table, percent=80, method=method).cluster
+        alone = find_clusters(table, percent=80).cluster
     finally:
         numba.set_num_threads(before)
-    assert find_clusters(table, percent=80, method=method).cluster == alone
+    assert find_clusters(table, percent=80).cluster == alone
 
 
 def test_lengths_of_structures_can_be_clustered(rng):
@@ -214,14 +242,6 @@ def test_lengths_of_structures_can_be_clustered(rng):
     assert found.cluster[0] == found.cluster[1] == found.cluster[2] == "s00000"
     assert found.cluster[3] == "s00003"
     assert found.cluster[5] == "s00005"
-
-
-def test_unknown_methods_and_useless_thresholds_are_refused(rng):
-    table = make_table([random_sequence(rng, 30)])
-    with pytest.raises(ConfigError, match="method 'linclust' is not known; expected one of auto, exact"):
-        find_clusters(table, percent=80, method="linclust")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="threshold 50 %: expected 65 to 100"):
-        find_clusters(table, percent=50)
 
 
 def test_comparing_sequences_leaves_the_threads_of_torch_alone():
