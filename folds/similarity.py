@@ -37,7 +37,7 @@ RESIDUE_GROUPS = ("LVIMC", "AGSTPX", "FYW", "EDNQKRH")
 #: Raised when the same sequences give other clusters than before.
 VERSION = 2
 
-#: Most letters of all designs together of which all pairs are compared: 13,975 designs of 103, 1.4 million letters, take
+#: Most letters of all designs of which all pairs are compared: 13,975 designs of 103, 1.4 million letters, take
 #: 11 s on two threads, so these take about a minute and a half, however long each of them is.
 EXHAUSTIVE = 4_000_000
 

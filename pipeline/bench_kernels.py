@@ -28,6 +28,10 @@ _CONV_CAUSAL_BATCH = 1
 _LONG_TOKENS = 2**16  # of a CUDA batch: longer sequences come in smaller ones
 _OURS, _ATTENTION, _RFFT = "ours", "torch SDPA, bf16", "torch rfft"
 _IN_TURN, _SLOPE = "ours and torch rfft in turn", "slope"  # contestants in one process
+_CHANNELS_FIRST = "torch conv1d, channels first"
+_KERNEL = 9
+#: convolutions with a short kernel for each channel: ours has the channels last, which cuDNN alone does on a GPU
+_SHORT = {"depthwise": torch.float32, "depthwise bf16": torch.bfloat16}
 _PYTHONS = {"peers": measure.PEER_PYTHON}
 _QUADRATIC_MIB = 40_000  # that a peer with a state for each position may need before it is left out
 
@@ -121,6 +125,7 @@ def _cuda_cells(size: Size) -> list[Cell]:
     ]
     cells = [cell for cell in cells if cell["who"] != "ours, plain PyTorch" or cell["length"] <= 2048]
     cells += _conv_cells((256, 4096, 2**16, 2**19, 2**20) if size == "full" else (64, 128), (0,))
+    cells += [_cell(what, who, n, 0) for what in _SHORT for n in lengths[:3] for who in (_OURS, _CHANNELS_FIRST)]
     return cells + [_cell("attention", _ATTENTION, length, 0) for length in lengths]
 
 
@@ -157,7 +162,9 @@ def measure_cell(cell: Cell) -> dict[str, float]:
     if in_turn:
         with choose_device():
             return in_turn(cell)
-    prepare = {"scan": _prepare_scan, "conv": _prepare_conv, "attention": _prepare_attention}[cell["what"]]
+    prepare = {"scan": _prepare_scan, "conv": _prepare_conv, "attention": _prepare_attention}
+    prepare |= {what: partial(_prepare_short, dtype) for what, dtype in _SHORT.items()}
+    prepare = prepare[cell["what"]]
     with choose_device():
         short, operands = prepare(cell["who"], 8), prepare(cell["who"], cell["length"])
         _both(*short)  # compiles, loads and chooses
@@ -270,6 +277,23 @@ def rfft_conv(u_BLD: Tensor, after_DL: Tensor, skip_D: Tensor) -> Tensor:
     return torch.fft.irfft(spectrum, n=2 * length)[..., :length].transpose(1, 2) + skip_D * u_BLD
 
 
+def _prepare_short(dtype: torch.dtype, who: str, length: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    from models.layers.causal_conv import conv1d
+
+    torch.manual_seed(0)
+    operands = [torch.randn(_batch(length), length, _INNER), torch.randn(_INNER, 1, _KERNEL), torch.randn(_INNER)]
+
+    def ours(x_BLD: Tensor, weight: Tensor, bias_D: Tensor) -> Tensor:
+        return conv1d(x_BLD, weight, bias_D, padding=_KERNEL // 2)
+
+    def channels_first(x_BLD: Tensor, weight: Tensor, bias_D: Tensor) -> Tensor:
+        x_BDL = x_BLD.transpose(1, 2).contiguous()
+        return F.conv1d(x_BDL, weight, bias_D, padding=_KERNEL // 2, groups=_INNER).transpose(1, 2)
+
+    made = [operand.to(dtype).requires_grad_() for operand in operands]
+    return ours if who == _OURS else channels_first, made
+
+
 def _prepare_attention(who: str, length: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
     del who  # for the slope only
     shape = (_batch(length), _INNER // 64, length, 64)
@@ -315,6 +339,8 @@ def _place(cell: Cell) -> tuple[Any, ...]:
 
 def _shape(cell: Cell) -> str:
     length = cell["length"]
+    if cell["what"] in _SHORT:
+        return f"B{_batch(length)} L{length} D{_INNER} K{_KERNEL}"
     if cell["what"] == "conv":
         return f"B{_CONV_CAUSAL_BATCH} L{length} D{_conv_width(length)}"
     return f"B{_batch(length)} L{length} E{_INNER}" + (f" N{_STATE}" if cell["what"] == "scan" else "")

@@ -70,14 +70,15 @@ def _cpu_cells() -> list[Cell]:
 
 
 def _cuda_cells() -> list[Cell]:
-    cells = [_cell(name, batch=64, precision="bf16") for name in (*_BASES, PEER)]
+    half = choose_precision("bf16", torch.device("cuda")).name  # fp16 where bf16 is only emulated
+    cells = [_cell(name, batch=64, precision=half) for name in (*_BASES, PEER)]
     # the peer's step may not fit at 64 sequences; then it is compared at the largest batch that does
-    cells += [_cell(PEER, batch=batch, precision="bf16") for batch in (32, 16, 8)]
-    cells += [_cell(name, batch=64, precision="bf16", checkpointing=1) for name in _BASES]
-    cells += [_cell(name, batch=16, length=1024, precision="bf16") for name in _BASES[:3]]
-    cells += [_cell(f"large_{name}", batch=64, precision="bf16") for name in _BASES]
+    cells += [_cell(PEER, batch=batch, precision=half) for batch in (32, 16, 8)]
+    cells += [_cell(name, batch=64, precision=half, checkpointing=1) for name in _BASES]
+    cells += [_cell(name, batch=16, length=1024, precision=half) for name in _BASES[:3]]
+    cells += [_cell(f"large_{name}", batch=64, precision=half) for name in _BASES]
     lengths = (_MILLION // 2, _MILLION)
-    return cells + [_cell("hyena", batch=1, length=n, precision="bf16", checkpointing=1) for n in lengths]
+    return cells + [_cell("hyena", batch=1, length=n, precision=half, checkpointing=1) for n in lengths]
 
 
 def _cell(

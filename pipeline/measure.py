@@ -25,6 +25,7 @@ from pipeline.errors import PipelineError
 from pipeline.memory import peak_memory_mib, resident_mib
 from pipeline.paths import REPOSITORY
 from pipeline.stage import versions, write_json
+from pipeline.training.failures import is_out_of_memory
 
 RECORDS = REPOSITORY / "tests" / "benchmarks"
 #: The interpreter of the environment that holds the peers; `make bench-kernels` creates it.
@@ -103,7 +104,7 @@ def answer(measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     try:
         print(json.dumps(measure(json.loads(sys.argv[1]))))
     except (MemoryError, RuntimeError) as err:  # torch's own out-of-memory errors are RuntimeErrors
-        if not re.search("out of memory|can't allocate|not enough memory", str(err)):
+        if not is_out_of_memory(err):
             raise
         sys.exit(_OUT_OF_MEMORY)
 
@@ -165,7 +166,7 @@ def in_turn(*calls: Callable[[], Any], at_least: float = 3.0, fewest: int = 5) -
     """
     turns: list[list[float]] = []
     for call in calls:
-        call()
+        _once(call)
     while len(turns) < fewest or (sum(map(sum, turns)) < at_least and len(turns) < _MOST_TURNS):
         step = 1 if len(turns) % 2 else -1
         turns.append([_once(call) for call in calls[::step]][::step])

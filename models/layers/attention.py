@@ -183,7 +183,18 @@ def _close_pads(bias_BHRL: Tensor, mask_BL: Tensor) -> Tensor:
     if torch.is_autocast_enabled(mask_BL.device.type):
         dtype = torch.get_autocast_dtype(mask_BL.device.type)
     # the smallest number, not -inf: no NaN arises anywhere
-    return torch.where(mask_BL[:, None, None], bias_BHRL.to(dtype), torch.finfo(dtype).min)
+    closed_BHRL = torch.where(mask_BL[:, None, None], bias_BHRL.to(dtype), torch.finfo(dtype).min)
+    needs_alignment = closed_BHRL.is_cuda and not torch.compiler.is_compiling()  # Inductor aligns by itself
+    return _align(closed_BHRL) if needs_alignment else closed_BHRL
+
+
+def _align(bias_BHRL: Tensor) -> Tensor:
+    """The same numbers in rows that begin at multiples of 8: of others each layer's attention keeps an aligned copy.
+
+    Source: ``preprocess_mask`` of PyTorch's memory-efficient attention.
+    """
+    length = bias_BHRL.shape[-1]
+    return F.pad(bias_BHRL, (0, -length % 8))[..., :length]
 
 
 def _attend_in_groups(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, rows: Callable[[int, int], Tensor]) -> Tensor:

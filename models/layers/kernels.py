@@ -107,9 +107,28 @@ def describe(model: nn.Module, device: torch.device) -> str:
 
     A module says what it uses in its attribute ``operators``.
     """
-    used = sorted({name for module in model.modules() for name in getattr(module, "operators", ())})
-    choices = {name: choose(name, device) for name in used}
+    choices = {name: choose(name, device) for name in _operators(model)}
     return "; ".join(f"{name}: {choice.path} ({choice.reason})" for name, choice in choices.items())
+
+
+def slow(model: nn.Module, device: torch.device) -> str:
+    """What makes a network many times slower than it need be on a GPU, unasked, and what mends it; "" for nothing.
+
+    Plain PyTorch starts several kernels for each position of the scan, in each direction and layer.
+    """
+    scan = "selective_scan"
+    if device.type != "cuda" or mode() == "reference" or scan not in _operators(model):
+        return ""
+    if choose(scan, device).path != "reference":
+        return ""
+    return (
+        f"{scan} runs in plain PyTorch on {device}, position by position, many times slower than Triton's. "
+        "Next: install a C compiler and Python's headers, which Triton needs, or mamba-ssm."
+    )
+
+
+def _operators(model: nn.Module) -> list[str]:
+    return sorted({name for module in model.modules() for name in getattr(module, "operators", ())})
 
 
 def over_batch(run: Callable[..., Tensor], *arrays: Tensor, size: int) -> Tensor:

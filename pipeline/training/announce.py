@@ -53,6 +53,8 @@ def announce(trainer: Trainer, facts: dict[str, Any], *, needs: str, goes_on: bo
     say(f"{label}: {needs}")
     if facts["kernels"]:
         say(f"{label}: {facts['kernels']}")
+    if slow := kernels.slow(state.model, trainer.device):
+        warn(f"{label}: {slow}")
     steps = f"{amount(trainer.steps, 'step')}, {amount(config.train.num_epochs, 'epoch')}"
     say(f"{label}: goes on at step {first} of {steps}" if goes_on else f"{label}: {steps}")
     learning = {

@@ -9,23 +9,22 @@ from torch import distributed
 
 from pipeline.errors import DataError, LostDeviceError, StorageError
 
-_NO_MEMORY = re.compile(
-    r"out of memory|can't allocate memory|(CUBLAS|CUDNN|CUSOLVER)_STATUS_ALLOC_FAILED|CUFFT_ALLOC_FAILED", re.IGNORECASE
-)
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
 #: What CUDA's libraries say where there is no memory left for them, but also after a fault that no call has told yet.
 #: PyTorch's convolutions try all that cuDNN has, keep to themselves why each failed, and find none (pytorch/pytorch
 #: issue 108645). cuFFT calls it an internal error (issue 119420); where a process first needs them, so does cuSOLVER,
-#: and cuBLAS says that it is not initialized.
+#: and cuBLAS and cuDNN say that they are not initialized.
 _NO_MEMORY_OR_LOST = re.compile(
-    r"CUFFT_INTERNAL_ERROR|CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate"
+    r"(CUBLAS|CUDNN|CUSOLVER)_STATUS_ALLOC_FAILED|CUFFT_ALLOC_FAILED|CUDNN_STATUS_NOT_INITIALIZED"
+    r"|CUFFT_INTERNAL_ERROR|CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate"
     r"|CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate"
     r"|unable to find (an engine to execute this computation|a valid cuDNN algorithm)",
     re.IGNORECASE,
 )
 #: Errors after which nothing can be read from the device any more: CUDA's own, its libraries' and the driver's.
 _DEVICE_LOST = re.compile(
-    r"CUDA error|CUDA driver error|device-side assert|illegal memory access|CUBLAS_STATUS_|CUDNN_STATUS_|HIP error"
-    r"|CUSOLVER_STATUS_EXECUTION_FAILED|CUFFT_EXEC_FAILED|GPU is lost|uncorrectable ECC",
+    r"CUDA error|CUDA driver error|Triton Error \[CUDA\]|device-side assert|illegal memory access|HIP error"
+    r"|CUBLAS_STATUS_|CUDNN_STATUS_|CUSOLVER_STATUS_EXECUTION_FAILED|CUFFT_EXEC_FAILED|GPU is lost|uncorrectable ECC",
     re.IGNORECASE,
 )
 _ANOMALY = re.compile(r"Function '\w+' returned nan values in its \d+th output")

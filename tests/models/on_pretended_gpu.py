@@ -115,6 +115,7 @@ def test_predictions_wait_once_for_all_sequences_of_a_batch(monkeypatch: pytest.
 
 def test_float32_means_float32():
     """Predictions of convolutions were rounded to 10 bits on a GPU, though they promise 1e-6."""
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     assert choose_precision("auto", choose_device()).name == "bf16"
     assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32

@@ -236,6 +236,18 @@ def test_the_bias_is_position_plus_weighted_pair_features_and_closes_padded_keys
     assert (found[1, ..., 4:] == torch.finfo(torch.float32).min).all()
 
 
+@pytest.mark.parametrize("length", [1, 7, 8, 177])
+def test_rows_of_an_aligned_bias_begin_at_multiples_of_8_with_the_same_numbers_and_gradients(length: int):
+    bias_BHRL = torch.randn(2, 3, 5, length, requires_grad=True)
+    aligned = attention._align(bias_BHRL)
+    assert all(stride % 8 == 0 for stride in aligned.stride()[:-1])
+    assert aligned.stride(-1) == 1
+    assert torch.equal(aligned, bias_BHRL)
+    weight = torch.randn_like(bias_BHRL)
+    (grad,) = torch.autograd.grad(aligned, bias_BHRL, weight)
+    assert torch.equal(grad, weight)
+
+
 def test_heads_start_from_one_that_ignores_pairing_to_one_that_looks_at_the_partner():
     bias, bpp_BLL = PairBias(4, use_bpp=True), torch.zeros(1, 8, 8)
     bpp_BLL[0, 1, 6] = bpp_BLL[0, 6, 1] = 1.0

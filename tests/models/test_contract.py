@@ -203,8 +203,9 @@ def test_weights_trained_on_the_fast_path_predict_the_same_on_the_reference_path
 
 @every_case
 def test_sequences_longer_than_any_in_training_are_predicted(device: str, case: str):
-    model = build(case, device=device).eval()
-    loss(model, batch([20], device=device)).backward()
+    model = build(case, device=device, dropout=0.0)
+    loss(model, batch([20], device=device)).backward()  # in training mode: cuDNN's GRU has no other backward pass
+    model.eval()
     assert all(x.isfinite().all() for x in outputs(model, batch([150], device=device)).values())
 
 

@@ -225,6 +225,19 @@ def test_a_network_says_what_its_operators_run_on():
     assert kernels.describe(nn.Linear(2, 2), CPU) == ""
 
 
+def test_a_scan_in_plain_pytorch_on_a_gpu_is_warned_of_unless_it_was_asked_for(monkeypatch):
+    layer, cuda = BidirectionalMamba(8, state=4, expand=2, tie_directions=True), torch.device("cuda")
+    choice = kernels.Choice("reference", "plain PyTorch; triton: Failed to find C compiler")
+    monkeypatch.setattr(kernels, "choose", lambda *_: choice)
+    assert "Next: install a C compiler" in kernels.slow(layer, cuda)
+    assert kernels.slow(nn.Linear(2, 2), cuda) == kernels.slow(layer, CPU) == ""
+    monkeypatch.setenv("RNA_KERNELS", "reference")
+    assert kernels.slow(layer, cuda) == ""
+    monkeypatch.delenv("RNA_KERNELS")
+    choice = kernels.Choice("triton", "triton 3.6.0")
+    assert kernels.slow(layer, cuda) == ""
+
+
 def test_the_examples_reach_every_gradient():
     """A gradient that is zero in the example would be checked against nothing."""
     for operator in (SCAN, CONVOLUTION, LONG_CONVOLUTION):

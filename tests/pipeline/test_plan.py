@@ -252,7 +252,7 @@ def test_estimate_is_the_allocators_peak_on_a_gpu():
     def train(step: Step) -> None:
         model.zero_grad()
         with device:
-            model(plan._inputs(step, with_bpp=model.uses_bpp)).values_BLC.sum().backward()
+            model(plan._inputs(step, model)).values_BLC.sum().backward()
 
     train(replace(step, micro_batch=1, length=16))
     model.zero_grad()

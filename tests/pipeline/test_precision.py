@@ -105,9 +105,11 @@ def first_kernel(monkeypatch):
     """Says how the first kernel on a GPU ends; what `choose_device` changes is put back."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.backends.cuda.matmul.allow_tf32 = True
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     yield lambda run: monkeypatch.setattr(torch, "ones", run)
+    torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.enable_cudnn_sdp(True)
 
 
@@ -117,6 +119,7 @@ def test_libraries_are_told_what_they_have_to_know_before_they_compute(first_ker
     assert choose_device() == torch.device("cuda")
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 

@@ -318,6 +318,7 @@ LOST = [
     torch.AcceleratorError("CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later"),
     RuntimeError("CUDA error: an illegal memory access was encountered"),
     RuntimeError("CUDA error: unspecified launch failure"),
+    RuntimeError("Triton Error [CUDA]: misaligned address"),
     RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
     RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED when calling cublasSgemm"),
 ]
@@ -370,6 +371,8 @@ def test_errors_are_told_apart_by_what_can_be_done():
     for word in (
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`",  # was a lost device: reruns fail again
         "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",  # likewise
+        "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
+        "Triton Error [CUDA]: out of memory",
         "cuFFT error: CUFFT_ALLOC_FAILED",
         "cuFFT error: CUFFT_INTERNAL_ERROR",  # a transform's plan; ended with a traceback, as the next two
         "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`. If you keep seeing",

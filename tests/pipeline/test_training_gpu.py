@@ -253,6 +253,6 @@ def test_a_device_side_assert_ends_the_run_with_a_sentence_and_the_rerun_resumes
         command, cwd=root, env={**os.environ}, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 75, done.stderr
-    assert "failed at step 6 (CUDA error: device-side assert triggered)" in done.stdout
+    assert "failed at step 6 (CUDA error: " in done.stdout
     assert CheckpointStore(paths.fold_dir(tiny.RUN, 0) / "checkpoints").newest_meta()["step"] == 4
     assert fit(paths, tiny.config()).facts["steps"] == 12
