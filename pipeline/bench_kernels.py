@@ -162,9 +162,8 @@ def measure_cell(cell: Cell) -> dict[str, float]:
     if in_turn:
         with choose_device():
             return in_turn(cell)
-    prepare = {"scan": _prepare_scan, "conv": _prepare_conv, "attention": _prepare_attention}
-    prepare |= {what: partial(_prepare_short, dtype) for what, dtype in _SHORT.items()}
-    prepare = prepare[cell["what"]]
+    whats = {"scan": _prepare_scan, "conv": _prepare_conv, "attention": _prepare_attention}
+    prepare = whats.get(cell["what"]) or partial(_prepare_short, _SHORT[cell["what"]])
     with choose_device():
         short, operands = prepare(cell["who"], 8), prepare(cell["who"], cell["length"])
         _both(*short)  # compiles, loads and chooses

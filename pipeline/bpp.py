@@ -45,6 +45,7 @@ def run(
     workers: int | None = None,
     tables: Sequence[str] = _TABLES,
     longest: int | None = None,
+    time_budget: float | None = None,
 ) -> Report:
     """Compute the base-pair probabilities of all sequences of the clean train and test tables.
 
@@ -55,6 +56,7 @@ def run(
         workers: processes; by default one per CPU this process may use.
         tables: clean tables whose sequences are folded; ``test`` alone where nothing is trained.
         longest: nt; longer sequences are left out, for a first result that another call completes.
+        time_budget: seconds after which it stops; None = never.
 
     Returns:
         Report with the output ``bpp``.
@@ -62,7 +64,7 @@ def run(
     Raises:
         ConfigError: ViennaRNA is not installed and the file is not there, or `workers` makes no sense.
         DataError: a clean table is missing.
-        StoppedError: a signal came; finished parts are kept and the next call goes on from them.
+        StoppedError: a signal came, or the time is up; finished parts are kept and the next call goes on from them.
         StorageError: a worker was killed, most likely for memory, or the disk is full.
     """
     tables = _foldable(paths, tables)
@@ -90,7 +92,8 @@ def run(
                 if is_part
                 else set()
             )
-            return _build(parts["bpp"], sorted(wanted | kept), paths=paths, params=params, workers=workers)
+            how: dict[str, Any] = {"params": params, "workers": workers, "time_budget": time_budget}
+            return _build(parts["bpp"], sorted(wanted | kept), paths=paths, **how)
 
     of_all = params if longest is None else params | {_LENGTH: longest}
     report = run_stage("bpp", inputs=inputs, outputs={"bpp": paths.bpp}, params=of_all, build=build)
@@ -155,7 +158,13 @@ def _without_length(done: dict[str, Any]) -> dict[str, Any]:
 
 
 def _build(
-    out: Path, wanted: list[str], *, paths: Paths, params: dict[str, Any], workers: int | None
+    out: Path,
+    wanted: list[str],
+    *,
+    paths: Paths,
+    params: dict[str, Any],
+    workers: int | None,
+    time_budget: float | None,
 ) -> dict[str, Any]:
     usable, reason = viennarna.available()
     if not usable:
@@ -171,7 +180,8 @@ def _build(
     if missing.size:
         there = len(wanted) - missing.size
         say(f"bpp: {amount(missing.size, 'sequence')} to fold" + (f", {there:,} are there already" if there else ""))
-        _compute([wanted[k] for k in missing], folder=_parts_dir(paths), params=params, workers=workers)
+        how: dict[str, Any] = {"params": params, "workers": workers, "time_budget": time_budget}
+        _compute([wanted[k] for k in missing], folder=_parts_dir(paths), **how)
         sources = _sources(paths, params)
     pairs = _merge(wanted, sources, out)
     return {
@@ -274,21 +284,23 @@ def _merge(wanted: list[str], sources: list[_Source], out: Path) -> int:
     return pairs
 
 
-def _compute(missing: list[str], *, folder: Path, params: dict[str, Any], workers: int | None) -> None:
+def _compute(
+    missing: list[str], *, folder: Path, params: dict[str, Any], workers: int | None, time_budget: float | None
+) -> None:
     """Fold sequences and leave them in parts; in this process if there is little to do."""
     work = sum(viennarna.seconds_to_fold(len(sequence)) for sequence in missing)
     workers = min(workers or usable_cpus(), 1 + int(work / _WORTH_A_WORKER))
     limit = min(_PART_SECONDS, work / (4 * workers))
     jobs = [(part, folder, json.dumps(params)) for part in _divide(missing, limit=limit)]
     folder.mkdir(parents=True, exist_ok=True)
-    with StopRequest() as stop, Bar("bpp", total=len(missing), unit="sequences") as bar:
+    with StopRequest(time_budget=time_budget) as stop, Bar("bpp", total=len(missing), unit="sequences") as bar:
         kept, started = 0, time.monotonic()
         for count in _finished(jobs, workers=min(workers, len(jobs)), stop=stop):
             kept += count
             bar.advance(count, note=f"{kept / (time.monotonic() - started):.0f}/s")
         if kept < len(missing):
             raise StoppedError(
-                f"bpp: stopped by {stop.reason()}; {kept:,} of {len(missing):,} sequences are folded and kept. "
+                f"bpp: stopped ({stop.reason()}); {kept:,} of {len(missing):,} sequences are folded and kept. "
                 "Next: run it again to go on."
             )
 

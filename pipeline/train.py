@@ -127,8 +127,12 @@ def run(
             changes = require_same(meta, begun, where=folder, **how)  # type: ignore[arg-type]
             if begun["progress"]["finished"] and Progress.from_dict(begun["progress"]).is_over(config.train):
                 if world.is_main:
-                    settle_status(folder)
-                return _report(store, begun, status="current", seconds=0.0)
+                    store.set_damaged_aside()
+                begun = world.from_main(store.newest_meta)
+                if begun is not None and begun["progress"]["finished"]:
+                    if world.is_main:
+                        settle_status(folder)
+                    return _report(store, begun, status="current", seconds=0.0)
         with deterministic_algorithms(config.train.deterministic):
             options: dict[str, Any] = {"max_steps": max_steps, "changes": changes, "trackers": trackers}
             _train(model, config, competition, data, store, stop, meta, world, **options)

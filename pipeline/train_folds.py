@@ -92,7 +92,7 @@ def run(
             return
         if config.model.kwargs.get("use_bpp"):
             require_fold_table(paths.fold_table(split))  # probabilities take minutes
-            show(bpp.run(paths))
+            show(bpp.run(paths, time_budget=None if budget is None else max(0.0, budget.left())))
         begins: dict[str, Any] = {"config": config, "processes": world.size, "restart": restart}
         for fold in folds:
             folder = paths.fold_dir(run, fold)

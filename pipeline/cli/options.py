@@ -82,6 +82,13 @@ def find_competition(name: str, artifacts: Path | None = None) -> Any:
 
 def find_paths(comp: str, artifacts: Path) -> Paths:
     """Where a competition's files are; the name is checked here, or of a misspelt one a file would be "missing"."""
+    try:
+        str(artifacts.absolute()).encode()
+    except UnicodeEncodeError as err:
+        raise ConfigError(
+            f"ARTIFACTS={os.fsencode(artifacts)!r} in {os.fsencode(Path.cwd())!r}: a path that is not UTF-8, which "
+            "tables and logs cannot name. Next: another folder."
+        ) from err
     return Paths(comp=find_competition(comp).name, root=artifacts)
 
 

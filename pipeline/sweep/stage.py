@@ -4,6 +4,7 @@ A job is an ordinary run, so it resumes, and its lock keeps two workers off the 
 here or on another machine, takes the jobs that nobody does. The global batch is the configuration's unless it is swept.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -99,7 +100,9 @@ def _require_same_table(sweep: Sweep, axes: Sequence[Axis]) -> None:
     """A sweep replaces its own table alone: of the same settings, with the same values at least."""
     path = sweep.folder / "results.json"
     asked = asked_for(sweep, axes)
-    begun = asked | (json.loads(path.read_text()).get("asked", {}) if path.is_file() else {})
+    begun = asked
+    with contextlib.suppress(OSError, ValueError):  # no table yet, or a damaged one: it is made anew from the runs
+        begun = asked | json.loads(path.read_text()).get("asked", {})
     over, now = begun["over"], asked["over"]
     if over.keys() == now.keys() and all(value in now[key] for key in over for value in over[key]):
         begun["over"] = now

@@ -1,6 +1,7 @@
 """A study: Optuna proposes cells, several workers that share a folder take turns, and the dead are replaced."""
 
 import contextlib
+import json
 import math
 import statistics
 import time
@@ -9,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import BusyError, ConfigError, StoppedError
-from pipeline.runlog import say
+from pipeline.errors import BusyError, ConfigError, DataError, StoppedError
+from pipeline.runlog import cut_torn_tail, say
 from pipeline.sweep.jobs import POLL_S, Axis, Job, Settings, Sweep, asked_for, label, refuse_changes
 from pipeline.training.stop import lock_holder, run_lock
 
@@ -22,15 +23,25 @@ def run_study(sweep: Sweep, axes: Sequence[Axis], trials: int, results: dict[Job
     try:
         import optuna
         from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
+        from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
     except ImportError as err:
         raise ConfigError(
             "TRIALS needs Optuna, which is not installed. Next: pip install optuna, or list values."
         ) from err
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    storage = JournalStorage(JournalFileBackend(str(sweep.folder / "study.log")))  # a file, fit for network folders
-    study = optuna.create_study(study_name=sweep.name, storage=storage, load_if_exists=True)
+    log = sweep.folder / "study.log"  # a file, fit for network folders
+    lock = JournalFileSymlinkLock(str(log))
+    with _held(lock):  # what others are writing is whole then: only who was killed, or had no disk left, tore a line
+        cut_torn_tail(log)
+    try:
+        storage = JournalStorage(JournalFileBackend(str(log), lock_obj=lock))
+        study = optuna.create_study(study_name=sweep.name, storage=storage, load_if_exists=True)
+    except (json.JSONDecodeError, KeyError) as err:
+        raise DataError(
+            f"{log}: damaged ({type(err).__name__}: {err}). Next: another NAME, or move this file away; runs that are "
+            "trained stay, and a new study takes their metrics where it proposes the same values."
+        ) from err
     _require_same(study, sweep, axes)
     states = optuna.trial.TrialState
     me = f"{_WORKER}{uuid.uuid4().hex[:12]}"
@@ -81,6 +92,15 @@ def _next_trial(
             say(f"{told}; their results are waited for")
         waits = True
         time.sleep(POLL_S)
+
+
+@contextlib.contextmanager
+def _held(lock: Any) -> Iterator[None]:
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -108,12 +108,11 @@ class CheckpointStore:
                 "not saved, the checkpoints before it are where the folder went. Next: the same command there, with "
                 "ARTIFACTS=<folder>, goes on from them."
             )
-        for name, tensor in [*weights.items(), *(training or {}).items()]:
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise DivergedError(
-                    f"step {step}: {name} is not finite; such a checkpoint is never written. Next: the same command "
-                    "goes on from the checkpoint before."
-                )
+        if (name := _not_finite(weights) or _not_finite(training or {})) is not None:
+            raise DivergedError(
+                f"step {step}: {name} is not finite; such a checkpoint is never written. Next: the same command "
+                "goes on from the checkpoint before."
+            )
         payload = {_WEIGHTS: _tensor_bytes(weights), _STATE: _state_bytes(state)}
         if training is not None:
             payload[_TRAINING] = _tensor_bytes(training)
@@ -122,7 +121,8 @@ class CheckpointStore:
         except OSError as err:
             if err.errno not in DISK_FULL:
                 raise
-            self._prune(keep=1, best_step=meta.get("best_step"))
+            before = self.newest_meta()  # the best one may be the one that is not written yet
+            self._prune(keep=1, best_step=before["best_step"] if before else None)
             path = self._retry(step, payload, meta)
         self._prune(keep=_KEEP, best_step=meta.get("best_step"))
         return path
@@ -146,6 +146,14 @@ class CheckpointStore:
                 "Next: --restart begins anew and sets them aside."
             )
         return None
+
+    def set_damaged_aside(self) -> None:
+        """Move to ``bad/`` whatever is not what was written; only for the holder of the run's lock."""
+        for path in self.steps().values():
+            try:
+                _read(path)
+            except DamagedError as err:
+                self._quarantine(path, str(err))
 
     def best_folder(self) -> Path:
         """Where the checkpoint with the best validation metric is; before any validation, the newest.
@@ -175,7 +183,7 @@ class CheckpointStore:
                 fsync(part / name)
                 files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
             write_json(part / "meta.json", _sealed({**meta, "format": _FORMAT, "step": step, "files": files}))
-            read_meta(part)
+            _read(part)
             fsync_folder(part)
             if path.exists():
                 path.rename(part.with_name(f"{part.name}-replaced"))
@@ -198,9 +206,10 @@ class CheckpointStore:
             if err.errno not in DISK_FULL:
                 raise
             size = size_text(sum(map(len, payload.values())))
+            intact = "The one before it is intact. " if self.steps() else ""
             raise StorageError(
-                f"{self.folder}: the disk is full; the checkpoint of step {step} needs {size}. The one before it "
-                "is intact. Next: free space and run again, training goes on from there."
+                f"{self.folder}: the disk is full; the checkpoint of step {step} needs {size}. {intact}Next: free "
+                "space and run again, training goes on from there."
             ) from err
 
     def _prune(self, *, keep: int, best_step: int | None) -> None:
@@ -272,6 +281,24 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         DamagedError: it is not what was written, or holds anything but tensors and plain values.
     """
+    meta, data = _read(path)
+    try:
+        weights = safetensors.torch.load(data[_WEIGHTS])
+        training = safetensors.torch.load(data[_TRAINING]) if _TRAINING in data else weights
+        state = torch.load(io.BytesIO(data[_STATE]), weights_only=True, map_location="cpu")
+    except (SafetensorError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as err:
+        raise DamagedError(f"{type(err).__name__}: {str(err).splitlines()[0]}") from err
+    if (name := _not_finite(weights) or _not_finite(training)) is not None:
+        raise DamagedError(f"{name} is not finite")
+    return Checkpoint(path, meta, weights, training, state)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Meta data and files of a checkpoint folder; every byte is what was written.
+
+    Raises:
+        DamagedError: it is not.
+    """
     meta = read_meta(path)
     try:
         data = {name: (path / name).read_bytes() for name in meta["files"]}
@@ -282,13 +309,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
     for name, record in meta["files"].items():
         if hashlib.sha256(data[name]).hexdigest() != record["sha256"]:
             raise DamagedError(f"{name} does not have its sha256")
-    try:
-        weights = safetensors.torch.load(data[_WEIGHTS])
-        training = safetensors.torch.load(data[_TRAINING]) if _TRAINING in data else weights
-        state = torch.load(io.BytesIO(data[_STATE]), weights_only=True, map_location="cpu")
-    except (SafetensorError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as err:
-        raise DamagedError(f"{type(err).__name__}: {str(err).splitlines()[0]}") from err
-    return Checkpoint(path, meta, weights, training, state)
+    return meta, data
+
+
+def _not_finite(weights: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds a NaN or inf."""
+    floats = ((name, tensor) for name, tensor in weights.items() if tensor.is_floating_point())
+    return next((name for name, tensor in floats if not bool(torch.isfinite(tensor).all())), None)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -11,8 +11,10 @@ import pickle
 import queue
 import signal
 import threading
+import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from functools import cached_property
 from multiprocessing.connection import Connection
 from typing import NamedTuple
@@ -22,12 +24,13 @@ import numpy as np
 from pipeline.augment import Augmentation, epoch_augmentation
 from pipeline.config import RunConfig
 from pipeline.dataset import ExampleSet
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StoppedError
 from pipeline.packing import Packed, plan_epoch, read_packed, split_batch
 from pipeline.runlog import warn
 from pipeline.training.stop import SIGNALS
 
 _AHEAD = 4  # batches that each worker prepares before they are asked for
+_SLICE_S = 1.0  # of the wait for a worker, between two questions whether to stop
 _PATIENCE_S = 300.0  # with a worker that says nothing; an epoch of a million sequences is planned in 0.3 s
 
 
@@ -142,10 +145,19 @@ class Loader:
         source: of the batches.
         workers: processes that read ahead, no more than an epoch has batches; 0 = read in this one when asked.
         patience: seconds after which a worker that says nothing is given up.
+        stops: whether the run is asked to stop, which ends the wait for a worker.
     """
 
-    def __init__(self, source: BatchSource, *, workers: int, patience: float = _PATIENCE_S) -> None:
+    def __init__(
+        self,
+        source: BatchSource,
+        *,
+        workers: int,
+        patience: float = _PATIENCE_S,
+        stops: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.source, self._count, self._patience = source, min(workers, source.batches), patience
+        self._stops = stops
         self._workers: list[_Worker] = []
         self._ahead: deque[tuple[Place, _Worker]] = deque()
         self._rebuilt_at: Place | None = None
@@ -161,6 +173,7 @@ class Loader:
 
         Raises:
             DataError: a worker died, hung or raised, and so did the one that took its place.
+            StoppedError: the run was asked to stop while a worker said nothing.
         """
         if not self._count:
             return self.source(place)
@@ -210,10 +223,18 @@ class Loader:
         return answer
 
     def _hear(self, worker: _Worker, *, patience: float) -> bytes:
-        try:
-            heard = worker.received.get(timeout=patience)
-        except queue.Empty:
-            raise _LostError(f"said nothing for {patience:.0f} s") from None
+        until = time.monotonic() + patience
+        while True:
+            try:
+                heard = worker.received.get(timeout=max(0.0, min(_SLICE_S, until - time.monotonic())))
+                break
+            except queue.Empty:
+                if self._stops():
+                    raise StoppedError(
+                        "stopped while a loader worker said nothing. Next: the same command goes on."
+                    ) from None
+                if time.monotonic() >= until:
+                    raise _LostError(f"said nothing for {patience:.0f} s") from None
         if heard is None:
             raise _LostError(worker.last_words())
         return heard

@@ -131,7 +131,8 @@ class Trainer:
         self.recovery = Recovery(state, settings=settings, store=self.store, meta=self.meta, log=telemetry.log)
         self._last_step = None if max_steps is None else self.progress.step + max_steps
         try:
-            with Loader(self.source, workers=settings.workers) as self._loader:
+            stops = lambda: self.stop.reason() is not None  # noqa: E731
+            with Loader(self.source, workers=settings.workers, stops=stops) as self._loader:
                 if self._saved_at is None:
                     self.save()  # a state to roll back to before the first update
                 while not self.progress.finished:
@@ -279,7 +280,12 @@ class Trainer:
     def _take(self, place: list[int]) -> Taken:
         """This process's share of one batch, with the weight of all of it."""
         where = Place(place[0], place[1], self.micro_batch)
-        batches = [unpack(packed) for packed in self.world.together(partial(self._loader.take, where))]
+        try:
+            taken = self.world.together(partial(self._loader.take, where))
+        except StoppedError:
+            self._poll_stop()  # saves
+            raise
+        batches = [unpack(packed) for packed in taken]
         (weight,) = self.world.sum(sum(self.loss.weight(batch) for batch in batches))
         passes = max(self.world.gather(len(batches))) if self.state.sharded else 0
         return Taken(place, batches, weight, self.source.tokens(where), passes)

@@ -15,7 +15,7 @@ from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.distributed import ALONE, World
 from pipeline.training.guard import GuardCounts, nonfinite_parameters
 from pipeline.training.optim import Ema, make_optimizer, total_norm
-from pipeline.training.precision import Precision
+from pipeline.training.precision import Precision, choose_precision
 
 
 @dataclass(kw_only=True)
@@ -135,8 +135,9 @@ class TrainingState:
             network.load_state_dict(sharding.parts(weights, network.state_dict()))
         self._restore_optimizer(checkpoint.state["optimizer"])
         self.progress = Progress.from_dict(checkpoint.state["progress"])
-        if self.progress.precision:
-            self.set_precision(Precision(self.progress.precision, "a rollback ordered it"))
+        if ordered := self.progress.precision:
+            is_real = choose_precision(ordered, self.device).name == ordered  # bf16 is emulated on a T4
+            self.set_precision(Precision(ordered if is_real else "fp32", "a rollback ordered it"))
         if self.precision.scaled and checkpoint.state["scaler"]:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
         random = [checkpoint.state["random"], *checkpoint.state.get("random_elsewhere", [])]

@@ -315,7 +315,7 @@ def test_an_interrupted_run_leaves_no_process_and_goes_on_from_its_parts(paths, 
     )
     if number == signal.SIGTERM:
         assert done.returncode == StoppedError.exit_code
-        assert b"stopped by SIGTERM" in done.stdout
+        assert b"stopped (SIGTERM)" in done.stdout
         assert b"run it again" in done.stdout
     else:
         assert done.returncode == -signal.SIGKILL
@@ -323,6 +323,14 @@ def test_an_interrupted_run_leaves_no_process_and_goes_on_from_its_parts(paths, 
     report = bpp.run(paths, workers=1)
     assert 0 < report.facts["computed"] < 81
     assert pl.read_parquet(paths.bpp).height == 81
+
+
+def test_folding_keeps_to_a_time_budget_and_goes_on_from_there(paths, rng):
+    """A Kaggle notebook with a BUDGET folded for hours past its end."""
+    write_clean(paths, "train", random_sequences(rng, 20, length=40))
+    with pytest.raises(StoppedError, match=r"bpp: stopped \(the time budget is spent\)"):
+        bpp.run(paths, time_budget=0.0, tables=("train",))
+    assert bpp.run(paths, tables=("train",)).status == "built"
 
 
 def test_workers_import_neither_polars_nor_torch():

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import stat
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from pipeline.errors import DivergedError, StorageError
+from pipeline.training import checkpoint
 from pipeline.training.checkpoint import CheckpointStore, DamagedError, load_checkpoint
 
 
@@ -260,6 +262,53 @@ def test_a_full_disk_is_helped_by_removing_older_checkpoints(store, monkeypatch)
     monkeypatch.setattr(Path, "write_bytes", full_until_pruned)
     save(store, 3)
     assert list(store.steps()) == [3, 2]
+
+
+def test_a_full_disk_leaves_the_best_one_until_a_better_one_is_written(store, monkeypatch):
+    """That of a better step, not written yet, was kept in its place, and a worse one predicted."""
+    for step, best in ((1, 1), (2, 1), (3, 1)):
+        save(store, step, best=best)
+
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StorageError, match="The one before it is intact"):
+        save(store, 4, best=4)
+    monkeypatch.undo()
+    assert store.best_folder().name == "step-00000001"
+    assert list(store.steps()) == [3, 1]
+
+
+def test_a_full_disk_at_the_first_checkpoint_promises_none_before_it(store, monkeypatch):
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(StorageError, match=r"step 1 needs .* Next: free space") as caught:
+        save(store, 1)
+    assert "intact" not in str(caught.value)
+
+
+def test_what_the_disk_changes_while_it_is_written_is_not_committed(store, monkeypatch):
+    save(store, 1)
+    write = Path.write_bytes
+
+    def flipped(path: Path, data: bytes) -> int:
+        return write(path, data[:-1] + bytes([data[-1] ^ 1]) if path.suffix == ".safetensors" else data)
+
+    monkeypatch.setattr(Path, "write_bytes", flipped)
+    with pytest.raises(OSError, match=r"written and not read back: .* does not have its sha256"):
+        save(store, 2)
+    monkeypatch.undo()
+    assert list(store.steps()) == [1]
+
+
+def test_weights_that_are_not_finite_are_not_loaded_either(store, monkeypatch):
+    """Such a checkpoint, sealed as it should be, was gone back to until the run gave up, a good one beside it."""
+    save(store, 1)
+    monkeypatch.setattr(checkpoint, "_not_finite", lambda _: None)
+    save(store, 2, value=math.nan)
+    monkeypatch.undo()
+    assert store.load_newest().meta["step"] == 1
+    assert "w is not finite" in (store.folder / "bad" / "step-00000002" / "reason.txt").read_text()
 
 
 def test_saving_a_step_again_replaces_it(store):

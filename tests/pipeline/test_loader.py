@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.config import RunConfig
 from pipeline.dataset import ExampleSet, open_examples
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StoppedError
 from pipeline.packing import Packed
 from pipeline.paths import Paths
 from pipeline.training.loader import BatchSource, Loader, Place, _Worker
@@ -120,6 +120,16 @@ def test_a_worker_that_is_lost_again_ends_the_run_with_a_reason(examples, config
     source = faulty(examples, config, how=how, once=None, hung=hung)
     with pytest.raises(DataError, match=rf"epoch 0, batch 3: a loader worker {says}.*, twice. Next: train.workers = 0"):
         all_of(source, workers=1, patience=PATIENCE_S if how == "hang" else 600.0)
+
+
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_a_silent_worker(examples, config, hung):
+    """SIGTERM, `make stop` and a spent budget were heard when the worker spoke again, or after minutes."""
+    source = faulty(examples, config, how="hang", once=None, hung=hung)
+    with (
+        Loader(source, workers=1, patience=1e6, stops=hung.exists) as loader,
+        pytest.raises(StoppedError, match="while a loader worker said nothing"),
+    ):
+        list(map(loader.take, places()))
 
 
 def test_a_worker_imports_neither_torch_nor_polars():

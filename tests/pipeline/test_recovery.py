@@ -16,12 +16,15 @@ from torch import Tensor
 from pipeline import network, runlog
 from pipeline.config import RunConfig
 from pipeline.errors import DivergedError, LostDeviceError, StoppedError, StorageError
+from pipeline.network import build_model
 from pipeline.paths import Paths
 from pipeline.training.bad_batch import BadBatch, find_bad_batches, load_bad_batch
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.failures import is_anomaly, is_device_lost, is_out_of_memory
 from pipeline.training.guard import classify, is_spike, lower_scale, remember
 from pipeline.training.loop import Trainer
+from pipeline.training.precision import Precision
+from pipeline.training.state import TrainingState
 from tests.faults import nan
 from tests.pipeline import tiny
 from tests.pipeline.tiny import at_calls, fit, rows_of
@@ -229,6 +232,25 @@ def test_what_a_rollback_took_back_stays_in_the_log_of_a_resumed_run(paths, inje
     (rollback,) = rows_of(paths, "rollback")
     assert (rollback["step"], rollback["to_step"], rollback["before"], rollback["precision"]) == (6, 4, "fp32", "fp32")
     assert sorted({row["step"] for row in rows_of(paths, "step")}) == [step for step in range(1, 13) if step != 6]
+
+
+@pytest.mark.parametrize(("card", "expected"), [((8, 0), "bf16"), ((7, 5), "fp32")])
+def test_a_rung_of_bf16_is_not_taken_over_where_it_is_emulated(paths, monkeypatch, card, expected):
+    """A run of an A100 that was rolled back from fp16 and goes on with a T4."""
+    fit(paths, run=WHOLE)
+    saved = CheckpointStore(paths.fold_dir(WHOLE, 0) / "checkpoints").load_newest()
+    saved.state["progress"]["precision"] = "bf16"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: card)
+    state = TrainingState(
+        build_model(tiny.config().model, tiny.TINY),
+        settings=tiny.config().train,
+        device=torch.device("cpu"),
+        precision=Precision("fp32", ""),
+    )
+    state.device = torch.device("cuda")
+    monkeypatch.setattr(state, "set_random", lambda _: None)
+    state.restore(saved)
+    assert state.precision.name == expected
 
 
 # --- memory ---

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from models import registry
-from pipeline.errors import BusyError, ConfigError, StoppedError
+from pipeline.errors import BusyError, ConfigError, DataError, StoppedError
 from pipeline.paths import Paths
 from pipeline.stage import Report
 from pipeline.sweep import jobs, stage, study
@@ -129,6 +129,18 @@ def test_a_study_stops_at_its_number_of_trials_and_goes_on_from_them(small: Swee
     assert all(1e-4 <= row["cell"][0][1] <= 1e-1 for row in again.facts["cells"])
 
 
+def test_a_study_whose_last_line_was_torn_goes_on(small: Sweep):
+    """A full disk tore it, the next start wrote behind it, and every later one ended with a JSONDecodeError."""
+    pytest.importorskip("optuna")
+    axes, log = [parse_axis("train.lr={low=1e-4, high=1e-1, log=true}")], small.folder / "study.log"
+    stage.run(small, axes, trials=1)
+    log.write_bytes(log.read_bytes()[:-25])
+    assert len(stage.run(small, axes, trials=2).facts["cells"]) == 2
+    log.write_text("{\n" + log.read_text())
+    with pytest.raises(DataError, match=r"study\.log: damaged \(JSONDecodeError.* Next: another NAME"):
+        stage.run(small, axes, trials=2)
+
+
 def test_a_second_worker_waits_for_the_last_trial_of_a_living_one_and_takes_over_that_of_a_dead_one(
     small: Sweep, monkeypatch: pytest.MonkeyPatch
 ):
@@ -237,6 +249,14 @@ def test_a_study_is_not_mixed_with_another_of_its_name(small: Sweep):
     stage.run(small, [parse_axis("train.lr=[1e-3]")], trials=1)
     with pytest.raises(ConfigError, match=r"begun with other settings: over .* another NAME"):
         stage.run(small, [parse_axis("train.lr=[1e-3, 2e-3]")], trials=1)
+
+
+def test_a_damaged_table_is_made_anew(small: Sweep):
+    axes = [parse_axis("train.lr=[1e-3]")]
+    cells = stage.run(small, axes).facts["cells"]
+    (small.folder / "results.json").write_text('{"asked": ')
+    assert stage.run(small, axes).facts["cells"] == cells
+    assert json.loads((small.folder / "results.json").read_text())["cells"]
 
 
 def test_a_grid_grows_and_does_not_replace_the_table_of_another(small: Sweep):

@@ -97,6 +97,22 @@ def test_a_finished_run_is_not_done_again(paths):
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
 
 
+@pytest.mark.parametrize("which", ["newest", "best"])
+def test_a_finished_run_that_was_damaged_is_mended(paths, which):
+    """It was "up to date", and its predictions ended with "does not have its sha256", every time."""
+    fit(paths)
+    store = store_of(paths)
+    expected = store.load_newest().weights
+    path = next(iter(store.steps().values())) if which == "newest" else store.best_folder()
+    damaged = bytearray((path / "model.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    (path / "model.safetensors").write_bytes(damaged)
+    fit(paths)
+    weights = store.load_newest().weights
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    assert (store.folder / "bad" / path.name / "reason.txt").exists()
+
+
 def test_a_finished_run_whose_last_word_was_lost_gets_its_status_corrected(paths):
     fit(paths)
     path = paths.fold_dir(tiny.RUN, 0) / "status.json"
