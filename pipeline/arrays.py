@@ -22,6 +22,7 @@ from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.labels import Classes, Labels
 from pipeline.paths import Paths
+from pipeline.runlog import warn
 from pipeline.schema import ALPHABET, encode
 from pipeline.stage import DISK_FULL, Report, fsync, is_alive, sha256_file, write_json
 
@@ -109,6 +110,8 @@ def _carried(paths: Paths, kind: str, *, missing: str) -> Report:
     found = [folder for folder in sorted(paths.arrays_dir.glob(f"{kind}-*")) if (folder / "meta.json").is_file()]
     if len(found) != 1:
         raise DataError(missing)
+    if damaged := _damaged(found[0]):
+        raise DataError(f"{found[0] / damaged}: not what was written. Next: carry it here again.")
     return Report(stage="arrays", status="current", outputs={"arrays": found[0], "meta": found[0] / "meta.json"})
 
 
@@ -133,7 +136,10 @@ def build_set(
     folder = home / f"{kind}-{key}"
     outputs = {"arrays": folder, "meta": folder / "meta.json"}
     if (folder / "meta.json").is_file():
-        return Report(stage="arrays", status="current", outputs=outputs)
+        if not (damaged := _damaged(folder)):
+            return Report(stage="arrays", status="current", outputs=outputs)
+        warn(f"{folder / damaged}: not what was written; the arrays are made again")
+        shutil.rmtree(folder)
     part = home / f".part-{kind}-{key}-{os.getpid()}"
     for left in home.glob(".part-*"):  # by a killed process: as large as the arrays themselves
         if left == part or not is_alive(int(left.name.rpartition("-")[2])):
@@ -143,7 +149,8 @@ def build_set(
         facts = write(part)
         for path in part.glob("*.npy"):
             fsync(path)
-        write_json(part / "meta.json", identity | {"facts": facts})
+        files = {path.name: sha256_file(path) for path in part.glob("*.npy")}
+        write_json(part / "meta.json", identity | {"facts": facts, "files": files})
         for old in home.glob(f"{kind}-*"):  # whoever has one open keeps its pages
             if old != folder or not (folder / "meta.json").is_file():  # else it is another process's, finished first
                 shutil.rmtree(old, ignore_errors=True)
@@ -156,6 +163,15 @@ def build_set(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return Report(stage="arrays", status="built", outputs=outputs, facts=facts, seconds=time.monotonic() - started)
+
+
+def _damaged(folder: Path) -> str | None:
+    """The first file of a set that is not what was written: maps are read without a look at their bytes."""
+    try:
+        files = json.loads((folder / "meta.json").read_text()).get("files", {})  # none where an older version wrote it
+    except ValueError:
+        return "meta.json"
+    return next((n for n, sha in files.items() if not (folder / n).is_file() or sha256_file(folder / n) != sha), None)
 
 
 def _write_table(

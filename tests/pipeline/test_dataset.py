@@ -90,14 +90,26 @@ def test_a_changed_table_gets_arrays_of_its_own_and_the_old_ones_go(paths):
     assert [path for path in paths.arrays_dir.iterdir() if path.name.startswith("train")] == [after]
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"x"), lambda path: path.unlink()])
-@pytest.mark.parametrize("name", ["tokens", "targets"])
-def test_a_damaged_array_is_named_with_what_to_do(paths, name, damage):
-    """A cut targets.npy: "ValueError: This file contains pickled (object) data", a missing one: "KeyError"."""
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [flip, lambda path: path.write_bytes(b"x"), lambda path: path.unlink()])
+@pytest.mark.parametrize("name", ["tokens.npy", "targets.npy", "meta.json"])
+def test_damaged_arrays_are_made_again_and_carried_ones_refused(paths, name, damage):
+    """Zeros in the place of targets were trained on without a word; a cut file ended the run."""
     tiny.write_values(paths, count=8)
-    folder = paths.arrays_dir / open_examples(TINY, paths=paths, table="train").key
-    damage(folder / f"{name}.npy")
-    with pytest.raises(DataError, match=r"an array is damaged .* Next: remove this folder"):
+    whole = open_examples(TINY, paths=paths, table="train")
+    folder, targets = paths.arrays_dir / whole.key, whole.targets_TC.copy()
+    damage(folder / name)
+    mended = open_examples(TINY, paths=paths, table="train")
+    assert mended.key == whole.key
+    np.testing.assert_array_equal(mended.targets_TC, targets)
+    paths.clean("train").unlink()
+    damage(folder / name)
+    with pytest.raises(DataError, match=r"not what was written. Next: carry it here|no clean table"):
         open_examples(TINY, paths=paths, table="train")
 
 
