@@ -2,8 +2,9 @@
 
 A seed is a pattern of letters that two sequences have in common ("1" = must agree, "0" = may differ). Sequences that
 share one lie in the same bucket; each is compared with the `NEIGHBOURS` before it there, first by the letters around
-the seed, then by the exact distance. The work grows with the number of sequences and not with its square, as long as
-buckets are not crowded; pairs that share no seed are missed (`folds.bench` measures how many).
+the seed, long ones then by a few pieces, then by the exact distance. The work grows with the number of sequences and
+not with its square, as long as buckets are not crowded; pairs that share no seed are missed (`folds.bench` measures
+how many).
 
 Letters: N sequences, T letters, Q places of seeds, S slices, P pairs.
 """
@@ -89,28 +90,28 @@ def _link_short(packed: Packed, parent_N: np.ndarray, percent: int) -> None:
 
 
 def _cut_pieces(packed: Packed) -> Packed:
-    """The sequences, and after them the pieces of the long ones."""
-    long = packed.lengths_N >= _LONG
-    between_P = (np.arange(_PIECES) + 0.5) / _PIECES
-    starts_NP = packed.offsets_N[:-1][long, None] + (between_P * packed.lengths_N[long, None] - _PIECE / 2).astype(int)
-    letters = packed.tokens_T[starts_NP[:, :, None] + np.arange(_PIECE)]
-    lengths = np.full(starts_NP.size, _PIECE)
-    return pack_tokens(np.append(packed.tokens_T, letters), np.append(packed.lengths_N, lengths))
+    """The long sequences, and after them their pieces."""
+    first = int(np.searchsorted(packed.lengths_N, _LONG))
+    offsets_N, lengths_N = packed.offsets_N[first:-1], packed.lengths_N[first:]
+    middles_P = (np.arange(_PIECES) + 0.5) / _PIECES
+    starts_NP = offsets_N[:, None] + (middles_P * lengths_N[:, None]).astype(np.int64) - _PIECE // 2
+    pieces = packed.tokens_T[starts_NP[:, :, None] + np.arange(_PIECE)]
+    tokens = packed.tokens_T[packed.offsets_N[first] :]
+    return pack_tokens(np.append(tokens, pieces), np.append(lengths_N, np.full(starts_NP.size, _PIECE)))
 
 
-def _may_be_related(
-    packed: Packed, pieces: Packed, first_P: np.ndarray, second_P: np.ndarray, percent: int
-) -> np.ndarray:
+def _may_be_related(pieces: Packed, first_P: np.ndarray, second_P: np.ndarray, percent: int) -> np.ndarray:
     """[P] bool: False where the pieces of the shorter of two long sequences lie badly in the longer one.
 
-    Sequences are sorted by length, and first < second.
+    Args:
+        pieces: N long sequences, sorted by length, and their pieces.
+        first_P: [P] int, index of the shorter one among the long ones; below 0 = it is not long, and true.
+        second_P: [P] int, of the longer one.
+        percent: least identity of relatives.
     """
-    total = packed.lengths_N.size
-    may_P = np.ones(first_P.size, bool)
-    long_P = np.flatnonzero(packed.lengths_N[first_P] >= _LONG)
-    rank_P = first_P[long_P] - int(np.searchsorted(packed.lengths_N, _LONG))
-    places = total + rank_P[:, None] * _PIECES + np.arange(_PIECES)
-    edits = pair_distances(pieces, places.ravel(), np.repeat(second_P[long_P], _PIECES))
+    may_P, long_P = first_P < 0, np.flatnonzero(first_P >= 0)
+    places_PP = (pieces.lengths_N.size // (1 + _PIECES)) + first_P[long_P, None] * _PIECES + np.arange(_PIECES)
+    edits = pair_distances(pieces, places_PP.ravel(), np.repeat(second_P[long_P], _PIECES))
     most = (1 - percent / 100 + _SLACK) * _PIECES * _PIECE
     may_P[long_P] = edits.reshape(-1, _PIECES).sum(axis=1) <= most
     return may_P
@@ -126,7 +127,8 @@ def _link_buckets(
         keys = _propose(packed, index, find_roots(parent_N), next_S, stop_S)
         keys = _drop_seen(keys, seen)
         first_P, second_P = (keys >> _HIGH).astype(np.int64), (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
-        may_P = _may_be_related(packed, pieces, first_P, second_P, percent)
+        short = int(np.searchsorted(packed.lengths_N, _LONG))
+        may_P = _may_be_related(pieces, first_P - short, second_P - short, percent)
         first_P, second_P = first_P[may_P], second_P[may_P]
         if first_P.size:
             distances_P = pair_distances(packed, first_P, second_P)
