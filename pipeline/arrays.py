@@ -337,7 +337,8 @@ def read_batches(path: Path, columns: list[str]) -> Iterator[Any]:
     """
     import pyarrow.parquet as pq
 
-    file = read_parquet(path, lambda: pq.ParquetFile(path, page_checksum_verification=True))
+    # Without pre_buffer=False, pyarrow 26 holds all that it has read of the file until the last batch.
+    file = read_parquet(path, lambda: pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False))
     missing = [name for name in columns if name not in file.schema_arrow.names]
     if missing:
         raise DataError(f"{path}: no column {missing[0]!r}; found {file.schema_arrow.names}. Next: make data.")

@@ -400,7 +400,8 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         DataError: the file is cut short or no parquet file.
     """
     try:
-        return pq.ParquetFile(path)
+        # Without pre_buffer=False, pyarrow 26 holds all that it has read of the file until the last batch.
+        return pq.ParquetFile(path, pre_buffer=False)
     except (pa.ArrowException, OSError) as err:
         raise DataError(f"{path.name}: not a whole parquet file: {err}. Next: download it again.") from err
 

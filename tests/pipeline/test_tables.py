@@ -1,8 +1,11 @@
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import arrays
+from pipeline.competitions import raw
 from pipeline.errors import DataError
 from pipeline.tables import (
     SortedRows,
@@ -54,6 +57,23 @@ def test_batches_do_not_depend_on_row_groups(tmp_path):
         table.write_parquet(tmp_path / f"{size}.parquet", row_group_size=size)
         heights = [batch.height for batch in read_batches(tmp_path / f"{size}.parquet", ["sequence_id"], rows=2048)]
         assert heights == [2048, 2048, 904]
+
+
+@pytest.mark.parametrize("reader", ["tables", "arrays", "raw"])
+def test_of_a_file_that_is_read_in_batches_no_more_than_a_few_are_held(tmp_path, rng, reader):
+    """arrays and raw files held all that they had read of a file: 618 MiB for one of 302 MiB."""
+    path = tmp_path / "t.parquet"
+    with pq.ParquetWriter(path, pa.schema([("value", pa.float64())])) as writer:
+        for _ in range(20):
+            writer.write_table(pa.table({"value": rng.random(20_000)}))
+    before = pa.total_allocated_bytes()
+    batches = {
+        "tables": lambda: read_batches(path, ["value"]),
+        "arrays": lambda: arrays.read_batches(path, ["value"]),
+        "raw": lambda: raw.read_batches(path, "t", {"value": pa.float64()}),
+    }[reader]()
+    held = max(pa.total_allocated_bytes() - before for _ in batches)
+    assert held < path.stat().st_size / 4
 
 
 def test_flipped_byte_in_a_page_is_noticed(tmp_path):
