@@ -208,17 +208,28 @@ def stop(folder: Path, *, patience: float = _STOP_S) -> str:
             f"{folder}: process {above or '(unknown)'} trains all folds of this run in turn, this one now; nothing was "
             "stopped. Next: make stop ALL=1 ends it; the same make train-all or train-bg goes on from there."
         )
-    if pid:
-        _terminate(pid, folder)
-    give_up = time.monotonic() + patience
-    while worker(folder) is not None:
+    asked, give_up = 0, time.monotonic() + patience
+    while pid is not None:
+        if pid and not asked:  # who has just begun tells its number a moment later
+            asked = pid
+            _terminate(pid, folder)
         if time.monotonic() >= give_up:
-            raise StoppedError(
-                f"{folder}: process {pid or '(unknown)'} was asked to stop and is still at work after {patience:.0f} "
-                f"s. Next: wait for its step to end; kill -9 {pid} loses what came after the last checkpoint."
-            )
+            raise _still_at_work(folder, asked, patience)
         time.sleep(_POLL_S)
-    return _last_words(folder, pid)
+        pid = worker(folder)
+    return _last_words(folder, asked)
+
+
+def _still_at_work(folder: Path, asked: int, patience: float) -> StoppedError:
+    if not asked:
+        return StoppedError(
+            f"{folder}: at work, but which process cannot be said here (another machine or container?); nobody was "
+            "asked. Next: stop it where it was started."
+        )
+    return StoppedError(
+        f"{folder}: process {asked} was asked to stop and is still at work after {patience:.0f} s. Next: wait for its "
+        f"step to end; kill -9 {asked} loses what came after the last checkpoint."
+    )
 
 
 def _nothing_to_stop(folder: Path, above: int | None) -> str:
@@ -243,7 +254,10 @@ def _last_words(folder: Path, pid: int) -> str:
     told = f"step {ours['step']} of {ours['steps']}" if "steps" in ours else "before its first step"
     if "exit_code" in ours:
         told = f"exit code {ours['exit_code']}, {told}"
-    return f"{folder}: process {pid} has stopped ({told}). Next: the same make train or train-bg, SET and all, goes on."
+    return (
+        f"{folder}: process {pid or '(unknown)'} has stopped ({told}). Next: the same make train or train-bg, SET and "
+        "all, goes on."
+    )
 
 
 def _terminate(pid: int, folder: Path) -> None:

@@ -30,7 +30,7 @@ ELSEWHERE = {
 DOING = re.compile(
     r"(accept|add|begin|build|check|choose|close|compare|copy|correct|cure|do|download|fill|find|fix|free|give|install|join|"
     r"keep|leave|log|look|lower|make|move|name|normalise|number|paste|pip|predict|put|read|remove|rename|repair|replay|restore|rna|"
-    r"run|save|say|see|set|take|train|try|unpack|use|wait|write)\b"
+    r"run|save|say|see|set|stop|take|train|try|unpack|use|wait|write)\b"
     r"|the same (command|make)\b|--[a-z]|[A-Z]+=(?![\s.…])|[\w.]+ = |\{\}|…",
     re.IGNORECASE,
 )

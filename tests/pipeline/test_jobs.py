@@ -326,12 +326,29 @@ def test_no_signal_is_sent_to_a_process_that_does_not_hold_the_folder(tmp_path, 
         assert "nothing is running here (never begun). Next: make status" in jobs.stop(tmp_path)
         with run_lock(tmp_path, name=".job"):
             (tmp_path / ".job").write_text(f"{stranger.pid}\n")
-            with pytest.raises(StoppedError, match=r"process \(unknown\) was asked to stop and is still at work"):
+            with pytest.raises(StoppedError, match=r"which process cannot be said here .*nobody was asked"):
                 jobs.stop(tmp_path, patience=0.3)
             jobs._terminate(stranger.pid, tmp_path)
         assert stranger.poll() is None
         stranger.communicate(b"\n")
         assert stranger.returncode == 0
+
+
+def test_a_job_whose_number_is_told_late_is_asked_once_and_one_that_never_tells_it_is_named_no_number(
+    tmp_path, monkeypatch
+):
+    """Nobody was asked; after 40 s it advised "kill -9 0", which ends one's own shell, or "process 0 has stopped"."""
+    asked, holders = [], iter([0, 0, 7, 0, 7])
+    monkeypatch.setattr(jobs, "worker", lambda _: next(holders, None))
+    monkeypatch.setattr(jobs, "_terminate", lambda pid, _: asked.append(pid))
+    assert "process 7 has stopped" in jobs.stop(tmp_path)
+    assert asked == [7]
+    holders = iter([0, 0])
+    assert "process (unknown) has stopped" in jobs.stop(tmp_path)
+    monkeypatch.setattr(jobs, "worker", lambda _: 0)
+    with pytest.raises(StoppedError, match=r"nobody was asked\. Next: stop it where it was started\.$"):
+        jobs.stop(tmp_path, patience=0.3)
+    assert asked == [7]
 
 
 @pytest.mark.parametrize(
