@@ -148,14 +148,18 @@ def _config_name(run: str) -> str:
 
 
 def _toml(config: Mapping[str, Any]) -> str:
-    """Settings as a TOML file; JSON writes their plain values as TOML does."""
+    """Settings as a TOML file; JSON writes their plain values, and names that TOML wants quoted, as TOML does."""
     lines: list[str] = []
     for section, values in config.items():
-        tables = {key: value for key, value in values.items() if isinstance(value, Mapping)}
-        for title, table in {section: values, **{f"{section}.{key}": value for key, value in tables.items()}}.items():
+        tables = {f"{section}.{_key(key)}": value for key, value in values.items() if isinstance(value, Mapping)}
+        for title, table in {section: values, **tables}.items():
             plain = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
-            lines += [f"[{title}]", *(f"{key} = {json.dumps(value)}" for key, value in plain.items()), ""]
+            lines += [f"[{title}]", *(f"{_key(key)} = {json.dumps(value)}" for key, value in plain.items()), ""]
     return "\n".join(lines)
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else json.dumps(name, ensure_ascii=False)
 
 
 def _near(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -177,6 +178,13 @@ def test_the_settings_name_the_folder_that_the_data_were_made_from(written: dict
     (tmp_path / "elsewhere").rename(tmp_path / "moved")
     assert preprocess.run(competition, tmp_path / "moved", paths).status == "current"
     assert named() == str(tmp_path / "moved")
+
+
+def test_settings_whose_names_are_no_bare_keys_are_read_back():
+    """A target "my target" with a weight made a file of settings that is no TOML: "Expected '=' after a key"."""
+    weights = {"my target": 2.0, "Größe": 1.0, 'half "life"': 0.5, "": 1.0, "bare-key_1": 3.0}
+    settings = {"train": {"lr": 1e-5, "target_weights": weights}, "model": {"a table": {"x": True}}}
+    assert tomllib.loads(handover._toml(settings)) == settings
 
 
 def test_the_readme_tells_models_settings_and_what_they_took(written: dict[str, Path]):
