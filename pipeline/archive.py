@@ -48,7 +48,7 @@ def _checked(opened: zipfile.ZipFile, archive: Path) -> list[zipfile.ZipInfo]:
     for member in members:
         name = PurePosixPath(member.filename)
         kind = stat.S_IFMT(member.external_attr >> 16)
-        odd = name.is_absolute() or ".." in name.parts or "\\" in member.filename or ":" in name.parts[0]
+        odd = name.is_absolute() or ".." in name.parts or "\\" in member.filename or ":" in (name.parts or ":")[0]
         if odd or kind not in (0, stat.S_IFREG) or str(name).lower() in seen:
             raise DataError(
                 f"{archive}: member {member.filename!r} leaves the folder, is a link or comes twice; nothing was "

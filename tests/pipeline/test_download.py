@@ -176,9 +176,10 @@ def test_credentials_never_reach_an_answer(kaggle: FakeKaggle, canary: str, monk
 
 
 def test_an_archive_that_would_leave_its_folder_writes_nothing(tmp_path: Path):
+    """A member "." ended in a traceback: IndexError."""
     link = zipfile.ZipInfo("link")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
-    for name in ("../out.csv", "/abs.csv", "a/../../b", "C:/x", "a\\..\\b", link):
+    for name in ("../out.csv", "/abs.csv", "a/../../b", "C:/x", "a\\..\\b", ".", link):
         path = tmp_path / "bad.zip"
         with zipfile.ZipFile(path, "w") as opened:
             opened.writestr("fine.csv", b"1")
