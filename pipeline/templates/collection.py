@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 
 from pipeline.errors import ConfigError, DataError, StorageError
+from pipeline.memory import usable_cpus
 from pipeline.paths import Paths
 from pipeline.runlog import Bar
 from pipeline.stage import Report, run_stage
@@ -47,7 +48,7 @@ def run(paths: Paths, *, raw: Path, workers: int | None = None) -> Report:
     Args:
         paths: where the artefacts of the competition live.
         raw: folder with mmCIF or PDB files, gzipped or not, also in folders below.
-        workers: processes; by default one per CPU.
+        workers: processes; by default one per CPU this process may use.
 
     Raises:
         ConfigError: gemmi is not installed, or `workers` makes no sense.
@@ -86,6 +87,7 @@ def _structure_files(raw: Path) -> list[Path]:
 
 def _read_all(files: list[Path], *, workers: int | None) -> list[Chain]:
     """Chains of all files, in the order of the files; a few files are read here."""
+    workers = workers or usable_cpus()
     chains: list[Chain] = []
     with Bar("read structures", total=len(files), unit="files") as bar:
         if workers == 1 or len(files) < 16:

@@ -1,6 +1,7 @@
 """The templates stage: structure files become dated chains, and a damaged one is refused by name."""
 
 import gzip
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
@@ -223,6 +224,21 @@ def test_an_entry_in_two_files_and_a_folder_without_structures_are_refused(tmp_p
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match=r"no \.cif, \.pdb or \.ent file"):
         collection.run(Paths(comp="rna3d", root=tmp_path), raw=tmp_path / "none")
+
+
+def test_as_many_processes_read_as_there_is_time_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One was started for each CPU that the container sees, not for each that it has time for."""
+    asked = []
+
+    def pool(workers: int, **_: object) -> ThreadPoolExecutor:
+        asked.append(workers)
+        return ThreadPoolExecutor(1)
+
+    monkeypatch.setattr(collection, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(collection, "usable_cpus", lambda: 3, raising=False)
+    files = [write(tmp_path / f"{number}.cif", cif(f"9XY{number}")) for number in range(16)]
+    assert len(collection._read_all(files, workers=None)) == len(collection._read_all(files, workers=2)) == 16
+    assert asked == [3, 2]
 
 
 def test_an_entry_without_a_release_date_is_undated(tmp_path: Path) -> None:
