@@ -52,6 +52,20 @@ def read_pairs(path: Path, sequences: Iterable[str]) -> dict[str, tuple[np.ndarr
     }
 
 
+def correlation(x_N: np.ndarray, y_N: np.ndarray) -> float:
+    """Pearson's, of expected and found scores say; 0 where one of the two never varies, NaN is no JSON.
+
+    >>> round(correlation(np.array([0.1, 0.2, 0.4]), np.array([0.2, 0.4, 0.8])), 6)
+    1.0
+    >>> correlation(np.full(3, 0.1), np.full(3, 0.1))
+    0.0
+    """
+    if np.ptp(x_N) == 0 or np.ptp(y_N) == 0:
+        return 0.0
+    covariance = np.mean((x_N - x_N.mean()) * (y_N - y_N.mean()))
+    return float(covariance / (x_N.std() * y_N.std()))
+
+
 class CandidateRows:
     """Rows of candidates, fold by fold, until they are written.
 

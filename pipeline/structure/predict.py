@@ -24,7 +24,7 @@ from pipeline.paths import Paths
 from pipeline.runlog import Bar, track, warn
 from pipeline.schema import CANDIDATES
 from pipeline.stage import Report, read_result, run_stage, take_until, tell_left_out
-from pipeline.structure.candidate_tables import CandidateRows, Scorer, read_folds, read_pairs, read_targets
+from pipeline.structure.candidate_tables import CandidateRows, Scorer, correlation, read_folds, read_pairs, read_targets
 from pipeline.structure.denovo import Assembly, choose_assemblies, features, fit_weights
 from pipeline.structure.fold3d import assemble_drawn
 from pipeline.structure.geometry import similarity
@@ -128,6 +128,7 @@ def run(paths: Paths, *, competition: Competition, split: str, score: Scorer) ->
         loops = _Loops.of(table, held_out)
         truth = {row[0]: np.array(row[1:], dtype=np.float64).T for row in table.select("id", "x", "y", "z").iter_rows()}
         targets, teaching = _read_targets(paths, "train"), read_teaching(paths.clean("train"))
+        _require_two_folds({held_out[name] for name in teaching & truth.keys()}, split)
         weights_F, facts = _write_oof(targets, loops, held_out, truth, parts, teaching=teaching, score=score)
         _write_test(_read_targets(paths, "test"), loops, weights_F, folds, parts)
         told = {"weights": weights_F.tolist(), "folds": folds}
@@ -195,6 +196,16 @@ def _warn_without_pairs(paths: Paths) -> None:
         warn("denovo: no pairing probabilities (make bpp): stems are chosen by stacking energy, which is much worse")
 
 
+def _require_two_folds(taught: set[int], split: str) -> None:
+    """Each fold's candidates are judged by what the others teach."""
+    if len(taught) < 2:
+        where = f"all in fold {taught.pop()}" if taught else "in no fold"
+        raise DataError(
+            f"denovo: the known structures that teach are {where} of {split}; expected two folds or more. Next: try "
+            "a split of smaller groups (SPLIT=sim95_k5), or give more training targets."
+        )
+
+
 def _write_oof(
     targets: list[_Target],
     loops: _Loops,
@@ -240,7 +251,7 @@ def _write_oof(
         "best_of_five": round(float(np.mean(best)), 4),
         "first_candidate": round(float(np.mean(first)), 4),
         "expected_first": round(float(np.mean(expected)), 4),
-        "correlation": round(float(np.corrcoef(expected, first)[0, 1]), 3),
+        "correlation": round(correlation(np.array(expected), np.array(first)), 3),
     }
     return fit(None), {"oof": facts}
 

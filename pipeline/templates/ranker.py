@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.structure.candidate_tables import correlation
+
 _RIDGE = 1e-3  # per example, on standardised features
 _CLIP = 4.0  # standard deviations
 #: How much more a match counts, the better it is: good templates are rare, and they are what is looked for.
@@ -96,10 +98,8 @@ def reliability(expected_N: np.ndarray, tm_N: np.ndarray) -> dict[str, Any]:
     """
     parts = np.array_split(np.argsort(expected_N, kind="stable"), min(5, len(tm_N)))
     rows = [(len(part), float(expected_N[part].mean()), float(tm_N[part].mean())) for part in parts]
-    spread = expected_N.std() * tm_N.std()
-    covariance = float(np.mean((expected_N - expected_N.mean()) * (tm_N - tm_N.mean())))
     return {
-        "correlation": round(covariance / spread, 4) if spread > 0 else 0.0,
+        "correlation": round(correlation(expected_N, tm_N), 4),
         "mean_error": round(float(np.mean(expected_N - tm_N)), 4),
         "mean_absolute_error": round(float(np.mean(np.abs(expected_N - tm_N))), 4),
         "calibration_error": round(sum(n * abs(e - f) for n, e, f in rows) / len(tm_N), 4),

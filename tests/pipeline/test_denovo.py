@@ -224,6 +224,22 @@ def test_the_stage_writes_tables_that_ensembles_take(paths: Paths) -> None:
     assert predict.run(paths, competition=RNA3D, split=SPLIT, score=tm_scores).status == "current"
 
 
+def test_where_all_score_the_same_the_stage_still_ends_well(paths: Paths) -> None:
+    """Of an easy set, or one of equal targets, it ended in a traceback: a correlation of NaN is no JSON."""
+    report = predict.run(paths, competition=RNA3D, split=SPLIT, score=lambda pairs: np.full(len(pairs), 0.5))
+    assert report.facts["oof"]["correlation"] == 0.0
+
+
+def test_what_teaches_must_lie_in_two_folds(paths: Paths) -> None:
+    """After all its work it ended in a traceback: "need at least one array to concatenate"."""
+    table = pl.read_parquet(paths.clean("train"))
+    table.with_columns(teaches=pl.Series([k % 2 == 1 for k in range(6)])).write_parquet(paths.clean("train"))
+    with pytest.raises(
+        DataError, match=r"that teach are all in fold 1 of sim80_k2; expected two folds or more\. Next: "
+    ):
+        predict.run(paths, competition=RNA3D, split=SPLIT, score=tm_scores)
+
+
 def test_what_was_learned_predicts_the_same_where_there_is_no_training_data(paths: Paths, tmp_path) -> None:
     predict.run(paths, competition=RNA3D, split=SPLIT, score=tm_scores)
     elsewhere = Paths(comp="rna3d", root=tmp_path / "elsewhere")
