@@ -237,8 +237,6 @@ def _pack_groups(packed: Packed) -> tuple:
     return text_XK, text_starts_G, masks_Y4K, mask_starts_G
 
 
-# Trap: numba's cache looks at one file. After a change of the next two functions remove folds/__pycache__, or compiled
-# callers in other files (components, audit) go on with the old ones.
 @njit(cache=True)
 def most_edits(short: int, long: int, percent: int) -> int:
     """Largest distance at which designs of these lengths are at least `percent` % identical; negative = none is.
