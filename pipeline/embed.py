@@ -54,7 +54,6 @@ def run(
     fold: int,
     per_nucleotide: bool = False,
     embeddings: Mapping[str, Path] = NONE,
-    batch_tokens: int = 65_536,
 ) -> Report:
     """Embed every sequence of a file with the best checkpoint of a fold, which carries its own configuration.
 
@@ -70,7 +69,6 @@ def run(
         fold: trained fold.
         per_nucleotide: also write an embedding of every nucleotide.
         embeddings: name -> source of the features that the network itself reads, see `pipeline.features.run`.
-        batch_tokens: padded nucleotides of a batch; halved when memory runs out. Changes no embedding.
 
     Returns:
         ``current`` if the table is; facts: sequences, nucleotides, width, odd letters, step of the checkpoint.
@@ -83,7 +81,7 @@ def run(
         StoppedError: asked to stop; nothing is left half-written.
     """
     require_file(source, verb="embed")
-    how: dict[str, Any] = {"per_nucleotide": per_nucleotide, "embeddings": embeddings, "batch_tokens": batch_tokens}
+    how: dict[str, Any] = {"per_nucleotide": per_nucleotide, "embeddings": embeddings}
     work = partial(_run, source, competition=competition, paths=paths, **how)
     return with_best_checkpoint(work, competition=competition, paths=paths, run=run, fold=fold)
 
@@ -98,7 +96,6 @@ def _run(
     paths: Paths,
     per_nucleotide: bool,
     embeddings: Mapping[str, Path],
-    batch_tokens: int,
 ) -> Report:
     config = config_from_dict(meta["config"], where=f"{checkpoint}/meta.json")
     competition = as_trained(competition, meta)
@@ -123,7 +120,6 @@ def _run(
             examples=examples,
             positions=np.arange(len(examples)),
             fold=None,
-            batch_tokens=batch_tokens,
             stop=stop,
         )
 

@@ -36,6 +36,9 @@ from pipeline.training.failures import fitting, is_out_of_memory
 from pipeline.training.precision import choose_device
 from pipeline.training.stop import StopRequest
 
+#: Padded nucleotides of a batch; halved where memory runs out. Changes no prediction.
+BATCH_TOKENS = 65_536
+
 _TRIES = 5  # with a checkpoint that a training at work removes for a better one
 Computed = TypeVar("Computed")
 
@@ -50,7 +53,6 @@ class Job:
     examples: ExampleSet
     positions: np.ndarray  # of the examples, in the order of their sequence_id
     fold: int | None  # for the table's fold column; None = no such column
-    batch_tokens: int
     stop: StopRequest
 
 
@@ -210,7 +212,7 @@ def in_batches(
     """
     lengths_N = job.examples.lengths[job.positions]
     max_pairs = STRUCTURE_PAIRS if job.competition.task == "structure" else None
-    pending = deque(plan_by_tokens(lengths_N, max_tokens=job.batch_tokens, max_pairs=max_pairs))
+    pending = deque(plan_by_tokens(lengths_N, max_tokens=BATCH_TOKENS, max_pairs=max_pairs))
     with Bar(label, total=len(job.positions), unit="sequences") as bar:
         while pending:
             poll_stop(job)

@@ -37,7 +37,6 @@ class Trained:
 
     Args:
         fold: folder of a trained fold, wherever it lies.
-        batch_tokens: padded nucleotides of a batch; halved when memory runs out. Changes no prediction.
 
     Raises:
         ConfigError: the fold predicts structures, which take more than its network.
@@ -45,7 +44,7 @@ class Trained:
         StorageError: there is no readable checkpoint, or the best one is damaged.
     """
 
-    def __init__(self, fold: str | Path, *, batch_tokens: int = 65_536) -> None:
+    def __init__(self, fold: str | Path) -> None:
         store = CheckpointStore(Path(fold) / "checkpoints")
         if not store.folder.is_dir():
             raise DataError(
@@ -68,7 +67,6 @@ class Trained:
             examples=self._examples([]),
             positions=np.arange(0),
             fold=None,
-            batch_tokens=batch_tokens,
             stop=StopRequest(),
         )
         self.model, self._device = load_network(self._job)

@@ -19,6 +19,7 @@ import torch
 
 from models.heads import expected_lddt
 from models.interface import RnaInputs, RnaModel, RnaOutputs
+from pipeline import inference
 from pipeline.arrays import create_scratch
 from pipeline.augment import central_crop
 from pipeline.batch import make_batch
@@ -70,7 +71,6 @@ def run(
     run: str,
     fold: int,
     which: Sequence[Which] = ("oof", "test"),
-    batch_tokens: int = 65_536,
 ) -> Report:
     """Predict with the best checkpoint of a fold, which carries its own configuration.
 
@@ -82,7 +82,6 @@ def run(
         run: name of the run.
         fold: trained fold.
         which: tables to write: ``oof`` = the fold's held-out sequences, ``test``.
-        batch_tokens: padded nucleotides of a batch; halved when memory runs out. Changes no prediction.
 
     Returns:
         ``current`` if all tables are; facts: sequences and nucleotides of each, step of the checkpoint.
@@ -94,7 +93,7 @@ def run(
         StorageError: every checkpoint is damaged, or a single sequence does not fit into memory.
         StoppedError: asked to stop, or the device is lost; nothing is left half-written.
     """
-    work = partial(apply, competition=competition, paths=paths, which=which, batch_tokens=batch_tokens)
+    work = partial(apply, competition=competition, paths=paths, which=which)
     return with_best_checkpoint(work, competition=competition, paths=paths, run=run, fold=fold)
 
 
@@ -106,7 +105,6 @@ def apply(
     competition: Competition,
     paths: Paths,
     which: Sequence[Which],
-    batch_tokens: int = 65_536,
 ) -> Report:
     """What `run` does with one checkpoint, wherever that lies: `with_best_checkpoint` says the first three."""
     competition = as_trained(competition, meta)
@@ -118,8 +116,7 @@ def apply(
     reports = {}
     with StopRequest() as stop:
         for table in which:
-            options: dict[str, Any] = {"batch_tokens": batch_tokens, "stop": stop, "unfinished": unfinished}
-            reports[table] = _run_table(table, competition, paths, path, meta, **options)
+            reports[table] = _run_table(table, competition, paths, path, meta, stop=stop, unfinished=unfinished)
     return Report(
         stage="predict",
         status="current" if all(report.status == "current" for report in reports.values()) else "built",
@@ -136,7 +133,6 @@ def _run_table(
     checkpoint: Path,
     meta: dict[str, Any],
     *,
-    batch_tokens: int,
     stop: StopRequest,
     unfinished: bool,
 ) -> Report:
@@ -157,7 +153,6 @@ def _run_table(
         examples=examples,
         positions=positions,
         fold=fold if table == "oof" else None,
-        batch_tokens=batch_tokens,
         stop=stop,
     )
     label = f"{run} fold{fold} {table}"
@@ -195,9 +190,7 @@ def _members(table: Which, examples: ExampleSet, paths: Paths, *, split: str, fo
 
 
 @in_one_sentence("a sample of the predictions")
-def estimate(
-    config: RunConfig, *, competition: Competition, paths: Paths, split: str, fold: int, batch_tokens: int = 65_536
-) -> float:
+def estimate(config: RunConfig, *, competition: Competition, paths: Paths, split: str, fold: int) -> float:
     """Time that both tables of a fold will take here, in seconds, before anything is trained.
 
     A sample of the very batches, by length, goes through an untrained network: validation, whose time is known
@@ -224,7 +217,6 @@ def estimate(
                 examples=examples,
                 positions=positions,
                 fold=number,
-                batch_tokens=batch_tokens,
                 stop=stop,
             )
             seconds += _sampled_seconds(job, model, device)
@@ -234,7 +226,9 @@ def estimate(
 def _sampled_seconds(job: Job, model: RnaModel, device: torch.device) -> float:
     lengths_N = job.examples.lengths[job.positions]
     is_structure = job.competition.task == "structure"
-    parts = plan_by_tokens(lengths_N, max_tokens=1 if is_structure else job.batch_tokens)  # structures go one by one
+    parts = plan_by_tokens(
+        lengths_N, max_tokens=1 if is_structure else inference.BATCH_TOKENS
+    )  # structures go one by one
 
     def timed(part: np.ndarray) -> float:
         started = time.monotonic()

@@ -116,11 +116,12 @@ def test_the_head_makes_the_predictions_of_the_embeddings(paths, flip):
         np.testing.assert_allclose(values_LC, np.array(values).T, atol=1e-5)
 
 
-def test_batch_size_and_padding_do_not_move_an_embedding(paths, file):
+def test_batch_size_and_padding_do_not_move_an_embedding(paths, file, monkeypatch):
     fit(paths)
     found = []
     for tokens in (1, 40, 100_000):
-        report = embed_file(file, paths, batch_tokens=tokens)
+        monkeypatch.setattr(inference, "BATCH_TOKENS", tokens)
+        report = embed_file(file, paths)
         found.append(table(report)["embedding"].to_numpy())
         report.outputs["embeddings"].unlink()
     for other in found[1:]:
@@ -190,9 +191,10 @@ def test_a_second_time_is_current_and_a_changed_file_is_not(paths, file):
 def test_stopped_in_the_middle_it_leaves_nothing(paths, file, monkeypatch):
     fit(paths)
     polls = iter([None, "SIGTERM"])
+    monkeypatch.setattr(inference, "BATCH_TOKENS", 1)
     monkeypatch.setattr(StopRequest, "signalled", property(lambda _: next(polls)))
     with pytest.raises(StoppedError, match="nothing is half-written"):
-        embed_file(file, paths, batch_tokens=1)
+        embed_file(file, paths)
     assert not list(paths.embeddings_dir("mine.v2").glob("*.parquet"))
     assert not list(paths.embeddings_dir("mine.v2").glob(".*part*"))
 

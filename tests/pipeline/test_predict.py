@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import predict, train
+from pipeline import inference, predict, train
 from pipeline.batch import make_batch
 from pipeline.dataset import open_examples
 from pipeline.errors import ConfigError, DataError, DivergedError, LostDeviceError, StorageError
@@ -68,13 +68,14 @@ def test_the_averaged_weights_of_the_best_checkpoint_predict(paths):
 
 
 @pytest.mark.parametrize("use_bpp", [False, True])
-def test_batch_size_and_padding_do_not_move_a_prediction(paths, use_bpp):
+def test_batch_size_and_padding_do_not_move_a_prediction(paths, use_bpp, monkeypatch):
     texts = tiny.write_values(paths)
     tiny.write_bpp(paths, texts + tiny.sequences(9, seed=99))
     fit(paths, model={"use_bpp": use_bpp})
     tables = []
     for tokens in (1, 100, 100_000):
-        report = predict_all(paths, batch_tokens=tokens)
+        monkeypatch.setattr(inference, "BATCH_TOKENS", tokens)
+        report = predict_all(paths)
         assert report.status == "built"
         tables.append({name: values_of(path) for name, path in report.outputs.items()})
         for path in report.outputs.values():

@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.interface import RnaInputs, RnaOutputs
-from pipeline import predict, train, train_folds
+from pipeline import inference, predict, train, train_folds
 from pipeline.errors import ConfigError, DataError, StoppedError
 from pipeline.jobs import survey, worker
 from pipeline.paths import Paths
@@ -313,7 +313,8 @@ def test_the_estimate_covers_what_predictions_take(kind, tmp_path, monkeypatch):
     paths = Paths(comp=competition.name, root=tmp_path)
     (tiny.write_values if kind == "values" else tiny.write_structures)(paths, count=16, tests=5)
     config = tiny.config(epochs=1, data={"max_length": 24})
-    run = {"competition": competition, "paths": paths, "batch_tokens": 200}
+    run = {"competition": competition, "paths": paths}
+    monkeypatch.setattr(inference, "BATCH_TOKENS", 200)
     train.run(config, competition=competition, paths=paths, run=tiny.RUN, split=tiny.SPLIT, fold=0)
     clock, forward = Clock(monkeypatch, predict), tiny.TinyModel.forward
 
