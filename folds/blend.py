@@ -71,7 +71,7 @@ class _Sample:
     stride: int  #: every so many scored sequences were taken
 
 
-def blend(job: Job, parts: dict[str, Path], *, learn: bool) -> dict[str, Any]:
+def blend(job: Job, parts: dict[str, Path]) -> dict[str, Any]:
     """Write the ensemble's tables and ``weights.json``; returns what the latter holds.
 
     Used is whichever scores best out of fold: learned weights (as cross-fitted), the plain mean, or the best run alone.
@@ -88,7 +88,7 @@ def blend(job: Job, parts: dict[str, Path], *, learn: bool) -> dict[str, Any]:
     scores = {"mean": totals["mean"].score(), f"run {best}": singles[best]}
     choices = list(totals.values())
     facts = job.facts() | {"missing": missing, "learned": None}
-    if learn and len(job.runs) > 1 and len(job.folds) > 1:
+    if len(job.runs) > 1 and len(job.folds) > 1:
         final_CM, crossed, gap = _learn(job, sample)
         options["learned"] = crossed | {None: final_CM}
         in_sample, cross_fitted = _score_weights(job, [dict.fromkeys([*job.folds, None], final_CM), options["learned"]])

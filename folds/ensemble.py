@@ -35,7 +35,6 @@ def run(
     name: str,
     runs: Sequence[str],
     split: str,
-    learn_weights: bool = True,
     allow_partial: bool = False,
     score: Scorer | None = None,
 ) -> Report:
@@ -49,7 +48,6 @@ def run(
         name: of the ensemble.
         runs: names below ``runs/``, each trained on `split`.
         split: whose fold table says what is out of fold.
-        learn_weights: False joins by the plain mean.
         allow_partial: use the folds that all runs have, instead of refusing when one is missing.
         score: gives TM-scores, from which the choice of structures is learned; None takes confidences as they are.
 
@@ -76,7 +74,7 @@ def run(
     found: dict[str, Any] = {"folds": folds, "skipped": skipped, "classes": classes}
     job = Job(paths=paths, competition=competition, runs=tuple(runs), split=split, **found)
     is_structure = competition.task == "structure"
-    build = partial(choose, job, score=score) if is_structure else partial(blend, job, learn=learn_weights)
+    build = partial(choose, job, score=score) if is_structure else partial(blend, job)
     return run_stage(
         "ensemble",
         inputs=inputs,
@@ -91,7 +89,7 @@ def run(
             "runs": list(runs),
             "split": split,
             "folds": folds,
-            "learn_weights": learn_weights,
+            "learn_weights": True,
             **({"scored": score is not None} if is_structure else {}),
         },
         build=build,

@@ -289,7 +289,7 @@ def test_weights_of_an_own_set_do_not_depend_on_its_unit(paths):
 
 def test_the_better_of_run_and_mean_is_used_when_weights_do_not_help(paths, rng):
     write_run(paths, "noise.sim80_k3", rng, noise=dict.fromkeys(TARGETS, 5.0))
-    report = join(paths, runs=["good.sim80_k3", "noise.sim80_k3"], learn_weights=False)
+    report = join(paths, runs=["good.sim80_k3", "noise.sim80_k3"])
     assert report.facts["chosen"] == "run good.sim80_k3"
     assert report.facts["weights"]["reactivity_DMS_MaP"] == {"good.sim80_k3": 1.0, "noise.sim80_k3": 0.0}
 
