@@ -34,19 +34,19 @@ def digest_pairs(first: Iterable[str], second: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def lock_path(facts: Mapping[str, Any], *, locks: Path = LOCKS) -> Path:
+def lock_path(facts: Mapping[str, Any], *, locks: Path) -> Path:
     """Where the lock of a split of these data is, or would be."""
     return locks / f"{facts['comp']}-{facts['split']}-{facts['data_digest'][:8]}.json"
 
 
-def write_lock(facts: Mapping[str, Any], *, locks: Path = LOCKS) -> Path:
+def write_lock(facts: Mapping[str, Any], *, locks: Path) -> Path:
     """Write the lock of a fold table and return its path."""
     path = lock_path(facts, locks=locks)
     write_json(path, {key: facts[key] for key in KEPT})
     return path
 
 
-def verify_lock(facts: Mapping[str, Any], *, locks: Path = LOCKS) -> bool:
+def verify_lock(facts: Mapping[str, Any], *, locks: Path) -> bool:
     """Compare a fold table with the lock for its data; False if there is none.
 
     Raises:

@@ -94,5 +94,5 @@ def test_a_damaged_lock_is_refused(chain, text):
 def test_committed_locks_are_whole_and_well_named(path, tmp_path):
     lock = json.loads(path.read_text())
     assert set(lock) == set(KEPT)
-    assert lock_path(lock).name == path.name
+    assert lock_path(lock, locks=LOCKS).name == path.name
     assert write_lock(lock, locks=tmp_path).read_text() == path.read_text()
