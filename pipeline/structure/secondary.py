@@ -205,21 +205,18 @@ def pair_across_junctions(sequence: str, pairs: list[tuple[int, int]]) -> list[t
     return sorted(found)
 
 
-def crossing_helices(
-    sequence: str, pairs: list[tuple[int, int]], *, stable: float = _CROSSING_STABLE
-) -> list[tuple[int, int, int]]:
+def crossing_helices(sequence: str, pairs: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
     """Helices that unpaired residues of different loops can form: pseudoknots, kissing loops, paranemic crossovers.
 
     Args:
         sequence: letters A, C, G, U.
         pairs: 0-based nested pairs, which leave the rest unpaired.
-        stable: stacking energy that they have at most, kcal/mol; lower beyond 1,000 nt, where chance makes more.
 
     Returns:
         (first residue, its partner, number of pairs), the most stable first, each residue in one at most.
 
-    >>> crossing_helices("GGGGGGAAACCUAAACCCCCCAAAAAGG", [(k, 20 - k) for k in range(4)], stable=-3.0)
-    [(9, 27, 3)]
+    >>> crossing_helices("GGGGAAACCUGCAAACCCCAAAAAGCAGG", [(k, 18 - k) for k in range(4)])
+    [(7, 28, 5)]
     """
     partner_L = np.full(len(sequence), -1)
     for i, j in pairs:
@@ -233,7 +230,8 @@ def crossing_helices(
         else:
             loop_L[residue] = around[-1]
     letters_L = np.frombuffer(sequence.encode(), dtype=np.uint8)
-    stable -= 2.0 * _RT * np.log(max(len(sequence) / _CROSSING_LENGTH, 1.0))  # chance finds twice the length four times
+    # chance finds twice the length four times
+    stable = _CROSSING_STABLE - 2.0 * _RT * np.log(max(len(sequence) / _CROSSING_LENGTH, 1.0))
     i_K, j_K, size_K, energy_K = _crossing(letters_L, loop_L, strand_L, _pair_type(), _STACKING, stable)
     chosen: list[tuple[int, int, int]] = []
     taken = np.zeros(len(sequence), dtype=bool)

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from pipeline.structure import secondary
 from pipeline.structure.assembly import gaps_of_rings, trace_from_pairs
 from pipeline.structure.denovo import assemble
 from pipeline.structure.geometry import Stem, double_helix, find_stems, rotation_onto
@@ -62,9 +63,10 @@ def test_hairpins_whose_loops_are_unlike_a_180_degree_kiss_are_left_alone(loop: 
     assert crossing_helices(KISSING.replace("AAGGACGGA", loop), KISSING_PAIRS) == []
 
 
-def test_each_residue_is_in_one_helix_and_the_most_stable_wins() -> None:
+def test_each_residue_is_in_one_helix_and_the_most_stable_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secondary, "_CROSSING_STABLE", -5.0)
     sequence = KNOT + "AAAGCGUCC"
-    found = crossing_helices(sequence, KNOT_PAIRS, stable=-5.0)
+    found = crossing_helices(sequence, KNOT_PAIRS)
     used = [residue for helix in found for residue in Stem(*helix).residues.tolist()]
     assert found
     assert len(used) == len(set(used))
