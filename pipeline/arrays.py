@@ -39,7 +39,9 @@ def build_arrays(competition: Competition, *, paths: Paths, table: Table, labels
     """
     clean = paths.clean(table)
     if not clean.is_file():
-        return _carried(paths, table, missing=f"{clean}: no clean table. Next: make data COMP={paths.comp}.")
+        if carried := _carried(paths, table):
+            return carried
+        raise DataError(f"{clean}: no clean table. Next: make data COMP={paths.comp}.")
     is_train = table == "train"
     targets = competition.targets if is_train and not labels else ()
     params = {"version": _VERSION, "targets": targets, "signal_to_noise": competition.signal_to_noise or ()}
@@ -70,13 +72,12 @@ def build_bpp(paths: Paths) -> Report:
         DataError: the table is damaged.
     """
     if not paths.bpp.is_file():
-        try:
-            return _carried(paths, "bpp", missing="")
-        except DataError:
-            raise ConfigError(
-                f"{paths.bpp}: missing, and the model uses base-pair probabilities. Next: make bpp COMP={paths.comp}, "
-                "or SET='model.kwargs.use_bpp=false'."
-            ) from None
+        if carried := _carried(paths, "bpp"):
+            return carried
+        raise ConfigError(
+            f"{paths.bpp}: missing, and the model uses base-pair probabilities. Next: make bpp COMP={paths.comp}, or "
+            "SET='model.kwargs.use_bpp=false'."
+        )
 
     def write(folder: Path) -> dict[str, Any]:
         return _write_bpp(paths.bpp, folder)
@@ -105,11 +106,15 @@ def create_scratch(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
-def _carried(paths: Paths, kind: str, *, missing: str) -> Report:
-    """The only array set of its kind, where its source table is not on this machine."""
+def _carried(paths: Paths, kind: str) -> Report | None:
+    """The only array set of its kind, where its source table is not on this machine; None if there is not one.
+
+    Raises:
+        DataError: it is damaged.
+    """
     found = [folder for folder in sorted(paths.arrays_dir.glob(f"{kind}-*")) if (folder / "meta.json").is_file()]
     if len(found) != 1:
-        raise DataError(missing)
+        return None
     if damaged := _damaged(found[0]):
         raise DataError(f"{found[0] / damaged}: not what was written. Next: carry it here again.")
     return Report(stage="arrays", status="current", outputs={"arrays": found[0], "meta": found[0] / "meta.json"})

@@ -21,7 +21,6 @@ ELSEWHERE = {
     "pipeline/bpp.py:_program_version": "the reason that available() gives",
     "pipeline/bpp.py:_build": "the reason that available() gives",
     "pipeline/notebook.py:_pair_probabilities": "the reason that available() gives",
-    "pipeline/arrays.py:_carried": "its callers' sentence",
     "pipeline/kaggle_cli.py:explain": "every entry of _MEANINGS",
 }
 
