@@ -125,11 +125,10 @@ def _program_version(paths: Paths) -> str:
 
 def _foldable(paths: Paths, tables: Sequence[str]) -> Sequence[str]:
     """The tables to fold: a set of one's own may have no test set, and must not be of proteins."""
-    if paths.clean("profiles").is_file():
-        return [table for table in tables if table != "test" or paths.clean(table).is_file()]
-    if not any(paths.clean(kind).is_file() for kind in ("classes", "numbers")):
+    is_labelled = any(paths.clean(kind).is_file() for kind in ("classes", "numbers"))
+    if not is_labelled and not paths.clean("profiles").is_file():
         return tables
-    if not read_labels(paths).is_nucleic:
+    if is_labelled and not read_labels(paths).is_nucleic:
         raise ConfigError(f"bpp: {paths.comp} holds proteins; expected RNA or DNA. Next: use_bpp = false.")
     return [table for table in tables if table != "test" or paths.clean(table).is_file()]
 
@@ -204,7 +203,6 @@ class _Source:
         except (pa.ArrowException, OSError) as err:
             raise DataError(f"{path}: not a readable parquet file ({err}). Next: make bpp.") from err
         self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        self.groups = len(counts)
         self.group = functools.lru_cache(maxsize=2)(self._group)
 
     def _group(self, number: int) -> pa.Table:

@@ -292,10 +292,10 @@ def _assemblies(target: _Target, loops: _Loops, *, held_out: int | None) -> list
 
 def _read_targets(paths: Paths, table: str) -> list[_Target]:
     rows = read_targets(paths, table)
-    likely = {
-        letters: (i_K[p_K >= LEAST_PROBABILITY], j_K[p_K >= LEAST_PROBABILITY], p_K[p_K >= LEAST_PROBABILITY])
-        for letters, (i_K, j_K, p_K) in read_pairs(paths.bpp, (letters for _, letters, _ in rows)).items()
-    }
+    likely: dict[str, _Likely] = {}
+    for letters, (i_K, j_K, p_K) in read_pairs(paths.bpp, (letters for _, letters, _ in rows)).items():
+        kept_K = p_K >= LEAST_PROBABILITY
+        likely[letters] = (i_K[kept_K], j_K[kept_K], p_K[kept_K])
     return [
         _Target(target_id=name, sequence=letters, cutoff=cutoff, likely=likely.get(letters) or stacking_pairs(letters))
         for name, letters, cutoff in rows
