@@ -9,6 +9,7 @@ Letters: N sequences, C columns.
 import math
 
 import numpy as np
+import polars as pl
 
 from pipeline.runlog import score_text
 
@@ -58,9 +59,7 @@ def average_ranks(values_N: np.ndarray) -> np.ndarray:
     >>> average_ranks(np.array([0.5, 0.1, 0.5])).tolist()
     [2.5, 1.0, 2.5]
     """
-    _, place_N, many_P = np.unique(values_N, return_inverse=True, return_counts=True)
-    ranks_N: np.ndarray = (np.cumsum(many_P) - (many_P - 1) / 2)[place_N]
-    return ranks_N
+    return pl.Series(values_N).rank("average").to_numpy()
 
 
 def _varies(values_N: np.ndarray) -> bool:
