@@ -17,7 +17,7 @@ Rolling back means: everything from the last good checkpoint, one precision rung
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from pipeline.training.sharding import is_sharded, nonfinite
 
@@ -241,11 +242,5 @@ def nonfinite_parameters(model: nn.Module) -> list[str]:
     return nonfinite(model.state_dict())
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, tuple | list):
-        for item in output:
-            yield from _tensors(item)
-    elif isinstance(output, dict):
-        yield from _tensors(list(output.values()))
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_iter(values) if isinstance(value, Tensor)]
