@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError
 from pipeline.paths import Paths
-from pipeline.runlog import amount, score_text
+from pipeline.runlog import amount, duration, score_text, size_text
 from pipeline.stage import Report, read_result, run_stage
 from submissions import page
 from submissions.breakdown import tell_over_folds
@@ -21,10 +21,10 @@ from submissions.page import Markup
 from submissions.paired import tell_difference
 from submissions.structure_report import structure_sections
 from submissions.subject import Subject, read_scores, score_cells, short_name
-from submissions.training_report import Training, duration, memory, read_training, training_section
+from submissions.training_report import Training, read_training, training_section
 from submissions.values_report import values_sections
 
-VERSION = 9
+VERSION = 10
 _SAME = 0.0005  # a difference from a floor, relative to it, that is none
 
 
@@ -161,7 +161,7 @@ def _headline_facts(subject: Subject, training: Mapping[tuple[str, int], Trainin
         told["mean ± sd over folds"] = tell_over_folds(scores)
     if training:
         told["training, all folds"] = duration(sum(each.seconds for each in training.values()))
-        told["peak memory"] = memory(max(each.memory_mib for each in training.values()))
+        told["peak memory"] = size_text(round(max(each.memory_mib for each in training.values()) * 2**20))
     return told
 
 

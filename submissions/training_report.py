@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.runlog import read_metrics
+from pipeline.runlog import duration, read_metrics, size_text
 from submissions import figures, page
 from submissions.page import Markup
 from submissions.subject import Subject
@@ -103,7 +103,7 @@ def _training_row(run: str, fold: int, told: Training) -> list[object]:
         f"{start['train']:,}" if "train" in start else None,
         f"{start['valid']:,}" if "valid" in start else None,
         duration(told.seconds),
-        memory(told.memory_mib) if epochs else None,
+        size_text(round(told.memory_mib * 2**20)) if epochs else None,
         " → ".join(told.precisions),
     ]
 
@@ -205,15 +205,3 @@ def _events_table(rows: Sequence[Sequence[object]]) -> Markup:
     left_out = len(rows) - len(shown)
     note = f"{left_out} more between the first {_EVENTS} and the last {_EVENTS}: metrics.jsonl has them all."
     return page.join(table, page.note(note) if left_out else "")
-
-
-def duration(seconds: float) -> str:
-    """A time span, in the unit that suits it."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def memory(mib: float) -> str:
-    """MiB, or GiB where it is more than one."""
-    return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
