@@ -64,6 +64,15 @@ def find_table(folder: Path, stem: str, *, suffix: str = ".csv") -> Path | None:
     found = [path for ending in _endings(suffix) if (path := folder / f"{stem}{ending}").is_file()]
     if not found:
         found = [path for path in sorted(folder.glob("*.zip")) if _members(path, f"{stem}{suffix}")]
+    return only_one(found, folder, stem)
+
+
+def only_one(found: Sequence[Path], folder: Path, stem: str) -> Path | None:
+    """The file of a folder that holds a table, or None.
+
+    Raises:
+        DataError: several do.
+    """
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise DataError(f"{folder}: {names} all hold {stem}; expected one of them. Next: move the others away.")

@@ -18,6 +18,7 @@ import polars as pl
 
 from pipeline.competitions import table_files
 from pipeline.competitions.columns_toml import read_told
+from pipeline.competitions.raw import only_one
 from pipeline.competitions.table_files import FASTA, ending, read_fasta, refuse_foreign
 from pipeline.errors import DataError
 from pipeline.runlog import say
@@ -92,10 +93,7 @@ def _find(raw: Path, stem: str, endings: Sequence[str]) -> Path | None:
     """The file or folder of classes that holds a table."""
     found = [path for path in tables_in(raw, endings) if path.name.partition(".")[0] == stem]
     found += [path for path in [raw / stem] if path.is_dir()]
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise DataError(f"{raw}: {names} all hold {stem}; expected one of them. Next: move the others away.")
-    return found[0] if found else None
+    return only_one(found, raw, stem)
 
 
 def tables_in(raw: Path, endings: Sequence[str]) -> list[Path]:
