@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from pipeline.schema import MIN_RESOLVED
+from pipeline.structure.geometry import Frame, rmsd
 from submissions import figures, page
 from submissions.page import Markup
 from submissions.subject import Subject
-from submissions.superpose import rmsd, superpose
 
 _TRACES = 8  # targets whose traces are drawn
 _TARGETS = 60  # targets in the figure of scores
@@ -134,24 +135,30 @@ def _all_targets(rows: Sequence[Mapping[str, Any]]) -> Markup:
 
 
 def _traces_section(subject: Subject, rows: Sequence[Mapping[str, Any]]) -> Markup:
-    shown = [row for row in _evenly(rows, _TRACES) if row["resolved"] >= 3]
+    shown = [row for row in _evenly(rows, _TRACES) if row["resolved"] >= MIN_RESOLVED]
     wanted = pl.col("sequence_id").is_in([row["sequence_id"] for row in shown])
     known = _coordinates(pl.scan_parquet(subject.paths.clean("references")).filter(wanted), member="conformer")
     predicted = _coordinates(pl.scan_parquet(subject.predictions).filter(wanted), member="candidate")
     drawings = []
     for row in shown:
         trace_L3 = predicted[row["sequence_id"]][row["candidate"] - 1]
-        references = [each for each in known[row["sequence_id"]] if np.isfinite(each).all(axis=1).sum() >= 3]
-        distance = [float(rmsd(trace_L3, reference_L3)) for reference_L3 in references]
-        nearest = int(np.argmin(distance))
-        drawing = figures.traces(references[nearest], superpose(trace_L3, references[nearest]))
-        caption = f"{subject.scores['metric']} {row['score']:.3f}, RMSD {distance[nearest]:.1f} Å, {row['length']} nt"
+        references = [each for each in known[row["sequence_id"]] if np.isfinite(each).all(axis=1).sum() >= MIN_RESOLVED]
+        distance, nearest, moved_L3 = min((_laid(trace_L3, each) for each in references), key=lambda laid: laid[0])
+        drawing = figures.traces(nearest, moved_L3)
+        caption = f"{subject.scores['metric']} {row['score']:.3f}, RMSD {distance:.1f} Å, {row['length']} nt"
         drawings.append(page.figure(drawing, title=row["sequence_id"], caption=caption))
     words = (
         "C1' traces of targets evenly spaced by rank, the best first: the best candidate (thin, starting at the large "
         "dot) superposed by least squares on the known structure (broad), seen from where that is broadest."
     )
     return page.join(page.note(words), page.panels(drawings, small=True))
+
+
+def _laid(trace_L3: np.ndarray, reference_L3: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    """RMSD, Å, the known structure, and the trace moved onto it by what is resolved in both."""
+    common_L = np.isfinite(trace_L3).all(axis=1) & np.isfinite(reference_L3).all(axis=1)
+    mobile_P3, fixed_P3 = trace_L3[common_L], reference_L3[common_L]
+    return rmsd(mobile_P3, fixed_P3), reference_L3, Frame.fitted(mobile_P3, fixed_P3).place(trace_L3)
 
 
 def _coordinates(table: pl.LazyFrame, *, member: str) -> dict[str, list[np.ndarray]]:

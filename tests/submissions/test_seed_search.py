@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from numba.core.dispatcher import Dispatcher
 
+from pipeline.structure.geometry import Frame, rmsd
 from submissions import align, seed_search, tm_score
 from submissions.seed_search import LANES, MOTION, SUMS, _larger, _remember, best_motions, pair_terms, search
-from submissions.superpose import rmsd, superpose
 
 
 def _columns(xyz_L3: np.ndarray) -> np.ndarray:
@@ -53,7 +53,8 @@ def test_every_lane_gets_the_best_rotation(kind: str, rng: np.random.Generator) 
 @pytest.mark.parametrize("farthest", [9.0, np.inf])
 def test_the_score_is_that_of_the_motion(count: int, farthest: float, rng: np.random.Generator) -> None:
     mobile = np.cumsum(3.0 * rng.standard_normal((count, 3)), axis=0)
-    fixed = superpose(mobile[::-1] + 2.0, mobile)
+    other = mobile[::-1] + 2.0
+    fixed = Frame.fitted(other, mobile).place(other)
     fixed[: count // 2] = mobile[: count // 2] + rng.standard_normal((count // 2, 3))
     mobile, fixed, motion = _columns(mobile), _columns(fixed), np.empty(MOTION)
     score = search(mobile, fixed, 4.0, 5.0, farthest, 40, motion)

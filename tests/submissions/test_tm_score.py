@@ -9,8 +9,7 @@ import polars as pl
 import pytest
 
 from pipeline.structure.assembly import trace_from_pairs
-from pipeline.structure.geometry import helix_strand, rotation_onto
-from submissions.superpose import superpose
+from pipeline.structure.geometry import Frame, helix_strand, rotation_onto
 from submissions.tm_score import d0_rna, tm_matrix, tm_score, tm_scores
 
 
@@ -213,7 +212,7 @@ def test_odd_shapes_score_as_by_the_slow_twin(shape: str, side: str, rng: np.ran
 def test_the_score_is_no_less_than_that_of_the_global_superposition(rng: np.random.Generator) -> None:
     reference = helix_strand(70)
     predicted = reference + 5.0 * rng.standard_normal(reference.shape)
-    distance = np.linalg.norm(superpose(predicted, reference) - reference, axis=1)
+    distance = np.linalg.norm(Frame.fitted(predicted, reference).place(predicted) - reference, axis=1)
     assert tm_score(predicted, reference) >= np.mean(1 / (1 + (distance / d0_rna(70)) ** 2)) - 1e-12
 
 
