@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.errors import DataError
+from pipeline.structure.geometry import sum_over_pairs
 
 #: Pairs less likely than this are not kept; a nucleotide's unpaired share is summed before.
 MIN_PROBABILITY = 1e-3
@@ -71,10 +72,10 @@ def fold(sequence: str) -> PairProbabilities:
         mine = (i_K + j_K >= 2 * first) & (i_K + j_K < 2 * last)
         pieces.append((i_K[mine], j_K[mine], p_K[mine]))
     i_K, j_K, p_K = (np.concatenate(column) for column in zip(*pieces, strict=True))
-    total_L = _row_sums(i_K, j_K, p_K, length)
+    total_L = sum_over_pairs(i_K, j_K, p_K, length)
     excess_L = np.maximum(total_L, 1.0)
     p_K = p_K / np.maximum(excess_L[i_K], excess_L[j_K])
-    unpaired_L = 1.0 - _row_sums(i_K, j_K, p_K, length)
+    unpaired_L = 1.0 - sum_over_pairs(i_K, j_K, p_K, length)
     kept = np.lexsort((j_K, i_K))
     kept = kept[p_K[kept] >= MIN_PROBABILITY]
     return PairProbabilities(
@@ -94,10 +95,6 @@ def _windows(length: int) -> Iterator[tuple[int, int, float, float]]:
     borders = [0.0, *((a + b + WINDOW) / 2 for a, b in itertools.pairwise(starts)), float(length)]
     for start, first, last in zip(starts, borders[:-1], borders[1:], strict=True):
         yield start, start + WINDOW, first, last
-
-
-def _row_sums(i_K: np.ndarray, j_K: np.ndarray, p_K: np.ndarray, length: int) -> np.ndarray:
-    return np.bincount(i_K, p_K, minlength=length) + np.bincount(j_K, p_K, minlength=length)
 
 
 def _fold_whole(sequence: str) -> np.ndarray:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from pipeline.schema import MIN_RESOLVED
 from pipeline.structure.geometry import rotation_onto
 from submissions.tm_score import d0_rna, resolved, tm_scores
 
@@ -107,7 +108,7 @@ def _laid_orders(
 def _laid(whole_L3: np.ndarray, part_P3: np.ndarray, reference_P3: np.ndarray) -> np.ndarray | None:
     """A trace moved so that some of its residues lie on their partners; None if they are fewer than three."""
     common_P = resolved(part_P3) & resolved(reference_P3)
-    if common_P.sum() < 3:
+    if common_P.sum() < MIN_RESOLVED:
         return None
     mobile, fixed = part_P3[common_P], reference_P3[common_P]
     origin, place_of = mobile.mean(axis=0), fixed.mean(axis=0)

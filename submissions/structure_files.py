@@ -17,6 +17,7 @@ import polars as pl
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
+from pipeline.schema import MIN_RESOLVED
 from pipeline.stage import Report, run_stage
 from pipeline.structure.geometry import rotation_onto
 from pipeline.tables import open_parquet
@@ -269,7 +270,7 @@ def _shown(structure: Structure, references_RL3: np.ndarray | None) -> dict[str,
     scores_M: list[float | None] = [None] * len(structure.xyz_ML3)
     fixed_L3, is_known = structure.xyz_ML3[0], False
     facts = "no known structure: candidates lie on candidate 1"
-    if references_RL3 is not None and np.isfinite(references_RL3).all(axis=2).sum(axis=1).max() >= 3:
+    if references_RL3 is not None and np.isfinite(references_RL3).all(axis=2).sum(axis=1).max() >= MIN_RESOLVED:
         scores_MR = tm_matrix(structure.xyz_ML3, references_RL3)
         scores_M = [round(score, 4) for score in scores_MR.max(axis=1).tolist()]
         closest, count = int(np.argmax(scores_MR.max(axis=0))), len(references_RL3)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import ConfigError, DataError
+from pipeline.schema import MIN_RESOLVED
 from submissions.layout import LOWEST_SUBMITTED, MAX_SUBMITTED
 from submissions.tm_score import resolved
 
@@ -51,7 +52,7 @@ def usalign_score(
         DataError: a trace does not fit into a PDB file.
         ConfigError: the program fails or says something else than scores.
     """
-    if min(resolved(model_L3).sum(), resolved(native_L3).sum()) < 3:
+    if min(resolved(model_L3).sum(), resolved(native_L3).sum()) < MIN_RESOLVED:
         return 0.0
     with tempfile.TemporaryDirectory() as folder:
         paths = Path(folder) / "model.pdb", Path(folder) / "native.pdb"

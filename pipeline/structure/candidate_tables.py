@@ -3,7 +3,7 @@
 Letters: K candidate pairs, L length (nt), 3 xyz. Lengths in Å.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +14,6 @@ import polars as pl
 from pipeline import tables
 from pipeline.paths import Paths
 from pipeline.tables import open_parquet
-
-#: (predicted, known) traces -> TM-score of each pair; the roof hands in `submissions.tm_score.tm_scores`.
-Scorer = Callable[[Sequence[tuple[np.ndarray, np.ndarray]]], np.ndarray]
 
 _SCHEMA: dict[str, Any] = {
     "sequence_id": pl.String,

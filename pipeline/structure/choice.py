@@ -5,10 +5,8 @@ Letters: N traces of the pool, M kept ones, L length (nt), P pairs of residues, 
 
 import numpy as np
 
-from pipeline.structure.geometry import similarity
+from pipeline.structure.geometry import LDDT_RADIUS, LDDT_TOLERANCES, similarity, sum_over_pairs
 
-_SURROUNDINGS = 30.0  # Å
-_TOLERANCES = (0.5, 1.0, 2.0, 4.0)  # Å
 _COPY = 0.8  # likeness: 1 Å in chains of up to 60 nt, 1.7 Å at 100 nt
 
 
@@ -49,24 +47,19 @@ def expected_lddt(logits_LLK: np.ndarray, xyz_NL3: np.ndarray) -> np.ndarray:
     width = edges[1] - edges[0]
 
     def chance_below(distance_P: np.ndarray) -> np.ndarray:
-        place_P = np.clip((np.minimum(distance_P, _SURROUNDINGS) - edges[0]) / width + 1, 0, bins)
+        place_P = np.clip((np.minimum(distance_P, LDDT_RADIUS) - edges[0]) / width + 1, 0, bins)
         bin_P = np.minimum(place_P.astype(np.int64), bins - 1)[:, None]
         low_P, high_P = (np.take_along_axis(below_PK, bin_P + k, axis=1)[:, 0] for k in (0, 1))
         return low_P + (place_P - bin_P[:, 0]) * (high_P - low_P)
 
     def share(xyz_L3: np.ndarray) -> float:
         distance_P = np.linalg.norm(xyz_L3[i_P] - xyz_L3[j_P], axis=1)
-        kept = [chance_below(distance_P + near) - chance_below(distance_P - near) for near in _TOLERANCES]
-        kept_L, counted_L = (_around(i_P, j_P, of_P, length) for of_P in (np.mean(kept, axis=0), near_P))
+        kept = [chance_below(distance_P + near) - chance_below(distance_P - near) for near in LDDT_TOLERANCES]
+        kept_L, counted_L = (sum_over_pairs(i_P, j_P, of_P, length) for of_P in (np.mean(kept, axis=0), near_P))
         return float(np.mean(kept_L / np.maximum(counted_L, 1e-9)))
 
-    near_P = chance_below(np.full(len(i_P), _SURROUNDINGS))
+    near_P = chance_below(np.full(len(i_P), LDDT_RADIUS))
     return np.array([share(xyz_L3) for xyz_L3 in xyz_NL3])
-
-
-def _around(i_P: np.ndarray, j_P: np.ndarray, value_P: np.ndarray, length: int) -> np.ndarray:
-    """[L]: sum over the pairs of each residue."""
-    return np.bincount(i_P, value_P, length) + np.bincount(j_P, value_P, length)
 
 
 def most_trusted(xyz_NL3: np.ndarray, confidence_N: np.ndarray, *, count: int) -> tuple[np.ndarray, np.ndarray]:

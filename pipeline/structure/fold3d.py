@@ -17,7 +17,15 @@ from pipeline.compiled import njit, prange
 from pipeline.structure.assembly import trace_from_pairs
 from pipeline.structure.choice import pair_probabilities
 from pipeline.structure.denovo import Assembly, assemble, choose_assemblies
-from pipeline.structure.geometry import SHORTEST_STEP, double_helix, find_stems, handedness, rmsd
+from pipeline.structure.geometry import (
+    LDDT_RADIUS,
+    SHORTEST_STEP,
+    double_helix,
+    find_stems,
+    handedness,
+    rmsd,
+    sum_over_pairs,
+)
 from pipeline.structure.motifs import MotifLibrary
 from pipeline.structure.rigid import fit_helices, relax
 from pipeline.structure.secondary import nested_pairs, probable_pairs, stacking_pairs, without_lone_pairs
@@ -168,8 +176,8 @@ def _pairing_confidence(
     length: int, pairs: Pairs, i_K: np.ndarray, j_K: np.ndarray, probability_K: np.ndarray
 ) -> float:
     """Expected share of residues whose partner, or lack of one, is right."""
-    unpaired_L = np.bincount(i_K, probability_K, length) + np.bincount(j_K, probability_K, length)
-    right_L = np.clip(1.0 - unpaired_L, 0.0, 1.0)
+    paired_L = sum_over_pairs(i_K, j_K, probability_K, length)
+    right_L = np.clip(1.0 - paired_L, 0.0, 1.0)
     known = dict(zip(zip(i_K.tolist(), j_K.tolist(), strict=True), probability_K.tolist(), strict=True))
     for pair in pairs:
         right_L[list(pair)] = known.get(pair, 0.0)
@@ -232,7 +240,7 @@ class _Distances:
     def agreement(self, xyz_L3: np.ndarray) -> float:
         """Expected share of pairs, of those nearer than 30 Å and no neighbours, within about 4 Å of the truth."""
         distance_P = np.linalg.norm(xyz_L3[self.i_P] - xyz_L3[self.j_P], axis=1)
-        counted = np.flatnonzero((distance_P < 30.0) & (self.j_P - self.i_P > 2))
+        counted = np.flatnonzero((distance_P < LDDT_RADIUS) & (self.j_P - self.i_P > 2))
         if not counted.size:
             return 0.0
         bin_P = np.rint((distance_P[counted] - self.centres_K[0]) / self.bin_width).astype(np.int64)

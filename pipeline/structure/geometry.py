@@ -6,7 +6,7 @@ Lengths in Å. Letters: L length (nt), P placed pairs of a helix, M traces, 3 xy
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,11 @@ PAIR_SHIFT = -2.47  # Å from a C1' to its partner's, along the axis
 SHORTEST_STEP = 5.0
 #: Typical distance of neighbouring C1' outside helices, Å (same chains: median 5.55, a tenth above 7.6).
 STEP = 5.9
+#: The lDDT counts the distances below this one, Å, kept within each of these tolerances, Å.
+LDDT_RADIUS = 30.0
+LDDT_TOLERANCES = (0.5, 1.0, 2.0, 4.0)
+#: (predicted, known) traces -> TM-score of each pair; the roof hands in `submissions.tm_score.tm_scores`.
+Scorer = Callable[[Sequence[tuple[np.ndarray, np.ndarray]]], np.ndarray]
 #: d0 below 30 residues: (longest length, d0 in Å). Source: US-align, parameter_set4final_C3prime.
 _D0_SHORT = ((11, 0.3), (15, 0.4), (19, 0.5), (23, 0.6), (29, 0.7))
 
@@ -256,6 +261,15 @@ class Scaffold:
     def bodies(self) -> list[np.ndarray]:
         """Residues of each set of helices that moves as one."""
         return [np.flatnonzero(self.body_L == body) for body in np.unique(self.body_L[self.body_L >= 0])]
+
+
+def sum_over_pairs(i_K: np.ndarray, j_K: np.ndarray, value_K: np.ndarray, length: int) -> np.ndarray:
+    """[L] float64: for each residue, the sum of the values of the pairs that it is in.
+
+    >>> sum_over_pairs(np.array([0, 0]), np.array([2, 3]), np.array([0.5, 0.25]), 4).tolist()
+    [0.75, 0.0, 0.5, 0.25]
+    """
+    return np.bincount(i_K, value_K, length) + np.bincount(j_K, value_K, length)
 
 
 def close_pairs(xyz_L3: np.ndarray, cutoff: float) -> np.ndarray:

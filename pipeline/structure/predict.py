@@ -24,10 +24,10 @@ from pipeline.paths import Paths
 from pipeline.runlog import Bar, track, warn
 from pipeline.schema import CANDIDATES
 from pipeline.stage import Report, read_result, run_stage, take_until, tell_left_out
-from pipeline.structure.candidate_tables import CandidateRows, Scorer, correlation, read_folds, read_pairs, read_targets
+from pipeline.structure.candidate_tables import CandidateRows, correlation, read_folds, read_pairs, read_targets
 from pipeline.structure.denovo import Assembly, choose_assemblies, features, fit_weights
 from pipeline.structure.fold3d import assemble_drawn
-from pipeline.structure.geometry import similarity
+from pipeline.structure.geometry import Scorer, similarity
 from pipeline.structure.motifs import Motif, MotifLibrary, find_loops
 from pipeline.structure.secondary import LEAST_PROBABILITY, stacking_pairs
 from pipeline.tables import open_parquet

@@ -6,6 +6,7 @@ Letters: L length (nt), K candidate pairs.
 import numpy as np
 
 from pipeline.compiled import copy, njit
+from pipeline.structure.geometry import sum_over_pairs
 
 #: Of a pair that a structure may have.
 LEAST_PROBABILITY = 0.02
@@ -118,7 +119,7 @@ def nested_pairs(length: int, i_K: np.ndarray, j_K: np.ndarray, probability_K: n
     Source:
         Do, Woods and Batzoglou 2006, Bioinformatics 22:e90, with gamma 1.
     """
-    paired_L = np.bincount(i_K, probability_K, length) + np.bincount(j_K, probability_K, length)
+    paired_L = sum_over_pairs(i_K, j_K, probability_K, length)
     unpaired_L = np.maximum(1.0 - paired_L, 0.0)
     gain_K = 2.0 * probability_K - unpaired_L[i_K] - unpaired_L[j_K]
     useful = np.flatnonzero(gain_K > 0)

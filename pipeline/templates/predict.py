@@ -19,8 +19,8 @@ from pipeline.paths import Paths
 from pipeline.runlog import Bar
 from pipeline.schema import CANDIDATES
 from pipeline.stage import Report, read_result, run_stage, take_until, tell_left_out
-from pipeline.structure.candidate_tables import CandidateRows, Scorer, read_folds, read_pairs, read_targets
-from pipeline.structure.geometry import rmsd
+from pipeline.structure.candidate_tables import CandidateRows, read_folds, read_pairs, read_targets
+from pipeline.structure.geometry import Scorer, rmsd
 from pipeline.tables import open_parquet
 from pipeline.templates.collection import collect, library_path, make_library
 from pipeline.templates.gate import allowed_mask

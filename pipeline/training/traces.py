@@ -8,14 +8,12 @@ import math
 import torch
 from torch import Tensor
 
-from pipeline.structure.geometry import d0_rna
+from pipeline.structure.geometry import LDDT_RADIUS, LDDT_TOLERANCES, d0_rna
 
 _CLAMP = 10.0  # Å: a frame sees no difference between what is further off
 _EPSILON = 1e-4  # Å², under square roots, so that a perfect position has a gradient
 _LEAST_SCALE = 1.5  # Å
 _SUPERPOSITIONS = 4  # rounds in which nucleotides that fit badly lose their say
-_SURROUNDINGS = 30.0  # Å
-_TOLERANCES = (0.5, 1.0, 2.0, 4.0)  # Å
 
 
 def frame_error(predicted_L3: Tensor, true_L3: Tensor) -> Tensor:
@@ -113,9 +111,9 @@ def lddt(predicted_L3: Tensor, true_L3: Tensor) -> Tensor:
         Mariani et al. 2013, on C1' alone and with the radius that AlphaFold 3 uses for nucleotides.
     """
     true_LL, predicted_LL = _distances(true_L3), _distances(predicted_L3)
-    counted_LL = (true_LL < _SURROUNDINGS) & ~torch.eye(len(true_LL), dtype=torch.bool, device=true_LL.device)
+    counted_LL = (true_LL < LDDT_RADIUS) & ~torch.eye(len(true_LL), dtype=torch.bool, device=true_LL.device)
     error_LL = (predicted_LL - true_LL).abs()
-    kept_LL = torch.stack([error_LL < tolerance for tolerance in _TOLERANCES]).float().mean(0)
+    kept_LL = torch.stack([error_LL < tolerance for tolerance in LDDT_TOLERANCES]).float().mean(0)
     return torch.where(counted_LL, kept_LL, 0.0).sum(1) / counted_LL.sum(1)
 
 
