@@ -8,7 +8,7 @@ the five are better out of fold lends candidates only where there are no others.
 Letters: M candidates of one sequence, N of all, F features, L length (nt), 3 xyz. Lengths in Å.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,8 @@ from pipeline.competitions.rna3d import read_teaching
 from pipeline.errors import DataError
 from pipeline.schema import CANDIDATES
 from pipeline.stage import write_json
-from pipeline.structure.geometry import similarity
-from pipeline.tables import read_batches
-
-#: (predicted, known) traces -> TM-score of each pair; the roof hands in `submissions.tm_score.tm_scores`.
-Scorer = Callable[[Sequence[tuple[np.ndarray, np.ndarray]]], np.ndarray]
+from pipeline.structure.geometry import Scorer, similarity
+from pipeline.tables import read_batches, require_out_of_fold
 
 _COLUMNS = ("sequence_id", "candidate", "confidence", "x", "y", "z")
 #: What being a copy of a candidate already taken costs, in TM-score, and the one that is used where nothing is known.
@@ -358,13 +355,7 @@ def _read_structures(path: Path, *, fold: bool = False) -> pl.DataFrame:
 def _read_oof_structures(job: Job, each: str) -> pl.DataFrame:
     table = pl.concat([_read_structures(job.paths.oof(each, fold), fold=True) for fold in job.folds])
     held_out = pl.read_parquet(job.paths.fold_table(job.split), columns=["sequence_id", "fold"])
-    beside = table.join(held_out.rename({"fold": "_held_out"}), on="sequence_id", how="left", maintain_order="left")
-    wrong = beside.filter(pl.col("_held_out").ne_missing(pl.col("fold")))
-    if wrong.height:
-        raise DataError(
-            f"run {each}: {wrong['sequence_id'][0]} predicted by fold {wrong['fold'][0]}; the split {job.split} holds "
-            f"it out in fold {wrong['_held_out'][0]}. Next: train and predict again with this split."
-        )
+    require_out_of_fold(table, held_out, where=f"run {each}", split=job.split)
     return table
 
 

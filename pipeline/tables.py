@@ -340,7 +340,8 @@ def out_of_fold(
         rows = rows.filter(pl.col("fold").is_in(list(folds)))
         lengths_N = rows["sequence"].str.len_bytes().to_numpy().astype(np.int64)
         lengths_N = lengths_N if width is None else np.full(rows.height, width)
-        yield _align(rows, lengths_N, {name: (parts, last) for name, parts in readers.items()}, targets)
+        found = {name: (parts, last) for name, parts in readers.items()}
+        yield _align(rows, lengths_N, found, targets, split=fold_table.stem)
     for parts in readers.values():
         for part in parts:
             if part.rest() is not None:
@@ -364,12 +365,14 @@ def _align(
     lengths_N: np.ndarray,
     sources: Mapping[str, tuple[list[SortedRows], str]],
     targets: Sequence[str],
+    *,
+    split: str,
 ) -> OofBatch:
     predictions, missing = {}, {}
     for name, (parts, last) in sources.items():
         found = [(part.path, table) for part in parts if (table := part.upto(last)) is not None]
         for path, table in found:
-            _check_fold(table, rows, path=path)
+            _check_fold(table, rows, path=path, split=split)
         tables = [table for _, table in found]
         if tables:
             table = pl.concat(tables)
@@ -387,17 +390,33 @@ def _align(
     return OofBatch(rows=rows, lengths_N=lengths_N, predictions=predictions, missing=missing)
 
 
-def _check_fold(table: pl.DataFrame, rows: pl.DataFrame, *, path: Path) -> None:
-    beside = table.select("sequence_id", "fold").join(
-        rows.select("sequence_id", held_out="fold"), on="sequence_id", how="left", maintain_order="left"
-    )
-    unknown = beside.filter(pl.col("held_out").is_null())
+def _check_fold(table: pl.DataFrame, rows: pl.DataFrame, *, path: Path, split: str) -> None:
+    unknown = table.select("sequence_id").join(rows, on="sequence_id", how="anti")
     if unknown.height:
         raise _unknown_id(path, unknown["sequence_id"][0])
-    seen = beside.filter(pl.col("held_out") != pl.col("fold"))
+    require_out_of_fold(table, rows, where=path, split=split)
+
+
+def require_out_of_fold(table: pl.DataFrame, held_out: pl.DataFrame, *, where: str | Path, split: str) -> None:
+    """See that no prediction is by a checkpoint that saw its sequence.
+
+    Args:
+        table: predictions, with ``sequence_id`` and the ``fold`` that made them.
+        held_out: ``sequence_id`` and the ``fold`` that the split holds it out in.
+        where: they are from, for the message.
+        split: its name, likewise.
+
+    Raises:
+        DataError: one is, or is of no sequence of the split.
+    """
+    beside = table.select("sequence_id", "fold").join(
+        held_out.select("sequence_id", held_out="fold"), on="sequence_id", how="left", maintain_order="left"
+    )
+    seen = beside.filter(pl.col("held_out").ne_missing(pl.col("fold")))
     if seen.height:
+        names = seen["sequence_id"].unique(maintain_order=True)
         raise DataError(
-            f"{path}: {_some(seen['sequence_id'])} predicted by fold {seen['fold'][0]}; the split holds it out in fold "
+            f"{where}: {_some(names)} predicted by fold {seen['fold'][0]}; the split {split} holds it out in fold "
             f"{seen['held_out'][0]}, so the checkpoint saw it. Next: train and predict again with this split."
         )
 

@@ -23,11 +23,11 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.competitions.base import Competition
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError
 from pipeline.paths import Paths
 from pipeline.runlog import amount, score_text, warn
 from pipeline.stage import Report, commit, read_result, run_stage, write_json
-from pipeline.tables import fold_numbers, open_parquet
+from pipeline.tables import fold_numbers, open_parquet, require_out_of_fold
 from submissions import class_evaluation, log, number_evaluation, value_scores
 from submissions.breakdown import over_folds, tell_over_folds
 from submissions.class_evaluation import evaluate_classes
@@ -266,14 +266,8 @@ def _known_of(paths: Paths, predictions: Path) -> bool:
 def _read_structures(paths: Paths, split: str, tables: Sequence[Path], *, run: str) -> pl.DataFrame:
     """Candidates of all folds, none of them of a checkpoint that saw its target; those of a run have its ``source``."""
     joined = pl.concat([pl.read_parquet(table) for table in tables]).sort("sequence_id", "candidate")
-    held_out = pl.read_parquet(paths.fold_table(split), columns=["sequence_id", "fold"]).rename({"fold": "held_out"})
-    beside = joined.join(held_out, on="sequence_id", how="left", maintain_order="left")
-    seen = beside.filter(pl.col("held_out").ne_missing(pl.col("fold")))
-    if seen.height:
-        raise DataError(
-            f"{tables[0].parent}: {seen['sequence_id'][0]} predicted by fold {seen['fold'][0]}; the split {split} "
-            f"holds it out in fold {seen['held_out'][0]}. Next: train and predict again with this split."
-        )
+    held_out = pl.read_parquet(paths.fold_table(split), columns=["sequence_id", "fold"])
+    require_out_of_fold(joined, held_out, where=tables[0].parent, split=split)
     return joined if "source" in joined.columns else joined.with_columns(pl.lit(run).alias("source"))
 
 

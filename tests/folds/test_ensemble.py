@@ -430,7 +430,7 @@ def test_runs_that_share_no_fold_cannot_be_joined_in_part(paths):
     [
         (lambda t: pl.concat([t, t.head(1)]).sort("sequence_id"), "'s0001' is repeated or out of order"),
         (lambda t: t.reverse(), "is repeated or out of order"),
-        (lambda t: t.with_columns(fold=pl.lit(2, dtype=pl.UInt8)), "the split holds it out in fold 1"),
+        (lambda t: t.with_columns(fold=pl.lit(2, dtype=pl.UInt8)), "the split sim80_k3 holds it out in fold 1"),
         (lambda t: t.with_columns(sequence_id="x" + pl.col("sequence_id")), "'xs0001' is not among the sequences"),
         (lambda t: t.with_columns(pl.col(TARGETS[0]).list.head(5)), "s0001: 5 values of reactivity_DMS_MaP; expected"),
         (
