@@ -26,6 +26,7 @@ from submissions.values_report import values_sections
 
 VERSION = 10
 _SAME = 0.0005  # a difference from a floor, relative to it, that is none
+_FEW = 30  # scored sequences
 
 
 def run(paths: Paths, *, competition: Competition, name: str | None = None, run: str | None = None) -> Report:
@@ -124,13 +125,32 @@ def _verdict(subject: Subject) -> str:
     name, floor = subject.best_floor
     if not floor:
         return f"The best floor, {name}, is without error: there is nothing to be better at."
-    change = subject.scores["score"] / floor - 1
+    nested, few = subject.joined.get("score_nested"), _few(subject.scores)
+    change = (subject.scores["score"] if nested is None else nested) / floor - 1
+    said = "" if nested is None else score_text(nested)
+    is_other = said not in ("", score_text(subject.scores["score"]))
+    by = f"; judged by {said}, where each fold has what the others choose" if is_other else ""
     if abs(change) < _SAME:
-        return f"As good as the best floor, {name} ({score_text(floor)})."
+        return f"As good as the best floor, {name} ({score_text(floor)}){by}.{few}"
     better = (change > 0) == subject.higher_is_better
     where = "above" if change > 0 else "below"
     judgement = "better" if better else "worse; the model has learned less than the floor knows"
-    return f"{abs(change):.1%} {where} the best floor, {name} ({score_text(floor)}): {judgement}."
+    judgement = "no clear difference, as its 95 % interval holds 0" if _is_unclear(subject.scores, name) else judgement
+    return f"{abs(change):.1%} {where} the best floor, {name} ({score_text(floor)}): {judgement}{by}.{few}"
+
+
+def _few(scores: Mapping[str, Any]) -> str:
+    """A warning where hardly anything is scored; else ""."""
+    count = scores["sequences"]["scored"] if "sequences" in scores else len(scores["targets"])
+    return f" Only {amount(count, 'sequence')} scored: such a difference may be chance." if count < _FEW else ""
+
+
+def _is_unclear(scores: Mapping[str, Any], floor: str) -> bool:
+    """Whether it is known that chance may have made the difference from a floor; only the best run's is known."""
+    if scores.get("best_run") != scores["name"]:
+        return False
+    told = scores.get("floor_details", {}).get(floor, {}).get("difference") or {}
+    return told.get("low") is not None and told["low"] <= 0 <= told["high"]
 
 
 def _roles(subject: Subject) -> str:

@@ -168,6 +168,29 @@ def test_runs_that_do_not_predict_are_named(tmp_path, competition, told, words, 
     assert report._size(subject).startswith(size)
 
 
+@pytest.mark.parametrize(
+    ("told", "joined", "words"),
+    [
+        ({}, {}, "2.2% below the best floor, ridge (0.4988): better."),
+        ({}, {"score_nested": 0.5}, "0.2% above the best floor, ridge (0.4988): worse; the model has learned less than "
+         "the floor knows; judged by 0.5000, where each fold has what the others choose."),
+        ({"sequences": {"scored": 3}}, {}, "better. Only 3 sequences scored: such a difference may be chance."),
+        ({"best_run": "all"}, {}, "below the best floor, ridge (0.4988): no clear difference, as its 95 % interval"),
+    ],
+)  # fmt: skip
+def test_the_lead_judges_by_the_score_that_no_choice_has_seen_and_says_what_is_too_little(
+    tmp_path, told, joined, words
+):
+    """It said "better" of 0.4878 beside a floor of 0.4988, though the nested score on the same page was 0.5000."""
+    write_json(tmp_path / "weights.json", joined)
+    scores = {"kind": "ensemble", "name": "all", "score": 0.4878, "floors": {"ridge": 0.4988, "mean": 0.54}}
+    scores |= {"sequences": {"scored": 120}, "floor_details": {"ridge": {"difference": {"low": -0.01, "high": 0.03}}}}
+    subject = Subject(
+        paths=make_paths(tmp_path), competition=RIBONANZA, home=tmp_path, scores=scores | {"best_run": "a"} | told
+    )
+    assert words in report._verdict(subject)
+
+
 def test_the_page_shows_score_floors_runs_and_folds(values):
     paths, made = values
     scores = json.loads((paths.ensemble_dir("all") / "scores.json").read_text())
