@@ -19,6 +19,8 @@ VERSION = 6
 _MOST_VALUES = 24  # side by side in one line
 _MOST_ITEMS = 6  # of a list
 _UNITS = {"mib": "MiB", "coordinate": "coordinate, Å"}  # words of a fact's name, as people write them
+#: Facts whose names, so many levels below them, come from the data or from columns.toml.
+_GIVEN = dict.fromkeys(("classes", "numbers", "targets", "probes", "datasets", "merged", "dropped"), 1) | {"columns": 2}
 
 
 def run(
@@ -100,26 +102,36 @@ def describe(facts: Mapping[str, Any]) -> list[str]:
     ['rows = 12,000', 'lengths: 115 = 3, 170 = 4', 'probes:', '  DMS_MaP: null share = 0.25']
     >>> describe({"peak_memory_mib": 584, "largest_coordinate": 51.7})
     ['peak memory MiB = 584', 'largest coordinate, Å = 51.7']
+    >>> describe({"classes": {"type_1": 3, "type 1": 4}, "numbers": {"half_life": {"null_share": 0.25}}})
+    ['classes: type_1 = 3, type 1 = 4', 'numbers:', '  half_life: null share = 0.25']
     """
-    plain = [f"{_words(name)} = {_value(value)}" for name, value in facts.items() if not isinstance(value, Mapping)]
+    return _lines(facts, given=0)
+
+
+def _lines(facts: Mapping[str, Any], *, given: int) -> list[str]:
+    """`describe`; `given`: how many levels of names, from the first, are the data's own and stay as they are."""
+    says = str if given else _words
+    plain = [f"{says(name)} = {_value(value)}" for name, value in facts.items() if not isinstance(value, Mapping)]
     lines = [*plain]
     for name, value in facts.items():
         if isinstance(value, Mapping):
+            below = given - 1 if given else _GIVEN.get(name, 0)
             small = {key: item for key, item in value.items() if not isinstance(item, Mapping)}
             deep = {key: item for key, item in value.items() if isinstance(item, Mapping)}
-            lines.append(f"{_words(name)}: {_side_by_side(small)}".rstrip())
-            lines += [f"  {line}" for line in describe(deep)]
+            lines.append(f"{says(name)}: {_side_by_side(small, given=below)}".rstrip())
+            lines += [f"  {line}" for line in _lines(deep, given=below)]
     return lines
 
 
-def _side_by_side(values: Mapping[str, Any]) -> str:
-    parts = [f"{_words(name)} = {_value(value)}" for name, value in values.items()]
+def _side_by_side(values: Mapping[str, Any], *, given: int) -> str:
+    says = str if given else _words
+    parts = [f"{says(name)} = {_value(value)}" for name, value in values.items()]
     more = len(parts) - _MOST_VALUES
     return ", ".join(parts[:_MOST_VALUES]) + (f", … ({more} more)" if more > 0 else "")
 
 
 def _words(name: str) -> str:
-    """A fact's name as words, with its unit; names of probes and columns hold capitals and stay as they are."""
+    """A fact's name as words, with its unit; names that hold capitals stay as they are."""
     if not name.islower():
         return name
     return " ".join(_UNITS.get(word, word) for word in name.split("_"))
