@@ -80,8 +80,12 @@ def tell_difference(told: Mapping[str, float | None]) -> str:
 
     >>> tell_difference({"value": -3.14e-5, "low": None, "high": None})
     '-3.1e-05'
+    >>> tell_difference({"value": 0.0, "low": 0.0, "high": 0.0})
+    'the same predictions'
     """
     low, high = told["low"], told["high"]
+    if told["value"] == low == high == 0:
+        return "the same predictions"
     style = "+.2g" if 0 < max(abs(each) for each in told.values() if each is not None) < 5e-4 else "+.4f"
     interval = "" if low is None or high is None else f" [{low:{style}}, {high:{style}}]"
     return f"{told['value']:{style}}{interval}"
