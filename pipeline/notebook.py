@@ -3,22 +3,23 @@
 Letters: L length (nt), C target or class.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 
 from pipeline import viennarna
 from pipeline.competitions import get_competition
+from pipeline.competitions.sequence_rows import known_letters
 from pipeline.config import config_from_dict
 from pipeline.dataset import BppArrays, ExampleSet, Features
 from pipeline.errors import ConfigError, DataError
 from pipeline.features import in_half
 from pipeline.inference import Job, as_trained, in_batches, load_network, meta_of, not_finite
-from pipeline.labels import labels_of, letters_of, unknown_letter
+from pipeline.labels import labels_of
 from pipeline.predict import predict_values
 from pipeline.schema import decode, encode, normalise_sequence
 from pipeline.training.checkpoint import CheckpointStore
@@ -77,7 +78,7 @@ class Trained:
         Networks that read base-pair probabilities get them from ViennaRNA.
 
         Args:
-            sequences: RNA or DNA, or letters of the labelled set, odd ones among them.
+            sequences: RNA or DNA, or letters of the labelled set; odd ones as `make predict` takes them.
             features: of each sequence, [L, F] or [F], where training had some (``data.features``).
 
         Returns:
@@ -85,14 +86,14 @@ class Trained:
 
         Raises:
             ConfigError: ViennaRNA is needed and missing.
-            DataError: a sequence is empty or has a letter that is no nucleotide's, or it is a text instead of a list;
+            DataError: a sequence is empty or has other letters than `make predict` takes; it is a text, no list;
                 features are needed and missing, or do not fit.
             DivergedError: a prediction is not finite.
             StorageError: a single sequence does not fit into memory.
         """
         if isinstance(sequences, str):  # each of its letters would be a sequence
             raise DataError("predict: got a single text; expected a list of sequences. Next: predict([text]).")
-        tokens = [self._tokens(text, where=f"sequence {k}") for k, text in enumerate(sequences)]
+        tokens = self._tokens(sequences)
         examples = self._examples(tokens, features)
         job = replace(self._job, examples=examples, positions=np.arange(len(sequences)))
         found = [np.empty(0)] * len(sequences)
@@ -104,16 +105,17 @@ class Trained:
                 found[k] = values_LC[:, 0] if self._labels else values_LC
         return found
 
-    def _tokens(self, text: str, *, where: str) -> np.ndarray:
-        """Of a labelled set odd letters are read as its unknown one, as its data stage does."""
+    def _tokens(self, sequences: Sequence[str]) -> list[np.ndarray]:
+        """Of a labelled set, letters by the same rules as those of a file."""
+        names = [f"sequence {k}" for k in range(len(sequences))]
         if self._labels is None:
-            return encode(normalise_sequence(text, where=where))
-        clean = text.strip().upper()
-        if not clean:
-            raise DataError(f"{where}: empty; expected letters. Next: leave it out.")
-        letters, unknown = letters_of(self._labels.alphabet), unknown_letter(self._labels.alphabet)
-        clean = clean.replace("T", "U") if self._labels.is_nucleic else clean
-        return encode(re.sub(f"[^{letters}]", unknown, clean), self._labels.readable)
+            return [encode(normalise_sequence(text, where=name)) for text, name in zip(sequences, names, strict=True)]
+        if not names:
+            return []
+        frame = pl.DataFrame({"sequence": list(sequences), "where": names, "row": [None] * len(names)})
+        return [
+            encode(text, self._labels.readable) for text in known_letters(frame, self._labels.alphabet)[0]["sequence"]
+        ]
 
     def _features(self, tokens: Sequence[np.ndarray], given: Sequence[np.ndarray]) -> Features | None:
         name = self.meta["config"]["data"].get("features", "")  # of older checkpoints, none

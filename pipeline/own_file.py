@@ -59,6 +59,11 @@ def own_paths(source: Path, paths: Paths) -> Paths:
     return replace(paths, root=folder_of(source, paths))
 
 
+def place_of(source: Path, own: Paths) -> str:
+    """What messages call a sequence of `write_single`, of whose file nobody knows; "" = its file and row."""
+    return "SEQ" if source.parent == own.root else ""
+
+
 def read(source: Path, own: Paths, *, alphabet: str) -> Report:
     """The sequences of a file as a clean test table, in the order of the file.
 
@@ -75,7 +80,7 @@ def read(source: Path, own: Paths, *, alphabet: str) -> Report:
     """
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
-        frame, odd = read_sequences(source, alphabet=alphabet)
+        frame, odd = read_sequences(source, alphabet=alphabet, place=place_of(source, own))
         frame.write_parquet(parts["test"], compression="zstd")
         return {"sequences": frame.height, "odd_letters": odd}
 

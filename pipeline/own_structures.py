@@ -20,7 +20,7 @@ from pipeline.competitions.base import Competition
 from pipeline.competitions.labelled import read_sequences
 from pipeline.errors import DataError
 from pipeline.inference import with_best_checkpoint
-from pipeline.own_file import Predicted, apply_checkpoint, own_paths, require_file, trained_folds
+from pipeline.own_file import Predicted, apply_checkpoint, own_paths, place_of, require_file, trained_folds
 from pipeline.paths import Paths
 from pipeline.runlog import say
 from pipeline.runs import is_stage
@@ -84,7 +84,7 @@ def _read(source: Path, own: Paths) -> Report:
     """The file's RNAs as a clean test table."""
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
-        table = read_sequences(source, alphabet=ALPHABET, also=(_CUTOFF,))[0]
+        table = read_sequences(source, alphabet=ALPHABET, also=(_CUTOFF,), place=place_of(source, own))[0]
         table = _with_cutoffs(_with_file_names(table, source), source)
         _require_short(table, source)
         none: dict[str, Any] = {"stoichiometry": pl.String, "chain_lengths": pl.List(pl.Int32)}

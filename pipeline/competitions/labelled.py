@@ -23,9 +23,9 @@ from pipeline.competitions.number_labels import number_names, take_numbers, take
 from pipeline.competitions.sequence_files import ENDINGS, Settings, raw_files, read_raw, read_settings
 from pipeline.competitions.sequence_rows import (
     choose_letters,
+    known_letters,
     normalise,
     one_row_an_id,
-    spot,
     tell_letters,
     warn_of_unknown,
     with_ids,
@@ -42,7 +42,7 @@ from pipeline.labels import (
     write_labels,
 )
 from pipeline.paths import Paths
-from pipeline.runlog import amount, say, warn
+from pipeline.runlog import say, warn
 
 _KINDS = ("classes", "numbers")  # tables of which there is one
 _PARQUET: dict[str, Any] = {"compression": "zstd", "row_group_size": 1 << 14}
@@ -108,13 +108,14 @@ def _take_test(
     return take_test_numbers(frame, labels)
 
 
-def read_sequences(path: Path, *, alphabet: str, also: Sequence[str] = ()) -> tuple[pl.DataFrame, int]:
+def read_sequences(path: Path, *, alphabet: str, also: Sequence[str] = (), place: str = "") -> tuple[pl.DataFrame, int]:
     """Sequences of any file that RAW may be, without labels, in the letters of a network.
 
     Args:
         path: CSV, TSV, parquet or FASTA; ``columns.toml`` beside it holds here too.
         alphabet: the network's; odd letters are read as N, or X in proteins, where it has that one.
         also: further columns that are read, as text, if a table has them.
+        place: what messages call a single sequence that came without a file; "" = they name file and row.
 
     Returns:
         ``sequence_id`` (each once; numbered rows where there are none), ``sequence`` and what there is of `also`, in
@@ -128,16 +129,12 @@ def read_sequences(path: Path, *, alphabet: str, also: Sequence[str] = ()) -> tu
         raise DataError(f"{path}: expected {', '.join(ENDINGS)}. Next: write the sequences in one of these.")
     columns = path.with_name("columns.toml")
     settings = read_settings(columns if columns.is_file() else None, of_any_set=True)
-    letters, unknown = letters_of(alphabet), unknown_letter(alphabet)
-    frame, found = normalise(read_raw({"own": path}, "own", settings, also=also), letters, settings)
+    raw = read_raw({"own": path}, "own", settings, also=also)
+    if place:
+        raw = raw.with_columns(pl.lit(None).alias("row"), pl.lit(place).alias("where"))
+    frame, found = known_letters(raw, alphabet, settings)
     if "id" not in frame.columns:
         say(f"{path.name}: no column is called id, so rows are numbered; id = '<column>' in columns.toml names one")
-    if found["odd"] and unknown not in alphabet:
-        row = frame.filter(pl.col("sequence").str.contains(unknown, literal=True)).row(0, named=True)
-        raise DataError(
-            f"{spot(row)}: {amount(row['sequence'].count(unknown), 'letter')} other than {letters}, and the "
-            "network was trained on those alone. Next: remove or repair the row."
-        )
     kept = ["sequence_id", "sequence", *(name for name in also if name in frame.columns)]
     return with_ids(frame, "row", may_repeat=False).select(kept), found["odd"]
 

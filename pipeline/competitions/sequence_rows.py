@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import polars as pl
@@ -9,11 +10,12 @@ import polars as pl
 from pipeline.competitions.sequence_files import Settings
 from pipeline.competitions.table_files import NUCLEOTIDE
 from pipeline.errors import DataError
-from pipeline.labels import unknown_letter
+from pipeline.labels import letters_of, unknown_letter
 from pipeline.runlog import amount, warn
 from pipeline.schema import ALPHABET, AMINO_ACIDS
 
 _NUCLEIC_FROM, _PROTEIN_BELOW = 0.9, 0.6  # share of nucleotides' letters; proteins have about a quarter
+_USUAL_SETTINGS = Settings()
 
 
 def choose_letters(frames: Sequence[pl.DataFrame], settings: Settings) -> str:
@@ -50,7 +52,7 @@ def normalise(
         row = wrong.row(0, named=True)
         sign = re.search("[^A-Z]", row["text"])
         what = f"{sign.group()!r} in the sequence" if sign else "empty sequence"
-        raise DataError(f"{spot(row)}: {what}; expected letters. Next: remove or repair the row.")
+        raise DataError(f"{spot(row)}: {what}; expected letters. Next: repair the sequence, or leave it out.")
     gaps = total_of(frame["before"]) - total_of(frame["text"].str.len_chars())
     if wrong.height:
         warn(f"{frame['where'][0]}: {amount(wrong.height, 'sequence')} with other signs than letters, or nothing")
@@ -65,10 +67,11 @@ def normalise(
     total, odd_letters = total_of(frame["text"].str.len_bytes()), total_of(frame["odd"])
     if odd_letters > settings.max_odd * total and not hidden:
         row = frame.sort("odd", descending=True).row(0, named=True)
+        most = f" (most in {spot(row)}, {row['odd']} of {len(row['text'])})" if frame.height > 1 else ""
+        cure = "" if row["row"] is None else ", or raise max_odd in columns.toml beside the file"
         raise DataError(
-            f"{row['where']}: {odd_letters / total:.1%} of the letters are none of {letters} (most in {spot(row)}, "
-            f"{row['odd']} of {len(row['text'])}); expected at most {settings.max_odd:.0%}. Next: repair the "
-            "sequences, or raise max_odd in columns.toml."
+            f"{row['where']}: {odd_letters / total:.1%} of the letters are none of {tell_alphabet(letters)}{most}; "
+            f"expected at most {settings.max_odd:.0%}. Next: repair the sequences{cure}."
         )
     counts = {"odd": odd_letters, "sequences": int((frame["odd"] > 0).sum()), "gaps": gaps}
     return frame.drop("text", "before", "odd"), counts
@@ -86,8 +89,35 @@ def warn_of_unknown(test: pl.DataFrame, alphabet: str) -> None:
         )
 
 
+def known_letters(
+    frame: pl.DataFrame, alphabet: str, settings: Settings = _USUAL_SETTINGS
+) -> tuple[pl.DataFrame, dict[str, int]]:
+    """`normalise` for a network that reads these letters: where it knows no unknown letter, odd ones are refused.
+
+    Raises:
+        DataError: other signs than letters, nothing, or odd letters, more than `settings` allow.
+    """
+    letters, unknown = letters_of(alphabet), unknown_letter(alphabet)
+    if unknown in alphabet:
+        return normalise(frame, letters, settings)
+    frame, counts = normalise(frame, letters, replace(settings, max_odd=1.0))
+    if counts["odd"]:
+        row = frame.filter(pl.col("sequence").str.contains(unknown, literal=True)).row(0, named=True)
+        raise DataError(
+            f"{spot(row)}: {amount(row['sequence'].count(unknown), 'letter')} other than {tell_alphabet(letters)}, and "
+            "the network was trained on those alone. Next: repair the sequence, or leave it out."
+        )
+    return frame, counts
+
+
+def tell_alphabet(letters: str) -> str:
+    return f"{letters} (T is read as U)" if letters == ALPHABET else letters
+
+
 def spot(row: Mapping[str, Any]) -> str:
-    """Place of a row, for messages."""
+    """Place of a row, for messages; a sequence of no file has no row."""
+    if row["row"] is None:
+        return str(row["where"])
     named = f" (id {row['id']})" if row.get("id") else ""
     return f"{row['where']}: row {row['row']}{named}"
 

@@ -64,9 +64,37 @@ def test_classes_are_those_of_make_predict(tmp_path, rng):
     assert len(trained.targets) == 2
     for row, p_C in zip(rows.values(), trained.predict(list(rows)), strict=True):
         np.testing.assert_allclose(p_C, row["probabilities"], atol=1e-6)
-    assert trained.predict(["ACGNNRYACGT"])[0].sum() == pytest.approx(1)
-    with pytest.raises(DataError, match="sequence 1: empty"):
-        trained.predict(["ACGU", " "])
+    assert trained.predict(["acg-t"])[0].sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("sequence", "sentence"),
+    [
+        ("MKVLLAWERTYIPSDFGHKLQW", r"19 letters other than ACGU \(T is read as U\), and the network was trained on"),
+        ("GG12", r"'1' in the sequence; expected letters"),
+        (" ", r"empty sequence"),
+    ],
+)
+def test_letters_that_make_predict_refuses_are_refused_with_the_place(tmp_path, rng, sequence, sentence):
+    """A protein, GG12 and GGXX got numbers from a network of RNA: every sign was read as N."""
+    paths = make_set(tmp_path, labelled_sets.planted(rng, count=40))
+    train_one(paths)
+    with pytest.raises(DataError, match=rf"^sequence 1: {sentence}.* Next: repair the sequence"):
+        Trained(paths.fold_dir(RUN, 0)).predict(["ACGU", sequence])
+
+
+def test_odd_letters_are_read_up_to_the_share_that_make_predict_takes(tmp_path, rng):
+    table = labelled_sets.planted(rng, count=40)
+    paths = make_set(tmp_path, table.with_columns(sequence="N" + table["sequence"]))
+    train_one(paths)
+    trained = Trained(paths.fold_dir(RUN, 0))
+    text = table["sequence"][0]
+    n, r = trained.predict([f"{text}N", f"{text}R"])
+    np.testing.assert_array_equal(n, r)
+    with pytest.raises(
+        DataError, match=r"50\.0% of the letters are none of ACGU .*at most 5%\. Next: repair the sequences\.$"
+    ):
+        trained.predict(["GGXX"])
 
 
 def test_what_it_cannot_do_is_said_in_a_sentence(paths, tmp_path, monkeypatch):

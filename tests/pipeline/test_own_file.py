@@ -180,13 +180,21 @@ def test_the_same_file_again_changes_nothing_and_another_one_does(paths, file):
         (">a\n\n", r"empty sequence"),
         (">a\nACGU\n>a\nACG\n", r"an id twice; expected each once"),
         (f">a\n{'ACGU' * 9}N\n", r"1 letter other than ACGU"),
-        (">a\nMKWVTFISLLFLFSSAYS\n", r"of the letters are none of ACGU"),
+        (">a\nMKWVTFISLLFLFSSAYS\n", r"16 letters other than ACGU \(T is read as U\), and the network was trained on"),
     ],
 )
 def test_what_cannot_be_predicted_is_told_in_one_sentence(paths, tmp_path, text, sentence):
     file = tmp_path / "bad.fasta"
     file.write_text(text)
     with pytest.raises(DataError, match=rf"bad\.fasta.*{sentence}.* Next: "):
+        own_file.predict_run(file, competition=tiny.TINY, paths=paths, run=tiny.RUN)
+
+
+@pytest.mark.parametrize("sequence", ["ACGUNACGU", "GG12"])
+def test_of_a_single_sequence_no_file_is_named_that_nobody_made(paths, sequence):
+    """It said "sequence-6b0f3c1a.fasta: …; repair the sequences, or raise max_odd in columns.toml"."""
+    file = own_file.write_single(sequence, paths)
+    with pytest.raises(DataError, match=r"^SEQ: [^/]*Next: repair the sequence"):
         own_file.predict_run(file, competition=tiny.TINY, paths=paths, run=tiny.RUN)
 
 
