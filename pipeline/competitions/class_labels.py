@@ -1,5 +1,6 @@
 """Sequences with classes, one each or any number of them, and what may be wrong with how they are written."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -8,12 +9,13 @@ from typing import Any
 import polars as pl
 
 from pipeline.competitions.sequence_files import Settings
-from pipeline.competitions.sequence_rows import duplicates, train_table, with_ids
+from pipeline.competitions.sequence_rows import duplicates, spot, train_table, with_ids
 from pipeline.errors import DataError
 from pipeline.labels import Classes
 from pipeline.runlog import warn
 
 _MOST_CLASSES = 1 << 16
+_MOSTLY_NUMBERS = 0.8  # share of cells from which the others are faults in a column of numbers
 #: What a cell that says nothing may hold, in small letters.
 UNSAID = ("nan", "na", "n/a", "none", "null", "?")
 _BETWEEN_LABELS = (",", "|", "/", "+", "&", ";")  # signs that may stand between the labels in a cell
@@ -27,6 +29,8 @@ def take_classes(
     frame, exclusive = _split_labels(frame, settings)
     frame, names, tidied = _tidy(frame, settings, exclusive=exclusive)
     labelled = None if settings.classes else int(frame["names"].is_not_null().sum())  # as columns they are no doubt
+    if labelled is not None and are_too_many(len(names), labelled):
+        _refuse_numbers(frame)
     _check_classes(names, labelled, exclusive=exclusive, where=where)
     frame = with_ids(frame, "train", may_repeat=True)
     train = train_table(frame, _places(names))
@@ -166,6 +170,33 @@ def _rename(frame: pl.DataFrame, names: Mapping[str, str], *, exclusive: bool) -
 def are_too_many(names: int, labelled: int) -> bool:
     """Whether so many different labels of so many sequences are none."""
     return names > _MOST_CLASSES or (names > 10 and 2 * names > labelled)
+
+
+def no_number(name: str, cell: str) -> tuple[str, str]:
+    """What is wrong with a cell in a column of numbers, and what to do, for messages.
+
+    >>> no_number("tm", "51,3")[1], no_number("tm", ">10")[1]
+    ('write decimal points', 'repair or empty the cell')
+    """
+    has_comma = re.fullmatch(r"[-+]?[\d.]*,\d+", cell)
+    wanted = f"a finite number{', with a decimal point' if has_comma else ''}, or an empty cell where none was measured"
+    return f"{name} is {cell!r}; expected {wanted}", "write decimal points" if has_comma else "repair or empty the cell"
+
+
+def _refuse_numbers(frame: pl.DataFrame) -> None:
+    """Of labels that are no classes, and of which most are numbers, name the first that is none."""
+    if isinstance(frame.schema["label"], pl.List):
+        return
+    told = frame.with_columns(pl.col("label").str.strip_chars()).filter(
+        (pl.col("label") != "") & ~pl.col("label").str.to_lowercase().is_in(UNSAID)
+    )
+    finite = told["label"].cast(pl.Float64, strict=False).is_finite().fill_null(False)
+    commas = told["label"].str.contains(r"^[-+]?\d+,\d+$")
+    wrong = told.filter(~finite)
+    if wrong.height and (finite | commas).sum() >= _MOSTLY_NUMBERS * told.height:
+        row = wrong.row(0, named=True)
+        said, cure = no_number(row["label_name"], row["label"])
+        raise DataError(f"{spot(row)}: {said}. Next: {cure}.")
 
 
 def _check_classes(names: Sequence[str], labelled: int | None, *, exclusive: bool, where: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from pipeline.competitions.class_labels import UNSAID, are_too_many
+from pipeline.competitions.class_labels import UNSAID, are_too_many, no_number
 from pipeline.competitions.sequence_files import Settings
 from pipeline.competitions.sequence_rows import duplicates, spot, train_table, with_ids
 from pipeline.errors import DataError
@@ -130,11 +130,8 @@ def _read_cells(frame: pl.DataFrame, names: Sequence[str]) -> tuple[pl.DataFrame
         wrong = told[name].is_not_null() & ~values[name].is_finite().fill_null(False)
         if wrong.any():
             row, cell = frame.filter(wrong).row(0, named=True), told[name].filter(wrong)[0]
-            comma = ", with a decimal point" if re.fullmatch(r"[-+]?[\d.]*,\d+", cell) else ""
-            raise DataError(
-                f"{spot(row)}: {name} is {cell!r}; expected a finite number{comma}, or an empty cell where none was "
-                "measured. Next: repair or empty the cell."
-            )
+            said, cure = no_number(name, cell)
+            raise DataError(f"{spot(row)}: {said}. Next: {cure}.")
     unsaid = int(texts.select((pl.all().str.strip_chars() != "").sum()).sum_horizontal()[0])
     unsaid -= int(told.select(pl.all().is_not_null().sum()).sum_horizontal()[0])
     known = values.select(

@@ -5,7 +5,7 @@ Letters: N rows, L length of a sequence (nt), T = sum of lengths, V values of a 
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,13 +21,15 @@ _STRUCTURES = ("structure", "dot_bracket", "dotbracket", "secondary_structure", 
 _BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">"}  # and pseudoknots A a, B b, …
 _BRACKET_TEXT = re.compile(r"[.()\[\]{}<>A-Za-z]+")
 _NUMBER = r"(?:[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|(?i:nan|na|n/a|none|null))"
-_NUMBERS = re.compile(rf"\s*[\[(]?\s*{_NUMBER}?(?:\s*[,;\s]\s*{_NUMBER}?)+\s*[\])]?\s*")
+_SPLIT_AT = re.compile(r"\s*[,;]\s*|\s+")
 _NUMBERED = re.compile(r"(.+)_(\d+)|(.*\D)(\d+)")
 _COMMAS = r"\d,\d+[;\s]+[+-]?\d+,\d"  # of decimals, in lists that have other signs between their numbers
 _AT_ONCE = 4096  # rows whose text is taken apart together
 _LOOKED_AT = 200  # cells from which it is told what a column holds
+_MOSTLY = 0.8  # share of numbers in a column from which its other cells are faults
 _LARGEST = float(np.finfo(np.float32).max)
 REPAIR = "Next: repair that row, or remove it."
+_POINTS = "Next: write decimal points."
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def _read_values(frame: pl.DataFrame, source: Source, rows: Rows) -> np.ndarray:
     if frame[name].dtype == pl.String and (commas := frame[name].str.contains(_COMMAS).fill_null(False)).any():
         at = int(commas.arg_max() or 0)
         cell = str(frame[name][at])[:24]
-        raise DataError(f"{rows.where[at]}: {name} holds '{cell} …'; expected numbers with a decimal point. {REPAIR}")
+        raise DataError(f"{rows.where[at]}: {name} holds '{cell} …'; expected numbers with a decimal point. {_POINTS}")
     lists = _split(frame[name])
     counts_N = lists.list.len().fill_null(0).to_numpy().astype(np.int64)
     flat = lists.filter(lists.list.len() > 0).explode()
@@ -186,7 +188,7 @@ def _is_error(name: str) -> bool:
 
 def _is_number(column: pl.Series) -> bool:
     if column.dtype == pl.String:
-        return all(re.fullmatch(_NUMBER, text.strip()) for text in _cells(column))
+        return _are_mostly(re.fullmatch(rf"{_NUMBER}|[+-]?\d+,\d+", text.strip()) for text in _cells(column))
     return column.dtype.is_numeric()
 
 
@@ -196,12 +198,23 @@ def _cells(column: pl.Series) -> list[str]:
 
 
 def _holds_numbers(column: pl.Series) -> bool:
-    """Whether the cells are lists of numbers; of text, all that are looked at."""
+    """Whether the cells are lists of numbers; of text, most of them: `read_values` names the others."""
     if isinstance(column.dtype, pl.List | pl.Array):
         inner = column.dtype.inner
         return inner is not None and pl.Series(dtype=inner).dtype.is_numeric()
     cells = _cells(column) if column.dtype == pl.String else []
-    return bool(cells) and all(_NUMBERS.fullmatch(text) for text in cells)
+    lists = [_SPLIT_AT.split(text.strip().strip("[]()").strip()) for text in cells]
+    return (
+        bool(cells)
+        and min(map(len, lists)) > 1
+        and _are_mostly(re.fullmatch(rf"{_NUMBER}?", value) for values in lists for value in values)
+    )
+
+
+def _are_mostly(found: Iterable[object]) -> bool:
+    """Whether so many are as expected that the others are faults, which are to be named."""
+    right = [each is not None for each in found]
+    return sum(right) >= _MOSTLY * len(right)
 
 
 def _fits(column: pl.Series, rows: Rows) -> bool:
@@ -258,10 +271,10 @@ def read_numbers(
         row = at if row_V is None else int(row_V[at])
         place = "" if at_V is None else f" at position {int(at_V[at]) + 1}"
         most = "" if numbers[at] is None else f" of at most {_LARGEST:.2g}"
-        most += ", with a decimal point" if re.fullmatch(r"\s*[-+]?\d+,\d+\s*", str(column[at])) else ""
-        raise DataError(
-            f"{where[row]}: {name} holds {str(column[at])[:40]!r}{place}; expected a number{most}. {REPAIR}"
-        )
+        has_comma = re.fullmatch(r"\s*[-+]?\d+,\d+\s*", str(column[at]))
+        most += ", with a decimal point" if has_comma else ""
+        holds = f"{where[row]}: {name} holds {str(column[at])[:40]!r}{place}"
+        raise DataError(f"{holds}; expected a number{most}. {_POINTS if has_comma else REPAIR}")
     values_V = numbers.to_numpy().astype(np.float64)
     return np.where(values_V == _NOT_MEASURED, np.nan, values_V)
 

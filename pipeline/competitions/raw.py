@@ -110,7 +110,7 @@ def kind_of(path: Path) -> Kind:
     with path.open("rb") as handle:
         head = handle.read(4)
     if not head:
-        raise DataError(f"{path.name}: the file is empty. Next: download it again.")
+        raise DataError(f"{path.name}: the file is empty. Next: write or download it again.")
     if head == b"PAR1":
         return "parquet"
     if head == b"PK\x03\x04":

@@ -157,16 +157,19 @@ def _header(path: Path) -> tuple[list[str], str]:
         raise DataError(f"{path.name}: an archive, or a workbook; expected text. Next: unpack it, or save it as CSV.")
     with open_text(path) as lines:
         first, second = (next(lines, "").rstrip("\r\n") for _ in range(2))
-    if first.lstrip()[:1] in ("<", "") or "\0" in first or first.lower().startswith("sep="):
-        raise DataError(f"{path.name}: the first line is {first[:40]!r}; expected column names. Next: check the file.")
+    of_excel = first.lower().startswith("sep=")
+    if first.lstrip()[:1] in ("<", "") or "\0" in first or of_excel:
+        cure = "remove that line" if of_excel else "check the file"
+        raise DataError(f"{path.name}: the first line is {first[:40]!r}; expected column names. Next: {cure}.")
     usual = _SEPARATORS.get(ending(path), ",")
     signs = sorted((usual, ",", "\t", ";", "|"), key=first.count, reverse=True)  # the first of equals stays it
     separator = next((sign for sign in signs if 0 < first.count(sign) <= second.count(sign)), signs[0])
     names = next(csv.reader([first], delimiter=separator, skipinitialspace=True))
     if any(re.fullmatch(f"{NUCLEOTIDE}{{20,}}", name.strip()) for name in names):
+        line = separator.join(("id", "sequence", "label")).replace("\t", "<tab>")
+        line = f"a line such as '{line}', in the order of the columns" if len(names) > 1 else "the line 'sequence'"
         raise DataError(
-            f"{path.name}: the first line holds a sequence; expected column names. Next: begin with a line such as "
-            f"{separator.join(('id', 'sequence', 'label'))!r}, in the order of the columns."
+            f"{path.name}: the first line holds a sequence; expected column names. Next: begin with {line}."
         )
     return [name.strip() for name in names], separator
 

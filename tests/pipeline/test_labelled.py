@@ -596,7 +596,7 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
     "two-files": ({"train.csv": GOOD, "train.fa": ">a x\nACGU\n"}, r"train.csv, train.fa all hold train"),
     "test-alone": ({"test.csv": GOOD}, r"a test set alone; expected the training file too. Next: put train.csv there"),
     "which-file": ({"one.csv": GOOD, "two.csv": GOOD}, r"no train.*found one.csv, two.csv"),
-    "empty": ({"train.csv": ""}, r"train.csv: the file is empty"),
+    "empty": ({"train.csv": ""}, r"train.csv: the file is empty. Next: write or download it again"),
     "web-page": ({"train.csv": "<html>\n"}, r"train.csv: the first line is '<html>'"),
     "header-alone": ({"train.csv": "id,sequence,label\n"}, r"train.csv: no sequence in it"),
     "no-sequence-column": ({"train.csv": "id,text,label\na,ACGU,x\n"}, r"no column is called sequence.*found id, text"),

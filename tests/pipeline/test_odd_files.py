@@ -197,15 +197,34 @@ def wide(names: list[str]) -> str:
 COMMAS = "id;sequence;shape\na;GGAAC;0,1 0,2 0,3 0,4 0,5\n"
 REFUSED: dict[str, tuple[str, str, str, str]] = {
     "UTF-16 without mark": ("labelled", "", LABELLED.encode("utf-16-be").decode("latin-1"), "the first line is '.x00i"),
-    "Excel's first line": ("labelled", "", "sep=,\n" + LABELLED, "the first line is 'sep=,'; expected column names"),
+    "Excel's first line": ("labelled", "", "sep=,\n" + LABELLED, "the first line is 'sep=,'.* Next: remove that line"),
     "a cell more": ("labelled", "", LABELLED.replace(",y\n", ",y,\n"), "row 2 has 4 cells, 'p1,CCUUG,y,'; expected 3"),
-    "decimal commas": ("profiles", "", COMMAS, r"row 1 \(id a\): shape holds '0,1 0,2 .*' *; expected .*decimal point"),
+    "decimal commas": (
+        "profiles",
+        "",
+        COMMAS,
+        r"row 1 \(id a\): shape holds '0,1 0,2 .*' *; expected .*decimal point.* Next: write",
+    ),
     "wide decimal commas": (
         "profiles",
         'targets = ["s"]',
         "id;sequence;s_1;s_2\na;GG;0,1;0,2\n",
-        r"s_1 holds '0,1'; expected a number, with a decimal point",
+        r"s_1 holds '0,1'; expected a number, with a decimal point. Next: write decimal points",
     ),
+    "wide decimal commas, untold": (
+        "profiles",
+        "",
+        "id;sequence;s_1;s_2\na;GG;0,1;0,2\n",
+        r"s_1 holds '0,1'; expected",
+    ),
+    "a letter in a list": (
+        "profiles",
+        "",
+        "id,sequence,shape\na,GGAAC,1 2 3 4 5\nb,GGAAC,1 2 3 x 5\n",
+        r"row 2 \(id b\): shape holds 'x' at position 4; expected a number",
+    ),
+    "no names, tabs": ("labelled", "", f"a\t{'ACGU' * 6}\tx\n", r"a line such as 'id<tab>sequence<tab>label'"),
+    "no names, one column": ("labelled", "", "ACGU" * 6 + "\n", r"begin with the line 'sequence'\."),
     "a position missing": (
         "profiles",
         "",
