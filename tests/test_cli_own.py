@@ -49,11 +49,12 @@ def test_a_sequence_on_the_command_line_is_predicted_by_the_fold_that_is_said(pl
     assert "Reactivity is high where a nucleotide is free to move" in page
 
 
-def test_shipped_weights_embed_too(place):
+def test_shipped_weights_embed_too(place, capsys):
     pytest.importorskip("RNA")
     assert run_verb(["embed", "mine.fasta", "--model", "reactivity-v2", "--fold", "1"]) == 0
     (table,) = place.glob("artifacts/ribonanza/embeddings/mine/*.parquet")
     assert table.name == "reactivity-v2.sim80_k5.fold1.parquet"
+    assert "sequences: 2, of 54 nt in all, " in capsys.readouterr().out
     assert pl.read_parquet(table)["sequence_id"].to_list() == ["hairpin", "dna"]
 
 
@@ -82,6 +83,10 @@ def test_structures_of_a_file_need_no_data(place, capsys):
         (["predict", "mine.fasta", "--sequence", "ACGU"], 2, "expected one of them. Next: "),
         (["predict", "mine.fasta"], 3, "never trained"),
         (["predict", "mine.fasta"], 3, "MODEL=reactivity-v2 are weights that come with the program"),
+        (["predict", "--model", "reactivity-v2"], 2, "got none, neither FILE nor SEQ. Next: make predict MODEL=reac"),
+        (["predict", "--model", "reactivity-v3"], 2, "Did you mean 'reactivity-v2'? Next: name one"),
+        (["predict", "mine.fasta", "--model", "reactivity-v3"], 2, "Did you mean 'reactivity-v2'? Next: name one"),
+        (["embed", "mine.fasta", "--model", "tiny_hyna"], 2, "Did you mean 'tiny_hyena'? Next: name one"),
         (["predict", "mine.fasta", "--comp", "openvaccine", "--model", "reactivity-v2"], 2, "expected openvaccine"),
         (["predict", "mine.fasta", "--comp", "rna3d"], 2, "Next: make structures FILE="),
         (["predict", "mine.fasta", "--name", "best"], 3, "Next: make ensemble COMP=ribonanza NAME=best"),

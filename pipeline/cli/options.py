@@ -1,5 +1,6 @@
 """Options that several verbs share, and what their texts mean."""
 
+import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -9,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.errors import ConfigError
-from pipeline.paths import Paths
-from pipeline.runs import SWEEP, run_name
+from pipeline.paths import PRETRAINED, Paths
+from pipeline.runs import SWEEP, find_run, run_name
 
 COMP, ARTIFACTS, SPLIT, NAME = "ribonanza", Path("artifacts"), "sim80_k5", "all"
 
@@ -87,9 +88,25 @@ def find_paths(comp: str, artifacts: Path) -> Paths:
     except UnicodeEncodeError as err:
         raise ConfigError(
             f"ARTIFACTS={os.fsencode(artifacts)!r} in {os.fsencode(Path.cwd())!r}: a path that is not UTF-8, which "
-            "tables and logs cannot name. Next: another folder."
+            "tables and logs cannot name. Next: choose another folder."
         ) from err
     return Paths(comp=find_competition(comp).name, root=artifacts)
+
+
+def find_trained(model: str, *, split: str, tag: str, paths: Paths) -> str | Path:
+    """`find_run`; ConfigError where nothing is called as MODEL says: no run, no shipped weights, no config, no file."""
+    from pipeline.config import list_configs
+
+    run = find_run(model, split=split, tag=tag)
+    shipped = sorted(card.parent.name for card in PRETRAINED.glob("*/card.md"))
+    if isinstance(run, Path) or paths.run_dir(run).is_dir() or Path(model).is_file() or model in list_configs():
+        return run
+    near = difflib.get_close_matches(model, [*shipped, *list_configs()], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(
+        f"MODEL={model!r} is not known; expected a run's folder, {', '.join(shipped)}, or one of "
+        f"{', '.join(list_configs())}.{hint} Next: name one of these; make status lists what is trained."
+    )
 
 
 def find_config(

@@ -7,11 +7,12 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from pipeline.cli.options import find_trained
 from pipeline.cli.program import show
 from pipeline.errors import ConfigError
 from pipeline.paths import Paths
 from pipeline.runlog import amount, say
-from pipeline.runs import check_fold, find_run
+from pipeline.runs import check_fold
 from pipeline.stage import read_result
 
 OwnFile = Annotated[
@@ -84,7 +85,7 @@ def predict_file(
     if ensemble:
         done = own_file.predict_ensemble(source.path, name=ensemble, **given)
     else:
-        run = find_run(model, split=split, tag=tag)
+        run = find_trained(model, split=split, tag=tag, paths=paths)
         only = None if fold is None else check_fold(fold, split)
         done = own_file.predict_run(source.path, run=run, fold=only, **given)
     joining.apply(done.own, competition=done.competition, name=done.name, weights=done.weights)

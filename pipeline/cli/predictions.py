@@ -23,12 +23,14 @@ from pipeline.cli.options import (
     TestOnly,
     find_competition,
     find_paths,
+    find_trained,
 )
 from pipeline.cli.own import OwnFeatures, OwnFile, OwnSequence, embeddings_of, predict_file, source_of
 from pipeline.cli.program import show, verb
+from pipeline.errors import ConfigError
+from pipeline.paths import PRETRAINED
 from pipeline.runs import (
     check_fold,
-    find_run,
     finished_runs,
     run_name,
     warn_of_other_data,
@@ -76,6 +78,12 @@ def predict(
             return
         from pipeline import predict as stage
 
+        run = find_trained(model, split=split, tag=tag, paths=paths)
+        if (PRETRAINED / model).is_dir():
+            raise ConfigError(
+                f"predict: MODEL={model} are weights for sequences of your own; got none, neither FILE nor SEQ. Next: "
+                f"make predict MODEL={model} FILE=my.fasta."
+            )
         run = run_name(model, split=split, tag=tag)
         where: dict[str, Any] = {"paths": paths, "run": run, "fold": check_fold(fold or 0, split)}
         where |= {"which": ("test",)} if test_only else {}
@@ -100,14 +108,15 @@ def embed(
     """Write the last hidden layer of a trained checkpoint for any sequences: their mean, and each nucleotide's."""
     from pipeline.training.stop import StopRequest
 
-    run = find_run(model, split=split, tag=tag)
+    paths = find_paths(comp, artifacts)
+    run = find_trained(model, split=split, tag=tag, paths=paths)
     with StopRequest():
         from pipeline import embed as stage
 
-        where: dict[str, Any] = {"paths": find_paths(comp, artifacts), "run": run, "fold": check_fold(fold, split)}
+        where: dict[str, Any] = {"paths": paths, "run": run, "fold": check_fold(fold, split)}
         where |= {"per_nucleotide": per_nucleotide, "embeddings": embeddings_of(features)}
         report = stage.run(file, competition=find_competition(comp, artifacts), **where)
-    show(report, "sequences: {sequences:,}, of {nucleotides:,} nt, {width} numbers each".format(**report.facts))
+    show(report, "sequences: {sequences:,}, of {nucleotides:,} nt in all, {width} numbers each".format(**report.facts))
 
 
 @verb()
