@@ -64,10 +64,13 @@ SMALL := $(foreach name,$(GIVEN),$(if $(filter-out $(name),$(shell echo '$(name)
 ifneq ($(strip $(SMALL)),)
 $(error $(strip $(SMALL)): variables are in capitals. Next: $(foreach name,$(SMALL),$(shell echo '$(name)' | tr a-z A-Z)=$($(name))))
 endif
+# a hint after mistyped words: $(call alike,<words>,<those that there are>)
+alike = $(foreach word,$(1),$(shell $(PYTHON) -c 'import difflib, sys; print(*[f"(did you mean {near}?)" for near in difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1)])' $(word) $(2) 2>/dev/null))
 # a name with a _ may be some program's, such as OMP_NUM_THREADS; compilers go by two names without
-UNKNOWN := $(sort $(foreach name,$(filter-out SHELL MAKE MAKEFLAGS CC CXX $(shell grep -ohE '[A-Z_]+ *\??=' $(MAKEFILE_LIST) | tr -d ' ?='),$(GIVEN)),$(if $(findstring _,$(name)),,$(name))))
+KNOWN := $(shell grep -ohE '[A-Z_]+ *\??=' $(MAKEFILE_LIST) | tr -d ' ?=')
+UNKNOWN := $(sort $(foreach name,$(filter-out SHELL MAKE MAKEFLAGS CC CXX $(KNOWN),$(GIVEN)),$(if $(findstring _,$(name)),,$(name))))
 ifneq ($(UNKNOWN),)
-$(error $(UNKNOWN): no target reads that. Next: make help lists the variables; one of the environment goes before make)
+$(error $(UNKNOWN): $(strip no target reads that $(call alike,$(UNKNOWN),$(KNOWN))). Next: make help lists the variables; one of the environment goes before make)
 endif
 ifneq ($(and $(filter MODEL,$(GIVEN)),$(MODEL),$(MAKECMDGOALS),$(if $(filter-out ensemble submit submit-kaggle evaluate report $(if $(FILE)$(SEQ),,structures),$(MAKECMDGOALS)),,by name)),)
 $(error MODEL=$(MODEL): what is blended, scored, shown or sent goes by name. Next: RUN=<run> for evaluate and report, RUNS="<run> <run>" for ensemble, FILE=<your RNAs> for structures by one run; make status lists the runs)
@@ -91,6 +94,7 @@ competitions = $(shell sed -n 's/.*[^a-z_]name="\([a-z0-9]*\)".*/\1/p' $(dir $(f
 AT := --comp "$(COMP)" --artifacts "$(ARTIFACTS)"
 # an option whose variable is given: $(call given,--tag,TAG)
 given = $(if $($(2)),$(1) $($(2)))
+ELSEWHERE := $(if $(filter-out artifacts,$(ARTIFACTS)), ARTIFACTS='$(ARTIFACTS)')
 CONFIG := $(if $(MODEL),--model "$(MODEL)")
 SETTINGS := $(foreach item,$(SET),--set '$(item)')
 NAMED := $(CONFIG) --split "$(SPLIT)" $(call given,--tag,TAG)
@@ -263,6 +267,8 @@ bench-loader: $(ENVIRONMENT) ## batches a second, with and without workers; shar
 bench-folds: $(ENVIRONMENT) ## our clustering beside MMseqs2 and cd-hit
 	@exec $(RNA) bench-folds $(AT)
 
+.DEFAULT:
+	$(error $@: no such target. Next: make help lists them)
 # What is not the stages' alone stays: another name, or a file beside their folders.
 clean: ## remove the artefacts, trained runs too (not the environment, not submissions)
 	@here="$$(pwd -P)/"; there="$$(cd "$(ARTIFACTS)" 2>/dev/null && pwd -P || true)"; \
@@ -272,7 +278,9 @@ clean: ## remove the artefacts, trained runs too (not the environment, not submi
 	  echo "ARTIFACTS=$(ARTIFACTS) holds more than artefacts; nothing removed. Next: remove by hand what is to go."; exit 2; fi
 	@busy="$$(command -v $(PYTHON) >/dev/null && find "$(ARTIFACTS)/" \( -name .lock -o -name .job \) \
 	  ! -exec $(PYTHON) -c 'import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_SH | fcntl.LOCK_NB)' {} \; -print 2>/dev/null | head -n 1 || true)"; \
-	if [ -n "$$busy" ]; then echo "$${busy%/*}: at work now; nothing removed. Next: make stop, or wait for it."; exit 2; fi
+	if [ -n "$$busy" ]; then echo "$${busy%/*}: at work now; nothing removed. Next: $$(sed -nE \
+	  -e 's!.*/([^/]+)/runs/([^/+]+)(\+([^/]+))?\.([^./]+)(/fold([0-9]+))?$$!make stop COMP=\1 MODEL=\2 SPLIT=\5 TAG=\4 FOLD=\7!' \
+	  -e 's! TAG= ! !' -e 's! FOLD=$$! ALL=1!' -e '/^make/p' -e '/^make/!s!.*!make stop!p' <<< "$${busy%/*}")$(ELSEWHERE), or wait for it."; exit 2; fi
 	@[ -d "$(ARTIFACTS)" ] || { echo "$(ARTIFACTS): no such folder, nothing to remove"; exit 0; }; \
 	find "$(ARTIFACTS)/" -mindepth 1 -maxdepth 1 ! -name submissions -exec rm -rf {} +; \
 	rmdir "$(ARTIFACTS)" 2>/dev/null || true; echo "removed: what the stages made below $(ARTIFACTS)"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 import typer
@@ -20,6 +21,7 @@ from pipeline.stage import Report
 from pipeline.synthetic import write_ribonanza
 from pipeline.training.stop import run_lock
 from submissions import write
+from tests.chain_tables import write_values_data
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = sorted(typer.main.get_command(app).commands)
@@ -330,7 +332,11 @@ def test_make_clean_spares_what_a_run_is_at_work_in(tmp_path):
     with run_lock(fold):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert (done.returncode, fold.is_dir()) == (2, True)
-        assert f"{fold}: at work now; nothing removed. Next: make stop" in done.stdout
+        which = f"make stop COMP=ribonanza MODEL=a SPLIT=sim80_k5 FOLD=0 ARTIFACTS='{tmp_path}', or wait"
+        assert f"{fold}: at work now; nothing removed. Next: {which}" in done.stdout
+    with run_lock(fold.parent.with_name("a+x.y.sim80_k5"), name=".job"):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert "Next: make stop COMP=ribonanza MODEL=a SPLIT=sim80_k5 TAG=x.y ALL=1 ARTIFACTS=" in done.stdout
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
     assert not fold.exists()
 
@@ -375,8 +381,9 @@ def test_make_refuses_variables_in_small_letters():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("train FOLDS=3", "FOLDS: no target reads that. Next: make help lists the variables"),
-        ("train MODLE=hyena EPOCHS=5", "EPOCHS MODLE: no target reads that."),
+        ("train FOLDS=3", "FOLDS: no target reads that (did you mean FOLD?). Next: make help lists the variables"),
+        ("train MODLE=hyena EPOCHS=5", "EPOCHS MODLE: no target reads that (did you mean MODEL?)."),
+        ("trian", "trian: no such target. Next: make help lists them."),
         ("train GPU=1", "GPU: no target reads that."),
         ("evaluate report MODEL=hyena", "MODEL=hyena: what is blended, scored, shown or sent goes by name. Next: RUN="),
         ("structures MODEL=hyena", "MODEL=hyena: what is blended, scored, shown or sent goes by name. Next: RUN="),
@@ -603,3 +610,13 @@ def test_our_files_are_read_as_utf8_whatever_the_locale(tmp_path):
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | locale, capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.returncode) == ("'\\xb1'", 0), done.stderr
+
+
+def test_a_check_without_comp_says_which_it_took(tmp_path, capsys, monkeypatch):
+    """A file of another set was checked as Ribonanza's, and the sentence spoke of reactivities alone."""
+    monkeypatch.chdir(tmp_path)
+    write_values_data(Paths(comp="ribonanza"), np.random.default_rng(3), tests=4)
+    Path("mine.csv").write_text("sequence_id,label\na,x\n")
+    assert call("check", "mine.csv") == 3
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"; checked as COMP=ribonanza\. Next: .*, or give COMP\.", said)

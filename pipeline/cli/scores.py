@@ -20,7 +20,7 @@ from pipeline.cli.options import (
 )
 from pipeline.cli.own import OwnFile, OwnSequence, predict_structures, source_of
 from pipeline.cli.program import show, verb
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.runs import find_run, read_run_name, warn_of_other_data, whole_name
 
@@ -43,7 +43,14 @@ def check(
     if file == Path():
         raise ConfigError("check: no file given; expected a submission. Next: make check FILE=my.csv.")
     competition, paths = find_competition(comp, artifacts), find_paths(comp, artifacts)
-    report = stage.run(paths, competition=competition, file=file, sample=sample)
+    try:
+        report = stage.run(paths, competition=competition, file=file, sample=sample)
+    except DataError as err:
+        if comp != COMP:
+            raise
+        said, _, advice = str(err).rpartition(" Next: ")  # who says no COMP may have meant another one
+        said = f"{said.removesuffix('.')}; checked as COMP={comp}"
+        raise DataError(f"{said}. Next: {advice.removesuffix('.')}, or give COMP.") from err
     show(report, f"accepted: {report.facts['rows']:,} rows, every id in its place, every value finite and in range")
 
 
