@@ -26,7 +26,7 @@ from pipeline.labels import read_labels
 from pipeline.memory import usable_cpus
 from pipeline.pair_workers import ROWS, Crew, parquet_schema, write_part
 from pipeline.paths import Paths
-from pipeline.runlog import Bar, amount, say
+from pipeline.runlog import Bar, amount, rate_text, say
 from pipeline.stage import Report, read_manifest, run_stage, sha256_file
 from pipeline.tables import read_batches
 from pipeline.training.stop import StopRequest, run_lock
@@ -295,7 +295,7 @@ def _compute(
         kept, started = 0, time.monotonic()
         for count in _finished(jobs, workers=min(workers, len(jobs)), stop=stop):
             kept += count
-            bar.advance(count, note=f"{kept / (time.monotonic() - started):.0f}/s")
+            bar.advance(count, note=rate_text(kept / (time.monotonic() - started)))
         if kept < len(missing):
             raise StoppedError(
                 f"bpp: stopped ({stop.reason()}); {kept:,} of {len(missing):,} sequences are folded and kept. "

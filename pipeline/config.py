@@ -242,6 +242,8 @@ def _apply_override(tree: dict, item: str) -> None:
     try:
         (value,) = tomllib.loads(f"v = {raw}").values()
     except ValueError as err:  # no TOML, or more than one value
+        if (kind := _kind_of(dotted)) in (int, float, bool):
+            raise ConfigError(f"--set {item!r}: {raw!r}; expected {_name(kind)}. Next: correct the value.") from err
         advice = f"SET='{dotted}=\"{raw}\"'" if re.fullmatch(r"[\w./+-]+", raw) else "correct it"
         raise ConfigError(f"--set {item!r}: {raw!r} is no TOML value; quote strings. Next: {advice}.") from err
     *parents, leaf = dotted.strip().split(".")
@@ -251,6 +253,18 @@ def _apply_override(tree: dict, item: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"--set {item!r}: {name!r} is a value, not a section. Next: write section.key=value.")
     node[leaf] = value
+
+
+def _kind_of(dotted: str) -> typing.Any:
+    """Type of a setting; None where no section says one.
+
+    >>> _kind_of("train.lr"), _kind_of("model.kwargs.width")
+    (<class 'float'>, None)
+    """
+    kind: typing.Any = RunConfig
+    for name in dotted.strip().split("."):
+        kind = typing.get_type_hints(kind).get(name) if is_dataclass(kind) else None
+    return kind
 
 
 def _build(cls: type, tree: dict, *, where: str) -> typing.Any:

@@ -57,6 +57,15 @@ _BAR_WIDTH = 8  # characters that a bar has at least
 _Item = TypeVar("_Item")
 
 
+def rate_text(rate: float) -> str:
+    """How many a second, with digits where they are few.
+
+    >>> rate_text(412.3), rate_text(0.0417)
+    ('412/s', '0.042/s')
+    """
+    return f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
+
+
 class Bar:
     """Progress of one loop: a live bar on a terminal, at most one plain line per interval elsewhere.
 

@@ -496,6 +496,7 @@ def test_overrides_are_toml_values(toml: Path):
         (["train.precision=fp32"], "is no TOML value; quote strings. Next: SET='train.precision=\"fp32\"'."),
         (["train.lr.x=1"], "'lr' is a value, not a section"),
         (["train.epochs=1\ntrain.lr=3"], "is no TOML value"),
+        (["train.lr=fast"], "'fast'; expected float. Next: correct the value."),
         (["train.epochs=three"], "is no TOML value"),
         (["train.epochs=3.5"], "expected int"),
     ],
