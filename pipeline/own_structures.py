@@ -34,7 +34,7 @@ from pipeline.templates import predict as templates
 from pipeline.templates.collection import collect
 from pipeline.templates.pairs import pairs_from_trace
 
-_VERSION = 2
+_VERSION = 3
 _NAME_LENGTH = 200  # of 255 bytes that file systems have for a name with all that stands around it
 _CUTOFF = "temporal_cutoff"
 _BRACKETS = "()", "[]", "{}", "<>", "Aa", "Bb", "Cc", "Dd"  # of pairs that cross, one kind after the other
@@ -89,7 +89,7 @@ def _read(source: Path, own: Paths) -> Report:
         _require_short(table, source)
         none: dict[str, Any] = {"stoichiometry": pl.String, "chain_lengths": pl.List(pl.Int32)}
         table = table.with_columns(pl.lit(None, kind).alias(column) for column, kind in none.items())
-        table.sort("sequence_id").write_parquet(parts["test"], compression="zstd")
+        table.write_parquet(parts["test"], compression="zstd")
         return {"sequences": table.height, "cutoffs": table.height - table[_CUTOFF].null_count()}
 
     columns = source.with_name("columns.toml")
@@ -201,7 +201,8 @@ def write_table(predicted: Predicted, path: Path) -> Report:
     candidates = own.ensemble_dir(predicted.name) / "test.parquet"
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
-        letters = dict(pl.read_parquet(own.clean("test"), columns=["sequence_id", "sequence"]).iter_rows())
+        order = pl.read_parquet(own.clean("test"), columns=["sequence_id", "sequence"])
+        letters = dict(order.iter_rows())
         columns = ["sequence_id", "candidate", "confidence", "source", "x", "y", "z"]
         rows = []
         for batch in read_batches(candidates, columns, rows=64):
@@ -212,7 +213,8 @@ def write_table(predicted: Predicted, path: Path) -> Report:
                 brackets = dot_bracket(len(partner_L), pairs)
                 rows.append((name, number, confidence, origin, brackets, letters[name]))
         header = ["sequence_id", "candidate", "confidence", "source", "pairs", "sequence"]
-        table = pl.DataFrame(rows, schema=header, orient="row")
+        found = pl.DataFrame(rows, schema=header, orient="row")
+        table = order.select("sequence_id").join(found, on="sequence_id", maintain_order="left_right", validate="1:m")
         table.write_csv(parts["table"], float_precision=4)
         return {"sequences": table["sequence_id"].n_unique(), "candidates": table.height}
 

@@ -108,7 +108,7 @@ def run(
 
 
 def read_structures(predictions: Path, sequences: Path) -> list[Structure]:
-    """Candidates of all targets, sorted by name.
+    """Candidates of all targets, in the order of the clean table.
 
     Args:
         predictions: parquet with ``sequence_id, candidate, confidence, x, y, z``.
@@ -121,8 +121,10 @@ def read_structures(predictions: Path, sequences: Path) -> list[Structure]:
     open_parquet(sequences, ("sequence_id", "sequence")).close()
     letters = dict(pl.read_parquet(sequences, columns=["sequence_id", "sequence"]).iter_rows())
     table = pl.read_parquet(predictions).sort("sequence_id", "candidate")
+    parts = table.partition_by("sequence_id", maintain_order=True)
+    places = {name: place for place, name in enumerate(letters)}
     found = []
-    for rows in table.partition_by("sequence_id", maintain_order=True):
+    for rows in sorted(parts, key=lambda rows: places.get(rows["sequence_id"][0], 0)):
         name = rows["sequence_id"][0]
         xyz_ML3 = np.stack([np.array(axes, dtype=np.float64).T for axes in rows.select("x", "y", "z").iter_rows()])
         if len(letters.get(name, "")) != xyz_ML3.shape[1]:

@@ -66,10 +66,11 @@ def test_structures_of_a_file_need_no_data(place, capsys):
     }
     assert (home / "hairpin.pdb").read_text().count("MODEL ") == 5
     rows = pl.read_csv(home / "candidates.csv")
-    assert rows["sequence_id"].to_list() == ["dna"] * 5 + ["hairpin"] * 5
+    assert rows["sequence_id"].to_list() == ["hairpin"] * 5 + ["dna"] * 5, "in the order of the file"
     assert set(rows["pairs"].str.len_chars()) == {24, 30}
     page = (home / "viewer.html").read_text()
     assert re.search("<h1>mine.fasta</h1>", page)
+    assert re.findall(r'"name": ?"(\w+)"', page) == ["hairpin", "dna"]
     assert "2 RNAs, candidates of denovo.sim80_k5" in capsys.readouterr().out
     (place / "mine.fasta").write_text(f">other\n{HAIRPIN}\n")
     assert run_verb(["structures", "mine.fasta"]) == 0

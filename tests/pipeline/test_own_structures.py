@@ -174,7 +174,7 @@ def test_ids_become_names_of_files(tmp_path):
     source.write_text(f"id,sequence\nsp|1/x y,GGGGAAACCCC\nä,GGGGAAACCCC\n{'n' * 300},GGGG\n", encoding="utf-8")
     own_structures._read(source, own_file.own_paths(source, paths))
     names = pl.read_parquet(own_file.own_paths(source, paths).clean("test"))["sequence_id"].to_list()
-    assert names == ["_", "n" * 200, "sp_1_x_y"]
+    assert names == ["sp_1_x_y", "_", "n" * 200]
 
 
 @pytest.mark.parametrize(
