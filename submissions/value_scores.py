@@ -84,7 +84,7 @@ def evaluate_values(
         "others": {source: fold_summary(total) for source, total in totals.items() if source != first},
         "floors": {name: total.score() for name, total in floor_totals.items()},
         "floor_details": {name: fold_summary(total) for name, total in floor_totals.items()},
-        "floor_notes": floors.notes,
+        "floor_notes": [*filter(None, [competition.metric_note]), *floors.notes],
     }
 
 

@@ -70,6 +70,7 @@ class Competition:
     test_tables: tuple[str, ...] = ()
     default_model: str = "ribonanza_mamba"  #: config that is trained unless another is named
     shown_ranges: tuple[tuple[float, float], ...] = ()  #: of each target's values in figures
+    metric_note: str = ""  #: a sentence on what the metric's name does not tell
     meaning: str = ""  #: a sentence for who sees such values for the first time
     #: of a set of one's own: what its clean tables say that this description cannot; {} where there are none yet
     read_facts: Callable[[Paths], Facts] = lambda paths: {}

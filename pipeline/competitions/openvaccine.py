@@ -241,6 +241,7 @@ OPENVACCINE = Competition(
     target_range=None,
     signal_to_noise=tuple(f"signal_to_noise_{target}" for target in TARGETS),
     metric="MCRMSE",
+    metric_note=f"MCRMSE is the mean over {', '.join(COUNTED)}; the other columns do not count, as at Kaggle.",
     error_power=2,
     error_sums=error_sums,
     score=score,

@@ -114,6 +114,15 @@ def test_of_a_truth_without_a_range_nothing_is_said_of_clipping(paths):
     )
 
 
+def test_what_the_name_of_a_metric_does_not_tell_is_told_below_the_scores(paths):
+    """Three of OpenVaccine's five columns make its MCRMSE, and neither page nor terminal said which."""
+    note = get_competition("openvaccine").metric_note
+    assert "mean over reactivity, deg_Mg_pH10, deg_Mg_50C; the other columns do not count" in note
+    facts = score(paths, comp=replace(RIBONANZA, metric_note=note), run=RUNS[1]).facts
+    assert facts["floor_notes"][0] == note
+    assert score(paths, run=RUNS[0]).facts["floor_notes"][:1] != [note]
+
+
 def test_what_an_own_set_says_anew_is_scored_anew(paths):
     """Of another metric or range in columns.toml, which changes no table, `make evaluate` said: nothing to do."""
     told = {"targets": TARGETS, "range": None, "shown_ranges": [[0.0, 1.0]] * 2, "signal_to_noise": False}
