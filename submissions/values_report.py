@@ -139,7 +139,11 @@ def _errors_section(subject: Subject, gathered: _Gathered) -> Markup:
         )
         for together in scales
     ]
-    sets = [[row["dataset_name"], *score_cells(row, targets), f"{row['positions']:,}"] for row in scores["by_dataset"]]
+    sets = [
+        [name, *score_cells(row, targets), f"{row['positions']:,}"]
+        for row in scores["by_dataset"]
+        if (name := _set_name(subject.competition, row["dataset_name"]))
+    ]
     names = [short_name(target) for target in targets]
     by_set = page.table(["data set", scores["metric"], *names, "positions"], sets)
     return page.join(
@@ -147,10 +151,14 @@ def _errors_section(subject: Subject, gathered: _Gathered) -> Markup:
         page.panels(drawings),
         page.note("Small numbers under the labels: positions scored."),
         *along,
-        page.element("h4", "By data set"),
-        by_set,
+        *((page.element("h4", "By data set"), by_set) if sets else ()),
         test_table(scores),
     )
+
+
+def _set_name(competition: Competition, name: str | None) -> str:
+    """Of a data set; "" for the word that the data stage writes where a set of one's own has no such column."""
+    return "" if competition.is_own and name == "train" else name or ""
 
 
 def _scales(competition: Competition) -> list[list[int]]:
@@ -226,9 +234,11 @@ def _read_examples(subject: Subject, ids: Sequence[str]) -> dict[str, dict[str, 
     examples = {}
     for row in joined.iter_rows(named=True):
         signal = ", ".join(dict.fromkeys(f"{row[name]:.1f}" for name in signals))
+        about = [_set_name(subject.competition, row["dataset_name"]), f"fold {row['fold']}"]
+        about.append(f"signal-to-noise {signal}" if signal else "")
         examples[row["sequence_id"]] = {
             "sequence": row["sequence"],
-            "about": f"{row['dataset_name']}, fold {row['fold']}" + (f", signal-to-noise {signal}" if signal else ""),
+            "about": ", ".join(filter(None, about)),
             "measured": np.array([row[target] for target in targets], dtype=np.float32),
             "predicted": np.array([row[f"{target}_predicted"] for target in targets], dtype=np.float32),
         }

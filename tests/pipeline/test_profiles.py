@@ -611,6 +611,8 @@ def test_the_whole_chain_runs_by_command_and_a_checkpoint_predicts_elsewhere(tmp
     assert scores["columns"] == ["shape", "dms"]
     page = (paths.ensemble_dir("all") / "report.html").read_text()
     assert "Profiles, mine" in page
+    assert "train, fold" not in page, "no data set was named"
+    assert "By data set" not in page
     assert "The test set" in page
     said = dict(pl.read_parquet(paths.ensemble_dir("all") / "test.parquet")["sequence_id", "shape"].iter_rows())
     misses = [abs(p - t) for row in test for p, t in zip(said[row["id"]], row["shape"], strict=True) if t is not None]
