@@ -64,7 +64,8 @@ section { padding-top: 3rem; }
 .bars > div { display: contents; }
 .bars .own { font-weight: 650; }
 .bars .label { overflow-wrap: anywhere; }
-.bars .number, td.number, th.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.bars .number, td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+.bars .number, td.number { white-space: nowrap; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: 1rem; margin: 1.8rem 0 0;
   padding: 0; }
 .facts div { border-top: 2px solid var(--line); padding-top: .45rem; }
@@ -86,6 +87,7 @@ tr.floor td { color: var(--muted); }
 figure { margin: 0; min-width: 0; }
 figure.wide { margin: 1rem 0 1.4rem; }
 figure.wide .scroll svg { min-width: 44rem; }
+.sideways { display: none; font-size: .8rem; color: var(--muted); }
 h4 { margin: 0 0 .2rem; font: 600 .95rem/1.35 var(--sans); overflow-wrap: anywhere; }
 figcaption { margin-top: .25rem; }
 svg { display: block; width: 100%; height: auto; }
@@ -102,6 +104,7 @@ pre { white-space: pre-wrap; line-height: 1.5; margin: .2rem 0; }
 .missing { border-left: 3px solid var(--s1); background: var(--soft); padding: .6rem .9rem; font-size: .92rem; }
 footer { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid var(--line); font-size: .84rem;
   color: var(--muted); }
+@media (max-width: 44rem) { .sideways { display: block; } }
 @media (max-width: 44rem) { .hero { grid-template-columns: 1fr; } main { padding-top: 1.5rem; } }
 @media print { details > * { display: block; } section { break-inside: avoid; } nav { display: none; } }
 """
@@ -196,6 +199,7 @@ def figure(drawing: Markup, *, title: str = "", caption: object = "", wide: bool
     return element(
         "figure",
         element("h4", title) if title else "",
+        element("div", "scroll sideways to see all →", class_="sideways") if wide else "",
         element("div", drawing, class_="scroll") if wide else drawing,
         element("figcaption", caption) if caption else "",
         class_="wide" if wide else "",

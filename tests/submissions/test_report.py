@@ -355,6 +355,19 @@ def test_a_score_is_never_broken_into_two_lines():
     assert "white-space: nowrap" in rule
 
 
+def test_headings_of_numbers_may_take_two_lines_and_the_numbers_never_do():
+    """The table of scores by fold was 1,268 px wide in the 1,048 of a page of 1,280, for its headings."""
+    rules = re.findall(r"([^{}]*)\{[^}]*white-space: nowrap", page.page("any", page.join()))
+    assert not any("th" in rule.replace("-width", "").split() or "th.number" in rule for rule in rules)
+    assert any("td.number" in rule for rule in rules)
+
+
+def test_a_drawing_that_a_small_screen_cuts_says_so():
+    """Half of every row of 100 letters was out of sight at 390 px, and nothing showed that it scrolls."""
+    assert "scroll sideways" in page.figure(page.text(""), wide=True)
+    assert "scroll sideways" not in page.figure(page.text(""))
+
+
 def test_a_second_run_is_current_and_a_rebuilt_page_has_the_same_bytes(values):
     paths, made = values
     before = made.outputs["report"].read_bytes()
