@@ -116,7 +116,7 @@ def _carried(paths: Paths, kind: str) -> Report | None:
     if len(found) != 1:
         return None
     if damaged := _damaged(found[0]):
-        raise DataError(f"{found[0] / damaged}: not what was written. Next: carry it here again.")
+        raise DataError(f"{found[0] / damaged}: not what was written. Next: copy the folder here again.")
     return Report(stage="arrays", status="current", outputs={"arrays": found[0], "meta": found[0] / "meta.json"})
 
 

@@ -39,8 +39,8 @@ def run_study(sweep: Sweep, axes: Sequence[Axis], trials: int, results: dict[Job
         study = optuna.create_study(study_name=sweep.name, storage=storage, load_if_exists=True)
     except (json.JSONDecodeError, KeyError) as err:
         raise DataError(
-            f"{log}: damaged ({type(err).__name__}: {err}). Next: another NAME, or move this file away; runs that are "
-            "trained stay, and a new study takes their metrics where it proposes the same values."
+            f"{log}: damaged ({type(err).__name__}: {err}). Next: take another NAME, or move this file away; runs "
+            "that are trained stay, and a new study takes their metrics where it proposes the same values."
         ) from err
     _require_same(study, sweep, axes)
     states = optuna.trial.TrialState

@@ -109,7 +109,7 @@ def test_damaged_arrays_are_made_again_and_carried_ones_refused(paths, name, dam
     np.testing.assert_array_equal(mended.targets_TC, targets)
     paths.clean("train").unlink()
     damage(folder / name)
-    with pytest.raises(DataError, match=r"not what was written. Next: carry it here|no clean table"):
+    with pytest.raises(DataError, match=r"not what was written. Next: copy the folder here|no clean table"):
         open_examples(TINY, paths=paths, table="train")
 
 

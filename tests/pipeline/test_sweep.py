@@ -137,7 +137,7 @@ def test_a_study_whose_last_line_was_torn_goes_on(small: Sweep):
     log.write_bytes(log.read_bytes()[:-25])
     assert len(stage.run(small, axes, trials=2).facts["cells"]) == 2
     log.write_text("{\n" + log.read_text())
-    with pytest.raises(DataError, match=r"study\.log: damaged \(JSONDecodeError.* Next: another NAME"):
+    with pytest.raises(DataError, match=r"study\.log: damaged \(JSONDecodeError.* Next: take another NAME"):
         stage.run(small, axes, trials=2)
 
 
