@@ -28,9 +28,9 @@ _CONV_CAUSAL_BATCH = 1
 _LONG_TOKENS = 2**16  # of a CUDA batch: longer sequences come in smaller ones
 _OURS, _ATTENTION, _RFFT = "ours", "torch SDPA, bf16", "torch rfft"
 _IN_TURN, _SLOPE = "ours and torch rfft in turn", "slope"  # contestants in one process
-_CHANNELS_FIRST = "torch conv1d, channels first"
+_CHANNELS_LAST = "torch conv2d, channels last"
 _KERNEL = 9
-#: convolutions with a short kernel for each channel: ours has the channels last, which cuDNN alone does on a GPU
+#: convolutions with a short kernel for each channel, on a GPU: there ours has the channels first, which is not cuDNN's
 _SHORT = {"depthwise": torch.float32, "depthwise bf16": torch.bfloat16}
 _PYTHONS = {"peers": measure.PEER_PYTHON}
 _QUADRATIC_MIB = 40_000  # that a peer with a state for each position may need before it is left out
@@ -125,7 +125,7 @@ def _cuda_cells(size: Size) -> list[Cell]:
     ]
     cells = [cell for cell in cells if cell["who"] != "ours, plain PyTorch" or cell["length"] <= 2048]
     cells += _conv_cells((256, 4096, 2**16, 2**19, 2**20) if size == "full" else (64, 128), (0,))
-    cells += [_cell(what, who, n, 0) for what in _SHORT for n in lengths[:3] for who in (_OURS, _CHANNELS_FIRST)]
+    cells += [_cell(what, who, n, 0) for what in _SHORT for n in lengths[:3] for who in (_OURS, _CHANNELS_LAST)]
     return cells + [_cell("attention", _ATTENTION, length, 0) for length in lengths]
 
 
@@ -285,12 +285,13 @@ def _prepare_short(dtype: torch.dtype, who: str, length: int) -> tuple[Callable[
     def ours(x_BLD: Tensor, weight: Tensor, bias_D: Tensor) -> Tensor:
         return conv1d(x_BLD, weight, bias_D, padding=_KERNEL // 2)
 
-    def channels_first(x_BLD: Tensor, weight: Tensor, bias_D: Tensor) -> Tensor:
-        x_BDL = x_BLD.transpose(1, 2).contiguous()
-        return F.conv1d(x_BDL, weight, bias_D, padding=_KERNEL // 2, groups=_INNER).transpose(1, 2)
+    def channels_last(x_BLD: Tensor, weight: Tensor, bias_D: Tensor) -> Tensor:
+        image = x_BLD.transpose(1, 2).unsqueeze(2)
+        image = F.conv2d(image, weight.unsqueeze(2), bias_D, padding=(0, _KERNEL // 2), groups=_INNER)
+        return image.squeeze(2).transpose(1, 2)
 
     made = [operand.to(dtype).requires_grad_() for operand in operands]
-    return ours if who == _OURS else channels_first, made
+    return ours if who == _OURS else channels_last, made
 
 
 def _prepare_attention(who: str, length: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
