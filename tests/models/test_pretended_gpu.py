@@ -38,7 +38,10 @@ RUNS = "memory_that or predicts_the_same or structures_train or test_a_run_stopp
 @pytest.mark.parametrize(
     ("files", "which"),
     [
-        (["models/on_pretended_gpu.py", "models/test_causal_conv.py", "models/test_ssd.py"], "gpu or cuda"),
+        (
+            ["models/on_pretended_gpu.py", *(f"models/test_{name}.py" for name in ("causal_conv", "sepconv", "ssd"))],
+            "gpu or cuda",
+        ),
         (
             ["pipeline/test_training_gpu.py", "pipeline/test_muon.py", "models/test_contract.py"],
             f"{RUNS} or on_a_gpu or {CONTRACT}",

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from models.layers.sepconv import DepthwiseConv, MultiKernelConv, SeparableConv, SqueezeExcitation, conv1d
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("groups", "dilation"), [(1, 1), (6, 1), (1, 3), (6, 2)])
-def test_conv1d_equals_torch_with_all_gradients(groups: int, dilation: int):
+def test_conv1d_equals_torch_with_all_gradients(groups: int, dilation: int, device: str):
     torch.manual_seed(0)
     x_BLD, weight, bias = torch.randn(2, 11, 6), torch.randn(6, 6 // groups, 5), torch.randn(6)
     args = [t.requires_grad_() for t in (x_BLD, weight, bias)]
-    found = conv1d(*args, padding=4, dilation=dilation)
+    found = conv1d(*(t.to(device) for t in args), padding=4, dilation=dilation).cpu()
     expected = F.conv1d(x_BLD.transpose(1, 2), weight, bias, padding=4, dilation=dilation, groups=groups).transpose(
         1, 2
     )
