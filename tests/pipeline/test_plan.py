@@ -24,7 +24,8 @@ CPU = torch.device("cpu")
 FP32 = Precision("fp32", "")
 FAMILIES = ("drsn", "hyena", "ribonanza_mamba", "transformer_sepconv")
 
-#: prints the MiB that a first training step adds to a process that has taken a small one
+#: prints the most MiB that three training steps add to a process that has taken a small one: what the first one needs
+#: depends on where the heap has gaps, by a fifth from run to run
 _REAL = """
 import sys, torch
 from models.interface import RnaInputs
@@ -43,7 +44,9 @@ step(1, 16)
 model.set_gradient_checkpointing(every)
 model.zero_grad()
 before = held_mib()
-step(batch, length)
+for _ in range(3):
+    model.zero_grad()
+    step(batch, length)
 print(peak_mib() - before)
 """
 
