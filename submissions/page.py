@@ -80,6 +80,7 @@ td { border-bottom: 1px solid var(--line); vertical-align: top; }
 th:last-child, td:last-child { padding-right: 0; }
 tr.own td { font-weight: 650; }
 tr.floor td { color: var(--muted); }
+tr.floor td:first-child { white-space: nowrap; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.2rem 1.6rem;
   margin: 1rem 0; align-items: start; }
 .panels.small { grid-template-columns: repeat(auto-fit, minmax(min(47%, 13rem), 1fr)); }
