@@ -85,7 +85,7 @@ endif
 # a sentence that ends with a command of make repeats an interpreter of one's own
 RNA := $(if $(filter-out .venv/bin/python,$(PY)),env RNA_PY=$(PY)) $(PY) -m pipeline
 NO_NETWORK := $(if $(filter rna3d%,$(COMP)),denovo templates-predict) $(if $(filter labelled%,$(COMP)),words)
-GPU := models/test_kernels models/test_causal_conv models/test_ssd models/test_long_conv pipeline/test_plan pipeline/test_muon \
+GPU := models/test_kernels models/test_causal_conv models/test_sepconv models/test_ssd models/test_long_conv pipeline/test_plan pipeline/test_muon \
   models/test_triton_scan pipeline/test_training_gpu models/test_contract models/test_compile
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 named = \( -name bench $(patsubst %,-o -name '%',$(1)) \)
