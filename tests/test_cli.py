@@ -13,8 +13,9 @@ import pytest
 import typer
 
 from pipeline.cli import app, run_verb, show
+from pipeline.cli.options import find_paths
 from pipeline.competitions import competitions
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.runs import finished_runs, run_name
 from pipeline.stage import Report
@@ -620,3 +621,9 @@ def test_a_check_without_comp_says_which_it_took(tmp_path, capsys, monkeypatch):
     assert call("check", "mine.csv") == 3
     said = " ".join(capsys.readouterr().err.split())
     assert re.search(r"; checked as COMP=ribonanza\. Next: .*, or give COMP\.", said)
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused():
+    """Tables and logs cannot name it: training in it ended with a traceback of pyarrow's."""
+    with pytest.raises(ConfigError, match=r"ARTIFACTS=b'here\\xff'.* not UTF-8.* Next: choose another folder"):
+        find_paths("ribonanza", Path(os.fsdecode(b"here\xff")))

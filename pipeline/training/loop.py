@@ -131,8 +131,9 @@ class Trainer:
         self.recovery = Recovery(state, settings=settings, store=self.store, meta=self.meta, log=telemetry.log)
         self._last_step = None if max_steps is None else self.progress.step + max_steps
         try:
-            stops = lambda: self.stop.reason() is not None  # noqa: E731
-            with Loader(self.source, workers=settings.workers, stops=stops) as self._loader:
+            with Loader(
+                self.source, workers=settings.workers, stops=lambda: self.stop.reason() is not None
+            ) as self._loader:
                 if self._saved_at is None:
                     self.save()  # a state to roll back to before the first update
                 while not self.progress.finished:
