@@ -185,7 +185,7 @@ def _observe(
 
     origin = find_origin(model, replay)
     scaler.unscale_(optimizer)
-    norm = total_norm(gradients(model))
+    norm = total_norm(gradients(model.parameters()))
     model.zero_grad(set_to_none=True)
     seen = classify(value, norm, scale=scaler.get_scale() if precision.scaled else None)
     return {"seen": seen, "loss": value, "grad_norm": norm, **_where(origin, seen), "activations": origin.activations}

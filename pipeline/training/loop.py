@@ -259,7 +259,7 @@ class Trainer:
         if not state.sharded:
             self.world.add_gradients(state.model)
         state.scaler.unscale_(state.optimizer)
-        norm = state.norm_of(gradients(state.model)) if intact else math.nan
+        norm = state.norm_of(gradients(state.parameters)) if intact else math.nan
         lr = self.learning_rate()
         seen = self._judge(loss, norm)
         if seen == "finite":
@@ -340,14 +340,14 @@ class Trainer:
         """Clip, step, average. The average takes in finite weights only."""
         state = self.state
         self._updating = True
-        clip_gradients(state.model, norm=norm, clip_norm=self.config.train.clip_norm)
+        clip_gradients(gradients(state.parameters), norm=norm, clip_norm=self.config.train.clip_norm)
         set_learning_rate(state.optimizer, lr)
         state.scaler.step(state.optimizer)
         state.scaler.update()
-        if not math.isfinite(state.norm_of(list(state.model.parameters()))):
+        if not math.isfinite(state.norm_of(state.parameters)):
             return "nonfinite_weights"
         if state.ema:
-            state.ema.update(state.model, updates=state.progress.updates)
+            state.ema.update(updates=state.progress.updates)
         state.progress.updates += 1
         self._updating = False
         return "finite"

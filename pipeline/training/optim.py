@@ -3,6 +3,8 @@
 import copy
 import difflib
 import math
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -125,32 +127,36 @@ class Ema:
         for part in self.module.modules():
             if isinstance(part, nn.RNNBase):  # copies lie apart: cuDNN would put them together in every call, and warn
                 part.flatten_parameters()
-        self._decay = decay
+        self._model, self._decay = model, decay
 
-    def update(self, model: nn.Module, *, updates: int) -> None:
+    @torch.no_grad()
+    def update(self, *, updates: int) -> None:
         """Move towards the network's present weights, which the caller knows to be finite."""
         decay = min(self._decay, (1 + updates) / (10 + updates))
-        with torch.no_grad():
-            average: list[Tensor] = list(self.module.parameters())
-            torch._foreach_lerp_(average, list[Tensor](model.parameters()), 1 - decay)
-            for kept, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
-                kept.copy_(buffer)
+        averages, weights = self._weights
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        for kept, buffer in zip(self.module.buffers(), self._model.buffers(), strict=True):
+            kept.copy_(buffer)
+
+    @cached_property  # at the first update: to shard a network gives it other parameters
+    def _weights(self) -> tuple[list[Tensor], list[Tensor]]:
+        return list(self.module.parameters()), list(self._model.parameters())
 
 
-def gradients(model: nn.Module) -> list[Tensor]:
-    """Gradients of all parameters that have one."""
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Those of all parameters that have one."""
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def total_norm(tensors: list[Tensor]) -> float:
+def total_norm(tensors: Sequence[Tensor]) -> float:
     """Euclidean norm over all tensors; not finite if any value is not."""
     return float(torch.nn.utils.get_total_norm(tensors, error_if_nonfinite=False))
 
 
-def clip_gradients(model: nn.Module, *, norm: float, clip_norm: float) -> None:
-    """Scale gradients of a known, finite norm down to `clip_norm`; 0 = leave them.
+def clip_gradients(found: list[Tensor], *, norm: float, clip_norm: float) -> None:
+    """Scale gradients of a known, finite norm down to `clip_norm`, in place; 0 = leave them.
 
     The norm is measured and judged before: clipping by a NaN or infinite norm would spread it to every gradient.
     """
     if clip_norm and norm > clip_norm:
-        torch._foreach_mul_(gradients(model), clip_norm / (norm + 1e-6))
+        torch._foreach_mul_(found, clip_norm / (norm + 1e-6))

@@ -1,6 +1,7 @@
 """What a run is at one moment: network, average, optimiser, loss scaler, random numbers and counters, kept together."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -95,6 +96,7 @@ class TrainingState:
         if self.sharded:
             for network in dict.fromkeys((model, self.predictor)):
                 sharding.shard(network, device)
+        self.parameters = list(model.parameters())  # here once: a walk through a large network takes a millisecond
         rates = {"lr": settings.lr, "backbone_lr_share": settings.backbone_lr_share}
         self.optimizer = make_optimizer(model, weight_decay=settings.weight_decay, name=settings.optimizer, **rates)
         self.progress = Progress()
@@ -166,10 +168,10 @@ class TrainingState:
     def norm(self) -> float:
         """Of weights, averages and moments: the same in all processes that train together."""
         moments = [moment for found in self.optimizer.state.values() for moment in _tensors(found).values()]
-        return self.norm_of([*self.model.parameters(), *self.predictor.parameters(), *moments])
+        return self.norm_of([*self.parameters, *self.predictor.parameters(), *moments])
 
     @torch.no_grad()
-    def norm_of(self, tensors: list[Tensor]) -> float:
+    def norm_of(self, tensors: Sequence[Tensor]) -> float:
         """Euclidean norm over tensors, the parts of all processes included: the same in all of them."""
         if not self.sharded:
             return total_norm(tensors)

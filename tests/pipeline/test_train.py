@@ -601,10 +601,10 @@ def test_out_of_memory_between_the_passes_and_the_update_resumes_with_the_same_b
     """Was: saved with the random numbers of the failed step used up, so that the run went on with others."""
     count, measure = itertools.count(1), loop.gradients
 
-    def exhaust(model: torch.nn.Module) -> list[Tensor]:
-        if next(count) == 6:
+    def exhaust(parameters: list[torch.nn.Parameter]) -> list[Tensor]:
+        if next(count) == 2 * 5 + 1:  # measured, then clipped
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return measure(model)
+        return measure(parameters)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "gradients", exhaust)
