@@ -1,7 +1,7 @@
 """The whole chain on small seeded data sets, in the competitions' own raw formats and labelled: no data, no GPU."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,14 @@ from submissions import evaluate, report, write
 _SPLIT = "sim80_k2"
 _NAME = "demo"
 
+#: Competition -> what writes its raw files, which networks train, and whether they use pairing probabilities.
+CHAINS: dict[str, tuple[Callable[..., object], tuple[str, ...], bool]] = {
+    "ribonanza": (synthetic.write_ribonanza, ("tiny_ribonanza_mamba", "tiny_transformer_sepconv"), True),
+    "openvaccine": (synthetic.write_openvaccine, ("tiny_transformer_sepconv",), True),
+    "rna3d": (synthetic.write_rna3d, ("tiny_transformer_sepconv",), True),
+    "labelled": (synthetic.write_labelled, ("tiny_drsn",), False),
+}
+
 
 def run(folder: Path, *, seed: int = 0) -> None:
     """Make raw data of every competition and a labelled set, run all stages on them, and print what came of it.
@@ -30,19 +38,14 @@ def run(folder: Path, *, seed: int = 0) -> None:
         seed: of the synthetic data.
     """
     started = time.monotonic()
-    synthetic.write_ribonanza(folder / "raw" / "ribonanza", seed=seed)
-    synthetic.write_openvaccine(folder / "raw" / "openvaccine", seed=seed)
-    synthetic.write_rna3d(folder / "raw" / "rna3d", seed=seed)
-    synthetic.write_labelled(folder / "raw" / "labelled", seed=seed)
+    for comp, (write_raw, _, _) in CHAINS.items():
+        write_raw(folder / "raw" / comp, seed=seed)
     has_bpp, reason = viennarna.available()
     if not has_bpp:
         output.print(f"base-pair probabilities are left out: {reason}")
-    models = ("tiny_ribonanza_mamba", "tiny_transformer_sepconv")
     scores = [
-        _chain(folder, "ribonanza", models=models, use_bpp=has_bpp),
-        _chain(folder, "openvaccine", models=models[1:], use_bpp=has_bpp),
-        _chain(folder, "rna3d", models=models[1:], use_bpp=has_bpp),
-        _chain(folder, "labelled", models=("tiny_drsn",), use_bpp=False),
+        _chain(folder, comp, models=models, use_bpp=uses_bpp and has_bpp)
+        for comp, (_, models, uses_bpp) in CHAINS.items()
     ]
     _summary(scores, seconds=time.monotonic() - started)
 

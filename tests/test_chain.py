@@ -1,4 +1,4 @@
-"""The whole chain on synthetic raw files, as `make demo` runs it: twice in one place, and once in another."""
+"""The whole chain on synthetic raw files, as `make demo` runs it: twice in one place, and most of it in another."""
 
 import hashlib
 import json
@@ -12,7 +12,6 @@ from pipeline.cli import run_verb
 from tests.pipeline import labelled_sets
 
 pytestmark = pytest.mark.slow
-COMPETITIONS = ("ribonanza", "openvaccine", "rna3d", "labelled")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,7 @@ def test_classes_are_predicted_better_than_by_every_floor(chain):
     assert found["score"] < 0.6 * min(found["floors"].values())
 
 
-@pytest.mark.parametrize("comp", COMPETITIONS)
+@pytest.mark.parametrize("comp", demo.CHAINS)
 def test_submission_report_and_log_are_there(chain, comp):
     assert (chain / "submissions" / f"{comp}-demo.csv").stat().st_size > (1_000 if comp == "labelled" else 10_000)
     assert (chain / comp / "ensembles" / "demo" / "report.html").read_text().startswith("<!doctype html>")
@@ -60,9 +59,11 @@ def test_a_second_run_finds_everything_up_to_date_and_changes_no_byte(chain, cap
     assert digests(chain) == before
 
 
-def test_another_folder_gets_the_same_submissions_byte_for_byte(chain, tmp_path):
+def test_another_folder_gets_the_same_submissions_byte_for_byte(chain, tmp_path, monkeypatch):
+    """Of each task one: Ribonanza's values go the same way as OpenVaccine's, and take as long as all others."""
+    monkeypatch.delitem(demo.CHAINS, "ribonanza")
     demo.run(tmp_path)
-    for comp in COMPETITIONS:
+    for comp in demo.CHAINS:
         name = f"submissions/{comp}-demo.csv"
         assert (tmp_path / name).read_bytes() == (chain / name).read_bytes()
 
