@@ -96,7 +96,7 @@ class Trainer:
         self.source = BatchSource(data.examples, data.train, config=config, rank=world.rank, ranks=world.size)
         self.steps = self.source.batches * config.train.num_epochs
         self._last_step: int | None = None
-        self._saved_at: tuple[int, int] | None = None
+        self._saved_at: tuple[int, int, int] | None = None
         self._updating = False
         self._before: dict[str, torch.Tensor] | None = None  # generators as they were when the present step began
 
@@ -104,6 +104,11 @@ class Trainer:
     def progress(self) -> Progress:
         """How far the run is; a rollback puts another one in its place."""
         return self.state.progress
+
+    @property
+    def _now(self) -> tuple[int, int, int]:
+        """What tells states apart: a rollback comes to a step that was saved, and what it ordered is not."""
+        return self.progress.step, self.progress.epoch, self.progress.guard.rollbacks
 
     @property
     def micro_batch(self) -> int:
@@ -161,7 +166,7 @@ class Trainer:
             if is_due and progress is self.progress:
                 self.save()
             if progress is not self.progress:  # rolled back, perhaps into an earlier epoch
-                progress, self._saved_at = self.progress, None
+                progress = self.progress
                 self._start_epoch()
 
     def _start_epoch(self) -> None:
@@ -180,7 +185,6 @@ class Trainer:
             if rung == "fp32" or not self.world.is_alone:  # several processes have agreed to end
                 raise
             self.recovery.roll_back(f"step {progress.step}: in {rung}, {str(err).partition('. Next')[0]}")
-            self._saved_at = None
             return
         metric = values.pop("metric")
         is_best = progress.enter(metric, values.pop("choice", metric))
@@ -377,7 +381,7 @@ class Trainer:
                 )
                 seconds = round(time.monotonic() - started, 3)
                 self.log.write("checkpoint", step=progress.step, path=path.name, seconds=seconds)
-        self._saved_at = (progress.step, progress.epoch)
+        self._saved_at = self._now
 
     def _require_same_weights(self) -> None:
         """Of several processes each makes the update by itself, and devices of different kinds round differently."""
@@ -404,7 +408,7 @@ class Trainer:
             raise
         progress = self.progress
         progress.finished = progress.finished and progress.is_over(self.config.train)
-        self._saved_at = (progress.step, progress.epoch)
+        self._saved_at = self._now
 
     def _poll_stop(self) -> None:
         progress = self.progress
@@ -415,7 +419,7 @@ class Trainer:
             reason = "the number of steps that was asked for"
         if reason is None:
             return
-        if self._saved_at != (progress.step, progress.epoch):
+        while self._saved_at != self._now:  # again after a state that is rolled back instead
             self.save()
         raise self.world.agreed(
             StoppedError(
@@ -430,7 +434,7 @@ class Trainer:
             self.state.set_random(self._before)
         together = self.world.size == 1 or isinstance(err, OutOfMemoryEverywhere)
         saves = together and not self._updating
-        if saves and self._saved_at != (self.progress.step, self.progress.epoch):
+        while saves and self._saved_at != self._now:
             self.save()
         size = min(self.micro_batch, -(-self.config.train.batch_size // self.world.size))
         smaller = "try a smaller network, train.gradient_checkpointing, or a smaller data.max_length"

@@ -234,6 +234,25 @@ def test_what_a_rollback_took_back_stays_in_the_log_of_a_resumed_run(paths, inje
     assert sorted({row["step"] for row in rows_of(paths, "step")}) == [step for step in range(1, 13) if step != 6]
 
 
+@pytest.mark.parametrize("call", [3, 4], ids=["the end of an epoch", "the stop"])
+def test_a_run_that_stops_right_after_a_rollback_keeps_it(paths, inject, monkeypatch, call):
+    """Was "the state is saved", in bf16 and with no rollback behind it: the run that went on made both again."""
+    good, calls = TrainingState.nonfinite, itertools.count(1)
+
+    def nonfinite(state: TrainingState) -> list[str]:  # asked at steps 0, 3, 4 (the end of the epoch) and at the stop
+        number = next(calls)
+        if number == 3 == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ["a moment"] if number == call else good(state)
+
+    monkeypatch.setattr(TrainingState, "nonfinite", nonfinite)
+    inject(at_calls(lambda x_BLD: os.kill(os.getpid(), signal.SIGTERM) or x_BLD, {5} if call == 4 else {}))
+    with pytest.raises(StoppedError, match=rf"stopped at step {call} of 12 \(SIGTERM\); the state is saved"):
+        fit(paths, tiny.config(precision="bf16"))
+    progress = CheckpointStore(paths.fold_dir(tiny.RUN, 0) / "checkpoints").newest_meta()["progress"]
+    assert (progress["guard"]["rollbacks"], progress["precision"]) == (1, "fp32")
+
+
 @pytest.mark.parametrize(("card", "expected"), [((8, 0), "bf16"), ((7, 5), "fp32")])
 def test_a_rung_of_bf16_is_not_taken_over_where_it_is_emulated(paths, monkeypatch, card, expected):
     """A run of an A100 that was rolled back from fp16 and goes on with a T4."""
