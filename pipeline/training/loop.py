@@ -9,6 +9,7 @@ here runs in all of them and every decision is the same in all of them (`pipelin
 
 import math
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -430,6 +431,7 @@ class Trainer:
 
     def _out_of_memory(self, err: BaseException) -> StorageError:
         """Save what is good and say what can be done; one of several processes cannot save by itself."""
+        traceback.clear_frames(err.__traceback__)  # or all that the pass had made is kept, and saving takes memory, too
         if self._before is not None:
             self.state.set_random(self._before)
         together = self.world.size == 1 or isinstance(err, OutOfMemoryEverywhere)

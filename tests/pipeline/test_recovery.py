@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import signal
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,24 @@ def test_what_does_not_fit_alone_is_said_and_the_state_saved(paths, inject):
     ):
         fit(paths, tiny.config(micro_batch="auto"))
     assert [row["now"] for row in rows_of(paths, "micro_batch")] == [4, 2, 1]
+
+
+def test_the_state_is_saved_without_the_tensors_that_filled_the_memory(paths, inject, monkeypatch):
+    """What the error held, all activations, was there while the weights were looked at, which takes memory, too."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def fault(x_BLD: Tensor) -> Tensor:
+        made.append(weakref.ref(x_BLD))
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x_BLD
+
+    inject(fault)
+    kept, nonfinite = [], TrainingState.nonfinite
+    monkeypatch.setattr(TrainingState, "nonfinite", lambda state: kept.extend(x() for x in made) or nonfinite(state))
+    with pytest.raises(StorageError, match=r"at step 2 .* the state is saved"):
+        fit(paths)
+    assert kept == [None, None]
 
 
 def test_validation_that_does_not_fit_is_halved_too(paths, monkeypatch):
