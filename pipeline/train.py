@@ -245,7 +245,8 @@ def set_aside(folder: Path) -> None:
     earlier = sorted(folder.glob("set-aside-*"))
     found = [path for path in sorted(folder.iterdir()) if path.name not in _STAYS and path not in earlier]
     if found:
-        target = folder / f"set-aside-{len(earlier) + 1}"
+        numbers = [int(number) for path in earlier if (number := path.name.rpartition("-")[2]).isdecimal()]
+        target = folder / f"set-aside-{max(numbers, default=0) + 1}"  # the first ones may have been removed
         target.mkdir()
         for path in found:
             path.rename(target / path.name)

@@ -369,6 +369,9 @@ def test_a_restart_sets_the_earlier_run_aside(paths):
     assert fit(paths, tiny.config(lr=0.02), restart=True).status == "built"
     aside = paths.fold_dir(tiny.RUN, 0) / "set-aside-1"
     assert CheckpointStore(aside / "checkpoints").newest_meta()["config"]["train"]["lr"] == 0.01
+    aside.rename(aside.with_name("set-aside-2"))
+    fit(paths, restart=True)  # was FileExistsError where the first of two folders had been removed
+    assert sorted(path.name for path in aside.parent.glob("set-aside-*")) == ["set-aside-2", "set-aside-3"]
 
 
 @pytest.mark.parametrize(
