@@ -65,7 +65,7 @@ class Progress:
 
     def is_over(self, settings: TrainConfig) -> bool:
         """Whether the epochs or the patience are used up."""
-        return self.epoch >= settings.num_epochs or 0 < settings.patience < self.stale_epochs
+        return self.epoch >= settings.num_epochs or 0 < settings.patience <= self.stale_epochs
 
 
 class TrainingState:
