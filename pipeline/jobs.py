@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -331,7 +332,8 @@ def survey(artifacts: Path) -> list[dict[str, Any]]:
         Rows with competition, run, fold, state, steps, percent, metric, best_metric, loss, tokens_per_s, eta_s,
         memory_mib, pid (of a living process, else null) and age_s (since it last gave a sign of life).
     """
-    folders = sorted(artifacts.glob("**/runs/*/fold*"))
+    found = (artifacts.glob(f"{depth}/runs/*/fold*") for depth in ("*", "**"))  # "**" enters no folder that is a link
+    folders = sorted(set(chain.from_iterable(found)))
     rehearsed = artifacts / "kernel-check"
     return [_row(each, artifacts) for each in folders if rehearsed not in each.parents and _is_fold(each)]
 

@@ -423,6 +423,14 @@ def test_rehearsals_are_no_runs(surveyed):
     assert jobs.survey(surveyed) == before
 
 
+def test_runs_on_another_disk_are_surveyed_by_the_link_to_it(surveyed, tmp_path_factory):
+    """`make status` showed no run of a competition whose folder is a link."""
+    before, disk = jobs.survey(surveyed), tmp_path_factory.mktemp("disk")
+    (surveyed / "ribonanza").rename(disk / "ribonanza")
+    (surveyed / "ribonanza").symlink_to(disk / "ribonanza")
+    assert jobs.survey(surveyed) == before
+
+
 def test_a_copy_of_a_fold_beside_it_is_no_fold(surveyed):
     """make status ended in "ValueError: invalid literal for int() with base 10: '0_old'"."""
     before = jobs.survey(surveyed)
