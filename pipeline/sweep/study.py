@@ -49,15 +49,20 @@ def run_study(sweep: Sweep, axes: Sequence[Axis], trials: int, results: dict[Job
         while (proposed := _next_trial(study, states, sweep, axes, trials, me)) is not None:
             trial, cell = proposed
             say(f"sweep {sweep.name}: trial {trial.number}: {label(cell)}")
-            metrics = {job: sweep.awaited_metric(job) for job in sweep.jobs(cell)}
-            results |= metrics
-            finite = [value for value in metrics.values() if value is not None]
+            metrics = _metrics(sweep, cell, results)
+            finite = [value for value in metrics if value is not None]
             study.tell(trial, statistics.fmean(finite) if len(finite) == len(metrics) else math.inf)
             yield 0
     for done in study.get_trials(deepcopy=False, states=(states.COMPLETE,)):  # also what other workers did
-        cell = tuple((key, value) for key, value in done.user_attrs["cell"])
-        results |= {job: sweep.awaited_metric(job) for job in sweep.jobs(cell)}
+        _metrics(sweep, tuple((key, value) for key, value in done.user_attrs["cell"]), results)
     yield 0
+
+
+def _metrics(sweep: Sweep, cell: Settings, results: dict[Job, float | None]) -> list[float | None]:
+    """Of all jobs of a cell, taken into `results`; what is there stays: one that diverged would do so again."""
+    jobs = sweep.jobs(cell)
+    results |= {job: sweep.awaited_metric(job) for job in jobs if job not in results}
+    return [results[job] for job in jobs]
 
 
 def _next_trial(

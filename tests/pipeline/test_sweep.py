@@ -129,6 +129,16 @@ def test_a_study_stops_at_its_number_of_trials_and_goes_on_from_them(small: Swee
     assert all(1e-4 <= row["cell"][0][1] <= 1e-1 for row in again.facts["cells"])
 
 
+def test_a_trial_that_diverges_does_so_once(small: Sweep, monkeypatch: pytest.MonkeyPatch):
+    """For the table in the end, and where its cell was proposed again, it was trained until it diverged again."""
+    pytest.importorskip("optuna")
+    asked: list[Job] = []
+    monkeypatch.setattr(Sweep, "metric", lambda _, job: asked.append(job))
+    report = stage.run(small, [Axis(key="train.lr", values=[0.5])], trials=2)
+    assert sorted(job.seed for job in asked) == [2026, 2027]
+    assert [(row["n"], row["diverged"]) for row in report.facts["cells"]] == [(0, 2)]
+
+
 def test_a_study_whose_last_line_was_torn_goes_on(small: Sweep):
     """A full disk tore it, the next start wrote behind it, and every later one ended with a JSONDecodeError."""
     pytest.importorskip("optuna")
