@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -332,10 +332,18 @@ def survey(artifacts: Path) -> list[dict[str, Any]]:
         Rows with competition, run, fold, state, steps, percent, metric, best_metric, loss, tokens_per_s, eta_s,
         memory_mib, pid (of a living process, else null) and age_s (since it last gave a sign of life).
     """
-    found = (artifacts.glob(f"{depth}/runs/*/fold*") for depth in ("*", "**"))  # "**" enters no folder that is a link
-    folders = sorted(set(chain.from_iterable(found)))
     rehearsed = artifacts / "kernel-check"
-    return [_row(each, artifacts) for each in folders if rehearsed not in each.parents and _is_fold(each)]
+    folders = sorted(each for each in _folds(artifacts) if rehearsed not in each.parents and _is_fold(each))
+    return [_row(each, artifacts) for each in folders]
+
+
+def _folds(artifacts: Path) -> Iterator[Path]:
+    """What may be one, below a folder and the links in it; what a run at work removes meanwhile is passed over."""
+    for top in (artifacts, *filter(Path.is_symlink, artifacts.glob("*"))):
+        for home, names, _ in os.walk(top):
+            if "runs" in names:
+                names.remove("runs")
+                yield from (Path(home, "runs", fold) for fold in glob("*/fold*", root_dir=Path(home, "runs")))
 
 
 def _is_fold(folder: Path) -> bool:

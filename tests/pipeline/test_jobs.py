@@ -431,6 +431,22 @@ def test_runs_on_another_disk_are_surveyed_by_the_link_to_it(surveyed, tmp_path_
     assert jobs.survey(surveyed) == before
 
 
+@pytest.mark.parametrize("place", ["a.sim80_k2/fold0/checkpoints/step-00000267", "refused.sim80_k2"])
+def test_what_is_removed_while_runs_are_surveyed_is_passed_over(surveyed, monkeypatch, place):
+    """`make status` beside a training ended in FileNotFoundError: … '…/fold0/checkpoints/step-00000267'."""
+    before, scan = jobs.survey(surveyed), os.scandir
+    goes = surveyed / "ribonanza" / "runs" / place
+    goes.mkdir(parents=True)
+
+    def removed(path: Any = ".") -> Any:
+        if Path(os.fsdecode(path)) == goes:
+            goes.rmdir()
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", removed)
+    assert jobs.survey(surveyed) == before
+
+
 def test_a_copy_of_a_fold_beside_it_is_no_fold(surveyed):
     """make status ended in "ValueError: invalid literal for int() with base 10: '0_old'"."""
     before = jobs.survey(surveyed)
