@@ -87,10 +87,8 @@ def tell_changes(trainer: Trainer, changes: Sequence[Change], *, label: str) -> 
     for change in changes:
         say(f"{label}: {change.key} {change.before} -> {change.now}: {change.remark}")
         if change.key == "config.train.epochs":
-            settings, updates = trainer.config.train, trainer.progress.updates
-            shape: dict[str, Any] = {"lr": settings.lr, "warmup": settings.warmup, "schedule": settings.schedule}
             before, now = (
-                learning_rate(updates, total=trainer.source.batches * epochs, **shape)
+                learning_rate(trainer.progress.updates, trainer.config.train, total=trainer.source.batches * epochs)
                 for epochs in (change.before, change.now)
             )
             say(f"{label}: the next update's learning rate {before:.2e} -> {now:.2e}")

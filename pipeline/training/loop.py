@@ -359,9 +359,7 @@ class Trainer:
 
     def learning_rate(self) -> float:
         """Of the next update."""
-        settings = self.config.train
-        shape = {"lr": settings.lr, "warmup": settings.warmup, "schedule": settings.schedule}
-        return learning_rate(self.progress.updates, total=self.steps, **shape)  # type: ignore[arg-type]
+        return learning_rate(self.progress.updates, self.config.train, total=self.steps)
 
     # --- state ---
 

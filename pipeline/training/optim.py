@@ -5,12 +5,12 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from models.heads import is_head
+from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.training.muon import Muon, hidden_apart
 
@@ -83,29 +83,26 @@ def decay_groups(model: nn.Module, *, weight_decay: float, backbone_lr_share: fl
     ]
 
 
-def learning_rate(
-    update: int, *, total: int, lr: float, warmup: float, schedule: Literal["one_cycle", "cosine", "constant"]
-) -> float:
+def learning_rate(update: int, settings: TrainConfig, *, total: int) -> float:
     """Learning rate of one update: a closed form, so that a resumed run needs no scheduler state.
 
-    one_cycle rises on a cosine from lr/25, cosine on a line from 0, both during the share `warmup` of all updates;
+    one_cycle rises on a cosine from lr/25, cosine on a line from 0, both during the share ``warmup`` of all updates;
     then both fall on a cosine to lr/1000. constant stays.
 
     Args:
         update: 0-based count of optimiser updates made before.
+        settings: of the run: ``schedule``, ``warmup`` and ``lr``, the highest rate.
         total: updates of the whole run.
-        lr: the highest rate.
-        warmup: share of `total`.
-        schedule: its shape.
 
     Source:
         one_cycle: Smith & Topin 2017, arXiv:1708.07120, without the cycled momentum.
     """
-    if schedule == "constant":
+    lr = settings.lr
+    if settings.schedule == "constant":
         return lr
-    rise = max(1, round(warmup * total))
+    rise = max(1, round(settings.warmup * total))
     if update < rise:
-        if schedule == "cosine":
+        if settings.schedule == "cosine":
             return lr * (update + 1) / rise
         return lr * _cosine(_START_SHARE, 1.0, update / rise)
     return lr * _cosine(1.0, _END_SHARE, min(1.0, (update - rise) / max(1, total - 1 - rise)))

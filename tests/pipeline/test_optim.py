@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.config import TrainConfig
 from pipeline.training.optim import (
     Ema,
     clip_gradients,
@@ -18,7 +19,7 @@ from pipeline.training.optim import (
 
 
 def rate(update: int, schedule: str, *, total: int = 101, warmup: float = 0.1) -> float:
-    return learning_rate(update, total=total, lr=2.0, warmup=warmup, schedule=schedule)
+    return learning_rate(update, TrainConfig(lr=2.0, warmup=warmup, schedule=schedule), total=total)
 
 
 def test_one_cycle_starts_at_a_25th_peaks_after_the_warm_up_and_ends_at_a_thousandth():
