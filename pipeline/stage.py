@@ -289,7 +289,7 @@ def commit() -> str:
     """
     if not IS_CHECKOUT:  # around installed packages there may be somebody else's
         return ""
-    git = ["git", "-C", str(REPOSITORY)]
+    git = ["git", "--no-optional-locks", "-C", str(REPOSITORY)]  # or a commit that is made meanwhile fails
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         changed = [*git, "status", "--porcelain", "--", ":!submissions/LOG.md"]

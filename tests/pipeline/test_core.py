@@ -241,7 +241,7 @@ def test_manifest_holds_hashes_parameters_and_versions(copy: Copy):
     assert re.fullmatch(r"([0-9a-f]{7,40}(\+dirty)?)?", record["commit"])
 
 
-def test_a_line_in_the_log_of_scores_makes_no_checkout_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_log_line_makes_no_checkout_dirty_and_a_look_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Said "e46bbd6+dirty" of every stage after the first `make evaluate`, which writes that line itself."""
     who = ["-c", "user.name=x", "-c", "user.email=x@y.z", "-c", "commit.gpgsign=false"]
     (tmp_path / "submissions").mkdir()
@@ -255,6 +255,11 @@ def test_a_line_in_the_log_of_scores_makes_no_checkout_dirty(tmp_path: Path, mon
     log.write_text("one\ntwo\n")
     assert re.fullmatch(r"[0-9a-f]{7,40}", clean)
     assert stage.commit() == clean
+    index = (tmp_path / ".git" / "index").read_bytes()
+    os.utime(code, (1, 1))
+    assert stage.commit() == clean
+    # it was written, by which a commit beside a run ended in "fatal: Unable to create '…/index.lock': File exists"
+    assert (tmp_path / ".git" / "index").read_bytes() == index
     code.write_text("two\n")
     assert stage.commit() == f"{clean}+dirty"
 
