@@ -47,6 +47,13 @@ _VARYING = ("L", "E", "N", "tiles", "per_group", "groups", "stride", "batch_stri
 
 
 @triton.jit
+def _sequence_and_block(E):
+    """A program's, both from the grid's first axis: the others end at 65,535, and a batch may be larger."""
+    blocks = tl.cdiv(E, _LANES)
+    return tl.program_id(0) // blocks, tl.program_id(0) % blocks
+
+
+@triton.jit
 def _place(b, tile, channels, L, E, reverse: tl.constexpr):
     """Offset of a tile's first row in a [B, L, E] array, and that from row to row."""
     position = L - 1 - tile * _TILE if reverse else tile * _TILE
@@ -92,8 +99,9 @@ def _products(left, right):
 @triton.jit(do_not_specialize=_VARYING)
 def _forward_kernel(u, delta, A, B, C, D, y, starts, L, E, N, tiles, per_group, reverse: tl.constexpr):
     """y, and the first state of every tile but each group's first, which `starts` holds already."""
-    b, group = tl.program_id(2), tl.program_id(1)
-    channels = tl.program_id(0) * _LANES + tl.arange(0, _LANES)
+    b, block = _sequence_and_block(E)
+    group = tl.program_id(1)
+    channels = block * _LANES + tl.arange(0, _LANES)
     real = channels < E
     skip = tl.load(D + channels, mask=real, other=0.0)
     last = min(group * per_group + per_group, tiles)
@@ -127,8 +135,9 @@ def _ends_kernel(delta, x, W, A, ends, sums, L, E, N, tiles, per_group, adjoint:
     The state, from x = u and W = B; or, with `adjoint`, the gradient that leaves the group's first position, from
     x = dy and W = C.
     """
-    b, group = tl.program_id(2), tl.program_id(1)
-    channels = tl.program_id(0) * _LANES + tl.arange(0, _LANES)
+    b, block = _sequence_and_block(E)
+    group = tl.program_id(1)
+    channels = block * _LANES + tl.arange(0, _LANES)
     real = channels < E
     first, last = group * per_group, min(group * per_group + per_group, tiles)
     end = ends + (b.to(tl.int64) * tl.num_programs(1) + group) * N * E + channels
@@ -158,8 +167,9 @@ def _ends_kernel(delta, x, W, A, ends, sums, L, E, N, tiles, per_group, adjoint:
 @triton.jit(do_not_specialize=_VARYING)
 def _chain_kernel(ends, sums, A, into, E, N, groups, stride, batch_stride, adjoint: tl.constexpr):
     """What comes into each group, from what each carries out by itself; a program is one state of one block."""
-    b, n = tl.program_id(2), tl.program_id(1)
-    channels = tl.program_id(0) * _LANES + tl.arange(0, _LANES)
+    b, block = _sequence_and_block(E)
+    n = tl.program_id(1)
+    channels = block * _LANES + tl.arange(0, _LANES)
     real = channels < E
     decay = tl.load(A + n * E + channels, mask=real, other=0.0)
     carry = tl.zeros((_LANES,), tl.float32)
@@ -183,13 +193,15 @@ def _backward_kernel(
     `carries` holds the gradient that comes into the group's last state from behind, and takes what leaves each tile.
     dA, zero before, and dD are each group's own, dB and dC each block's of channels; the caller adds them up.
     """
-    b, group, block = tl.program_id(2), tl.program_id(1), tl.program_id(0)
+    b, block = _sequence_and_block(E)
+    group = tl.program_id(1)
     channels = block * _LANES + tl.arange(0, _LANES)
     real = channels < E
     skip = tl.load(D + channels, mask=real, other=0.0)
     first, last = group * per_group, min(group * per_group + per_group, tiles)
     place = (b.to(tl.int64) * tl.num_programs(1) + group) * N * E + channels
-    share = block.to(tl.int64) * tl.num_programs(2) * N * tiles * _TILE  # where this block's dB and dC begin
+    batch = tl.num_programs(0) // tl.cdiv(E, _LANES)
+    share = block.to(tl.int64) * batch * N * tiles * _TILE  # where this block's dB and dC begin
     skip_grad = tl.zeros((_LANES,), tl.float32)
     for count in range(last - first):
         tile = last - 1 - count
@@ -290,7 +302,7 @@ def backward(
     A_NE, B_BNS, C_BNS = _decays(A), _columns(B, tiles, reverse), _columns(C, tiles, reverse)
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
     carries, dA = starts.new_zeros(2, batch, grid[1], *A_NE.shape)
-    dB, dC = starts.new_empty(2, grid[0], *B_BNS.shape)
+    dB, dC = starts.new_empty(2, _blocks(inner), *B_BNS.shape)
     dD = starts.new_empty(batch, grid[1], inner)
     sizes = (length, inner, A.shape[1], tiles, per_group)
     with torch.cuda.device_of(u):
@@ -322,13 +334,18 @@ def _(dy: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: 
 register_gradient("rna_scan_triton")
 
 
-def _shares(u: Tensor) -> tuple[tuple[int, int, int], int, int]:
-    """Grid of blocks of channels, groups of tiles and sequences; tiles of a sequence; tiles of a group."""
+def _blocks(inner: int) -> int:
+    """Of channels."""
+    return -(-inner // _LANES.value)
+
+
+def _shares(u: Tensor) -> tuple[tuple[int, int], int, int]:
+    """Grid of blocks of channels of all sequences, and groups of tiles; tiles of a sequence; tiles of a group."""
     batch, length, inner = u.shape
-    blocks, tiles = -(-inner // _LANES.value), -(-length // _TILE.value)
-    wanted = 1 if blocks * batch >= _ENOUGH else _ENOUGH // max(1, blocks * batch)
+    programs, tiles = batch * _blocks(inner), -(-length // _TILE.value)
+    wanted = 1 if programs >= _ENOUGH else _ENOUGH // max(1, programs)
     per_group = max(1, -(-tiles // max(1, min(wanted, tiles // _GROUP_TILES))))
-    return (blocks, max(1, -(-tiles // per_group)), batch), tiles, per_group
+    return (programs, max(1, -(-tiles // per_group))), tiles, per_group
 
 
 def _decays(A_EN: Tensor) -> Tensor:
@@ -351,8 +368,7 @@ def _rows(x_BNS: Tensor, length: int, reverse: bool) -> Tensor:
 def _chain(ends: Tensor, sums: Tensor, A_NE: Tensor, into: Tensor, *, stride: int, adjoint: bool) -> None:
     """Write what comes into each group at every `stride`-th number of a sequence's part of `into`."""
     batch, groups, states, inner = ends.shape
-    grid = (-(-inner // _LANES.value), states, batch)
     batch_stride = into.stride(0)
-    _chain_kernel[grid](
+    _chain_kernel[batch * _blocks(inner), states](
         ends, sums, A_NE, into, inner, states, groups, stride, batch_stride, adjoint=adjoint, **_LAUNCH
     )  # fmt: skip

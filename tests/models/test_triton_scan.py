@@ -16,8 +16,9 @@ from tests.models.test_selective_scan import NAMES, arguments, relative
 
 ROOT = Path(__file__).resolve().parents[2]
 #: batch, length, channels, states: whole and broken tiles of 16 positions and blocks of 32 channels, groups of tiles
-SMALL = [(2, 1, 5, 4), (2, 16, 3, 8), (1, 37, 33, 5), (1, 150, 5, 4), (1, 20, 5, 64)]
+SMALL = [(2, 1, 5, 4), (2, 16, 35, 8), (1, 37, 33, 5), (2, 120, 33, 2), (1, 20, 5, 64)]
 LARGE = [(3, 177, 100, 16), (64, 177, 512, 16), (2, 4099, 48, 16), (1, 70, 64, 128), (2, 300, 40, 4)]
+LARGE += [(65_600, 2, 40, 2)]  # more sequences than the second and third axis of a grid have places
 
 
 def scan(*args: Tensor, reverse: bool) -> Tensor:
@@ -91,6 +92,16 @@ def test_every_kernel_compiles_for_gpus_from_turing_on_without_shared_memory(cap
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
         built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=triton_scan._LAUNCH)
         assert built.metadata.shared == 0, name
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("shape", [(65_600, 2, 40), (1, 1_000_000, 40)], ids=str)
+def test_no_axis_of_a_grid_but_the_first_outgrows_what_a_gpu_takes(shape):
+    """Sequences were the third, so that CUDA would have refused to launch 65,536 of them."""
+    from models.layers import triton_scan
+
+    (_, *others), _, _ = triton_scan._shares(torch.empty(shape, device="meta"))
+    assert max(others) <= 65_535
 
 
 @pytest.mark.gpu
