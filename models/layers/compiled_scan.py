@@ -36,7 +36,10 @@ def _register() -> None:
 
 
 def register_gradient(namespace: str) -> None:
-    """Make ``<namespace>::backward`` the gradient of ``<namespace>::forward``, whose second output is for it alone."""
+    """Make ``<namespace>::backward`` the gradient of ``<namespace>::forward``, whose second output is for it alone.
+
+    Without a word of its own on the gradient's gradient, autograd takes it for zero.
+    """
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *tensors, ctx.reverse = inputs
@@ -47,4 +50,8 @@ def register_gradient(namespace: str) -> None:
         operators = getattr(torch.ops, namespace)
         return *operators.backward(dy.contiguous(), *ctx.saved_tensors, ctx.reverse), None
 
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError("The selective scan: trying to differentiate twice.")
+
     library.register_autograd(f"{namespace}::forward", backward, setup_context=save)
+    library.register_autograd(f"{namespace}::backward", refuse)

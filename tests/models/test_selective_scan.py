@@ -70,6 +70,14 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(selective_scan, arguments(4, dtype=torch.float64, batch=1, inner=2, state=3))
 
 
+def test_a_second_derivative_is_refused():
+    """Compiled, its part of one was zero: "This may lead to silently incorrect behavior", said a warning."""
+    args = arguments(11)
+    grads = torch.autograd.grad(selective_scan(*args).square().sum(), args, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiate twice"):
+        grads[0].sum().backward()
+
+
 def test_a_reverse_scan_is_a_scan_of_the_reversed_sequence():
     u, delta, A, B, C, D = arguments(21)
     turned = selective_scan(u.flip(1), delta.flip(1), A, B.flip(1), C.flip(1), D)
