@@ -221,7 +221,7 @@ def _run_mamba_ssm(*args: Tensor, reverse: bool) -> Tensor:
 
 
 def _example() -> dict[str, Tensor]:
-    """70 positions: more than one chunk of every kernel, and none a whole number of them."""
+    """70 positions: more than one chunk of every kernel but mamba-ssm's, and none a whole number of them."""
     rng = torch.Generator().manual_seed(0)
     sizes = {"u": (2, 70, 40), "delta": (2, 70, 40), "A": (40, 16), "B": (2, 70, 16), "C": (2, 70, 16), "D": (40,)}
     values = {name: torch.randn(*size, generator=rng) for name, size in sizes.items()}
