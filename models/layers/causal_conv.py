@@ -28,8 +28,9 @@ def conv1d(x_BLD: Tensor, weight: Tensor, bias: Tensor | None, *, padding: int, 
     groups = x_BLD.shape[-1] // weight.shape[1]
     # [B, D, 1, L] with channels last in memory is [B, L, D] as it lies: 2 to 4 times faster on the CPU than conv1d
     image = x_BLD.transpose(1, 2).unsqueeze(2)
-    # on a GPU cuDNN alone takes that, and may compile a plan for each new length; PyTorch's own kernel wants a copy
-    channels_first = image.is_cuda and groups > 1
+    # on a GPU cuDNN alone takes that, and may compile a plan for each new length; PyTorch's own kernel wants a copy,
+    # and fails at 2^31 numbers, of which the result may have more than the image
+    channels_first = image.is_cuda and groups > 1 and image.numel() <= kernels.ADDRESSED // 2
     image = image.contiguous() if channels_first else image
     image = F.conv2d(image, weight.unsqueeze(2), bias, padding=(0, padding), dilation=(1, dilation), groups=groups)
     y_BLD = image.squeeze(2).transpose(1, 2)

@@ -6,9 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.interface import RnaInputs, RnaOutputs
+from models.layers import kernels
+from models.layers.causal_conv import conv1d
 from models.layers.ssd import ssd
 from pipeline import inference
 from pipeline.batch import RnaBatch
@@ -76,6 +79,24 @@ def test_numbers_are_those_of_the_cpu(case: str):
         torch.testing.assert_close(found[name].cpu(), x, rtol=1e-4, atol=1e-4)
     for grad, other in zip(grads, wanted, strict=True):
         torch.testing.assert_close(grad.cpu(), other, rtol=1e-3, atol=1e-5)
+
+
+def test_convolutions_too_large_for_pytorchs_own_kernel_go_to_cudnn(monkeypatch: pytest.MonkeyPatch):
+    """They were handed to it, which asks for canUse32BitIndexMath(input) and ends there."""
+    convolve, seen = F.conv2d, list[bool]()
+
+    def watched(image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(image.is_contiguous())
+        return convolve(image, *args, **kwargs)
+
+    monkeypatch.setattr(F, "conv2d", watched)
+    monkeypatch.setattr(kernels, "ADDRESSED", 2 * 2 * 9 * 6)
+    weight_D1K = torch.randn(6, 1, 3, device="cuda")
+    for length in (9, 10):
+        x_BLD = torch.randn(2, length, 6, device="cuda")
+        expected = conv1d(x_BLD.cpu(), weight_D1K.cpu(), None, padding=1)
+        torch.testing.assert_close(conv1d(x_BLD, weight_D1K, None, padding=1).cpu(), expected)
+    assert seen == [False, True, False, False]  # every second one is the CPU's
 
 
 @pytest.mark.parametrize("reverse", [False, True])
