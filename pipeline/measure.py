@@ -76,9 +76,9 @@ def spawn(module: str, cell: dict[str, Any], *, python: str | Path = sys.executa
     Raises:
         PipelineError: it failed otherwise.
     """
-    threads = str(cell.get("threads", ""))
+    threads = cell.get("threads")  # 0: a GPU's, which is told none
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, **({"OMP_NUM_THREADS": threads} if threads else {})}
+    environment = {**os.environ, "PYTHONPATH": path, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     # waiting threads sleep, as they do in training: spinning ones are slow beside any other process
     environment |= {"RNA_KERNELS": cell.get("kernels", "auto"), "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(

@@ -137,18 +137,32 @@ def test_promises_are_met_from_their_own_side(promise: Promise, met: bool):
     assert promise.met == met
 
 
-def test_a_measurement_finds_the_packages_that_its_parent_finds(monkeypatch):
-    """With mamba-ssm in a folder of PYTHONPATH, its cells ended in "No module named 'mamba_ssm'"."""
-    seen: dict[str, str] = {}
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The variables of a measurement's process, which is not started."""
+    found: dict[str, str] = {}
 
     def run(*_, env: dict[str, str], **__):
-        seen.update(env)
+        found.update(env)
         return SimpleNamespace(returncode=0, stdout="{}")
 
-    monkeypatch.setenv("PYTHONPATH", "elsewhere")
     monkeypatch.setattr(measure.subprocess, "run", run)
+    return found
+
+
+def test_a_measurement_finds_the_packages_that_its_parent_finds(monkeypatch, seen: dict[str, str]):
+    """With mamba-ssm in a folder of PYTHONPATH, its cells ended in "No module named 'mamba_ssm'"."""
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
     measure.spawn("module", {})
     assert seen["PYTHONPATH"] == f"{REPOSITORY}{os.pathsep}elsewhere"
+
+
+def test_a_measurement_on_a_gpu_keeps_the_threads_it_finds(monkeypatch, seen: dict[str, str]):
+    """They were 0: "libgomp: Invalid value for environment variable OMP_NUM_THREADS"."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    for threads, told in ((0, "7"), (2, "2")):
+        measure.spawn("module", {"threads": threads})
+        assert seen["OMP_NUM_THREADS"] == told
 
 
 def test_a_failed_measurement_says_what_failed():
