@@ -6,7 +6,8 @@ D width, N long convolutions of a block (its order - 1), F features of a time po
 
 Source: Hyena Hierarchy (Poli et al. 2023), HyenaDNA (Nguyen et al. 2023). Where this differs: time features are
 computed for the length at hand, so that a sequence longer than `l_max` continues the filter beyond its last trained
-point instead of failing; nothing under the padding enters a convolution.
+point instead of failing; nothing under the padding enters a convolution; from order 3 on the windows, slow to fast, are
+dealt out one convolution after the other, the first getting the slow ones, and not to each a sample of all.
 """
 
 import math
