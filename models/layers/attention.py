@@ -230,22 +230,23 @@ class _AttentionInGroups(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BHLD: Tensor) -> tuple[Tensor | None, ...]:
-        q_BHLD, k_BHLD, v_BHLD, *parts = ctx.saved_tensors
-        shared: list[Any] = [x if x is None else x.detach().requires_grad_() for x in (k_BHLD, v_BHLD, *parts[:2])]
-        given = [x for x in shared if x is not None]
+        q_BHLD, *shared = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
+        shared = [x.detach().requires_grad_() if need else x for x, need in zip(shared, needed, strict=True)]
+        given = [x for x, need in zip(shared, needed, strict=True) if need]
         sums = [torch.zeros_like(at_least_float32(x)) for x in given]  # over many groups: not in half precision
         grad_q_BHLD = torch.empty_like(q_BHLD)
         for start, stop in _groups(q_BHLD):
             q_BHRD = q_BHLD[:, :, start:stop].detach().requires_grad_()
             with torch.enable_grad(), torch.autocast(q_BHLD.device.type, **ctx.autocast):
-                bias_BHRL = BiasRows(*shared[2:], *parts[2:]).rows(start, stop)
+                bias_BHRL = BiasRows(*shared[2:]).rows(start, stop)
                 mixed_BHRD = F.scaled_dot_product_attention(q_BHRD, shared[0], shared[1], attn_mask=bias_BHRL)
             grad_q, *grads = torch.autograd.grad(mixed_BHRD, [q_BHRD, *given], grad_BHLD[:, :, start:stop])
             grad_q_BHLD[:, :, start:stop] = grad_q
             for total, grad in zip(sums, grads, strict=True):
                 total += grad
         found = iter(sums)
-        return grad_q_BHLD, *(x if x is None else next(found).to(x.dtype) for x in shared), None, None
+        return grad_q_BHLD, *(next(found).to(x.dtype) if need else None for x, need in zip(shared, needed, strict=True))
 
 
 class Attention(nn.Module):

@@ -56,8 +56,10 @@ def bias_of(kind: str) -> tuple[Callable[[], Tensor | BiasRows | None], list[Ten
         pair_BLLP = torch.randn(2, LENGTH, LENGTH, 3, requires_grad=True)
         return lambda: pair_BLLP, [pair_BLLP]
     bias = PairBias(2, use_bpp=kind == "bpp")
-    bpp_BLL = torch.rand(2, LENGTH, LENGTH) if kind == "bpp" else None
-    return lambda: bias(MASK_BL, bpp_BLL), list(bias.parameters())
+    if kind == "distance":
+        return lambda: bias(MASK_BL, None), list(bias.parameters())
+    bpp_BLL = torch.rand(2, LENGTH, LENGTH, requires_grad=True)
+    return lambda: bias(MASK_BL, bpp_BLL), [*bias.parameters(), bpp_BLL]
 
 
 @pytest.fixture
@@ -73,6 +75,7 @@ def in_groups(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 @pytest.mark.parametrize("kind", BIASES)
 def test_attention_in_groups_of_rows_equals_attention_with_all_gradients(kind: str, in_groups: Callable[[], None]):
+    """Base-pair probabilities got none in groups: whoever asked for one had what came through the embedding alone."""
     expected, gradients = attended(kind)
     in_groups()
     found, found_gradients = attended(kind)
