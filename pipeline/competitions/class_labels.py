@@ -9,15 +9,13 @@ from typing import Any
 import polars as pl
 
 from pipeline.competitions.sequence_files import Settings
-from pipeline.competitions.sequence_rows import duplicates, spot, train_table, with_ids
+from pipeline.competitions.sequence_rows import UNSAID, duplicates, spot, train_table, with_ids
 from pipeline.errors import DataError
 from pipeline.labels import Classes
 from pipeline.runlog import warn
 
 _MOST_CLASSES = 1 << 16
 _MOSTLY_NUMBERS = 0.8  # share of cells from which the others are faults in a column of numbers
-#: What a cell that says nothing may hold, in small letters.
-UNSAID = ("nan", "na", "n/a", "none", "null", "?")
 _BETWEEN_LABELS = (",", "|", "/", "+", "&", ";")  # signs that may stand between the labels in a cell
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from pipeline.competitions.class_labels import UNSAID, are_too_many, no_number
+from pipeline.competitions.class_labels import are_too_many, no_number
 from pipeline.competitions.sequence_files import Settings
-from pipeline.competitions.sequence_rows import duplicates, spot, train_table, with_ids
+from pipeline.competitions.sequence_rows import UNSAID, duplicates, spot, train_table, with_ids
 from pipeline.errors import DataError
 from pipeline.labels import Numbers
 from pipeline.runlog import amount, say, warn

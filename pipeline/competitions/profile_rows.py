@@ -7,6 +7,7 @@ import polars as pl
 
 from pipeline.competitions.profile_columns import REPAIR, Rows, read_numbers
 from pipeline.competitions.profile_files import FILE, ROW, Settings
+from pipeline.competitions.sequence_rows import relatives
 from pipeline.competitions.table_files import read_flags, usual_columns
 from pipeline.errors import DataError
 from pipeline.runlog import warn
@@ -89,12 +90,13 @@ def numbers_of(frame: pl.DataFrame, roles: Mapping[str, str], role: str) -> np.n
 def describe(frame: pl.DataFrame, roles: Mapping[str, str], rows: Rows) -> pl.DataFrame:
     """``sequence_id, sequence, dataset_name, group, passes``."""
     texts = {name: frame[roles[role]].cast(pl.String) for name, role in _TEXTS.items() if role in roles}
+    nothing = pl.Series([None] * frame.height, dtype=pl.String)
     return pl.DataFrame(
         {
             "sequence_id": _ids(frame, roles),
             "sequence": frame[SEQUENCE],
             "dataset_name": texts.get("dataset_name", pl.Series(["train"] * frame.height)).fill_null(""),
-            "group": texts.get("group", pl.Series([None] * frame.height, dtype=pl.String)).replace("", None),
+            "group": relatives(texts.get("group", nothing), where=frame[FILE][0]),
             "passes": passes_of(frame, roles, rows),
         }
     )

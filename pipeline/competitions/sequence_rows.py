@@ -14,6 +14,9 @@ from pipeline.labels import letters_of, unknown_letter
 from pipeline.runlog import amount, warn
 from pipeline.schema import ALPHABET, AMINO_ACIDS
 
+#: What a cell that says nothing may hold, in small letters.
+UNSAID = ("nan", "na", "n/a", "none", "null", "?")
+
 _NUCLEIC_FROM, _PROTEIN_BELOW = 0.9, 0.6  # share of nucleotides' letters; proteins have about a quarter
 _USUAL_SETTINGS = Settings()
 
@@ -173,15 +176,27 @@ def with_ids(frame: pl.DataFrame, table: str, *, may_repeat: bool) -> pl.DataFra
 
 def train_table(frame: pl.DataFrame, labels: pl.Expr) -> pl.DataFrame:
     """The clean train table, of rows with ``sequence_id``; where `labels` is null, a sequence is not scored."""
-    group = pl.col("group") if "group" in frame.columns else pl.lit("")
+    none = pl.lit(None, dtype=pl.String).alias("group")
     return frame.select(
         "sequence_id",
         "sequence",
         pl.lit("train").alias("dataset_name"),
-        group.replace("", None).alias("group"),
+        relatives(frame["group"], where=frame["where"][0]) if "group" in frame.columns else none,
         labels.is_not_null().alias("scored"),
         labels,
     ).sort("sequence_id")
+
+
+def relatives(groups: pl.Series, *, where: str) -> pl.Series:
+    """``group``: names without blanks around them, null = none are known; a warning where a name may say just that."""
+    names = groups.str.strip_chars().replace("", None).alias("group")
+    unsaid = names.filter(names.str.to_lowercase().is_in(UNSAID))
+    if unsaid.len() > 1:
+        warn(
+            f"{where}: the {unsaid.len():,} sequences of group {unsaid[0]!r} are taken for relatives, which share a "
+            "fold. Next, if it means that none are known: empty these cells."
+        )
+    return names
 
 
 def duplicates(train: pl.DataFrame, frame: pl.DataFrame, labels: str, *, rows: int) -> dict[str, int]:

@@ -187,6 +187,21 @@ def test_a_column_of_nothing_has_no_type_of_its_own(tmp_path: Path):
     assert paths.clean("train").read_bytes() == clean
 
 
+@pytest.mark.parametrize("kind", ["labelled", "profiles"])
+def test_blanks_around_groups_are_none_and_names_that_say_nothing_are_told(kind: str, raw: Path, run: Any, capsys: Any):
+    """'g ' was another group than 'g', so relatives were in two folds; ' ' was a group, of 'NA' nothing was said."""
+    first, *rows = (PROFILES if kind == "profiles" else LABELLED).splitlines()
+    groups = ["g ", "g", "NA", "NA", " ", ""]
+    rows += [rows[0].replace("p0", "p4"), rows[1].replace("p1", "p5")]
+    lines = [f"{row},{group}" for row, group in zip(rows, groups, strict=True)]
+    (raw / "train.csv").write_text("\n".join([f"{first},group", *lines]) + "\n")
+    assert run(kind)["group"].to_list() == ["g", "g", "NA", "NA", None, None]
+    assert "train.csv: the 2 sequences of group 'NA' are taken for relatives" in capsys.readouterr().err
+    (raw / "train.csv").write_text((raw / "train.csv").read_text().replace("NA", "N"))
+    run(kind)
+    assert "relatives" not in capsys.readouterr().err
+
+
 # --- what is refused ---
 
 
