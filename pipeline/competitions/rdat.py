@@ -82,7 +82,7 @@ def _enter(construct: _Construct, key: str, index: int, rest: str, place: str) -
     """Take in one line of a construct."""
     try:
         if key == "SEQUENCE":
-            construct.sequence = rest.split()[-1]
+            (construct.sequence,) = re.sub(r"^\d+\s", "", rest).split()
         elif key == "OFFSET":
             construct.offset = int(rest)
         elif key == "SEQPOS":
@@ -94,7 +94,7 @@ def _enter(construct: _Construct, key: str, index: int, rest: str, place: str) -
         elif key in _NUMBERED:
             numbers = [float(word) for word in re.split(r"[\s,]+", rest)]
             construct.profiles[index]["error" if key.endswith("ERROR") else "values"] = numbers
-    except (ValueError, IndexError) as err:
+    except ValueError as err:
         raise DataError(f"{place}: {key} holds {rest[:40]!r} ({err}). {_NEXT}") from err
 
 

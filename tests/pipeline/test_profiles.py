@@ -484,6 +484,7 @@ def test_rdat_without_seqpos_has_a_value_for_each_letter(raw: Path, run: Any, pa
         (("REACTIVITY:1\t0.4", "REACTIVITY:1\tx"), "line 12: REACTIVITY holds"),
         (("mutation:G12C", "mutation:A12C"), "mutation A12C does not fit its construct"),
         (("NAME\ttest\n", ""), "line 2: 'SEQUENCE"),
+        (("\tGGAAC\n", "\tAGG GGAAC\n"), "line 3: SEQUENCE holds 'AGG GGAAC'"),
         (("SEQPOS\tA14\tA13\tG12", ""), "3 values; there is no SEQPOS, and the sequence has 5 positions"),
         (("SEQPOS\tA14\tA13\tG12", "SEQPOS\t4 3 2"), "SEQPOS 2 to 4 with OFFSET 10; expected 11 to 15"),
         (("signal_to_noise:weak:0.5", "signal_to_noise:weak"), "profile 2: signal_to_noise:weak; expected a number"),
