@@ -289,10 +289,10 @@ def _start_of(counts_N: np.ndarray, rows: Rows) -> np.ndarray:
 
 def _starts(counts_N: np.ndarray, rows: Rows, *, name: str) -> np.ndarray:
     start_N = _start_of(counts_N, rows)
-    wrong_N = ~(start_N >= 0) | ((start_N + counts_N > rows.lengths_N) & (start_N > 0))
+    wrong_N = ~(start_N >= 0) | (start_N % 1 > 0) | ((start_N + counts_N > rows.lengths_N) & (start_N > 0))
     if wrong_N.any():
         row = int(wrong_N.argmax())
-        begins = "" if np.isnan(start_N[row]) else f", from position {start_N[row] + 1:.0f} on"
+        begins = "" if np.isnan(start_N[row]) else f", from position {start_N[row] + 1:g} on"
         raise DataError(
             f"{rows.where[row]}: {name} holds {counts_N[row]} values{begins}; the sequence has "
             f"{rows.lengths_N[row]} letters, expected as many. Next: fill up with null, or say in columns.toml which "

@@ -320,6 +320,7 @@ REFUSED: dict[str, tuple[Rows, str, str]] = {
     "short": (one(shape=[0.1, 0.2]), "", r"row 1 \(id a\): shape holds 2 values; the sequence has 5 letters"),
     "long": (one(shape=[0.1] * 7), "", r"row 1 \(id a\): shape holds 0.1 at position 6; .* nothing beyond"),
     "beyond": (one(shape=[0.1] * 3, first_pos=4), "", "3 values, from position 4 on"),
+    "between": (one(shape=[0.1] * 3, first_pos=2.5), "", "3 values, from position 2.5 on"),
     "before": (one(shape=[0.1] * 3, first_pos=0), "", "3 values, from position 0 on"),
     "infinite": (one(shape=[0.1, float("inf"), 0.3, 0.4, 0.5]), "", r"shape holds 'inf' at position 2"),
     "too-large": (
