@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 
+from pipeline.competitions.table_files import read_sample
 from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.tables import open_parquet, read_batches
@@ -91,20 +92,16 @@ def read_sample_rows(paths: Paths, ids: pl.Series, sample: Path | None) -> tuple
 
 def _read(path: Path) -> pl.DataFrame:
     if path.suffix == ".parquet":
-        open_parquet(path).close()
-        table = pl.read_parquet(path)
-    else:
-        try:
-            table = pl.read_csv(path, infer_schema=False)
-        except (pl.exceptions.PolarsError, OSError) as err:
-            told = str(err).splitlines()[0]
-            raise DataError(f"{path}: no readable CSV ({told}). Next: give the set's own sample submission.") from err
+        open_parquet(path).close()  # which knows the command that makes the set's own again
+    elif not path.is_file():
+        raise DataError(f"{path}: no such file. Next: give the set's own sample submission.")
+    table = read_sample(path)
     if not table.height or table.width < 2:
         raise DataError(
             f"{path}: {table.height} rows of {', '.join(table.columns)[:80]}; expected ids and at least one column "
             "beside them. Next: give the set's own sample submission."
         )
-    return table.select(pl.all().cast(pl.String))
+    return table
 
 
 def _check_ids(first: pl.Series, ids: pl.Series, *, where: str) -> None:

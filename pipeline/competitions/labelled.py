@@ -30,7 +30,7 @@ from pipeline.competitions.sequence_rows import (
     warn_of_unknown,
     with_ids,
 )
-from pipeline.competitions.table_files import column_names, ending, read_table, refuse_foreign
+from pipeline.competitions.table_files import ending, read_sample, refuse_foreign
 from pipeline.errors import DataError
 from pipeline.labels import (
     Classes,
@@ -141,7 +141,7 @@ def read_sequences(path: Path, *, alphabet: str, also: Sequence[str] = (), place
 
 def _write_sample(path: Path, ids: pl.Series, part: Path, *, hidden: bool) -> None:
     """The sample submission as text; beside a hidden test set of other ids, its first row for each of those."""
-    sample = read_table(path, column_names(path)).select(pl.all().cast(pl.String))
+    sample = read_sample(path)
     first = sample[sample.columns[0]]
     lost = set(ids) ^ set(first)
     if hidden and sample.height and (lost or first.is_duplicated().any()):

@@ -14,7 +14,7 @@ import polars as pl
 from pipeline.competitions import sequence_files, table_files
 from pipeline.competitions.columns_toml import read_told
 from pipeline.competitions.profile_columns import MISSING, REPAIR
-from pipeline.competitions.raw import kind_of, read_json_lines, refuse_twice
+from pipeline.competitions.raw import kind_of, read_json_lines
 from pipeline.competitions.rdat import read_rdat
 from pipeline.competitions.table_files import FASTA, ending, read_fasta
 from pipeline.errors import DataError
@@ -92,9 +92,7 @@ def _read_file(path: Path, settings: Settings) -> pl.DataFrame:
         return _read_rdat(path, settings)
     if kind in _JSON:
         return _read_records(path)
-    names = [name for name in table_files.column_names(path) if name]  # spreadsheets end lines with separators
-    refuse_twice(names, where=path.name)
-    table = table_files.read_table(path, names, blank_lines=True)
+    table = table_files.read_whole(path)
     return table if kind_of(path) == "parquet" else table_files.number_rows(table, ROW)
 
 

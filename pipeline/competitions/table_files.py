@@ -13,7 +13,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from pipeline.competitions.raw import kind_of, open_parquet
+from pipeline.competitions.raw import kind_of, open_parquet, refuse_twice
 from pipeline.errors import DataError
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
@@ -27,6 +27,7 @@ _FOREIGN = {
     **dict.fromkeys((".xlsx", ".xls"), ("a workbook", "pandas.read_excel({0!r})")),
     **dict.fromkeys((".feather", ".arrow"), ("an Arrow file", "pandas.read_feather({0!r})")),
 }
+_ROW = " row"  # of a sample, none of whose columns is called so
 NUCLEOTIDE = "[ACGTUNacgtun]"
 _UNIT = re.compile(r"\s*[(\[][^()\[\]]*[)\]]$")  # "tm [°C]"
 
@@ -129,6 +130,27 @@ def read_table(path: Path, columns: Sequence[str], *, blank_lines: bool = False)
             told = f"row {row.number - 1:,} has {row.actual_columns} cells, {row.text[:40]!r}; expected "
             told += f"{row.expected_columns}, as the first line has"
         raise DataError(f"{path.name}: {told}. Next: repair that row, or get the file again.") from err
+
+
+def read_whole(path: Path) -> pl.DataFrame:
+    """All columns that have a name (spreadsheets end lines with separators), of all rows.
+
+    Raises:
+        DataError: see `read_table`; or two columns have one name.
+    """
+    names = [name for name in column_names(path) if name]
+    refuse_twice(names, where=path.name)
+    return read_table(path, names, blank_lines=True)
+
+
+def read_sample(path: Path) -> pl.DataFrame:
+    """A sample submission as text, rows without anything left out.
+
+    Raises:
+        DataError: see `read_whole`.
+    """
+    table = read_whole(path).select(pl.all().cast(pl.String))
+    return number_rows(table, _ROW).drop(_ROW)
 
 
 def number_rows(frame: pl.DataFrame, name: str) -> pl.DataFrame:

@@ -570,6 +570,22 @@ def test_the_sample_submission_is_kept_as_text(raw, paths, run):
     assert sample.rows() == [("d", "0.5"), ("a", "0.5"), ("b", "1e-3"), ("c", "")]
 
 
+def test_a_sample_submission_out_of_a_spreadsheet_is_the_same_and_a_column_twice_is_refused(raw, paths, run):
+    """Columns without names became column_2, 'other columns' when submitted; rows of separators were "differ in 1 rows,
+    such as ''"; a name twice was no sentence but polars' DuplicateError."""
+    ROWS.write_csv(raw / "train.csv")
+    ROWS.write_csv(raw / "test.csv")
+    text = "id;target;;\nd;0.5;;\n;;;\na;0.5;;\nb;1e-3;;\nc;;;\n;;;\n"
+    (raw / "sample_submission.csv").write_text(text)
+    run()
+    sample = pl.read_parquet(paths.clean("sample"))
+    assert sample.columns == ["id", "target"]
+    assert sample.rows() == [("d", "0.5"), ("a", "0.5"), ("b", "1e-3"), ("c", "")]
+    (raw / "sample_submission.csv").write_text(text.replace("target;", "target;target"))
+    with pytest.raises(DataError, match=r"sample_submission.csv: column 'target' is there twice; .* Next: remove one"):
+        run()
+
+
 @pytest.mark.parametrize("beside", ["train.csv", "columns.toml"])
 def test_the_test_set_alone_is_read_where_nothing_is_trained(beside, raw, paths, run):
     ROWS.write_csv(raw / "test.csv")

@@ -449,11 +449,15 @@ def test_a_sample_that_is_given_says_what_is_expected(plain, tmp_path):
     pl.DataFrame({"seq": ids, "family": ["tRNA"] * 8}).write_csv(sample)
     pl.DataFrame({"seq": ids, "family": ["rRNA"] * 8}).write_csv(mine)
     assert check.run(plain, competition=LABELLED, file=mine, sample=sample).facts["rows"] == 8
+    sample.write_text(sample.read_text().replace(",", ";") + ";\n")
+    assert check.run(plain, competition=LABELLED, file=mine, sample=sample).facts["rows"] == 8
     with pytest.raises(DataError, match="other columns: got 'seq,family'; expected 'id,miRNA,rRNA,tRNA'"):
         check.run(plain, competition=LABELLED, file=mine)
     sample.write_text("seq\n")
     with pytest.raises(DataError, match="0 rows of seq; expected ids and at least one column"):
         check.run(plain, competition=LABELLED, file=mine, sample=sample)
+    with pytest.raises(DataError, match=r"none.csv: no such file\. Next: give"):
+        check.run(plain, competition=LABELLED, file=mine, sample=tmp_path / "none.csv")
 
 
 def corrupt(text: str, what: str) -> str:
