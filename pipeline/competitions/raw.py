@@ -213,7 +213,11 @@ class RawBytes:
         elif kind == "zip":
             archive = zipfile.ZipFile(self._disk)
             member = archive.getinfo(_member(path, f"{stem}{suffix}"))
-            self._bytes = self._gauge = archive.open(member)
+            try:
+                self._bytes = self._gauge = archive.open(member)
+            except (zipfile.BadZipFile, OSError, RuntimeError) as err:  # or it has a password
+                self._disk.close()
+                raise _damaged(path, err) from err
             self.total = member.file_size
 
     def read(self, size: int = -1) -> bytes:
@@ -225,7 +229,7 @@ class RawBytes:
         try:
             data = self._bytes.read(size)
         except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as err:
-            raise DataError(f"{self.path.name}: damaged or cut short: {err}. Next: download it again.") from err
+            raise _damaged(self.path, err) from err
         self.last = data[-1:] or self.last
         return data
 
@@ -241,6 +245,10 @@ class RawBytes:
         self.closed = True
         self._bytes.close()
         self._disk.close()
+
+
+def _damaged(path: Path, err: Exception) -> DataError:
+    return DataError(f"{path.name}: damaged or cut short: {err}. Next: download it again.")
 
 
 def open_raw_bytes(path: Path, stem: str, *, suffix: str = ".csv") -> closing[RawBytes]:
@@ -411,7 +419,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     try:
         # Without pre_buffer=False, pyarrow 26 holds all that it has read of the file until the last batch.
         return pq.ParquetFile(path, pre_buffer=False)
-    except (pa.ArrowException, OSError) as err:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as err:
         raise DataError(f"{path.name}: not a whole parquet file: {err}. Next: download it again.") from err
 
 
@@ -422,6 +430,8 @@ def _parquet_batches(path: Path, types: Mapping[str, pa.DataType]) -> Iterator[p
         while True:
             try:
                 batch = next(batches, None)
+                if batch:
+                    batch.validate(full=True)  # text that is none takes others down
             except (pa.ArrowException, OSError) as err:
                 raise DataError(f"{path.name}: damaged after row {done}: {err}. Next: download it again.") from err
             if batch is None:

@@ -101,9 +101,9 @@ def read_table(path: Path, columns: Sequence[str], *, blank_lines: bool = False)
     try:
         if kind_of(path) == "parquet":
             with open_parquet(path) as file:
-                return pl.DataFrame(file.read(columns=list(columns))).with_columns(
-                    pl.col(pl.Categorical).cast(pl.String)
-                )
+                table = file.read(columns=list(columns)).replace_schema_metadata(None)
+            table.validate(full=True)  # of text that is none, metadata's too, polars panics, or crashes later
+            return pl.DataFrame(table).with_columns(pl.col(pl.Categorical).cast(pl.String))
         names, separator = _header(path)
         with pa.input_stream(str(path), compression="gzip" if kind_of(path) == "gzip" else None) as source:
             return pl.DataFrame(

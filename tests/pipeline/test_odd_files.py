@@ -260,3 +260,26 @@ def test_what_is_refused_says_what_to_do(case: str, raw: Path, run: Any):
     with pytest.raises(DataError, match=sentence) as caught:
         run(kind)
     assert str(caught.value).count("Next: ") == 1
+
+
+@pytest.mark.parametrize("kind", ["labelled", "profiles", "ribonanza"])
+@pytest.mark.parametrize(
+    ("part", "flipped"), [(b"GGAAC", b"GG\xffAC"), (b"sequence", b"s\xe8quence"), (b"told", b"t\xffld")]
+)
+def test_a_flipped_byte_in_a_parquet_file_is_told(kind: str, part: bytes, flipped: bytes, raw: Path, tmp_path: Path):
+    """Python ended with a segmentation fault or polars' panic in letters, in UnicodeDecodeError of a column's name."""
+    paths = Paths(comp=kind, root=tmp_path / "artifacts")
+    name = "train_data.parquet" if kind == "ribonanza" else "train.parquet"
+    columns = {"sequence_id": IDS, "sequence": TEXT, "shape": LISTS, "label": pa.array(["x", "y"] * 2)}
+    if kind == "ribonanza":
+        write_ribonanza(raw, sequences=2, test=2)["train_data.csv"].unlink()
+        columns |= {"experiment_type": pa.array(["DMS_MaP"] * 4), "dataset_name": IDS, "SN_filter": pa.array([1] * 4)}
+        columns |= dict.fromkeys(("signal_to_noise", "reactivity_0001", "reactivity_error_0001"), pa.array([1.0] * 4))
+    table = pa.table(columns).replace_schema_metadata({"told": "by another program"})
+    pq.write_table(table, raw / name, compression="none", use_dictionary=False, store_schema=False)
+    (raw / name).write_bytes((raw / name).read_bytes().replace(part, flipped))
+    if part == b"told":
+        assert preprocess.run(get_competition(kind), raw, paths).facts["sequences"] == 4
+        return
+    with pytest.raises(DataError, match=rf"{name}: .* Next: "):
+        preprocess.run(get_competition(kind), raw, paths)

@@ -418,12 +418,14 @@ def test_cut_packed_file_is_refused(name: str, share: float, tmp_path: Path):
     refused(folder, tmp_path / "out", f"{name}: .*Next: download it again")
 
 
-def test_flipped_byte_in_a_packed_file_is_refused(tmp_path: Path):
+@pytest.mark.parametrize("flip", [(b"a,ACGUACG,DMS", b"a,ACGUACC,DMS"), (b"data.csv", b"dat\xe1.csv")])
+def test_flipped_byte_in_a_packed_file_is_refused(flip: tuple[bytes, bytes], tmp_path: Path):
+    """Where the archive says again what its member is called, zipfile's BadZipFile was no sentence."""
     folder = raw_folder(tmp_path / "raw", None)
     path = folder / "train_data.csv.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("train_data.csv", wide_csv(GOOD))
-    path.write_bytes(path.read_bytes().replace(b"a,ACGUACG,DMS", b"a,ACGUACC,DMS"))
+    path.write_bytes(path.read_bytes().replace(*flip, 1))
     refused(folder, tmp_path / "out", "train_data.csv.zip: damaged or cut short")
 
 
