@@ -32,7 +32,7 @@ def open_parquet(path: Path, columns: Sequence[str] = ()) -> pq.ParquetFile:
     try:
         # Without pre_buffer=False, pyarrow 26 holds all that it has read of the file until the last batch.
         opened = pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False)
-    except (pa.ArrowInvalid, OSError) as err:
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as err:
         raise DataError(
             f"{path}: not a readable parquet file ({_first_line(err)}). Next: remove it and run its stage again."
         ) from err

@@ -140,6 +140,7 @@ def _parquet_blocks(file: Path, columns: Mapping[str, Kind]) -> Iterator[pa.Tabl
     schema = pa.schema([(name, ARROW[kind]) for name, kind in columns.items()])
     try:
         for batch in opened.iter_batches(batch_size=_BATCH_ROWS):
+            batch.validate(full=True)  # letters that are none
             yield pa.Table.from_batches([batch]).cast(schema)
     except (pa.ArrowInvalid, OSError) as err:
         raise DataError(f"{file}: damaged ({str(err).splitlines()[0]}). Next: make submit again.") from err

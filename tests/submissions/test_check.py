@@ -326,6 +326,19 @@ def test_a_candidate_given_twice_is_accepted_with_a_warning(structure_paths, tmp
     assert "1 target has the same candidate more than once: Q1;" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("part", "flipped", "message"),
+    [(b"Q2_B_1", b"Q2\xffB_1", r"bad.parquet: damaged \("), (b"resname", b"resn\xe8me", "not a readable parquet file")],
+)
+def test_a_flipped_byte_in_a_name_is_told(structure_paths, tmp_path, part, flipped, message):
+    """UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff in position 2"""
+    file = tmp_path / "bad.parquet"
+    structure_table(structure_paths).write_parquet(file, compression="uncompressed")
+    file.write_bytes(file.read_bytes().replace(part, flipped))
+    with pytest.raises(DataError, match=message):
+        run(structure_paths, file, RNA3D)
+
+
 def test_structure_sample_alone_is_enough(structure_paths, tmp_path):
     sample = write(structure_table(structure_paths), tmp_path / "sample.parquet")
     shutil.rmtree(structure_paths.home)
