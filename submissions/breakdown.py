@@ -214,7 +214,13 @@ class Breakdown:
 
 
 def _ranges(rows: list[dict[str, Any]], *, step: int = 0, edges: Sequence[int] = ()) -> list[dict[str, Any]]:
-    """Rows with a ``label`` such as "100-149" (whole numbers) or "2 to 4" (edges), "16 or more" at the end."""
+    """Rows with a ``label`` such as "100-149" (whole numbers) or, of edges, those below.
+
+    Below the first edge there are profiles, too: of nothing but noise some have a mean reactivity below 0.
+
+    >>> [row["label"] for row in _ranges([{"from": low} for low in (0, 2, 16)], edges=SIGNAL_EDGES)]
+    ['below 1', '2 to 4', '16 or more']
+    """
     labelled = []
     for row in rows:
         low = row["from"]
@@ -222,6 +228,7 @@ def _ranges(rows: list[dict[str, Any]], *, step: int = 0, edges: Sequence[int] =
             label = f"{low}-{low + step - 1}"
         else:
             after = [edge for edge in edges if edge > low]
-            label = f"{low} to {after[0]}" if after else f"{low} or more"
+            begins = f"{low} to" if low > edges[0] else "below"
+            label = f"{begins} {after[0]}" if after else f"{low} or more"
         labelled.append({"label": label} | row)
     return labelled
