@@ -88,8 +88,8 @@ def values_sections(subject: Subject) -> dict[str, tuple[str, Markup]]:
 def _calibration_section(gathered: _Gathered) -> Markup:
     drawings = []
     for place, (target, counts_BB) in enumerate(zip(gathered.competition.targets, gathered.counts_CBB, strict=True)):
-        unit = "degradation" if target.startswith("deg_") else "reactivity"
-        unit = brief(target) if gathered.competition.is_own else unit
+        kinds = {} if gathered.competition.is_own else {"deg_": "degradation", "reactivity": "reactivity"}
+        unit = next((kind for start, kind in kinds.items() if target.startswith(start)), brief(target))
         low, high = gathered.competition.shown_ranges[place]
         drawing = figures.calibration(counts_BB, low=low, high=high, unit=unit, colour=place)
         drawings.append(page.figure(drawing, title=short_name(target)))

@@ -69,7 +69,8 @@ class Competition:
     test_inputs: tuple[str, ...] = ()
     test_tables: tuple[str, ...] = ()
     default_model: str = "ribonanza_mamba"  #: config that is trained unless another is named
-    shown_ranges: tuple[tuple[float, float], ...] = ()  #: of each target's values in figures
+    #: of each target's values in figures, and where its median is looked for; the range, if there is one
+    shown_ranges: tuple[tuple[float, float], ...] = ()
     metric_note: str = ""  #: a sentence on what the metric's name does not tell
     meaning: str = ""  #: a sentence for who sees such values for the first time
     #: of a set of one's own: what its clean tables say that this description cannot; {} where there are none yet
@@ -79,6 +80,16 @@ class Competition:
     facts: Facts = field(default_factory=dict)  #: those that were applied
     #: of values per nucleotide that a network was trained to give in deviations: mean and deviation of each target
     units: Numbers | None = None
+
+    def __post_init__(self) -> None:
+        """ValueError where figures and floors could not tell which values to expect of a target."""
+        if self.task == "values" and not self.shown_ranges and self.target_range:
+            object.__setattr__(self, "shown_ranges", (self.target_range,) * len(self.targets))
+        if self.task == "values" and len(self.shown_ranges) != len(self.targets):
+            raise ValueError(
+                f"competition {self.name}: shown_ranges of {len(self.shown_ranges)} targets; expected (low, high) for "
+                f"each of {', '.join(self.targets) or 'none'}."
+            )
 
     def with_facts(self, facts: Facts) -> "Competition":
         """The competition as its data say it is."""

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -583,6 +584,14 @@ def test_competitions_are_known_by_their_own_name():
         assert get_competition(name) is competition
         assert competition.name == name
         assert competition.tables[0] == "train"
+
+
+def test_a_competition_shows_the_range_of_its_values_or_says_another():
+    """ValueError: not enough values to unpack, of the report; by MAE there were no floors, for want of places."""
+    ranged = replace(get_competition("ribonanza"), targets=("shape",), shown_ranges=(), target_range=(0.0, 2.0))
+    assert ranged.shown_ranges == ((0.0, 2.0),)
+    with pytest.raises(ValueError, match=r"openvaccine: shown_ranges of 0 targets; expected .* each of reactivity"):
+        replace(get_competition("openvaccine"), shown_ranges=())
 
 
 def test_unknown_competition_names_the_closest():

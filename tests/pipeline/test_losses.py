@@ -403,7 +403,7 @@ def test_weights_that_would_have_no_effect_or_leave_nothing_are_refused(comp, we
 
 
 def test_the_weight_of_an_only_target_is_refused():
-    profiles = replace(get_competition("profiles"), targets=("shape",))
+    profiles = replace(get_competition("profiles"), targets=("shape",), target_range=(0.0, 2.0))
     config = RunConfig(model=ModelConfig(name="hyena"), train=TrainConfig(target_weights={"shape": 0.5}))
     with pytest.raises(ConfigError, match=r"shape = 0.5 weighs the only target; expected two or more targets"):
         refuse_idle(config, profiles)

@@ -24,7 +24,7 @@ from pipeline.stage import write_json
 from submissions import evaluate, figures, page, report
 from submissions.subject import Subject, brief
 from submissions.training_report import Training
-from submissions.values_report import _errors_section, _Gathered, _key, _strip
+from submissions.values_report import _calibration_section, _errors_section, _Gathered, _key, _strip
 from tests.chain_tables import (
     FOLDS,
     SPLIT,
@@ -329,6 +329,17 @@ def test_every_unit_has_a_scale_of_colours():
     assert [text for text in reader.texts if text.strip()] == [
         "shape:", "-0.0001 and below", "0.0001 and above", "dms:", "0 and below", "50 and above",
     ]  # fmt: skip
+
+
+def test_what_is_no_reactivity_is_not_called_one():
+    """The axes of a competition that somebody added said "measured, reactivity" of whatever it predicts."""
+    targets = ("reactivity", "deg_50C", "shape")
+    competition = replace(get_competition("openvaccine"), targets=targets, shown_ranges=((0.0, 1.0),) * 3)
+    gathered = SimpleNamespace(competition=competition, counts_CBB=np.ones((3, 100, 100)))
+    reader = Reader()
+    reader.feed(_calibration_section(gathered))
+    units = [text.removeprefix("measured, ") for text in reader.texts if text.startswith("measured, ")]
+    assert units == ["reactivity", "degradation", "shape"]
 
 
 def test_bars_of_small_heights_say_them():
