@@ -45,12 +45,11 @@ def run(paths: Paths, *, competition: Competition, name: str) -> Report:
     told = read_result(
         paths.ensemble_dir(name) / "weights.json", hint=f"make ensemble COMP={competition.name} NAME={name}"
     )
-    networks = [run for run in told["runs"] if not is_stage(run)]
-    trained = {run: [_trained(paths, run, fold) for fold in told["folds"]] for run in networks}
+    trained = _in_order(paths, told)
     home = paths.home / "handover" / name
     home.mkdir(parents=True, exist_ok=True)
     features = {facts["config"]["data"].get("features") for folds in trained.values() for facts in folds} - {None, ""}
-    steps = _steps(competition, paths, told, name, features=features)
+    steps = _steps(competition, paths, told, name, networks=list(trained), features=features)
     texts = {
         "README.md": _readme(competition, told, name, trained, steps),
         "requirements.txt": _requirements(),
@@ -68,6 +67,27 @@ def run(paths: Paths, *, competition: Competition, name: str) -> Report:
     return Report(stage="handover", status="built", outputs=outputs, facts=facts, seconds=time.monotonic() - started)
 
 
+def _in_order(paths: Paths, told: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Every network that the ensemble comes from -> its folds, after the networks that it learned from or began with.
+
+    Those of other competitions and those that are not there any more are left out; the README names them.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+
+    def visit(run: str, *above: str) -> None:
+        if run in found or run in above or not (paths.run_dir(run).is_dir() or run in told["runs"]):
+            return
+        folds = [_trained(paths, run, fold) for fold in told["folds"]]
+        for other in folds[0]["needs"]:
+            visit(other, run, *above)
+        found[run] = folds
+
+    for run in told["runs"]:
+        if not is_stage(run):
+            visit(run)
+    return found
+
+
 def _trained(paths: Paths, run: str, fold: int) -> dict[str, Any]:
     """What a fold's training was and took, from its checkpoint and its metrics."""
     folder = paths.fold_dir(run, fold)
@@ -77,10 +97,14 @@ def _trained(paths: Paths, run: str, fold: int) -> dict[str, Any]:
     if meta is None or not starts:
         raise DataError(f"{folder}: no readable checkpoint or metrics.jsonl. Next: make train FOLD={fold}.")
     kept = ("device", "device_name", "precision", "parameters", "threads")
+    pseudo, initial = list(meta["data"].get("pseudo", {}).get("runs", ())), meta.get("initial")
+    home = paths.run_dir(initial["run"]).resolve() if initial else None
+    began = home and Path(meta["config"]["model"].get("init", "")).resolve().is_relative_to(home)
     return {key: starts[-1].get(key, "") for key in kept} | {
         "config": meta["config"],
-        "initial": meta.get("initial"),
-        "pseudo": list(meta["data"].get("pseudo", {}).get("runs", ())),
+        "initial": initial,
+        "pseudo": pseudo,
+        "needs": [*pseudo, *([initial["run"]] if initial and began else [])],
         "steps": meta["step"],
         "finished": meta["progress"]["finished"],
         "seconds": _seconds(rows),
@@ -96,7 +120,13 @@ def _seconds(rows: list[dict[str, Any]]) -> float | None:
 
 
 def _steps(
-    competition: Competition, paths: Paths, told: Mapping[str, Any], name: str, *, features: set[str]
+    competition: Competition,
+    paths: Paths,
+    told: Mapping[str, Any],
+    name: str,
+    *,
+    networks: list[str],
+    features: set[str],
 ) -> list[tuple[str, str]]:
     """What happens -> the command, in order."""
     at = f"COMP={competition.name}"
@@ -104,6 +134,7 @@ def _steps(
     uses_library = library_path(paths).is_file() and any(map(is_stage, told["runs"]))
     split = f"SPLIT={told['split']}"
     partial = bool(told["folds_left_out"])
+    runs = [run.removesuffix(f".{told['split']}") for run in told["runs"]]
     given = " ".join(f"{each}=<folder or parquet>" for each in sorted(features))
     trained = [f"train FOLD={fold}" for fold in told["folds"]] if partial else ["train-all"]
     return [
@@ -117,10 +148,13 @@ def _steps(
         ("Assign the folds", f"make folds {at} {split}"),
         *(
             (f"Make the predictions of {run}", f"make {target} {at} {split}{rest}")
-            for run in told["runs"]
+            for run in [*filter(is_stage, told["runs"]), *networks]
             for target, rest in _targets(paths, run, trained)
         ),
-        ("Join the predictions", f"make ensemble {at} {split} NAME={name}{' PARTIAL=1' if partial else ''}"),
+        (
+            "Join the predictions",
+            f'make ensemble {at} {split} NAME={name} RUNS="{" ".join(runs)}"{" PARTIAL=1" if partial else ""}',
+        ),
         ("Write and check the submission", f"make submit {at} NAME={name}"),
         ("Predict new sequences", f'make predict {at} NAME={name} FILE=<sequences> FEATURES="{given}"')
         if features  # which no notebook gets
@@ -189,6 +223,8 @@ def _readme(
             lines.append(
                 f"| {run} | {fold} | {facts['parameters']:,} | {did} | {device} | {facts['precision']} | {spent} |"
             )
+    if others := [run for run in trained if run not in told["runs"]]:
+        lines += ["", *(f"{run}: not in the ensemble; others learned from it, or began with it." for run in others)]
     stages = [run for run in told["runs"] if is_stage(run)]
     if stages:
         how = "by counting words" if competition.has_labels else "from pairing and known structures"
@@ -202,10 +238,10 @@ def _readme(
         if (initial := facts["initial"])
     ]
     if began:
-        lines += ["", "## Weights that runs began with (model.init); train those runs first", "", *began]
+        lines += ["", "## Weights that runs began with (model.init), which come first", "", *began]
     learned = [f"- {run}: {', '.join(taught)}" for run, folds in trained.items() if (taught := folds[0]["pseudo"])]
     if learned:
-        title = "Predictions that runs learned from (data.pseudo); train these runs, and predict the test set, first"
+        title = "Predictions of the test set that runs learned from (data.pseudo), which come first"
         lines += ["", f"## {title}", "", *learned]
     lines += ["", "## Settings of the runs", ""]
     for run, folds in trained.items():

@@ -103,6 +103,35 @@ def test_whose_predictions_a_run_learned_from_is_told(written: dict[str, Path]):
     assert written["README.md"].read_text().count("\n- drsn+wide.sim80_k5: teacher.sim80_k5\n") == 1
 
 
+def test_what_others_learn_from_or_begin_with_is_trained_before_them_and_not_blended(written: dict[str, Path]):
+    """No step trained a teacher, one in the ensemble came after its pupil, and `make ensemble` blended all runs."""
+    home = written["README.md"].parents[2]
+    paths = Paths(comp=home.name, root=home.parent)
+    first, teacher, (hyena, drsn) = "first.sim80_k5", "teacher.sim80_k5", RUNS
+    needs = {first: (None, []), teacher: (first, []), hyena: (None, [teacher, drsn]), drsn: (None, ["gone.sim80_k5"])}
+    for run, (began, taught) in needs.items():
+        config = asdict(CONFIG)
+        config["model"]["init"] = str(paths.run_dir(began)) if began else ""
+        for fold in (0, 1):
+            folder = paths.fold_dir(run, fold)
+            meta = {
+                "config": config,
+                "progress": {"finished": True},
+                "data": {"pseudo": {"runs": dict.fromkeys(taught)}},
+            }
+            meta |= {"initial": {"run": began, "fold": fold, "step": 9} if began else None}
+            CheckpointStore(folder / "checkpoints").save(9, weights={}, training=None, state={}, meta=meta)
+            (folder / "metrics.jsonl").write_text(
+                json.dumps({"event": "start", "device": "cpu", "precision": "fp32", "parameters": 1})
+            )
+    handed = handover.run(paths, competition=COMPETITION, name="all").outputs
+    text = handed["entry_points.md"].read_text()
+    assert re.findall(r"train-all .*/configs/(\S+)\.toml", text) == ["drsn+wide", "first", "teacher", "hyena"]
+    assert all((handed["README.md"].parent / "configs" / f"{name}.toml").is_file() for name in ("first", "teacher"))
+    assert 'make ensemble COMP=ribonanza SPLIT=sim80_k5 NAME=all RUNS="hyena drsn+wide"\n' in text
+    assert "teacher.sim80_k5: not in the ensemble" in handed["README.md"].read_text()
+
+
 def test_runs_without_a_network_are_told_with_their_commands(tmp_path: Path):
     """It asked to train them: "no readable checkpoint or metrics.jsonl. Next: make train FOLD=0."."""
     paths = make_paths(tmp_path, "rna3d")
@@ -128,7 +157,7 @@ def test_an_ensemble_of_some_folds_trains_these_alone(tmp_path: Path, written: d
     text = handover.run(paths, competition=COMPETITION, name="all").outputs["entry_points.md"].read_text()
     assert text.count("make train FOLD=1 COMP=ribonanza SPLIT=sim80_k5 MODEL=") == len(RUNS)
     assert "train-all" not in text
-    assert "make ensemble COMP=ribonanza SPLIT=sim80_k5 NAME=all PARTIAL=1\n" in text
+    assert 'make ensemble COMP=ribonanza SPLIT=sim80_k5 NAME=all RUNS="hyena drsn+wide" PARTIAL=1\n' in text
 
 
 def test_a_library_and_alignments_that_were_used_are_asked_for(tmp_path: Path):
