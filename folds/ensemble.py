@@ -3,6 +3,7 @@
 `folds.blend` joins values and probabilities, `folds.candidates` chooses structures; both read what `Job` names.
 """
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,7 +20,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.labels import Classes, read_classes
 from pipeline.paths import Paths
 from pipeline.runlog import amount, score_text, warn
-from pipeline.runs import STAGES, read_run_name, weighted_runs
+from pipeline.runs import STAGES, SWEEP, read_run_name, weighted_runs
 from pipeline.stage import Report, read_result, run_stage
 from pipeline.tables import fold_numbers
 
@@ -186,10 +187,15 @@ def _find_folds(
     if lacking and not (allow_partial and folds):
         each, fold = min(lacking)
         if not each.endswith(f".{split}"):
-            known = ", ".join(sorted(path.name for path in (paths.home / "runs").glob(f"*.{split}"))) or "none"
+            begun = sorted(
+                path.name for path in (paths.home / "runs").glob(f"*.{split}") if f"+{SWEEP}" not in path.name
+            )
+            near = difflib.get_close_matches(f"{each}.{split}", begun, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
             own = read_run_name(each)[2] if paths.run_dir(each).is_dir() else ""
             advice = f"SPLIT={own}" if own else "name some of these in RUNS, or leave it out"
-            raise ConfigError(f"RUNS={each}: no run of {split}; there are: {known}. Next: {advice}.")
+            told = f"RUNS={each}: no run of {split}; there are: {', '.join(begun) or 'none'}."
+            raise ConfigError(f"{told}{hint} Next: {advice}.")
         more = f" ({len(lacking)} folds are missing over all runs)" if len(lacking) > 1 else ""
         if allow_partial and len(runs) > 1:
             raise ConfigError(

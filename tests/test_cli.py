@@ -76,6 +76,7 @@ def test_the_help_lists_the_verbs_below_what_their_modules_are_about(capsys, mon
         (["logs", "--comp", "foo"], 2, "COMP='foo' is not known"),
         (["submit", "--comp", "foo", "--to", "."], 2, "COMP='foo' is not known"),
         (["ensemble"], 3, "make train"),
+        (["ensemble", "--run", "a,b,a"], 2, "is given twice"),
         (["submit"], 3, "make"),
         (["evaluate"], 3, "make"),
         (["check", "absent.csv"], 3, "make"),
@@ -102,6 +103,7 @@ def test_the_help_lists_the_verbs_below_what_their_modules_are_about(capsys, mon
         (["templates", "--raw", ".", "--comp", "rna3d3"], 2, "Did you mean 'rna3d'"),  # wrote artifacts/rna3d3
         (["kernel-check", "--python", "absent"], 2, "absent: expected a Python interpreter"),
         (["no-such-verb"], 2, "No such command 'no-such-verb'. Next: rna --help."),
+        (["ensembles"], 2, "Did you mean 'ensemble'? Next: rna --help."),  # "'ensemble'?. Next"
         (["train", "--fold", "x"], 2, "Next: rna train --help."),
         (
             ["predict", "--model", "tiny_hyena"],

@@ -125,7 +125,9 @@ def ensemble(
     artifacts: Artifacts = ARTIFACTS,
     split: Split = SPLIT,
     name: Name = NAME,
-    run: Annotated[list[str] | None, typer.Option("--run", help="Run to use; default: every finished one.")] = None,
+    run: Annotated[
+        list[str] | None, typer.Option("--run", help="Run to use, or several with commas; default: every finished one.")
+    ] = None,
     weights: Annotated[
         Path | None, typer.Option("--weights", help="Join test predictions alone, by an earlier weights.json.")
     ] = None,
@@ -146,7 +148,8 @@ def ensemble(
         report = stage.apply(paths, competition=find_competition(comp, artifacts), name=name, **which)
         show(report, f"{report.facts['test_rows']:,} test rows from folds {report.facts['folds']}")
         return
-    named = [whole_name(each, split=split, paths=paths) for each in run or ()]
+    given = [each for runs in run or () for each in runs.replace(",", " ").split()]  # as data.pseudo takes them
+    named = [whole_name(each, split=split, paths=paths) for each in given]
     runs = named or finished_runs(paths, split, partial=partial)
     warn_of_unfinished(paths, runs)
     warn_of_other_data(paths, runs)

@@ -83,7 +83,7 @@ def run_verb(arguments: Sequence[str] | None = None) -> int:
         sentence = err.format_message()  # empty where no verb was given: the help is printed then
         context = getattr(err, "ctx", None)
         which = f" {context.info_name}" if context is not None and context.parent is not None else ""
-        told = f"{sentence.rstrip('.')}. Next: rna{which} --help."
+        told = f"{sentence if sentence.endswith('?') else sentence.rstrip('.') + '.'} Next: rna{which} --help."
         return _fail(told, ConfigError.exit_code) if sentence else ConfigError.exit_code
 
 

@@ -383,6 +383,11 @@ def test_what_is_no_run_of_the_split_is_named_with_those_that_are(paths):
     """RUNS=foo was answered with "Next: make train FOLD=0 MODEL= SPLIT=foo"."""
     with pytest.raises(ConfigError, match=r"RUNS=foo: no run of sim80_k3; there are: .*good\.sim80_k3.* Next: "):
         join(paths, runs=["foo"])
+    paths.run_dir("good+sweep-lr-1a2b3c4d-s0.sim80_k3").mkdir()  # which no ensemble takes unless it is asked for
+    with pytest.raises(ConfigError) as told:
+        join(paths, runs=["god"])
+    assert "Did you mean 'good.sim80_k3'? Next: name some of these" in str(told.value)
+    assert "sweep" not in str(told.value)
     paths.run_dir("good.sim80_k5").mkdir()
     with pytest.raises(ConfigError, match=r"RUNS=good.sim80_k5: no run of sim80_k3; .* Next: SPLIT=sim80_k5\."):
         join(paths, runs=["good.sim80_k5"])
