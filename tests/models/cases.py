@@ -95,7 +95,7 @@ def preset_cases() -> dict[str, tuple[str, Kwargs]]:
 CASES = {
     f"{name}/{variant}": (name, SMALL[name] | kwargs)
     for name in SMALL
-    for variant, kwargs in (COMMON | SPECIAL[name]).items()
+    for variant, kwargs in (COMMON | SPECIAL.get(name, {})).items()
 } | preset_cases()
 
 

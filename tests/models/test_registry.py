@@ -1,12 +1,18 @@
 """A configuration is checked against the constructor's signature."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from models import registry
 from models.interface import RnaModel
 from models.registry import create_model, list_models, register_model
-from tests.models.cases import SMALL
+from tests.models.cases import NUM_FEATURES, SMALL, alone, batch
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -14,6 +20,20 @@ def test_a_registered_network_can_be_built_by_name(name: str):
     model = create_model(name, **SMALL[name])
     assert model.name == name
     assert not model.uses_bpp
+
+
+def test_the_network_that_the_readme_adds_keeps_padding_from_real_positions(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "models" / "README.md").read_text(), re.DOTALL)
+    exec(next(block for block in blocks if "@register_model" in block), {"__name__": "models.my_net"})
+    model = create_model("my_net", width=16, depth=3, use_bpp=True, num_features=NUM_FEATURES).eval()
+    assert {"dropout", "pool", "use_bpp"} < registry.model_arguments(type(model)).keys()
+    inputs = batch([9, 14], pad=5)
+    together = model(inputs).values_BLC
+    for row, length in enumerate([9, 14]):
+        torch.testing.assert_close(
+            together[row, :length], model(alone(inputs, row)).values_BLC[0], rtol=1e-5, atol=1e-5
+        )
 
 
 def test_an_unknown_name_is_answered_with_the_closest():
