@@ -95,7 +95,10 @@ def _trained(paths: Paths, run: str, fold: int) -> dict[str, Any]:
     rows = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
     starts = [row for row in rows if row.get("event") == "start"]
     if meta is None or not starts:
-        raise DataError(f"{folder}: no readable checkpoint or metrics.jsonl. Next: make train FOLD={fold}.")
+        raise DataError(
+            f"{folder}: no readable checkpoint or metrics.jsonl; expected those of a network trained here. Next: "
+            "make train goes on with it, or make ensemble without it (RUNS=…)."
+        )
     kept = ("device", "device_name", "precision", "parameters", "threads")
     pseudo, initial = list(meta["data"].get("pseudo", {}).get("runs", ())), meta.get("initial")
     home = paths.run_dir(initial["run"]).resolve() if initial else None
