@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from pipeline.errors import DataError
-from pipeline.labels import Classes, read_classes
+from pipeline.labels import MIN_PROBABILITY, Classes, read_classes
 from pipeline.paths import Paths
 from pipeline.stage import read_result
 from submissions import class_scores
@@ -16,8 +16,8 @@ from submissions.class_evaluation import answers_of, read_predicted
 from submissions.class_layout import SEPARATOR, ClassLayout, read_class_layout
 from submissions.whole_rows import ids_of, predictions_in_order, set_inputs, write_rows
 
-#: Decimals of a probability in a CSV.
-DECIMALS = 6
+#: Decimals of a probability in a CSV: as many as `MIN_PROBABILITY` has.
+DECIMALS = 7
 
 
 def class_inputs(paths: Paths, name: str) -> dict[str, Path]:
@@ -58,7 +58,9 @@ def write_classes(paths: Paths, predictions: Path, part: Path, *, fmt: str) -> t
     layout = read_class_layout(paths)
     ids = ids_of(layout)
     probability_NK = np.clip(predictions_in_order(predictions, ids, answers_of(layout.classes)), 0.0, 1.0)
-    columns = {ids.name: ids, **dict(zip(layout.values, probability_NK[:, list(layout.of_values)].T, strict=True))}
+    # as scores here take them: a 0 of the true class costs twice as much by Kaggle's log loss, which takes 1e-15 for it
+    value_NV = np.clip(probability_NK[:, list(layout.of_values)], MIN_PROBABILITY, 1 - MIN_PROBABILITY)
+    columns = {ids.name: ids, **dict(zip(layout.values, value_NV.T, strict=True))}
     facts: dict[str, Any] = {"sequences": len(ids)}
     if layout.label:
         thresholds_K, facts["labels"] = _thresholds(paths, predictions.parent.name, layout)

@@ -38,7 +38,7 @@ from submissions.layout import IdRuns, Layout, TestIndex, layout_of, read_test_i
 from submissions.number_rows import number_inputs, write_numbers
 from submissions.structure_write import write_structures
 
-VERSION = 1
+VERSION = 2
 
 #: Decimals of a value in a CSV; half of the last one, 0.00005, is below any difference of scores that means something.
 #: Of a set of one's own, whose unit nobody knows, all digits of a float32 are written.

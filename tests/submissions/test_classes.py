@@ -302,6 +302,18 @@ def test_submission_has_the_mean_probabilities_of_every_test_sequence_in_order(p
     assert check.run(paths, competition=LABELLED, file=made.outputs["submission"]).facts["rows"] == 8
 
 
+@pytest.mark.parametrize("fmt", ["csv", "parquet"])
+def test_a_submission_never_says_never(plain, fmt):
+    """The true class at 1e-9 costs 16.1 in the scores here; it was written as 0.000000, which costs 34.5 at Kaggle."""
+    sure = pl.lit([1.0 - 1e-9, 1e-9, 0.0], dtype=pl.List(pl.Float32)).alias("probabilities")
+    edit(plain.ensemble_dir("all") / "test.parquet", sure)
+    file = submit(plain, fmt=fmt).outputs["submission"]
+    table = pl.read_csv(file) if fmt == "csv" else pl.read_parquet(file)
+    said_NK = table.select(CLASSES).to_numpy()
+    assert said_NK.tolist() == [pytest.approx([1 - 1e-7, 1e-7, 1e-7], abs=2e-8)] * 8
+    assert check.run(plain, competition=LABELLED, file=file).facts["rows"] == 8
+
+
 def test_parquet_holds_the_same(paths):
     text, parquet = pl.read_csv(submit(paths).outputs["submission"]), submit(paths, fmt="parquet").outputs["submission"]
     table = pl.read_parquet(parquet)
