@@ -208,7 +208,7 @@ predict: $(ENVIRONMENT) ## out-of-fold and test predictions of one trained fold;
 	@exec $(RNA) predict $(AT) $(VARIANT) $(if $(OWN_FILE),$(OWN_FILE) $(OWN_FEATURES) $(ONE_FOLD) $(ONE_NAME),--fold "$(FOLD)")
 embed: $(ENVIRONMENT) ## last hidden layer of a trained fold for the sequences in FILE, FASTA or table (NUCLEOTIDES=1: of each one too)
 	@exec $(RNA) embed $(AT) $(NAMED) --fold "$(FOLD)" $(if $(NUCLEOTIDES),--per-nucleotide) $(OWN_FEATURES) "$(FILE)"
-templates-predict: $(ENVIRONMENT) ## candidates from templates, date-gated, as a run of SPLIT (MSA=<folder> uses alignments)
+templates-predict: $(ENVIRONMENT) ## candidates from templates, date-gated, as a run of SPLIT (MSA=<folder> uses alignments, and so do later ones until MSA=none)
 	@exec $(RNA) templates-predict $(AT) --split "$(SPLIT)" $(if $(MSA),--msa "$(MSA)")
 denovo: $(ENVIRONMENT) ## candidates from pairing and loops of known structures, no network, as a run of SPLIT
 	@exec $(RNA) denovo $(AT) --split "$(SPLIT)"

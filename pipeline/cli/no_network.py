@@ -42,7 +42,7 @@ def templates_predict(
     split: Split = SPLIT,
     msa: Annotated[
         Path | None,
-        typer.Option("--msa", help="Undated alignments: folder of <target>.MSA.fasta, or parquet target_id, msa."),
+        typer.Option("--msa", help="Undated alignments: folder of <target>.MSA.fasta, parquet target_id, msa; none."),
     ] = None,
     source: Source = None,
     time_budget: StageBudget = "",

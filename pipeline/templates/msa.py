@@ -1,7 +1,7 @@
 """Letter profiles of targets from alignments of their relatives.
 
 Alignments carry no date, so the date gate does not ask for one: they hold sequences, never coordinates, the organisers
-hand them out with every target, and a run without MSA=… uses none.
+hand them out with every target, and a run that was never given MSA=… uses none.
 
 Letters: L target length (nt), R relatives.
 """

@@ -16,9 +16,9 @@ from pipeline.competitions.base import Competition
 from pipeline.competitions.rna3d import read_teaching
 from pipeline.errors import DataError
 from pipeline.paths import Paths
-from pipeline.runlog import Bar
+from pipeline.runlog import Bar, say
 from pipeline.schema import CANDIDATES
-from pipeline.stage import Report, read_result, run_stage, take_until, tell_left_out
+from pipeline.stage import Report, read_manifest, read_result, run_stage, take_until, tell_left_out
 from pipeline.structure.candidate_tables import CandidateRows, read_folds, read_pairs, read_targets
 from pipeline.structure.geometry import Scorer, rmsd
 from pipeline.tables import open_parquet
@@ -81,7 +81,8 @@ def run(paths: Paths, *, competition: Competition, split: str, score: Scorer, ms
         competition: one whose task is a structure.
         split: name of the split, whose fold table exists.
         score: gives TM-scores, from which the ranker learns.
-        msa: folder of ``<target>.MSA.fasta``, or a parquet file with ``target_id, msa``.
+        msa: folder of ``<target>.MSA.fasta``, or a parquet file with ``target_id, msa``; unless given, what the run was
+            made with before; ``none`` = without.
 
     Returns:
         Facts: library, out-of-fold score, reliability of the expected scores, coverage, best template of test targets.
@@ -94,9 +95,10 @@ def run(paths: Paths, *, competition: Competition, split: str, score: Scorer, ms
     inputs = {name: paths.clean(name) for name in ("train", "later", "test")} | {"folds": paths.fold_table(split)}
     inputs |= {name: path for name, path in (("bpp", paths.bpp), ("library", library_path(paths))) if path.is_file()}
     held_out = read_folds(paths, split)
+    name, folds = run_name(split), sorted(set(held_out.values()))
+    manifest = paths.run_dir(name) / "templates-predict.manifest.json"
+    msa = _given_or_before(msa, manifest, again=f"make templates-predict COMP={paths.comp} SPLIT={split}")
     alignments = find_alignments(msa, [*held_out, *_ids(paths.clean("test"))]) if msa else {}
-    folds = sorted(set(held_out.values()))
-    name = run_name(split)
     outputs = {f"fold{fold}/oof": paths.oof(name, fold) for fold in folds}
     outputs |= {f"fold{fold}/test": paths.test(name, fold) for fold in folds}
     outputs |= {"library": paths.run_dir(name) / _LIBRARY, "ranker": paths.run_dir(name) / _RANKER}
@@ -122,8 +124,30 @@ def run(paths: Paths, *, competition: Competition, split: str, score: Scorer, ms
         outputs=outputs,
         params={"version": VERSION, "split": split},
         build=build,
-        manifest=paths.run_dir(name) / "templates-predict.manifest.json",
+        manifest=manifest,
+        notes={"msa": str(msa.resolve())} if msa else None,
     )
+
+
+def _given_or_before(msa: Path | None, manifest: Path, *, again: str) -> Path | None:
+    """Where alignments are: `run` and train-all without MSA=… must not make anew without them what had them.
+
+    Raises:
+        DataError: a run had some, and they are not known or not there any more.
+    """
+    if msa is not None:
+        return None if str(msa) == "none" else msa
+    done = read_manifest(manifest) or {}
+    if not any(label.startswith("msa/") for label in done.get("inputs", {})):
+        return None
+    before = done.get("notes", {}).get("msa")  # which older manifests do not name
+    if before is None or not Path(before).exists():
+        raise DataError(
+            f"{manifest.parent}: made with alignments{f' of {before}, which is not there' if before else ''}; expected "
+            f"them again. Next: {again} MSA=<folder>, or MSA=none for a run without."
+        )
+    say(f"templates-predict: with the alignments of before, {before} (MSA=none: without)")
+    return Path(before)
 
 
 def apply(

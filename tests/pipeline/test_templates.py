@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+import shutil
 from dataclasses import asdict, replace
 from datetime import date, timedelta
 from functools import cache
@@ -19,7 +21,7 @@ from pipeline.competitions.rna3d import RNA3D
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.schema import ALPHABET, encode
-from pipeline.stage import sha256_file
+from pipeline.stage import sha256_file, write_json
 from pipeline.structure.assembly import trace_from_pairs
 from pipeline.structure.geometry import helix_strand
 from pipeline.templates import predict, search
@@ -417,6 +419,37 @@ def test_two_runs_are_identical_and_a_third_is_current(finished: tuple[Paths, di
         assert sha256_file(again.oof(RUN, fold)) == sha256_file(paths.oof(RUN, fold))
         assert sha256_file(again.test(RUN, fold)) == sha256_file(paths.test(RUN, fold))
     assert predict.run(paths, competition=RNA3D, split=SPLIT, score=tm_scores).status == "current"
+
+
+def test_alignments_that_a_run_was_given_are_kept_until_it_is_told_otherwise(
+    finished: tuple[Paths, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`make train-all` made templates anew without the alignments that `make templates-predict MSA=…` had used."""
+    paths = Paths(comp="rna3d", root=tmp_path)
+    shutil.copytree(finished[0].home, paths.home, ignore=shutil.ignore_patterns("runs"))
+    made = []
+
+    def stage(name: str, *, inputs: dict, manifest: Path, notes: dict | None, **_: object) -> None:
+        made.append(sum(label.startswith("msa/") for label in inputs))
+        write_json(manifest, {"facts": {}, "inputs": dict.fromkeys(inputs), **({"notes": notes} if notes else {})})
+
+    monkeypatch.setattr(predict, "run_stage", stage)
+    alignments = tmp_path / "msa.parquet"
+    pl.DataFrame({"target_id": ["R1"], "msa": [["GAC"]]}).write_parquet(alignments)
+    manifest = paths.run_dir(RUN) / "templates-predict.manifest.json"
+    for msa in (None, alignments, None, Path("none"), None, alignments):
+        predict.run(paths, competition=RNA3D, split=SPLIT, score=tm_scores, msa=msa)
+    assert made == [0, 1, 1, 0, 0, 1]
+    alignments.unlink()
+    with pytest.raises(
+        DataError, match=rf"of {re.escape(str(alignments))}, which is not there; .* MSA=<folder>, or MSA=none"
+    ):
+        predict.run(paths, competition=RNA3D, split=SPLIT, score=tm_scores)
+    write_json(manifest, {"facts": {}, "inputs": {"msa/all": None}})  # of the versions before
+    with pytest.raises(
+        DataError, match=r"made with alignments; expected them again\. Next: make templates-predict COMP="
+    ):
+        predict.run(paths, competition=RNA3D, split=SPLIT, score=tm_scores)
 
 
 def test_the_library_and_ranker_of_a_run_give_the_same_test_tables_elsewhere(
