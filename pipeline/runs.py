@@ -10,7 +10,7 @@ from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import PRETRAINED, Paths
 from pipeline.runlog import say, warn
-from pipeline.stage import read_manifest, sha256_file
+from pipeline.stage import read_manifest, read_result, sha256_file
 
 #: Runs without a network, of labelled sets too: how their names begin -> the target of make.
 STAGES = {"denovo": "denovo", "templates": "templates-predict", "words": "words"}
@@ -176,6 +176,36 @@ def warn_of_unfinished(paths: Paths, runs: Sequence[str]) -> None:
                 f"{run}: {', '.join(early)} predicted before the training was finished; these predictions are used. "
                 "Next: make train goes on with it, then make ensemble again."
             )
+
+
+def seen_before(paths: Paths, runs: Sequence[str], folds: Sequence[int]) -> dict[str, list[int]]:
+    """Run -> those folds whose initial weights have learned, or may have, from the sequences that they hold out."""
+    found: dict[str, list[int]] = {}
+    for run in runs:
+        for fold in folds:
+            path = paths.fold_dir(run, fold) / "config.json"
+            meta = read_result(path, hint="make train") if path.is_file() else {}
+            own = {key: meta.get(key) for key in ("competition", "split", "fold")}
+            own |= {"folds": (meta.get("data") or {}).get("folds")}
+            learned = (meta.get("initial") or {}).get("trained_on", ())
+            if any(each["competition"] == own["competition"] and each != own for each in learned):
+                found.setdefault(run, []).append(fold)
+    return found
+
+
+def tell_seen_before(seen: Mapping[str, Sequence[int]]) -> list[str]:
+    """A sentence for each run of `seen_before`."""
+    return [
+        f"{run}: fold {', '.join(map(str, folds))} began with weights that have learned, or may have, from what it "
+        "holds out: its scores are not out of fold, nor what is chosen by them"
+        for run, folds in seen.items()
+    ]
+
+
+def warn_of_seen_before(paths: Paths, runs: Sequence[str], folds: Sequence[int]) -> None:
+    """Say which scores are no scores."""
+    for sentence in tell_seen_before(seen_before(paths, runs, folds)):
+        warn(f"{sentence}. Next: leave it out (RUNS=…), or believe a leaderboard alone.")
 
 
 def warn_of_other_data(paths: Paths, runs: Sequence[str]) -> None:

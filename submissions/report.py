@@ -12,6 +12,7 @@ from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError
 from pipeline.paths import Paths
 from pipeline.runlog import amount, duration, score_text, size_text
+from pipeline.runs import seen_before, tell_seen_before
 from pipeline.stage import Report, read_result, run_stage
 from submissions import page
 from submissions.breakdown import tell_over_folds
@@ -24,7 +25,7 @@ from submissions.subject import Subject, read_scores, score_cells, short_name
 from submissions.training_report import Training, read_training, training_section
 from submissions.values_report import values_sections
 
-VERSION = 10
+VERSION = 11
 _SAME = 0.0005  # a difference from a floor, relative to it, that is none
 _FEW = 30  # scored sequences
 
@@ -75,14 +76,17 @@ def _write(subject: Subject, path: Path) -> dict[str, Any]:
         "provenance": ("Data and versions", _provenance_section(subject)),
     }
     links = [page.element("a", title, href=f"#{anchor}") for anchor, (title, _) in sections.items()]
+    seen = tell_seen_before(seen_before(subject.paths, subject.runs, subject.folds))
     body = page.join(
         _header(subject, training),
+        *(page.missing(f"{sentence}.") for sentence in seen),
         page.element("nav", *links),
         *(page.section(anchor, title, content) for anchor, (title, content) in sections.items()),
         page.element(
             "footer",
-            "All scores are out of fold: of sequences that the predicting checkpoint did not see in training. Its "
-            "epoch was chosen by the score on that same fold, which flatters the scores a little.",
+            f"{'All other' if seen else 'All'} scores are out of fold: of sequences that the predicting checkpoint did "
+            "not see in training. Its epoch was chosen by the score on that same fold, which flatters the scores a "
+            "little.",
         ),
     )
     text = page.page(f"{subject.name} · {subject.title}", body)

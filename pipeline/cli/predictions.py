@@ -34,6 +34,7 @@ from pipeline.runs import (
     finished_runs,
     run_name,
     warn_of_other_data,
+    warn_of_seen_before,
     warn_of_unfinished,
     whole_name,
 )
@@ -155,6 +156,7 @@ def ensemble(
     warn_of_other_data(paths, runs)
     which = {"name": name, "runs": runs, "split": split, "allow_partial": partial}
     report = stage.run(paths, competition=find_competition(comp, artifacts), score=tm_scores, **which)
+    warn_of_seen_before(paths, runs, report.facts["folds"])
     show(report, stage.describe(report.facts))
 
 

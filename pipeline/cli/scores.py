@@ -22,7 +22,7 @@ from pipeline.cli.own import OwnFile, OwnSequence, predict_structures, source_of
 from pipeline.cli.program import show, verb
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
-from pipeline.runs import find_run, read_run_name, warn_of_other_data, whole_name
+from pipeline.runs import find_run, read_run_name, warn_of_other_data, warn_of_seen_before, whole_name
 
 SingleRun = Annotated[str, typer.Option("--run", help="A single run, <model>[.<split>], instead of the ensemble.")]
 Engine = Annotated[
@@ -70,7 +70,9 @@ def evaluate(
     which = _which(name, single_run, split=split, paths=paths)
     split = read_run_name(which["run"])[2] if single_run else split
     report = stage.run(paths, competition=competition, split=split, engine=engine, **which)
-    warn_of_other_data(paths, [which["run"]] if single_run else [*report.facts["runs"]])
+    runs = [which["run"]] if single_run else [*report.facts["runs"]]
+    warn_of_other_data(paths, runs)
+    warn_of_seen_before(paths, runs, report.facts["folds"])
     show(report, stage.describe(report.facts))
 
 

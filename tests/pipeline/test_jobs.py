@@ -27,7 +27,8 @@ from pipeline.cli import run_verb
 from pipeline.errors import BusyError, ConfigError, DataError, StoppedError, StorageError
 from pipeline.paths import Paths
 from pipeline.runlog import read_status, write_status
-from pipeline.runs import finished_runs, warn_of_unfinished
+from pipeline.runs import finished_runs, seen_before, warn_of_seen_before, warn_of_unfinished
+from pipeline.stage import write_json
 from pipeline.training import stop
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.stop import lock_holder, run_lock
@@ -594,6 +595,30 @@ def test_a_lock_that_goes_with_a_refused_start_keeps_nobody_else_out_and_lets_no
     with run_lock(tmp_path):
         assert lock_holder(tmp_path) == os.getpid()
     assert removed
+
+
+def test_a_run_that_began_with_weights_of_its_held_out_fold_is_named_where_it_is_scored(tmp_path, capsys):
+    """Training warned; the ensemble then gave it a weight of 1, and its page said "All scores are out of fold"."""
+    paths = Paths(comp="ribonanza", root=tmp_path)
+    own = {"competition": "ribonanza", "split": "sim80_k2", "folds": "b"}
+    learned = {
+        "anew": None,
+        "same": lambda fold: own | {"fold": fold},
+        "elsewhere": lambda fold: own | {"competition": "openvaccine", "fold": 1 - fold},
+        "first": lambda fold: own | {"fold": 0},
+        "shipped": lambda fold: own | {"fold": fold, "folds": "others"},
+    }
+    for name, from_where in learned.items():
+        for fold in range(2):
+            meta = {"competition": "ribonanza", "split": "sim80_k2", "fold": fold, "data": {"folds": "b"}}
+            initial = from_where and {"trained_on": [from_where(fold)]}
+            write_json(paths.fold_dir(f"{name}.sim80_k2", fold) / "config.json", meta | {"initial": initial})
+    runs = ["denovo.sim80_k2", *(f"{name}.sim80_k2" for name in learned)]
+    assert seen_before(paths, runs, [0, 1]) == {"first.sim80_k2": [1], "shipped.sim80_k2": [0, 1]}
+    warn_of_seen_before(paths, runs, [0])
+    said = capsys.readouterr().err
+    assert "warning: shipped.sim80_k2: fold 0 began with weights that have learned" in " ".join(said.split())
+    assert "first.sim80_k2" not in said
 
 
 def test_unfinished_predictions_are_used_and_named(tmp_path, capsys):

@@ -443,6 +443,19 @@ def test_everything_that_went_wrong_in_training_is_on_the_page(values, tmp_path)
     assert "20 more between the first 20 and the last 20" in text
 
 
+def test_a_page_does_not_call_out_of_fold_what_the_initial_weights_have_seen(values, tmp_path):
+    shutil.copytree(values[0].root, tmp_path / "artifacts")
+    paths = make_paths(tmp_path)
+    assert "All scores are out of fold" in visible(paths.ensemble_dir("all") / "report.html")
+    about = paths.fold_dir("a.sim80_k3", 1) / "config.json"
+    own = {"competition": paths.comp, "split": "sim80_k3", "fold": 1}
+    initial = {"trained_on": [own | {"fold": 0, "folds": None}]}
+    write_json(about, json.loads(about.read_text()) | own | {"initial": initial})
+    text = visible(report.run(paths, competition=RIBONANZA, name="all").outputs["report"])
+    assert "a.sim80_k3: fold 1 began with weights that have learned, or may have, from what it holds out" in text
+    assert "All other scores are out of fold" in text
+
+
 def test_a_training_without_incident_says_so_in_one_sentence(values):
     text = visible(values[1].outputs["report"])
     assert "What went wrong, and what was done Nothing: no value that was not finite, no lack of memory" in text
