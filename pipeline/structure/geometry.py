@@ -1,4 +1,4 @@
-"""C1' geometry of RNA in numpy: A-form helices and where they stand, handedness, rotations, what is alike and near.
+"""C1' geometry of RNA in numpy: A-form helices and where they stand, handedness, rotations, what is alike.
 
 Part of the core: numpy only, so that scoring can build its floors from the same helices.
 
@@ -270,30 +270,6 @@ def sum_over_pairs(i_K: np.ndarray, j_K: np.ndarray, value_K: np.ndarray, length
     [0.75, 0.0, 0.5, 0.25]
     """
     return np.bincount(i_K, value_K, length) + np.bincount(j_K, value_K, length)
-
-
-def close_pairs(xyz_L3: np.ndarray, cutoff: float) -> np.ndarray:
-    """Pairs of residues nearer than a cut-off, by a sweep along the longest axis.
-
-    Args:
-        xyz_L3: [L, 3] Å, finite.
-        cutoff: Å.
-
-    Returns:
-        [2, pairs] int64, first < second, sorted.
-    """
-    spread = int(np.argmax(np.ptp(xyz_L3, axis=0)))
-    order_L = np.argsort(xyz_L3[:, spread], kind="stable")
-    sorted_L3, found = xyz_L3[order_L], []
-    for offset in range(1, len(order_L)):
-        ahead = sorted_L3[offset:] - sorted_L3[:-offset]
-        candidate = np.flatnonzero(ahead[:, spread] < cutoff)
-        if not candidate.size:
-            break
-        near = candidate[np.sum(ahead[candidate] ** 2, axis=1) < cutoff**2]
-        found.append(np.stack([order_L[near], order_L[near + offset]]))
-    pairs = np.sort(np.concatenate([np.empty((2, 0), dtype=np.int64), *found], axis=1), axis=0)
-    return pairs[:, np.lexsort(pairs[::-1])]
 
 
 def d0_rna(length: int) -> float:

@@ -1,11 +1,14 @@
 """Rigid bodies of a chain, such as helices: fitted back where their residues went, and the chain relaxed between them.
 
-Lengths in Å. Letters: L length (nt), S rigid bodies, M their padded size, 3 xyz.
+Lengths in Å. Letters: L length (nt), K close pairs, P pairs, S rigid bodies, M their padded size, 3 xyz.
 """
+
+import math
 
 import numpy as np
 
-from pipeline.structure.geometry import SHORTEST_STEP, Stem, close_pairs, double_helix, rotation_onto
+from pipeline.compiled import njit
+from pipeline.structure.geometry import SHORTEST_STEP, Stem, double_helix, rotation_onto
 
 _TORN = 0.7  # Å of a violation that rigid helices may leave
 
@@ -53,27 +56,70 @@ def _settle(
         if turn % 10 == 0:
             close = close_pairs(xyz_L3, clash + 3.0)
             close = close[:, (close[1] - close[0] > 1) & ~shapes.same_body(close)]
-        move_L3, worst = _corrections(xyz_L3, close, longest=longest, clash=clash)
+        move_L3, worst = _corrections(xyz_L3, close, longest, clash)
         if worst < 0.05:
             break
         xyz_L3 = shapes.restore(xyz_L3 + shapes.boost_L1 * move_L3)
     return xyz_L3, worst
 
 
-def _corrections(xyz_L3: np.ndarray, close: np.ndarray, *, longest: float, clash: float) -> tuple[np.ndarray, float]:
-    """Summed moves that halve each violation, and the largest violation, Å."""
-    chain = np.stack([np.arange(len(xyz_L3) - 1), np.arange(1, len(xyz_L3))])
-    left, right = np.concatenate([chain, close], axis=1)
-    between = xyz_L3[right] - xyz_L3[left]
-    distance = np.maximum(np.linalg.norm(between, axis=1), 1e-6)
-    bonded = np.arange(len(left)) < chain.shape[1]
-    too_far = np.where(bonded, np.maximum(distance - longest, 0.0), 0.0)
-    too_near = np.maximum(np.where(bonded, SHORTEST_STEP, clash) - distance, 0.0)
-    pull = 0.5 * (too_far - too_near)[:, None] * between / distance[:, None]
-    move_L3 = np.zeros_like(xyz_L3)
-    np.add.at(move_L3, left, pull)
-    np.add.at(move_L3, right, -pull)
-    return move_L3, float(np.max(too_far + too_near, initial=0.0))
+@njit(cache=True)
+def _corrections(xyz_L3: np.ndarray, close_2K: np.ndarray, longest: float, clash: float) -> tuple[np.ndarray, float]:
+    """Summed moves that halve each violation, of neighbours and of close pairs, and the largest violation, Å."""
+    bonds = len(xyz_L3) - 1
+    left_P = np.concatenate((np.arange(bonds), close_2K[0]))
+    right_P = np.concatenate((np.arange(1, bonds + 1), close_2K[1]))
+    pull_P3, move_L3, worst = np.empty((len(left_P), 3)), np.zeros_like(xyz_L3), 0.0
+    for p in range(len(left_P)):
+        square = 0.0
+        for axis in range(3):
+            pull_P3[p, axis] = xyz_L3[right_P[p], axis] - xyz_L3[left_P[p], axis]
+            square += pull_P3[p, axis] ** 2
+        distance = max(math.sqrt(square), 1e-6)
+        too_far = max(distance - longest, 0.0) if p < bonds else 0.0
+        too_near = max((SHORTEST_STEP if p < bonds else clash) - distance, 0.0)
+        worst = max(worst, too_far + too_near)
+        for axis in range(3):
+            pull_P3[p, axis] = 0.5 * (too_far - too_near) * pull_P3[p, axis] / distance
+            move_L3[left_P[p], axis] += pull_P3[p, axis]
+    for p in range(len(left_P)):
+        for axis in range(3):
+            move_L3[right_P[p], axis] -= pull_P3[p, axis]
+    return move_L3, worst
+
+
+def close_pairs(xyz_L3: np.ndarray, cutoff: float) -> np.ndarray:
+    """Pairs of residues nearer than a cut-off, by a sweep along the longest axis.
+
+    Args:
+        xyz_L3: [L, 3] Å, finite.
+        cutoff: Å.
+
+    Returns:
+        [2, pairs] int64, first < second, sorted.
+    """
+    spread = int(np.argmax(np.ptp(xyz_L3, axis=0)))
+    pairs = _sweep(xyz_L3, np.argsort(xyz_L3[:, spread], kind="stable"), spread, cutoff)
+    return pairs[:, np.lexsort(pairs[::-1])]
+
+
+@njit(cache=True)
+def _sweep(xyz_L3: np.ndarray, order_L: np.ndarray, spread: int, cutoff: float) -> np.ndarray:
+    """[2, pairs] int64, first < second: those nearer than the cut-off, of residues in the order of one axis."""
+    first, second = [0], [0]
+    for place in range(len(order_L)):
+        here = order_L[place]
+        for ahead in range(place + 1, len(order_L)):
+            there = order_L[ahead]
+            if xyz_L3[there, spread] - xyz_L3[here, spread] >= cutoff:
+                break
+            square = 0.0
+            for axis in range(3):
+                square += (xyz_L3[there, axis] - xyz_L3[here, axis]) ** 2
+            if square < cutoff**2:
+                first.append(min(here, there))
+                second.append(max(here, there))
+    return np.stack((np.array(first[1:]), np.array(second[1:])))
 
 
 def fit_helices(xyz_L3: np.ndarray, stems: list[Stem]) -> tuple[np.ndarray, float]:
@@ -118,14 +164,16 @@ class RigidBodies:
             self._real_SM[number, : len(body)] = True
             self._shape_SM3[number, : len(body)] = shape - shape.mean(axis=0)
             self.body_L[body] = number
+        size_S = np.maximum(self._real_SM.sum(axis=1), 1)
+        self._share_SM1 = self._real_SM[..., None] / size_S[:, None, None]
         self.residues = self._index_SM[self._real_SM]
         # A body follows the mean of its residues' moves: a pull on one of them is diluted by their number.
         self.boost_L1 = np.where(self.body_L >= 0, 3.0, 1.0)[:, None]
 
     def _centred(self, xyz_L3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        weight = self._real_SM[..., None] / np.maximum(self._real_SM.sum(axis=1), 1)[:, None, None]
-        centre_S13 = np.sum(xyz_L3[self._index_SM] * weight, axis=1, keepdims=True)
-        return (xyz_L3[self._index_SM] - centre_S13) * self._real_SM[..., None], centre_S13
+        here_SM3 = xyz_L3[self._index_SM]
+        centre_S13 = np.sum(here_SM3 * self._share_SM1, axis=1, keepdims=True)
+        return (here_SM3 - centre_S13) * self._real_SM[..., None], centre_S13
 
     def same_body(self, pairs: np.ndarray) -> np.ndarray:
         """[pairs] bool: whether both of [2, pairs] residues are in one body."""

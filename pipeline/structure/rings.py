@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.structure.geometry import STEP, Frame, Scaffold, Stem, close_pairs, double_helix
-from pipeline.structure.rigid import RigidBodies
+from pipeline.structure.geometry import STEP, Frame, Scaffold, Stem, double_helix
+from pipeline.structure.rigid import RigidBodies, close_pairs
 
 _NEAR = 1  # residues at most between the strands of helices that stack across a pseudoknot
 _ROUNDS = 600  # of sharing the strain of rings

@@ -3,7 +3,8 @@
 import numpy as np
 
 from pipeline.schema import CANONICAL_PAIRS
-from pipeline.structure.geometry import close_pairs, double_helix
+from pipeline.structure.geometry import double_helix
+from pipeline.structure.rigid import close_pairs
 
 #: C1'-C1' of a helix's pair (10.6 Å in the ideal one) and what is taken for one.
 _SHORTEST, _LONGEST = 8.8, 12.4

@@ -11,8 +11,8 @@ from models.heads import distance_bins
 from pipeline.competitions.rna3d import RNA3D
 from pipeline.structure.assembly import trace_from_pairs
 from pipeline.structure.fold3d import candidates_from_distogram, draw_structures
-from pipeline.structure.geometry import close_pairs, double_helix, find_stems, handedness, helix_strand, rotation_onto
-from pipeline.structure.rigid import fit_helices, relax
+from pipeline.structure.geometry import double_helix, find_stems, handedness, helix_strand, rotation_onto
+from pipeline.structure.rigid import close_pairs, fit_helices, relax
 from pipeline.structure.secondary import nested_pairs, probable_pairs, stacking_pairs
 from tests.pipeline.dot_bracket import pairs_of
 
