@@ -1,6 +1,6 @@
 """A C1' trace for a secondary structure: helices placed around loops, rings closed, loops filled.
 
-Part of the core: numpy only, so that scoring can build its floors from the same helices. Where numbers are from "the
+Part of the core: no torch, so that scoring can build its floors from the same helices. Where numbers are from "the
 182 chains", those are the chains that the helix of `pipeline.structure.geometry` was fitted to.
 
 Lengths in Å. Letters: L length (nt), P placed pairs of a helix, D draws, M residues of a helix, G of a gap, 3 xyz.
