@@ -132,14 +132,15 @@ def batch(lengths: list[int], *, pad: int = 0, seed: int = 1, device: str = "cpu
 def alone(inputs: RnaInputs, row: int) -> RnaInputs:
     """One sequence of a batch without any padding."""
     length = int(inputs.mask_BL[row].sum())
-    assert inputs.bpp_BLL is not None
-    assert inputs.features_BLF is not None
-    return RnaInputs(
-        inputs.tokens_BL[row : row + 1, :length],
-        inputs.mask_BL[row : row + 1, :length],
-        inputs.bpp_BLL[row : row + 1, :length, :length],
-        inputs.features_BLF[row : row + 1, :length],
-    )
+    return cut(RnaInputs(*(x[row : row + 1] for x in inputs)), length)
+
+
+def cut(inputs: RnaInputs, length: int) -> RnaInputs:
+    """A batch without the positions beyond a length."""
+    tokens_BL, mask_BL, bpp_BLL, features_BLF = inputs
+    assert bpp_BLL is not None
+    assert features_BLF is not None
+    return RnaInputs(tokens_BL[:, :length], mask_BL[:, :length], bpp_BLL[:, :length, :length], features_BLF[:, :length])
 
 
 def outputs(model: RnaModel, inputs: RnaInputs) -> dict[str, Tensor]:
