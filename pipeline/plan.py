@@ -192,7 +192,8 @@ def make_plan(
 
     step = Step.of(config, length=length or config.data.max_length, sequences=sequences, processes=processes)
     plan = Plan(step=step, need=count(step), available=available, precision=precision, device=device)
-    if plan.fits:
+    states = replace(plan.need, activations=0, heap=0)  # which no other step makes smaller
+    if plan.fits or states.total > _room(available.size):
         return plan
     smaller = ((candidate, count(candidate)) for candidate in _smaller(step))
     return replace(plan, fitting=next((found for found in smaller if found[1].total <= _room(available.size)), None))

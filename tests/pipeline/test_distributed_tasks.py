@@ -15,7 +15,8 @@ from tests.pipeline.ranks import Scene, codes, fixtures, losses, rows
 
 pytestmark = pytest.mark.slow
 #: Weighted classes, numbers with gaps: a batch of one process and the parts of two have other sums of weights.
-SETTINGS = ["model.kwargs.dropout=0.0", "train.epochs=2", "train.batch_size=6", "data.length_bucket=2"]
+OF_MODEL = ["model.kwargs.dropout=0.0", "model.kwargs.depth=1"]
+SETTINGS = [*OF_MODEL, "train.epochs=2", "train.batch_size=6", "data.length_bucket=2"]
 TEACHER = f"teacher.{tiny.SPLIT}"
 SET = {
     "labelled": [*SETTINGS, "train.class_balance=0.9"],

@@ -193,9 +193,9 @@ def test_a_small_network_needs_something():
 
 def test_processes_share_the_memory_of_a_machine(monkeypatch):
     """Each of 8 was compared with all of it."""
-    monkeypatch.setattr(memory, "_machine_bytes", lambda: 8 * 2**20)
+    monkeypatch.setattr(memory, "_machine_bytes", lambda: 8 * 2**30)
     found = [make_plan(small_run(), build("tiny_hyena"), device=CPU, processes=n).available for n in (1, 8)]
-    assert found == [Free(8 * 2**20, ""), Free(2**20, "")]
+    assert found == [Free(8 * 2**30, ""), Free(2**30, "")]
 
 
 def test_what_no_setting_can_help_is_refused_with_that_sentence():
