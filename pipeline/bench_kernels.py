@@ -348,7 +348,7 @@ def _shape(cell: Cell) -> str:
 
 def _scan_promises(rows: Sequence[dict[str, Any]]) -> list[Promise]:
     promises = []
-    scans = [row for row in rows if row["what"] == "scan, forward + backward"]
+    scans = [row for row in rows if row["what"] == "scan, forward + backward" and row["ours"]]
     for threads in sorted({row["threads"] for row in scans}):
         for shape in dict.fromkeys(row["shape"] for row in scans):
             here = [row for row in scans if row["shape"] == shape and row["threads"] == threads]
@@ -397,8 +397,8 @@ def _slope_promises(found: Sequence[tuple[Cell, dict[str, Any]]]) -> list[Promis
             for c, r in found
             if (c["what"], c["who"]) == ("scan", _OURS)
         }
-        *_, octave, long = sorted(times)
-        starts = sorted({octave, 2**16} & times.keys() - {long})
+        *starts, long = sorted(times) or [0]
+        starts = sorted({*starts[-1:], 2**16} & set(starts))
         slopes += [("scan", n, long, math.log(times[long] / times[n]) / math.log(long / n)) for n in starts]
     return [
         Promise(f"slope of our time, {what}, from L {short:,} to {long:,}", slope, 1.15, at_most=True)

@@ -19,6 +19,7 @@ from pipeline.errors import PipelineError
 from pipeline.measure import Promise
 from pipeline.paths import REPOSITORY
 
+TURNED = ("low", "ratio", "high")
 KEYS = {"what", "shape", "threads", "ours", "peer", "peer_name", "ratio", "quartiles", "peak_mib", "peer_peak_mib"}
 
 
@@ -104,6 +105,27 @@ def test_a_tiny_run_writes_rows_bars_and_a_header(
     assert {row["peer_name"] for row in rows} == {"unbind loop", "torch rfft"}
     assert all(promise.keys() == {"what", "found", "wanted", "at_most", "met"} for promise in written["promises"])
     assert "times as fast as unbind loop" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cuda", [False, True], ids=["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "lost", [{"ours"}, {"ours", "ours and torch rfft in turn"}, {"unbind loop", "ours, triton"}, set()]
+)
+def test_the_table_is_written_whoever_had_no_memory(monkeypatch, tmp_path: Path, cuda: bool, lost: set[str]):
+    """Without our own scan all that had been measured ended in a TypeError, on a GPU in a ValueError."""
+
+    def measured(cells: list[dict], **_: object) -> list[dict | None]:
+        ways = {f"{way}_{key}": 2.0 for way in ("forward", "both") for key in ("ms", "mib", "peer_ms", *TURNED)}
+        return [None if cell["who"] in lost else ways | {"slope": 1.0} for cell in cells]
+
+    monkeypatch.setattr(measure, "interleave", measured)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(measure, "machine_class", lambda: "cuda-h100" if cuda else "cpu-2core-avx2")
+    monkeypatch.setattr(bench_kernels, "_has_mamba_ssm", lambda: True)
+    bench_kernels.run(record=tmp_path / "kernels.json")
+    written = json.loads((tmp_path / "kernels.json").read_text())
+    assert written["rows"]
+    assert any(promise["what"].startswith("slope") for promise in written["promises"])
 
 
 def test_a_benchmark_needs_nothing_but_torch():
