@@ -4,6 +4,7 @@ The keys come from the clean test tables; a sample submission can stand in for t
 within a sequence, so that 269,796,671 of them are known without being held.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,11 +17,29 @@ from pipeline.competitions import competitions
 from pipeline.competitions.base import Competition
 from pipeline.errors import DataError
 from pipeline.paths import Paths
-from pipeline.schema import CANDIDATES
+from pipeline.schema import CANDIDATES, SENTINEL
 from pipeline.tables import open_parquet, position_keys, read_batches
 
 #: Range of a submitted coordinate, Å; the PDB format that the scorer writes has eight characters for it.
 LOWEST_SUBMITTED, MAX_SUBMITTED = -999.999, 9999.999
+
+
+def moved_into_range(xyz_L3: np.ndarray) -> np.ndarray:
+    """A trace shifted along the axes on which it leaves that range: where a structure lies means nothing.
+
+    Args:
+        xyz_L3: [L, 3] Å, finite. What is longer than the range still sticks out of it.
+
+    Returns:
+        [L, 3] of the same type; as it was where it fits, or holds a sentinel.
+
+    >>> moved_into_range(np.array([[-1500.0, 1.0, 2.0], [0.0, 1.0, 3.0]])).tolist()
+    [[-999.0, 1.0, 2.0], [501.0, 1.0, 3.0]]
+    """
+    low_3, high_3 = xyz_L3.min(axis=0), xyz_L3.max(axis=0)
+    outside_3 = (low_3 < LOWEST_SUBMITTED) | (high_3 > MAX_SUBMITTED)
+    outside_3 &= max(-low_3.min(), high_3.max()) < -SENTINEL
+    return xyz_L3 - np.where(outside_3, low_3 - math.ceil(LOWEST_SUBMITTED), 0).astype(xyz_L3.dtype)
 
 
 #: What the cells of a column are.

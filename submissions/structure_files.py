@@ -17,17 +17,17 @@ import polars as pl
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
-from pipeline.schema import MIN_RESOLVED
+from pipeline.schema import MIN_RESOLVED, SENTINEL
 from pipeline.stage import Report, run_stage
 from pipeline.structure.geometry import rotation_onto
 from pipeline.tables import open_parquet
 from submissions import page
-from submissions.layout import LOWEST_SUBMITTED, MAX_SUBMITTED
+from submissions.layout import MAX_SUBMITTED, moved_into_range
 from submissions.structure_targets import read_traces
 from submissions.tm_score import d0_rna, tm_matrix
 
 #: Raised when the same tables give other files than before.
-VERSION = 3
+VERSION = 4
 
 _SCRIPT = Path(__file__).with_name("viewer.js")
 _LIBRARY = Path(__file__).with_name("vendor") / "3Dmol-min.js"
@@ -66,7 +66,7 @@ def run(
 
     Raises:
         ConfigError: the competition is not about structures, or there is no such table.
-        DataError: a table is missing or damaged, or a coordinate does not fit into a PDB file.
+        DataError: a table is missing or damaged, or a coordinate is not finite.
     """
     competition.require_structures("structures")
     if table not in ("test", "oof"):
@@ -88,7 +88,7 @@ def run(
         skipped = []
         for structure in found:
             (home / f"{structure.name}.cif").write_text(to_cif(structure), encoding="ascii")
-            if len(structure.sequence) > _LONGEST_PDB:
+            if len(structure.sequence) > _LONGEST_PDB or structure.xyz_ML3.max() > MAX_SUBMITTED:
                 skipped.append(structure.name)
             else:
                 (home / f"{structure.name}.pdb").write_text(to_pdb(structure), encoding="ascii")
@@ -108,14 +108,14 @@ def run(
 
 
 def read_structures(predictions: Path, sequences: Path) -> list[Structure]:
-    """Candidates of all targets, in the order of the clean table.
+    """Candidates of all targets, in the order of the clean table, each where a PDB file holds it if one can.
 
     Args:
         predictions: parquet with ``sequence_id, candidate, confidence, x, y, z``.
         sequences: clean table with ``sequence_id, sequence``.
 
     Raises:
-        DataError: a table is missing or damaged, or they are not of the same targets.
+        DataError: a table is missing or damaged, they are not of the same targets, or a coordinate is not finite.
     """
     open_parquet(predictions, ("sequence_id", "candidate", "confidence", "x", "y", "z")).close()
     open_parquet(sequences, ("sequence_id", "sequence")).close()
@@ -132,19 +132,16 @@ def read_structures(predictions: Path, sequences: Path) -> list[Structure]:
                 f"{predictions}: {name} has {xyz_ML3.shape[1]} residues, {sequences} "
                 f"{len(letters.get(name, ''))}. Next: predict again from the present clean tables."
             )
-        _check_limits(name, xyz_ML3, predictions)
+        bad = ~(np.abs(xyz_ML3) < -SENTINEL)
+        if bad.any():
+            raise DataError(
+                f"{predictions}: {name} has the coordinate {xyz_ML3[bad][0]:.3f} Å; expected a place in a molecule. "
+                "Next: predict again."
+            )
+        xyz_ML3 = np.stack([moved_into_range(xyz_L3) for xyz_L3 in xyz_ML3])
         confidence_M = rows["confidence"].cast(pl.Float64).to_numpy()
         found.append(Structure(name=name, sequence=letters[name], xyz_ML3=xyz_ML3, confidence_M=confidence_M))
     return found
-
-
-def _check_limits(name: str, xyz_ML3: np.ndarray, where: Path) -> None:
-    bad = ~((xyz_ML3 >= LOWEST_SUBMITTED) & (xyz_ML3 <= MAX_SUBMITTED))
-    if bad.any():
-        raise DataError(
-            f"{where}: {name} has the coordinate {xyz_ML3[bad][0]:.3f} Å; expected {LOWEST_SUBMITTED:.3f} to "
-            f"{MAX_SUBMITTED:.3f}, which a PDB file holds. Next: move the structure to the origin."
-        )
 
 
 def to_pdb(structure: Structure) -> str:
@@ -170,7 +167,7 @@ def to_pdb(structure: Structure) -> str:
 
 def to_cif(structure: Structure) -> str:
     """An mmCIF file with a model for each candidate, C1' only; the B factor is 100 times the expected TM-score."""
-    lines = [f"data_{structure.name}", "#", f"_entry.id {structure.name}", "#"]
+    lines = [f"data_{structure.name}", "#", f"_entry.id '{structure.name}'", "#"]  # _x or loop_ would be no value
     lines += ["_entity.id 1", "_entity.type polymer", "_entity_poly.entity_id 1"]
     lines += ["_entity_poly.type polyribonucleotide", "#", "_struct_asym.id A", "_struct_asym.entity_id 1"]
     lines += ["#", "loop_"]

@@ -13,11 +13,11 @@ from pipeline.paths import Paths
 from pipeline.schema import CANDIDATES, split_id
 from pipeline.tables import finite_values, read_batches
 from submissions.layout import (
-    LOWEST_SUBMITTED,
     MAX_SUBMITTED,
     Layout,
     ResidueKeys,
     layout_of,
+    moved_into_range,
     read_sample,
     value_columns,
 )
@@ -94,8 +94,7 @@ def _plain_shapes(length: int) -> list[np.ndarray]:
     """Hairpin, helix and five walks, the best of them first; without those too long for the file's coordinates."""
     shapes = trivial_shapes(length)
     traces = [*shapes["hairpin"], *shapes["A-form helix"], *shapes["random walks"]]
-    moved = [xyz_L3 - np.minimum(xyz_L3.min(axis=0) - LOWEST_SUBMITTED, 0.0) for xyz_L3 in traces]
-    return [xyz_L3 for xyz_L3 in moved if xyz_L3.max() < MAX_SUBMITTED]
+    return [xyz_L3 for xyz_L3 in map(moved_into_range, traces) if xyz_L3.max() < MAX_SUBMITTED]
 
 
 def _wide_coordinates(
@@ -114,6 +113,7 @@ def _wide_coordinates(
             )
         lengths_N = one["sequence"].str.len_bytes().to_numpy().astype(np.int64)
         xyz_TC = finite_values(one, lengths_N, targets=axes, where=str(predictions))
+        xyz_TC = np.concatenate([moved_into_range(xyz_L3) for xyz_L3 in np.split(xyz_TC, np.cumsum(lengths_N)[:-1])])
         if wide is None:
             ids = np.repeat(one["sequence_id"].to_numpy(), lengths_N)
             positions = np.concatenate([np.arange(1, length + 1) for length in lengths_N])

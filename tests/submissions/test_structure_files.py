@@ -57,6 +57,14 @@ def test_another_program_reads_what_was_written(tmp_path: Path, ending: str, tex
         assert np.allclose([atom.b_iso for atom in atoms], 100 * confidence, atol=6e-3)
 
 
+@pytest.mark.parametrize("name", ["_x", "loop_", "data_1", "save_", "-", "R1"])
+def test_an_id_that_mmcif_reserves_is_a_value(name: str) -> None:
+    """`_entry.id _x` was a name without a value: gemmi refused the whole file."""
+    gemmi = pytest.importorskip("gemmi")
+    block = gemmi.cif.read_string(to_cif(structure(name, count=1))).sole_block()
+    assert gemmi.cif.as_string(block.find_value("_entry.id")) == name
+
+
 def test_pdb_lines_are_as_wide_as_the_format_says() -> None:
     one = structure(length=40, count=1)
     one.xyz_ML3[0, :2] = [[-999.999, 9999.999, 0.0], [-0.0004, 1234.5678, -12.0]]
@@ -228,10 +236,32 @@ def test_the_stage_writes_two_files_a_target_and_one_page(paths: Paths) -> None:
     assert structure_files.run(paths, competition=RNA3D, name="all", table="oof").facts["with_reference"] == 6
 
 
-def test_a_coordinate_that_no_pdb_file_holds_is_refused(paths: Paths) -> None:
+def test_structures_that_a_pdb_file_does_not_hold_are_moved_and_those_too_long_for_one_are_left_to_mmcif(
+    paths: Paths,
+) -> None:
+    """It said: longC has the coordinate -1298.700 Å; … Next: move the structure to the origin. (1,000 nt, unpaired.)"""
+    gemmi, path = pytest.importorskip("gemmi"), paths.ensemble_dir("all") / "test.parquet"
+    away = pl.when(pl.col("sequence_id") == "Q1").then(-1500.0).otherwise(0.0)
+    longer = pl.when(pl.col("sequence_id") == "Q10").then(1000.0).otherwise(1.0)
+    table = pl.read_parquet(path)
+    flat = table.with_row_index().explode("x", "y", "z").with_columns(pl.col("x") * longer + away)
+    lists = flat.group_by("index", maintain_order=True).agg("x", "y", "z")
+    write(table.drop("x", "y", "z").hstack(lists.drop("index")), path)
+    report, home = structure_files.run(paths, competition=RNA3D, name="all"), path.parent / "structures-test"
+    assert report.facts["too_long_for_pdb"] == ["Q10"]
+    assert {file.name for file in home.glob("*Q*")} == {"Q1.pdb", "Q1.cif", "Q10.cif", "Q2_B.pdb", "Q2_B.cif"}
+    for name in ("Q1.pdb", "Q1.cif"):
+        read = [[residue[0].pos.tolist() for residue in model[0]] for model in gemmi.read_structure(str(home / name))]
+        known = [np.array(axes).T for axes in table.filter(sequence_id="Q1").select("x", "y", "z").iter_rows()]
+        for got_L3, xyz_L3 in zip(read, known, strict=True):
+            np.testing.assert_allclose(np.diff(got_L3, axis=0), np.diff(xyz_L3, axis=0), atol=1.2e-3)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), -1e18])
+def test_a_coordinate_that_is_no_place_is_refused(paths: Paths, value: float | None) -> None:
     path = paths.ensemble_dir("all") / "test.parquet"
-    write(pl.read_parquet(path).with_columns(pl.col("x").list.eval(pl.element() - 1500.0)), path)
-    with pytest.raises(DataError, match=r"Q1 has the coordinate -1\d{3}.* Å; expected -999.999 to 9999.999,"):
+    write(pl.read_parquet(path).with_columns(pl.col("x").list.eval(pl.element() * 0 + pl.lit(value))), path)
+    with pytest.raises(DataError, match=r"Q1 has the coordinate (nan|inf|-1\d+\.000) Å; expected a place"):
         structure_files.run(paths, competition=RNA3D, name="all")
 
 

@@ -310,6 +310,24 @@ def test_five_shapes_of_any_length_are_within_what_a_file_holds(length):
         assert xyz_L3.max() <= MAX_SUBMITTED
 
 
+@pytest.mark.parametrize("fmt", ["csv", "parquet"])
+def test_a_structure_beside_what_a_file_holds_is_moved_into_it(structure_paths, fmt):
+    """A thousand unpaired nucleotides, about the origin: the check refused -1298.7 Å of a good prediction."""
+    read, path = {"csv": pl.read_csv, "parquet": pl.read_parquet}[fmt], predictions(structure_paths)
+    before = read(run(structure_paths, comp=RNA3D, fmt=fmt).outputs["submission"])
+    write(pl.read_parquet(path).with_columns(pl.col("x").list.eval(pl.element() - 1500.0)), path)
+    report = run(structure_paths, comp=RNA3D, fmt=fmt)
+    check.run(structure_paths, competition=RNA3D, file=report.outputs["submission"])
+    after = read(report.outputs["submission"])
+    moved = [name for name in before.columns if name.startswith("x_")]
+    assert after.drop(moved).equals(before.drop(moved))
+    for target in ("Q1", "Q10", "Q2_B"):
+        own = pl.col("ID").str.starts_with(f"{target}_")
+        ways = [table.filter(own).select(moved).to_numpy() for table in (before, after)]
+        np.testing.assert_allclose(*(way - way[0] for way in ways), atol=2e-3)
+        assert ways[1].min() >= LOWEST_SUBMITTED
+
+
 def test_values_have_no_shapes(paths):
     with pytest.raises(ConfigError, match="no shapes to fill in"):
         run(paths, fill=True)
