@@ -22,7 +22,7 @@ from pipeline.templates.search import Library
 from pipeline.templates.structure_file import ENDINGS, UNKNOWN_AS, Chain, read_chains, require_gemmi
 
 #: Raised when the same files give another library than before.
-VERSION = 1
+VERSION = 2
 
 _AXES = ("x", "y", "z")
 _SCHEMA: dict[str, Any] = {

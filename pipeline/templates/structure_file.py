@@ -4,6 +4,7 @@ Letters: M residues of a chain, 3 xyz; lengths in Å.
 """
 
 import gzip
+import itertools
 import re
 import zlib
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ _PARENTS = {
     **dict.fromkeys(("5MC", "CTP", "CDP", "CBV", "4OC", "5CM", "10C", "LV2"), "C"),
     **dict.fromkeys(("GTP", "GDP", "G7M", "YYG", "YG", "23G", "I", "1MG", "2MG", "M2G", "7MG", "OMG"), "G"),
     **dict.fromkeys(("ATP", "ADP", "A23", "P5P", "6MZ", "MA6", "2MA", "T6A"), "A"),
-    **dict.fromkeys(("UTP", "UDP", "5MU", "PSU", "H2U", "OMU", "4SU", "5BU", "3TD", "B8N"), "U"),
+    **dict.fromkeys(("UTP", "UDP", "5MU", "PSU", "H2U", "OMU", "4SU", "5BU", "3TD", "B8N", "T"), "U"),
 }
 _C1 = ("C1'", "C1*")
 _LONGEST_GAP = 200  # residue numbers that a PDB file without SEQRES may skip
@@ -65,9 +66,10 @@ def require_gemmi() -> None:
 def read_chains(path: Path) -> list[Chain]:
     """RNA chains of a structure file, of its first model; of equal sequences the best resolved one.
 
-    - Residues take the place that the entry's sequence gives them (``label_seq``), so that gaps stay gaps and insertion
-      codes are residues of their own. A PDB file without SEQRES gets its gaps from jumps of the residue number.
-    - Of alternative locations, and of different residues at one place, the C1' of highest occupancy counts.
+    - Residues take the place that the entry's sequence gives them (``label_seq``; in a PDB file SEQRES, along which the
+      residues' numbers count, or else their letters and bonds are aligned), so that gaps stay gaps and insertion codes
+      are residues of their own. A PDB file without SEQRES gets its gaps from jumps of the residue number.
+    - Of alternative locations, and of different residues at one place, the C1' of highest occupancy counts, be it zero.
     - Modified residues become their parents: by the file's own table, gemmi's, or the one here.
     - The release date is the first of the entry's revisions; a deposition date is none.
 
@@ -89,6 +91,7 @@ def read_chains(path: Path) -> list[Chain]:
             released, parents = _cif_release(block), _cif_parents(block)
         else:
             structure = gemmi.read_pdb_string(text)
+            parents = {mod.res_id.name: mod.parent_comp_id for mod in structure.mod_residues}
             released = _pdb_release(text.decode("ascii", "replace"))
     except (ValueError, RuntimeError, IndexError, EOFError, OSError, zlib.error) as err:
         raise DataError(
@@ -153,9 +156,9 @@ def _chains(structure: "gemmi.Structure", *, entry: str, released: date | None, 
             continue
         entity = structure.get_entity_of(polymer)
         names = [gemmi.Entity.first_mon(name) for name in entity.full_sequence] if entity else []
-        names, places = _places(polymer, names)
+        names, places = _places(polymer, names, numbered=structure.input_format == gemmi.CoorFormat.Pdb)
         letters = [_letter(name, parents) for name in names]
-        xyz_M3, occupancy_M = np.full((len(names), 3), np.nan), np.zeros(len(names))
+        xyz_M3, occupancy_M = np.full((len(names), 3), np.nan), np.full(len(names), -1.0)
         for residue, place in zip(polymer, places, strict=True):
             for atom in residue:
                 if atom.name in _C1 and atom.occ > occupancy_M[place]:
@@ -176,8 +179,16 @@ def _chains(structure: "gemmi.Structure", *, entry: str, released: date | None, 
     return found
 
 
-def _places(polymer: "gemmi.ResidueSpan", names: list[str]) -> tuple[list[str], list[int]]:
-    """All residue names of the chain, and the 0-based place of every observed residue among them."""
+def _places(polymer: "gemmi.ResidueSpan", names: list[str], *, numbered: bool) -> tuple[list[str], list[int]]:
+    """All residue names of the chain, and the 0-based place of every observed residue among them.
+
+    Args:
+        polymer: the observed residues.
+        names: of the entry's sequence; none where it has none.
+        numbered: whether residue numbers that count along the sequence come before labels, which are an alignment.
+    """
+    if numbered and (places := _counted(polymer, names)):
+        return names, places
     labels = [residue.label_seq or 0 for residue in polymer]
     if all(1 <= label <= len(names) for label in labels):
         return names, [label - 1 for label in labels]
@@ -194,6 +205,20 @@ def _places(polymer: "gemmi.ResidueSpan", names: list[str]) -> tuple[list[str], 
         names.append(residue.name)
         last = here
     return names, places
+
+
+def _counted(polymer: "gemmi.ResidueSpan", names: list[str]) -> list[int]:
+    """Places by the residues' numbers, from 1 or from elsewhere; none if not all of the names agree with any."""
+    numbers = [residue.seqid.num or 0 for residue in polymer]
+    ascending = all(left < right for left, right in itertools.pairwise(numbers))
+    if not ascending or numbers[-1] - numbers[0] >= len(names):
+        return []
+    starts = range(len(names) - (numbers[-1] - numbers[0]))
+    for start in sorted(starts, key=lambda start: start + 1 != numbers[0]):
+        places = [start + number - numbers[0] for number in numbers]
+        if all(names[place] == residue.name for place, residue in zip(places, polymer, strict=True)):
+            return places
+    return []
 
 
 def _letter(name: str, parents: dict[str, str]) -> str | None:

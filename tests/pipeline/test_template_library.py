@@ -164,6 +164,50 @@ def test_a_pdb_file_gets_its_gap_from_the_residue_numbers_and_its_date_from_revd
     assert chain.sequence[10:] == "".join("GCAU"[serial % 4] for serial in range(9, 15))
 
 
+def numbered_pdb(names: list[str], numbers: list[int], *, seqres: list[str], head: str = "") -> str:
+    """C1' alone, residues with these names and numbers, the whole sequence in SEQRES."""
+    lines = [f"SEQRES {k // 13 + 1:3} A {len(seqres):4}  {' '.join(f'{name:>3}' for name in seqres[k : k + 13])}"
+             for k in range(0, len(seqres), 13)]  # fmt: skip
+    for serial, (name, number, (x, y, z)) in enumerate(
+        zip(names, numbers, helix_strand(len(names)), strict=True), start=1
+    ):
+        lines.append(f"ATOM  {serial:>5}  C1' {name:>3} A{number:>4}    {x:8.3f}{y:8.3f}{z:8.3f}  1.00 10.00")
+    return "\n".join([*head.splitlines(), *lines, "TER", "END", ""])
+
+
+@pytest.mark.parametrize("first", [1, -4, 101])
+def test_numbers_that_count_along_seqres_say_where_its_gaps_are(tmp_path: Path, first: int) -> None:
+    """Of GCAUGC--AUGCAUGC, without AU, the two after the gap were put into it; the start of --GCAUGC at its first G."""
+    seqres = list("GGGCAUGCAUAUGCAUGCC")
+    there = [*range(2, 8), *range(10, 18)]
+    text = numbered_pdb([seqres[k] for k in there], [k + first for k in there], seqres=seqres)
+    (chain,) = read_chains(write(tmp_path / "1abc.pdb", text))
+    assert chain.sequence == "".join(seqres)
+    assert np.flatnonzero(np.isfinite(chain.xyz_M3[:, 0])).tolist() == there
+
+
+def test_numbers_that_do_not_count_along_seqres_give_way_to_its_letters(tmp_path: Path) -> None:
+    seqres = list("GCAUGGAUCCAGUC")
+    text = numbered_pdb(seqres, [*range(1, 8), *range(20, 27)], seqres=seqres)
+    (chain,) = read_chains(write(tmp_path / "1abc.pdb", text))
+    assert (chain.sequence, np.isfinite(chain.xyz_M3).all()) == ("GCAUGGAUCCAGUC", True)
+
+
+def test_a_pdb_file_says_what_its_residues_are_modified_from(tmp_path: Path) -> None:
+    """MODRES was not read: queuosine, a G, was A, as everything unknown; and so was T."""
+    names = ["G", "QUO", "T", "A", "C", "G", "U", "A", "C", "G"]
+    head = "MODRES 1ABC QUO A    2    G  2-AMINO-7-DEAZA..."
+    (chain,) = read_chains(write(tmp_path / "1abc.pdb", numbered_pdb(names, list(range(1, 11)), seqres=[], head=head)))
+    assert (chain.sequence, chain.modified, chain.unknown) == ("GGUACGUACG", 2, 0)
+
+
+def test_a_residue_of_no_occupancy_has_the_place_that_the_file_gives_it(tmp_path: Path) -> None:
+    """A file whose occupancies are empty or all zero had no chain at all, and nobody said so."""
+    for occupancy in ("  0.00", "      "):
+        (chain,) = read_chains(write(tmp_path / "1abc.pdb", pdb().replace("  1.00", occupancy)))
+        assert np.isfinite(chain.xyz_M3[:, 0]).sum() == 14
+
+
 DAMAGED = {
     "cut": cif()[:-400],
     "empty": "",
