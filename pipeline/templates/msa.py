@@ -6,6 +6,7 @@ hand them out with every target, and a run that was never given MSA=… uses non
 Letters: L target length (nt), R relatives.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import polars as pl
 
 from pipeline.errors import DataError
 from pipeline.runlog import warn
-from pipeline.schema import ALPHABET, encode
+from pipeline.schema import ALPHABET, ODD_LETTER_AS, encode
 from pipeline.tables import open_parquet
 
 #: Weight of the target's own letter beside the relatives' shares.
@@ -59,7 +60,9 @@ def read_profiles(files: dict[str, Path], sequences: dict[str, str]) -> dict[str
     else:
         rows = {name: (path, _fasta_rows(path)) for name, path in files.items()}
     rows = {name: found for name, found in rows.items() if name in sequences and len(found[1]) > 1}
-    other = [name for name, (_, aligned) in rows.items() if _letters(aligned[0]) != sequences[name]]
+    odd = re.compile(f"[^{ALPHABET}.-]")  # which clean tables do not keep
+    first = {name: odd.sub(ODD_LETTER_AS, _letters(aligned[0])) for name, (_, aligned) in rows.items()}
+    other = [name for name, letters in first.items() if letters != sequences[name]]
     if other:
         warn(f"MSA: {len(other)} alignments are of another sequence than their target's and are not used: {other[0]}…")
     return {
@@ -76,9 +79,10 @@ def _letters(row: str) -> str:
 
 def _fasta_rows(path: Path) -> list[str]:
     try:
-        records = path.read_text().split(">")[1:]
-    except (OSError, UnicodeDecodeError) as err:
+        text = path.read_text(encoding="utf-8", errors="replace")  # of titles in any encoding nothing is used
+    except OSError as err:
         raise DataError(f"{path}: not readable as FASTA ({err}). Next: download it again.") from err
+    records = re.split("^>", text, flags=re.MULTILINE)[1:]  # titles may hold another: 5'->3'
     return ["".join(record.splitlines()[1:]) for record in records]
 
 

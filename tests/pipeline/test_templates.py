@@ -308,6 +308,20 @@ def test_profiles_mix_the_own_letter_with_the_relatives(tmp_path: Path) -> None:
     assert (again == profile_L4).all()
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b">R1\nGNC\n>a RNA 5'->3' of x > y\nGUC\n",  # "row 2 has 0 aligned columns": cut at every >
+        b">R1\r\nGNC\r\n>caf\xe9\r\nGUC\r\n",  # "not readable as FASTA"
+    ],
+)
+def test_titles_may_hold_any_sign_and_a_target_odd_letters(tmp_path: Path, text: bytes) -> None:
+    """Where a target has a letter other than ACGU, its alignment was "of another sequence"."""
+    (tmp_path / "R1.MSA.fasta").write_bytes(text)
+    profile_L4 = read_profiles(find_alignments(tmp_path, ["R1"]), {"R1": "GAC"})["R1"]
+    np.testing.assert_allclose(profile_L4, [[0, 0, 1, 0], [0.5, 0, 0, 0.5], [0, 1, 0, 0]])
+
+
 def test_an_alignment_of_another_sequence_is_left_out_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
