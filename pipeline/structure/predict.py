@@ -32,10 +32,10 @@ from pipeline.structure.motifs import Motif, MotifLibrary, find_loops
 from pipeline.structure.secondary import LEAST_PROBABILITY, stacking_pairs
 from pipeline.tables import open_parquet
 from pipeline.templates.collection import collect, library_path
-from pipeline.templates.gate import allowed
+from pipeline.templates.gate import allowed, entry_of
 
 #: Raised when the same tables give other candidates than before.
-VERSION = 3
+VERSION = 4
 #: Longest sequence that is folded, nt: 4,640 nt took 31 s and 120 MiB beside what the program itself takes; the table
 #: of nested structures grows with the square.
 LONGEST = 10_000
@@ -59,27 +59,31 @@ class _Target:
 class _Loops:
     """Loops of everything known, and which of them a target may use."""
 
-    known: list[tuple[int, date | None, list[Motif]]]  # fold (-1 = none), day of release, loops
-    _made: dict[tuple[int | None, date | None], MotifLibrary] = field(default_factory=dict)
+    known: list[tuple[str, int, date | None, list[Motif]]]  # entry, fold (-1 = none), day of release, loops
+    _made: dict[tuple[int | None, date | None, str], MotifLibrary] = field(default_factory=dict)
 
     @staticmethod
     def of(table: pl.DataFrame, folds: dict[str, int]) -> "_Loops":
         rows = table.select("id", "sequence", "day", "x", "y", "z").iter_rows()
         return _Loops(
             known=[
-                (folds.get(name, -1), day, find_loops(sequence, np.array(axes, dtype=np.float64).T))
+                (entry_of(name), folds.get(name, -1), day, find_loops(sequence, np.array(axes, dtype=np.float64).T))
                 for name, sequence, day, *axes in rows
             ]
         )
 
-    def usable(self, *, held_out: int | None, cutoff: date | None) -> MotifLibrary:
-        """Loops outside a fold that were released by a target's cutoff; nothing of unknown fold if one is held out."""
-        key = (held_out, cutoff)
+    def usable(self, *, held_out: int | None, cutoff: date | None, entry: str = "") -> MotifLibrary:
+        """Loops outside a fold that were released by a target's cutoff, but for those of its own entry if it has a
+        cutoff; nothing of unknown fold if one is held out."""
+        own = entry if cutoff and any(entry == other for other, *_ in self.known) else ""
+        key = (held_out, cutoff, own)
         if key not in self._made:
             self._made[key] = MotifLibrary(
                 loop
-                for fold, day, loops in self.known
-                if allowed(cutoff, day) and (held_out is None or fold not in (-1, held_out))
+                for other, fold, day, loops in self.known
+                if allowed(cutoff, day)
+                and (held_out is None or fold not in (-1, held_out))
+                and (not own or other != own)
                 for loop in loops
             )
         return self._made[key]
@@ -133,7 +137,7 @@ def run(paths: Paths, *, competition: Competition, split: str, score: Scorer) ->
         _write_test(_read_targets(paths, "test"), loops, weights_F, folds, parts)
         told = {"weights": weights_F.tolist(), "folds": folds}
         parts["weights"].write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
-        return {"library": about, "loops": sum(len(each) for _, _, each in loops.known)} | facts
+        return {"library": about, "loops": sum(len(each) for *_, each in loops.known)} | facts
 
     return run_stage(
         "denovo",
@@ -286,7 +290,7 @@ def _assemblies(target: _Target, loops: _Loops, *, held_out: int | None) -> list
             "their own."
         )
     rng = np.random.default_rng(zlib.crc32(target.target_id.encode()))
-    library = loops.usable(held_out=held_out, cutoff=target.cutoff)
+    library = loops.usable(held_out=held_out, cutoff=target.cutoff, entry=entry_of(target.target_id))
     return assemble_drawn(target.sequence, target.likely, count=CANDIDATES, library=library, rng=rng)
 
 

@@ -43,6 +43,18 @@ def allowed_mask(target_cutoff: date | None, dates_N: np.ndarray) -> np.ndarray:
     return dates_N <= np.datetime64(target_cutoff, "D")  # NaT compares as False
 
 
+def entry_of(name: str) -> str:
+    """PDB id of a target or chain, in capitals; "" where its name does not begin with one.
+
+    A target that has a cutoff may not use its own entry, whatever its date: part 2 gives as cutoff of a test target the
+    very day on which its entry was released.
+
+    >>> entry_of("9g4p"), entry_of("8T3E_EC"), entry_of("R1107")
+    ('9G4P', '8T3E', '')
+    """
+    return name[:4].upper() if _PDB_ID.fullmatch(name) else ""
+
+
 def released_by(template_id: str) -> date | None:
     """A date by which an entry had certainly been released, from its PDB id alone; None if it says nothing.
 

@@ -23,14 +23,13 @@ from pipeline.structure.candidate_tables import CandidateRows, read_folds, read_
 from pipeline.structure.geometry import Scorer, rmsd
 from pipeline.tables import open_parquet
 from pipeline.templates.collection import collect, library_path, make_library
-from pipeline.templates.gate import allowed_mask
 from pipeline.templates.msa import find_alignments, read_profiles
 from pipeline.templates.ranker import Calibration, Ranker, reliability
-from pipeline.templates.search import FEATURES, Library, Match, Target, find_matches
+from pipeline.templates.search import FEATURES, Library, Match, Target, find_matches, released_for
 from pipeline.templates.transfer import complete, refine, transfer
 
 #: Raised when the same tables give other candidates than before.
-VERSION = 2
+VERSION = 3
 
 #: Expected TM-score from which a target counts as covered: the template that 19 of 20 targets of part 1 had.
 COVERED = 0.45
@@ -398,7 +397,7 @@ def _write_test(
                 chosen = _choose(target, library, matches, scores, model.calibration, count=count)
             rows.deal(target.target_id, [(each.expected, each.xyz_L3) for each in chosen])
             told[target.target_id] = {
-                "usable": int(allowed_mask(target.cutoff, library.dates_N).sum()),
+                "usable": int(released_for(target, library).sum()),
                 "best": library.ids[chosen[0].template] if chosen else "none",
                 "expected": round(chosen[0].expected, 4) if chosen else 0.0,
             }

@@ -18,7 +18,7 @@ from pipeline.structure.assembly import trace_from_pairs
 from pipeline.structure.geometry import SHORTEST_STEP, similarity
 from pipeline.structure.secondary import LEAST_PROBABILITY, nested_pairs, stacking_pairs, without_lone_pairs
 from pipeline.templates.align import CLOSING, OPENING, UNPAIRED, Costs, Mode, align_all, letter_scores, state_scores
-from pipeline.templates.gate import allowed_mask
+from pipeline.templates.gate import allowed_mask, entry_of
 from pipeline.templates.pairs import pairs_from_trace
 from pipeline.templates.transfer import complete, transfer
 
@@ -231,7 +231,7 @@ def find_matches(
     Returns:
         At most 30 of each mode; not in order.
     """
-    chosen = _prefiltered(target, library, np.flatnonzero(usable_N & allowed_mask(target.cutoff, library.dates_N)))
+    chosen = _prefiltered(target, library, np.flatnonzero(usable_N & released_for(target, library)))
     if not len(chosen):
         return []
     tokens_T, state_T, offsets = _packed(library, chosen)
@@ -254,6 +254,15 @@ def find_matches(
         close = {match.template for match in found if match.identity >= related and library.folds_N[match.template] < 0}
         found = [match for match in found if match.template not in close]
     return _with_agreement(found)
+
+
+def released_for(target: Target, library: Library) -> np.ndarray:
+    """[N] bool: which chains the date gate lets through."""
+    mask_N = allowed_mask(target.cutoff, library.dates_N)
+    own = entry_of(target.target_id)
+    if target.cutoff is not None and own:
+        mask_N &= np.array([entry_of(name) != own for name in library.ids], dtype=bool)
+    return mask_N
 
 
 def _with_agreement(matches: list[Match]) -> list[Match]:

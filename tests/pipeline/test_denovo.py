@@ -281,6 +281,9 @@ def test_loops_come_from_other_folds_and_from_before_the_cutoff(paths: Paths) ->
     assert len(loops.usable(held_out=None, cutoff=None)) == 7 * turned
     by_cutoff = len(loops.usable(held_out=None, cutoff=date(2022, 5, 27)))
     assert by_cutoff == 6 * turned - turned * ("0ABC_A" in folds), "the later one, and one without a date, are not used"
+    own = len(loops.usable(held_out=None, cutoff=date(2022, 5, 27), entry="3ABC"))
+    assert own == by_cutoff - turned, "part 2's cutoff of a test target is the day of its own entry's release"
+    assert len(loops.usable(held_out=None, cutoff=None, entry="3ABC")) == 7 * turned
 
 
 def test_a_sequence_too_long_is_refused_in_one_sentence(paths: Paths) -> None:

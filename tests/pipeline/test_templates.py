@@ -107,6 +107,18 @@ def test_no_template_is_newer_than_its_targets_cutoff(cutoff: date, days: list[d
     assert found == {n for n, day in enumerate(days) if day is not None and day <= cutoff}
 
 
+@pytest.mark.parametrize("name", ["9g4p", "9G4P", "9G4P_X"])
+def test_no_template_is_of_its_targets_own_entry(name: str) -> None:
+    """Part 2 gives as cutoff of a test target the day on which its entry was released, so that the entry passed."""
+    day = np.full(12, date(2025, 7, 30), dtype="datetime64[D]")
+    ids = tuple(f"9g4{letter}_A" for letter in "PpQRSTUVWXYZ")
+    library, sequence = replace(undated_library(), dates_N=day, ids=ids), family_library()[1][0]
+    every, folds = np.ones(12, dtype=bool), {None: set(range(12)), date(2025, 7, 30): set(range(2, 12))}
+    for cutoff, expected in folds.items():
+        found = find_matches(Target.of(name, sequence, cutoff=cutoff), library, every)
+        assert {match.template for match in found} == expected
+
+
 # --- alignment ---
 
 
