@@ -18,7 +18,7 @@ OVER  ?=#                  what a sweep varies: OVER="train.lr=[1e-3,2e-3] train
 SEEDS ?= 3#                runs of each cell of a sweep
 TRIALS ?=#                 cells that Optuna proposes; empty = every combination
 NPROC ?= 1#                processes that train together, one for each GPU
-BUDGET ?=#                 time for training and predictions, such as 8h; empty = as long as it takes
+BUDGET ?=#                 time for training and predictions, such as 8h, with what the same command does before; empty = as long as it takes
 TRACK ?=#                  who else listens: tensorboard, wandb (offline)
 FILE  ?=#                  sequences of your own for make predict, structures and embed; embeddings for features; submission for check and submit-kaggle
 FEATURES ?=#               of the sequences in FILE, for networks that read some: name=<folder or parquet>, spaces between several
@@ -105,7 +105,9 @@ OWN_FILE := $(strip $(if $(FILE),"$(FILE)") $(if $(SEQ),--sequence "$(SEQ)"))
 OWN_FEATURES := $(foreach item,$(FEATURES),--features '$(item)')
 BUNDLE := $(call given,--slug,SLUG)
 JOB := $(if $(ALL),--all-folds,--fold "$(FOLD)")
-TRAIN := $(if $(RESTART),--restart) $(if $(ALLOW_CHANGES),--allow-changes) $(call given,--time-budget,BUDGET) \
+# what runs before the training counts: for rna3d, denovo and templates-predict
+BEGUN := $(if $(BUDGET),--time-budget $(BUDGET) --begun $(shell date +%s))
+TRAIN := $(if $(RESTART),--restart) $(if $(ALLOW_CHANGES),--allow-changes) $(BEGUN) \
   $(foreach tracker,$(TRACK),--track $(tracker)) $(if $(filter-out 1,$(NPROC)),--nproc $(NPROC))
 ENVIRONMENT := $(if $(filter .venv/bin/python,$(PY)),.venv/.ready)
 

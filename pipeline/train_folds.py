@@ -36,6 +36,11 @@ class Budget:
     seconds: float
     started: float = field(default_factory=lambda: time.monotonic())
 
+    @classmethod
+    def since(cls, *, seconds: float, begun: float) -> "Budget":
+        """One that counts from a time of day, in seconds since 1970: when the command began that trains at its end."""
+        return cls(seconds=seconds, started=time.monotonic() - max(time.time() - begun, 0.0))
+
     def left(self) -> float:
         return self.started + self.seconds - time.monotonic()
 

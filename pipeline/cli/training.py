@@ -88,6 +88,9 @@ def train(
     time_budget: Annotated[
         str, typer.Option("--time-budget", help="Train, save and predict within this time: 45m, 8h, 90s; resumable.")
     ] = "",
+    begun: Annotated[
+        float | None, typer.Option("--begun", help="When the time budget began, in seconds since 1970; default: now.")
+    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Set an earlier run aside and begin anew.")] = False,
     allow_changes: Annotated[
         bool, typer.Option("--allow-changes", help="Resume with changed settings that do no harm, such as more epochs.")
@@ -123,6 +126,9 @@ def train(
         from pipeline import train_folds
         from pipeline.training.trackers import find_trackers
 
+        budget = None
+        if seconds is not None:
+            budget = train_folds.Budget.since(seconds=seconds, begun=time.time() if begun is None else begun)
         train_folds.run(
             config,
             competition=competition,
@@ -131,7 +137,7 @@ def train(
             split=split,
             folds=indices,
             show=show,
-            budget=None if seconds is None else train_folds.Budget(seconds=seconds),
+            budget=budget,
             max_steps=max_steps,
             restart=restart,
             allow_changes=allow_changes,

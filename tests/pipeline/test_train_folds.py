@@ -293,6 +293,17 @@ def test_the_budget_is_for_all_folds(paths, clock):
         fit(paths, folds=(1,), budget=late)
 
 
+def test_a_budget_counts_from_when_the_command_began(paths, clock):
+    """`make train-all COMP=rna3d BUDGET=1h` took an hour beside the 14 minutes of denovo and templates-predict."""
+    clock.time = lambda: 1_000.0 + clock.now
+    begun = Budget.since(seconds=600.0, begun=460.0)
+    assert begun.left() == 60.0
+    clock.now += 59.9
+    with pytest.raises(StoppedError, match=r"fold0: 0 s of the time budget are left.*not begun"):
+        fit(paths, budget=begun)
+    assert Budget.since(seconds=600.0, begun=5_000.0).left() == 600.0
+
+
 def test_a_budget_that_predictions_alone_would_use_up_is_refused(paths, monkeypatch):
     monkeypatch.setattr(predict, "estimate", lambda *_, **__: 5.0)
     with pytest.raises(ConfigError, match=r"predictions alone may take .*a larger BUDGET"):
