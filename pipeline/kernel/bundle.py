@@ -263,6 +263,7 @@ def _train_settings(order: Order, parcel: _Parcel) -> dict[str, Any]:
         "split": order.split,
         "fold_names": [f"fold{fold}" for fold in order.folds],
         "words": words,
+        "resume": order.resume,
         "bpp": bool(config.model.kwargs.get("use_bpp")) or order.competition.task == "structure",
     }
 

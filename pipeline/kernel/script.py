@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 BUNDLE = "@bundle@"
 STARTED = time.monotonic()
-_DEPTH = 8  # folders below the inputs that are looked into
+_DEPTH = 12  # folders below the inputs that are looked into: a checkpoint of a notebook's output is in the tenth
 _GRACE_S = 10.0  # for a verb to end when it is asked to
 _SOON_FOLDED = "500"  # nt
 _BEGUN = 0.7  # of a stage's time, after which no target is begun: the longest comes last and is to be finished
@@ -132,10 +132,15 @@ def train(inputs: Path, bundle: Path, work: Path, told: dict[str, Any]) -> dict[
     """
     raw = find_raw(inputs, told) if told["raw_files"] else None
     home = work / "artifacts" / told["competition"]
-    begun = find_begun(inputs, told)
-    if begun and not home.exists():
+    begun = None if home.exists() else find_begun(inputs, told)
+    if begun:
         say(f"goes on with the run in {begun}")
         copy_tree(begun, home)  # tables too: a later image would write them with other bytes
+    elif told["resume"] and not home.exists():
+        fail(
+            f"{inputs}: no checkpoint of {told['run']} below it; expected the output of {told['resume']}. "
+            "Next: add that notebook to this one's inputs, or make kernel without RESUME to begin anew."
+        )
     at = ["--comp", told["competition"], "--artifacts", str(home.parent)]
     place(bundle, told, home)
     if raw:

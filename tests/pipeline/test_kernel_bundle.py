@@ -676,6 +676,24 @@ def test_a_notebook_without_its_inputs_says_which(trained: Trained, tmp_path: Pa
         play(trained.home, lay_out(tmp_path / "input", trained.home, tmp_path / "empty"), tmp_path / "work")
 
 
+@pytest.mark.parametrize("mount", ["slug", "notebooks/tester/slug"])
+def test_a_run_is_found_wherever_a_notebooks_output_is_mounted(tmp_path: Path, mount: str):
+    """Below notebooks/<user>/<slug> no checkpoint was found, and the run was begun anew without a word."""
+    home = tmp_path / mount / "artifacts" / "ribonanza"
+    meta = home / "runs" / RUN / "fold0" / "checkpoints" / "step-00000005" / "meta.json"
+    meta.parent.mkdir(parents=True)
+    meta.write_text('{"step": 5}')
+    told = {"fold_names": ["fold0"], "run": RUN, "competition": "ribonanza"}
+    assert script.find_begun(tmp_path, told) == home
+
+
+def test_a_notebook_that_is_to_go_on_and_finds_no_run_does_not_begin_anew(tmp_path: Path):
+    home = pack(order_of(Paths(comp="ribonanza", root=tmp_path), resume="tester/earlier"))
+    raw = write_raw(tmp_path / "raw")
+    with pytest.raises(SystemExit, match="expected the output of tester/earlier"):
+        play(home, lay_out(tmp_path / "input", home, raw), tmp_path / "work")
+
+
 def test_wheels_of_another_python_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     commands = []
     monkeypatch.setattr(script.subprocess, "run", lambda command, **_: commands.append(command))
