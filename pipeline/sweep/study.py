@@ -15,7 +15,8 @@ from pipeline.runlog import cut_torn_tail, say
 from pipeline.sweep.jobs import POLL_S, Axis, Job, Settings, Sweep, asked_for, label, refuse_changes
 from pipeline.training.stop import lock_holder, run_lock
 
-_WORKER, _TURN = ".worker-", ".turn"  # locks: a worker's, with a random name; and that of who counts trials
+#: Locks: a worker's, with a random name; that of who counts trials; that of who reads or writes the log.
+_WORKER, _TURN, _LOG = ".worker-", ".turn", ".log"
 
 
 def run_study(sweep: Sweep, axes: Sequence[Axis], trials: int, results: dict[Job, float | None]) -> Iterator[int]:
@@ -23,7 +24,7 @@ def run_study(sweep: Sweep, axes: Sequence[Axis], trials: int, results: dict[Job
     try:
         import optuna
         from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+        from optuna.storages.journal import JournalFileBackend
     except ImportError as err:
         raise ConfigError(
             "TRIALS needs Optuna, which is not installed. Next: pip install optuna, or list values."
@@ -31,8 +32,8 @@ def run_study(sweep: Sweep, axes: Sequence[Axis], trials: int, results: dict[Job
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sweep.folder.mkdir(parents=True, exist_ok=True)
     log = sweep.folder / "study.log"  # a file, fit for network folders
-    lock = JournalFileSymlinkLock(str(log))
-    with _held(lock):  # what others are writing is whole then: only who was killed, or had no disk left, tore a line
+    lock: Any = _LogLock(sweep.folder)
+    with _turn(sweep.folder, name=_LOG):  # others' lines are whole then: who was killed, or had no disk left, tore one
         cut_torn_tail(log)
     try:
         storage = JournalStorage(JournalFileBackend(str(log), lock_obj=lock))
@@ -99,22 +100,27 @@ def _next_trial(
         time.sleep(POLL_S)
 
 
-@contextlib.contextmanager
-def _held(lock: Any) -> Iterator[None]:
-    lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+class _LogLock:
+    """What Optuna asks for, as a lock that dies with its process: those that it brings stay where one was killed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._held = folder, contextlib.ExitStack()
+
+    def acquire(self) -> bool:
+        self._held.enter_context(_turn(self._folder, name=_LOG))
+        return True
+
+    def release(self) -> None:
+        self._held.close()
 
 
 @contextlib.contextmanager
-def _turn(folder: Path) -> Iterator[None]:
+def _turn(folder: Path, *, name: str = _TURN) -> Iterator[None]:
     """One worker at a time, each as soon as it can."""
     while True:
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(run_lock(folder, name=_TURN))
+                stack.enter_context(run_lock(folder, name=name))
             except BusyError:
                 continue
             yield

@@ -151,6 +151,20 @@ def test_a_study_whose_last_line_was_torn_goes_on(small: Sweep):
         stage.run(small, axes, trials=2)
 
 
+def test_a_lock_of_optunas_that_a_killed_worker_left_holds_nobody_up(
+    small: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In a relative folder it pointed nowhere, and "It is taking longer than 10.0 seconds to acquire the lock file" was
+    said for ever, by a process that spun."""
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(Sweep, "metric", lambda *_: 0.5)
+    monkeypatch.chdir(tmp_path)
+    here = replace(small, paths=replace(small.paths, root=small.paths.root.relative_to(tmp_path)))
+    here.folder.mkdir(parents=True)
+    (here.folder / "study.log.lock").symlink_to(here.folder / "study.log")
+    assert len(stage.run(here, [parse_axis("train.lr=[1e-3]")], trials=1).facts["cells"]) == 1
+
+
 def test_a_second_worker_waits_for_the_last_trial_of_a_living_one_and_takes_over_that_of_a_dead_one(
     small: Sweep, monkeypatch: pytest.MonkeyPatch
 ):
