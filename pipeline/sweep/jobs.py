@@ -16,11 +16,12 @@ from pipeline.competitions.base import Competition
 from pipeline.config import load_config
 from pipeline.errors import BusyError, ConfigError, DivergedError
 from pipeline.paths import Paths
-from pipeline.runlog import say
+from pipeline.runlog import read_status, say
 from pipeline.runs import SWEEP
 
 #: Between two looks at what another process does, s.
 POLL_S = 1.0
+_ORDERS = 720  # of settings, in which a run that was begun is looked for: all of six
 
 Settings = tuple[tuple[str, Any], ...]
 
@@ -69,13 +70,19 @@ class Sweep:
         return [Job(cell=cell, seed=first + k, fold=fold) for k in range(self.seeds) for fold in self.folds]
 
     def run_name(self, job: Job) -> str:
-        """Folder of a job's run; the same settings always give the same one."""
-        text = json.dumps([self.overrides, job.cell])
-        cell = hashlib.sha256(text.encode()).hexdigest()[:8]
-        return f"{Path(self.model).stem}+{SWEEP}{self.name}-{cell}-s{job.seed}.{self.split}"
+        """Folder of a job's run: the same settings give the same one, whatever their order."""
+        orders = itertools.product(itertools.permutations(self.overrides), itertools.permutations(job.cell))
+        begun = (self._run_name(job, *order) for order in itertools.islice(orders, _ORDERS))
+        sorted_name = self._run_name(job, sorted(self.overrides), sorted(job.cell))
+        names = itertools.chain([sorted_name], begun)  # versions before this one kept the order that was given
+        return next((name for name in names if self.paths.run_dir(name).is_dir()), sorted_name)
+
+    def _run_name(self, job: Job, overrides: Sequence[str], cell: Sequence[tuple[str, Any]]) -> str:
+        digest = hashlib.sha256(json.dumps([overrides, cell]).encode()).hexdigest()[:8]
+        return f"{Path(self.model).stem}+{SWEEP}{self.name}-{digest}-s{job.seed}.{self.split}"
 
     def metric(self, job: Job) -> float | None:
-        """Best validation metric of a job, trained now if need be; None where training diverged.
+        """Best validation metric of a job, trained now if need be; None where training diverged, now or before.
 
         Raises:
             BusyError: another process is at it.
@@ -83,12 +90,17 @@ class Sweep:
         """
         config = load_config(self.model, [*self.overrides, *overrides(job.cell), f"train.seed={job.seed}"])
         budget = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        run = self.run_name(job)
+        folder = self.paths.fold_dir(run, job.fold)
+        if read_status(folder).get("state") == "diverged":
+            say(f"{folder}: this run diverged before, and counts as such. Next: move this folder away to try it again.")
+            return None
         try:
             report = train.run(
                 config,
                 competition=self.competition,
                 paths=self.paths,
-                run=self.run_name(job),
+                run=run,
                 split=self.split,
                 fold=job.fold,
                 time_budget=budget,

@@ -1,7 +1,9 @@
 """A sweep does every job once, resumes, shares its work, and ranks only what can be told apart."""
 
+import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -84,6 +86,33 @@ def test_a_sweep_says_what_each_job_tries_and_what_to_do_with_the_best(small: Sw
     where = f"COMP=tiny MODEL={small.model} SPLIT={small.split}"
     assert report.facts["next"] == f"make train-all {where} TAG=lr SET='{settings}'"
     assert report.facts["next"] in " ".join(map(str, describe(report.facts)))
+
+
+def test_a_run_that_diverged_is_not_trained_again_when_the_sweep_goes_on(
+    small: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Each start of the same sweep trained it until it diverged once more."""
+    monkeypatch.setattr(tiny.Fault, "forward", lambda _, x_BLD: x_BLD * math.nan)
+    axes = [parse_axis("train.lr=[1e-2]")]
+    first = stage.run(small, axes).facts["cells"]
+    assert [row["diverged"] for row in first] == [2]
+    monkeypatch.setattr(jobs.train, "run", lambda *_, **__: pytest.fail("it was trained again"))
+    assert stage.run(small, axes).facts["cells"] == first
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("this run diverged before, and counts as such. Next: move this folder away") == 2
+
+
+def test_settings_in_another_order_are_the_same_runs(small: Sweep):
+    """SET="a b" and SET="b a" trained everything twice, although they were taken for the same sweep."""
+    cell = (("train.lr", 1e-3), ("train.dropout", 0.1))
+    one = replace(small, overrides=("train.epochs=1", "train.batch_size=8"))
+    other = replace(small, overrides=one.overrides[::-1])
+    job, turned = Job(cell=cell, seed=1, fold=0), Job(cell=cell[::-1], seed=1, fold=0)
+    assert one.run_name(job) == one.run_name(turned) == other.run_name(job)
+    digest = hashlib.sha256(json.dumps([one.overrides, cell]).encode()).hexdigest()[:8]
+    before = f"tiny+sweep-lr-{digest}-s1.{small.split}"
+    small.paths.run_dir(before).mkdir(parents=True)
+    assert one.run_name(job) == other.run_name(turned) == before, "as the version before named it"
 
 
 def test_a_job_that_another_process_does_is_left_to_it(small: Sweep):
