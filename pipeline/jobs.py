@@ -262,7 +262,10 @@ def _last_words(folder: Path, pid: int) -> str:
 
 
 def _terminate(pid: int, folder: Path) -> None:
-    """Send SIGTERM to the process that holds a folder, never to a later one of the same number."""
+    """Send SIGTERM to the process that holds a folder, never to a later one of the same number.
+
+    One that Ctrl-Z has halted would not see it before it is continued.
+    """
     with contextlib.suppress(ProcessLookupError):
         try:
             descriptor = os.pidfd_open(pid)
@@ -271,10 +274,12 @@ def _terminate(pid: int, folder: Path) -> None:
         except (AttributeError, OSError):  # not Linux, or one before 5.3, or a container that forbids it
             if worker(folder) == pid:
                 os.kill(pid, signal.SIGTERM)
+                os.kill(pid, signal.SIGCONT)
             return
         try:
             if worker(folder) == pid:  # so the descriptor is that process's
                 signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+                signal.pidfd_send_signal(descriptor, signal.SIGCONT)
         finally:
             os.close(descriptor)
 

@@ -305,17 +305,29 @@ def _old_kernel(_: int) -> int:
     raise OSError(errno.ENOSYS, "Function not implemented")
 
 
-def test_a_job_is_asked_to_stop_also_where_the_kernel_is_old(tmp_path, monkeypatch):
-    """Linux before 5.3, as on clusters, knows no pidfd_open: make stop ended with "Function not implemented"."""
-    monkeypatch.setattr(os, "pidfd_open", _old_kernel, raising=False)
+@pytest.mark.parametrize("kernel", ["this", "old"])
+@pytest.mark.parametrize("halted", [False, True])
+def test_a_job_is_asked_to_stop_also_where_the_kernel_is_old_or_ctrl_z_has_halted_it(
+    tmp_path, monkeypatch, kernel, halted
+):
+    """Linux before 5.3, as on clusters, knows no pidfd_open: make stop ended with "Function not implemented". Of a job
+    that was halted it said "asked to stop and is still at work after 40 s. Next: wait for its step to end"."""
+    if kernel == "old":
+        monkeypatch.setattr(os, "pidfd_open", _old_kernel, raising=False)
     hold = (
         "import fcntl, os; f = open('.job', 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(os.getpid(), file=f, flush=True)"
     )
     command = [sys.executable, "-c", f"{hold}; print('ready', flush=True); input()"]
     with subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as job:
         assert job.stdout.readline() == b"ready\n"
+        if halted:
+            job.send_signal(signal.SIGSTOP)
+            assert os.WIFSTOPPED(os.waitpid(job.pid, os.WUNTRACED)[1])
         jobs._terminate(job.pid, tmp_path)
-        assert job.wait() == -signal.SIGTERM
+        try:
+            assert job.wait(600) == -signal.SIGTERM
+        finally:
+            job.kill()
 
 
 @pytest.mark.parametrize("kernel", ["this", "old"])
