@@ -27,6 +27,8 @@ from pipeline.training.trackers import OpenTracker
 _SAFETY = 1.5
 #: Seconds kept for them at least, for checkpoints and tables to be written; of a small budget, this share.
 _LEAST_S, _LEAST_SHARE = 120.0, 0.1
+#: Between two looks at what another process does, s.
+_POLL_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ def run(
             return
         if config.model.kwargs.get("use_bpp"):
             require_fold_table(paths.fold_table(split))  # probabilities take minutes
-            show(bpp.run(paths, time_budget=None if budget is None else max(0.0, budget.left())))
+            show(_pairing(paths, budget))
         begins: dict[str, Any] = {"config": config, "processes": world.size, "restart": restart}
         for fold in folds:
             folder = paths.fold_dir(run, fold)
@@ -108,6 +110,21 @@ def run(
                 job.predict()
                 if unfinished is not None:
                     raise unfinished
+
+
+def _pairing(paths: Paths, budget: Budget | None) -> Report:
+    """Base-pair probabilities; of folds that begin at once the first one computes them, and the others wait for it."""
+    waits = False
+    while True:
+        try:
+            return bpp.run(paths, time_budget=None if budget is None else max(0.0, budget.left()))
+        except BusyError as err:
+            if budget is not None and budget.left() <= 0:
+                raise
+            if not waits:
+                say(f"{err} Here its base-pair probabilities are waited for.")
+            waits = True
+            time.sleep(_POLL_S)
 
 
 @dataclass(frozen=True)
