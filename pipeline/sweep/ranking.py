@@ -82,6 +82,9 @@ def describe(facts: Mapping[str, Any]) -> list[Any]:
     notes += ["cells whose intervals overlap share a rank; - = one result is no interval, or a run diverged"]
     if any(row["n"] == 2 for row in facts["cells"]):
         notes.append("of two results an interval is 9 sd wide to each side, of three 2.5 (SEEDS=3), of five 1.2")
+    if (count := len(facts["cells"])) > 2 and any(row["p"] is not None for row in facts["cells"]):
+        sure = 0.05 / math.comb(count, 2)  # Bonferroni's: the first is the first of so many by chance, too
+        notes.append(f"p is of one pair, and the first was chosen of {count}: sure below {sure:.2g}, not below 0.05")
     if facts["next"]:
         notes.append(f"the first of them on all folds, with predictions: {facts['next']}")
     if facts["busy"]:

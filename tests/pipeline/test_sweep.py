@@ -363,6 +363,21 @@ def test_a_paired_difference_can_be_sure_where_the_spread_between_seeds_is_wide(
     assert rows[1]["p"] < 0.001
 
 
+def test_p_is_told_for_what_it_is_where_the_first_was_chosen_of_many(rng):
+    """Of eight cells that were all alike, 43 % of sweeps showed a p below 0.05, and nothing said of how many pairs."""
+
+    def told(count: int) -> tuple[list[float], str]:
+        cells = summarise(results(**{f"c{k}": list(rng.normal(size=3)) for k in range(count)}))
+        facts = {"cells": cells, "busy": 0, "metric": "MAE", "next": ""}
+        return [row["p"] for row in cells[1:]], " ".join(map(str, describe(facts)[1:]))
+
+    sweeps = [told(8) for _ in range(100)]
+    assert sum(min(p) < 0.05 for p, _ in sweeps) > 25
+    assert sum(min(p) < 0.05 / 28 for p, _ in sweeps) < 10
+    assert "the first was chosen of 8: sure below 0.0018, not below 0.05" in sweeps[0][1]
+    assert "chosen" not in told(2)[1]
+
+
 def test_one_result_and_a_diverged_run_get_no_rank():
     rows = {row["cell"][0][1]: row for row in summarise(results(one=[0.1], lost=[0.05, None, 0.06], fine=[0.2, 0.21]))}
     assert rows["one"]["rank"] is None
