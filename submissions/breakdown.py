@@ -45,6 +45,10 @@ class Groups:
         """Positions that count, over all groups."""
         return int(self._total()[1].max(initial=0))
 
+    def counts(self) -> np.ndarray:
+        """Values that count in each group, over all targets: [G], in the order of the labels."""
+        return np.array([self._found[label][1].sum() for label in sorted(self._found)])
+
     def score(self) -> float:
         """The competition's score of all groups together."""
         assert self.competition.score is not None
