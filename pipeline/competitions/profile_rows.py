@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 
 from pipeline.competitions.profile_columns import REPAIR, Rows, read_numbers
-from pipeline.competitions.profile_files import FILE, ROW, Settings
+from pipeline.competitions.profile_files import FILE, IDS, ROW, Settings
 from pipeline.competitions.sequence_rows import relatives
 from pipeline.competitions.table_files import read_flags, usual_columns
 from pipeline.errors import DataError
@@ -15,7 +15,7 @@ from pipeline.schema import ALPHABET
 
 #: Role -> names that its column usually has, in small letters.
 _USUAL = {
-    "id": ("id", "sequence_id", "seq_id", "name", "identifier", "accession"),
+    "id": IDS,
     "sequence": ("sequence", "seq", "rna", "dna", "rna_sequence", "dna_sequence"),
     "group": ("group",),
     "dataset": ("dataset_name", "dataset"),

@@ -48,7 +48,7 @@ def clean(files: dict[str, Path], parts: dict[str, Path]) -> dict[str, Any]:
         train.write_parquet(parts["train"], **_PARQUET)
         _write_facts(parts["profiles"], told)
     if "test" in parts:
-        raw = read_raw(files, "test", settings)
+        raw = read_raw(files, "test", settings, hidden=hidden)
         test, known = clean_test(raw, settings, hidden=hidden), dict[str, Any]()
         if not hidden:
             test, known = known_values(raw, test, settings, told["targets"])

@@ -132,15 +132,15 @@ def read_table(path: Path, columns: Sequence[str], *, blank_lines: bool = False)
         raise DataError(f"{path.name}: {told}. Next: repair that row, or get the file again.") from err
 
 
-def read_whole(path: Path) -> pl.DataFrame:
-    """All columns that have a name (spreadsheets end lines with separators), of all rows.
+def read_whole(path: Path, *, blank_lines: bool = True) -> pl.DataFrame:
+    """All columns that have a name (spreadsheets end lines with separators), of all rows; see `read_table`.
 
     Raises:
         DataError: see `read_table`; or two columns have one name.
     """
     names = [name for name in column_names(path) if name]
     refuse_twice(names, where=path.name)
-    return read_table(path, names, blank_lines=True)
+    return read_table(path, names, blank_lines=blank_lines)
 
 
 def read_sample(path: Path) -> pl.DataFrame:
