@@ -18,6 +18,9 @@ from pipeline.errors import DataError
 MISSING = ("", "nan", "na", "n/a", "none", "null")
 _NOT_MEASURED = -999.0
 _STRUCTURES = ("structure", "dot_bracket", "dotbracket", "secondary_structure", "ss", "db")
+#: What follows, or precedes, the name of values in that of their errors; the rest only beside the values themselves.
+_ERRORS = ("error", "err", "errors", "std", "stdev", "stderr", "sd")
+_ERRORS_BESIDE = ("se", "sem", "stddev", "sigma", "unc", "uncertainty")
 _BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">"}  # and pseudoknots A a, B b, …
 _BRACKET_TEXT = re.compile(r"[.()\[\]{}<>A-Za-z]+")
 _NUMBER = r"(?:[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|(?i:nan|na|n/a|none|null))"
@@ -80,7 +83,9 @@ def find_targets(frame: pl.DataFrame, rows: Rows, *, told: Sequence[str], where:
         name: Source((name,)) for name in frame.columns if _holds_numbers(frame[name]) and _fits(frame[name], rows)
     }
     wide = {stem: Source(tuple(names)) for stem, names in numbered.items() if _is_number(frame[names[0]])}
-    targets = {name: source for name, source in (wide | lists).items() if not _is_error(name)}
+    found = {name: source for name, source in (wide | lists).items() if not _is_error(name)}
+    beside = {f"{name}_{word}" for name in found for word in _ERRORS_BESIDE}
+    targets = {name: source for name, source in found.items() if name not in beside}
     short = [name for name in targets if name in wide and len(wide[name].columns) < rows.lengths_N.max()]
     if found := {name: source for name, source in targets.items() if name not in short}:
         return found
@@ -126,12 +131,20 @@ def _uncounted(names: Sequence[str], numbered: Mapping[str, Sequence[str]]) -> l
     return found if len(found) >= 10 else []
 
 
-def error_source(frame: pl.DataFrame, target: str) -> Source | None:
-    """Where the errors of a target's values are: ``<target>_error``, or as OpenVaccine calls them."""
+def error_source(frame: pl.DataFrame, target: str, rows: Rows) -> Source | None:
+    """Where the errors of a target's values are.
+
+    They are called ``<target>_error`` or as OpenVaccine has it; ``_sem`` and the like are, if they fit the sequences.
+    """
     numbered = numbered_columns(frame.columns)
-    names = {f"{target}_error": None, error_column(target): None}
-    found = (_source(frame, name, numbered) for name in names if name != target)
-    return next(filter(None, found), None)
+    for name in dict.fromkeys((f"{target}_error", error_column(target))):
+        if name != target and (found := _source(frame, name, numbered)):
+            return found
+    for name in (f"{target}_{word}" for word in (*_ERRORS, *_ERRORS_BESIDE)):
+        found = _source(frame, name, numbered)
+        if found and (name in numbered or (_holds_numbers(frame[name]) and _fits(frame[name], rows))):
+            return found
+    return None
 
 
 def read_values(frame: pl.DataFrame, source: Source, rows: Rows) -> np.ndarray:
@@ -183,7 +196,7 @@ def _short(names: Sequence[str], numbered: Mapping[str, Sequence[str]]) -> list[
 
 
 def _is_error(name: str) -> bool:
-    return re.search(r"(?i)(^|_)(err|error|errors|std|stdev|stderr|sd)(_|$)", name) is not None
+    return re.search(rf"(?i)(^|_)({'|'.join(_ERRORS)})(_|$)", name) is not None
 
 
 def _is_number(column: pl.Series) -> bool:

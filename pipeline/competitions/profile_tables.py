@@ -138,13 +138,14 @@ def _signals(
     """``signal_to_noise_<target>`` of each row and target, null where nothing says it."""
     starts_N = np.cumsum(rows.lengths_N) - rows.lengths_N
     common_N = numbers_of(frame, roles, "signal_to_noise")
+    others = values.drop(name for source in sources.values() for name in source.columns)
     columns = []
     for place, target in enumerate(sources):
         own = signal_column(target)
         told_N = numbers_of(frame, {**roles, "own": own}, "own") if own in frame.columns else common_N
-        errors = error_source(values, target)
+        errors = error_source(others, target, rows)
         if errors:
-            both_T = np.stack([profiles_TC[:, place], read_values(values, errors, rows)])
+            both_T = np.stack([profiles_TC[:, place], read_values(others, errors, rows)])
             both_T[:, np.isnan(both_T).any(axis=0)] = 0.0
             value_N, error_N = np.add.reduceat(both_T.astype(np.float64), starts_N, axis=1)
             with np.errstate(divide="ignore", invalid="ignore"):

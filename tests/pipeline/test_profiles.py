@@ -261,6 +261,16 @@ def test_signal_to_noise_is_mean_value_over_mean_error(clean: Any) -> None:
     assert table["signal_to_noise_shape"][0] == pytest.approx(6.0 / 2.0)
 
 
+@pytest.mark.parametrize("word", ["sem", "std", "stddev"])
+def test_errors_are_known_by_their_names_beside_the_values(clean: Any, word: str) -> None:
+    """shape_sem was a second target, which a network learned and a submission held; shape_std was not read."""
+    rows = [{"id": "a", "sequence": "GGAAC", "shape": [1.0, 3.0, None, 2.0, 0.0], f"shape_{word}": [0.5] * 5}]
+    assert clean(rows)["signal_to_noise_shape"][0] == pytest.approx(6.0 / 2.0)
+    rows[0] |= {"id": "a", "other_sem": [1.0] * 4 + [2.0], f"shape_{word}": 0.5}  # of nothing here; of the whole
+    assert set(clean(rows).columns) > {"shape", "other_sem"}
+    assert not {"signal_to_noise_shape", f"shape_{word}"} & set(clean(rows).columns)
+
+
 def test_a_profile_of_unknown_quality_weighs_as_the_median(clean: Any) -> None:
     rows = [
         {"id": name, "sequence": "GGAAC", "shape": [0.5] * 5, "signal_to_noise": signal}
@@ -540,6 +550,16 @@ def test_odd_letters_are_refused_in_a_test_set_and_read_as_another_in_a_hidden_o
     table = pl.read_parquet(paths.clean("test"))
     assert table["sequence_id"].to_list() == ["x", "row-3"]
     assert table["sequence"].to_list() == ["GGA", "AC"]
+
+
+def test_an_empty_row_of_a_hidden_test_set_without_ids_is_predicted(raw: Path, run: Any, paths: Paths) -> None:
+    """It was left out, and the submission lacked a row; an empty line is no row, to Kaggle's reader neither."""
+    WRITERS["parquet"](raw, ROWS)
+    run()
+    (raw / "test.csv").write_text("sequence,note\nGGA,1\n,\n\nAC,2\n")
+    run(test_only=True)
+    table = pl.read_parquet(paths.clean("test"))
+    assert table.select("sequence_id", "sequence").rows() == [("test-1", "GGA"), ("test-2", "A"), ("test-3", "AC")]
 
 
 KNOWN: dict[str, tuple[dict[str, list[Any]], dict[str, Any]]] = {
