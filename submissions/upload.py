@@ -18,7 +18,7 @@ from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, NetworkError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, amount, say
-from pipeline.stage import Report, commit, sha256_file
+from pipeline.stage import Report, commit, read_manifest, sha256_file
 from submissions import check, ledger, log
 from submissions.ledger import Sent
 
@@ -83,11 +83,13 @@ def run(
 
     Raises:
         DataError: the file is not valid (exit code 3).
-        ConfigError: nothing to submit, a notebook's output is not here, or no submission is left today (2).
+        ConfigError: nothing to submit, or what an ensemble said before it was made anew; a notebook's output is not
+            here; or no submission is left today (2).
         NetworkError: refused, not listed, or not scored in time (6).
     """
     competition.require_kaggle("submit-kaggle")
     started = time.monotonic()
+    is_own = not (file or kernel)  # what `submissions.write` made of the ensemble
     file = file or (kernel.output(paths) if kernel else paths.submission(name, suffix=fmt))
     if not file.is_file():
         raise ConfigError(f"{file}: no such submission. Next: make submit COMP={competition.name} NAME={name}.")
@@ -101,6 +103,8 @@ def run(
         if sent.state == "scored":
             return _report(sent, book, status="current", seconds=time.monotonic() - started)
     else:
+        if is_own:
+            _require_newest(paths, file, name=name, fmt=fmt)
         _need_budget(competition)
         sent = Sent(comp=competition.name, sha256=digest, tag=_tag(name, digest), file=_told(file, kernel))
         ledger.append(book, sent)
@@ -109,6 +113,18 @@ def run(
     sent = _wait_for_score(sent, competition, book, wait=wait, every=every)
     _write_log(paths, competition, name, sent)
     return _report(sent, book, status="built", seconds=time.monotonic() - started)
+
+
+def _require_newest(paths: Paths, file: Path, *, name: str, fmt: str) -> None:
+    """See that a submission is of its ensemble's predictions as they are now."""
+    home = paths.ensemble_dir(name)
+    done, predictions = read_manifest(home / f"submit-{fmt}.manifest.json"), home / "test.parquet"
+    written_of = done["inputs"].get("predictions") if done else None
+    if written_of and predictions.is_file() and written_of != sha256_file(predictions):
+        raise ConfigError(
+            f"{file}: written before {predictions} was made anew. Next: make submit COMP={paths.comp} NAME={name}, or "
+            f"FILE={file} to send it all the same."
+        )
 
 
 def _digest(file: Path, kernel: Kernel | None) -> str:

@@ -14,6 +14,7 @@ from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError, NetworkError
 from pipeline.paths import Paths
 from pipeline.runlog import cut_torn_tail
+from pipeline.stage import sha256_file
 from submissions import ledger, upload
 from tests.chain_tables import make_paths, write_values_data
 from tests.kaggle_server import FakeKaggle, serve
@@ -70,6 +71,20 @@ def test_a_submission_ends_with_its_score_in_ledger_and_log(desk: Desk):
     assert desk.states() == ["sent", "listed", "scored"]
     assert "public 0.20831, private 0.21064" in desk.paths.log.read_text()
     assert next(iter(desk.kaggle.uploads.values())) == desk.file.read_bytes()
+
+
+def test_what_an_ensemble_said_before_it_was_made_anew_is_sent_only_if_the_file_is_named(desk: Desk):
+    """After make train-all and make ensemble, make submit-kaggle sent the file of the ensemble before."""
+    home = desk.paths.ensemble_dir("all")
+    home.mkdir(parents=True)
+    (home / "test.parquet").write_text("earlier")
+    written = {"inputs": {"predictions": sha256_file(home / "test.parquet")}, "facts": {}}
+    (home / "submit-csv.manifest.json").write_text(json.dumps(written))
+    (home / "test.parquet").write_text("anew")
+    with pytest.raises(ConfigError, match=r"csv: written before .*test\.parquet was made anew\. Next: make submit"):
+        desk.submit()
+    assert desk.sent() == 0
+    assert desk.submit(file=desk.file)["status"] == "built"
 
 
 def leave_output(desk: Desk, text: str, version: int | None = 3) -> None:
