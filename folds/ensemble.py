@@ -20,8 +20,8 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.labels import Classes, read_classes
 from pipeline.paths import Paths
 from pipeline.runlog import amount, score_text, warn
-from pipeline.runs import STAGES, SWEEP, read_run_name, weighted_runs
-from pipeline.stage import Report, read_result, run_stage
+from pipeline.runs import STAGES, SWEEP, read_run_name, require_same_test, weighted_runs
+from pipeline.stage import Report, read_result, run_stage, sha256_file
 from pipeline.tables import fold_numbers
 
 VERSION = 5
@@ -54,11 +54,14 @@ def run(
 
     Raises:
         ConfigError: no runs, one twice, or a fold of one is not trained or predicted.
-        DataError: predictions of other data, not out of fold, twice for a sequence, or not finite.
+        DataError: predictions of other data or an earlier test set, not out of fold, twice for a sequence, or not
+            finite.
     """
     _check_names(name, runs)
     tested = competition.has_test(paths)
     folds, skipped = _find_folds(paths, runs, split=split, allow_partial=allow_partial, tested=tested)
+    if tested:
+        require_same_test(paths, [(each, fold) for each in runs for fold in folds])
     inputs = {"train": paths.clean("train"), "folds": paths.fold_table(split)}
     if competition.task == "structure" and score is not None:
         inputs["references"] = paths.clean("references")  # what the policy learns from
@@ -93,6 +96,7 @@ def run(
             "learn_weights": True,
             **({"scored": score is not None} if is_structure else {}),
         },
+        notes={"table": sha256_file(paths.clean("test"))} if tested else None,  # which a submission has to be of
         build=build,
     )
 

@@ -2,12 +2,13 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError
+from pipeline.labels import labels_of, read_labels
 from pipeline.paths import PRETRAINED, Paths
 from pipeline.runlog import say, warn
 from pipeline.stage import read_manifest, read_result, sha256_file
@@ -215,10 +216,7 @@ def warn_of_other_data(paths: Paths, runs: Sequence[str]) -> None:
     """
     if not get_competition(paths.comp).is_own or not paths.clean("train").is_file():
         return
-    train = sha256_file(paths.clean("train"))
-    arrays = {
-        sha256_file(path): json.loads(path.read_text())["input"] for path in paths.arrays_dir.glob("train-*/meta.json")
-    }
+    train, arrays = sha256_file(paths.clean("train")), _sources_of_arrays(paths, "train")
     for run in runs:
         manifests = [*paths.run_dir(run).glob("fold*/predict-oof.manifest.json")]
         manifests += paths.run_dir(run).glob("words.manifest.json")
@@ -229,6 +227,50 @@ def warn_of_other_data(paths: Paths, runs: Sequence[str]) -> None:
                 f"{_how_to_make(paths.comp, run)}{'' if is_stage(run) else ' RESTART=1, with its SET'}, or leave "
                 "it out (RUNS=…)."
             )
+
+
+def require_same_test(paths: Paths, predicted: Iterable[tuple[str, int]]) -> None:
+    """See that test predictions are of the test set, and of the classes or numbers, that the clean tables hold now.
+
+    An id does not tell that its sequence changed, nor a place in a list that it is another class's. Predictions of
+    another program have no manifest and are believed.
+
+    Args:
+        paths: where runs and clean tables are.
+        predicted: runs and folds.
+
+    Raises:
+        DataError: those of a run and fold are not.
+    """
+    test, arrays = sha256_file(paths.clean("test")), _sources_of_arrays(paths, "test")
+    is_labelled = any(paths.clean(kind).is_file() for kind in ("classes", "numbers"))
+    labels = read_labels(paths) if is_labelled else None
+    for run, fold in predicted:
+        folder, changed = paths.fold_dir(run, fold), ""
+        of_run = paths.run_dir(run) / f"{STAGES.get(run.partition('.')[0])}.manifest.json"
+        done = read_manifest(of_run if is_stage(run) else folder / "predict-test.manifest.json") or {}
+        inputs, notes = done.get("inputs", {}), done.get("notes") or {}
+        made_of = notes.get("table") or inputs.get("test") or arrays.get(inputs.get("arrays", ""))
+        if made_of not in (None, test):
+            changed = f"{paths.clean('test')} changed since"
+        config = folder / "config.json"
+        trained = labels_of(read_result(config, hint="make train")) if config.is_file() else None
+        if labels and trained and (trained.kind, trained.names) != (labels.kind, labels.names):
+            changed = f"the {labels.kind} are others by now ({trained.difference(labels)})"
+        elif labels and inputs.get(labels.kind) not in (None, sha256_file(paths.clean(labels.kind))):
+            changed = f"{paths.clean(labels.kind)} changed since"
+        if changed:
+            again = f"{_how_to_make(paths.comp, run)} SPLIT={read_run_name(run)[2]}"
+            raise DataError(
+                f"{paths.test(run, fold)}: {changed}; expected predictions of the same data. Next: {again}, then make "
+                "ensemble."
+            )
+
+
+def _sources_of_arrays(paths: Paths, table: str) -> dict[str, str]:
+    """sha256 of the meta of each array set of a clean table that there is -> sha256 of the table it was made of."""
+    found = paths.arrays_dir.glob(f"{table}-*/meta.json")
+    return {sha256_file(path): json.loads(path.read_text())["input"] for path in found}
 
 
 def _are_of_other_data(inputs: Mapping[str, str], train: str, arrays: Mapping[str, str]) -> bool:

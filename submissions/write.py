@@ -27,10 +27,12 @@ from rich.table import Table
 
 from pipeline.competitions.base import Competition
 from pipeline.errors import ConfigError, DataError
+from pipeline.labels import read_labels
 from pipeline.memory import peak_memory_mib
 from pipeline.paths import Paths
-from pipeline.runlog import Bar, amount, say, size_text
-from pipeline.stage import Report, run_stage
+from pipeline.runlog import Bar, amount, say, size_text, warn
+from pipeline.runs import require_same_test
+from pipeline.stage import Report, read_manifest, read_result, run_stage, sha256_file
 from pipeline.tables import finite_values, read_batches
 from submissions.check import check_file
 from submissions.class_write import class_inputs, write_classes
@@ -64,7 +66,8 @@ def run(paths: Paths, *, competition: Competition, name: str, fmt: str = "csv", 
 
     Raises:
         ConfigError: an unknown format, or values are to be filled.
-        DataError: predictions missing, twice, of another length, not finite; or the written file fails its check.
+        DataError: predictions missing, twice, of another length, not finite, of an earlier test set or of other
+            classes or numbers; or the written file fails its check.
             Nothing is left under the final name then that was not there before.
     """
     if fmt not in ("csv", "parquet"):
@@ -83,6 +86,8 @@ def run(paths: Paths, *, competition: Competition, name: str, fmt: str = "csv", 
     build = partial(_build, paths, competition, inputs["predictions"], fmt=fmt, fill=fill)
     if fill and not inputs["predictions"].is_file():
         del inputs["predictions"]
+    else:
+        _require_current(paths, competition, name)
     return run_stage(
         "submit",
         inputs=inputs,
@@ -91,6 +96,39 @@ def run(paths: Paths, *, competition: Competition, name: str, fmt: str = "csv", 
         build=build,
         manifest=home / f"submit-{fmt}.manifest.json",
     )
+
+
+def _require_current(paths: Paths, competition: Competition, name: str) -> None:
+    """See that an ensemble is of the test set, and of the classes or numbers, that the clean tables hold now.
+
+    Predictions of one that were made anew since it joined them are told.
+
+    Raises:
+        DataError: it is not, or its runs are not.
+    """
+    home = paths.ensemble_dir(name)
+    done = read_manifest(home / "ensemble.manifest.json") or {}
+    joined = {
+        (found[1], int(found[2])): digest
+        for label, digest in done.get("inputs", {}).items()
+        if (found := re.fullmatch(r"(.+)/fold(\d+)/test", label))
+    }
+    require_same_test(paths, joined)
+    again = f"make ensemble NAME={name}"
+    if (done.get("notes") or {}).get("table") not in (None, sha256_file(paths.clean("test"))):
+        raise DataError(f"{home}: {paths.clean('test')} changed since these predictions were joined. Next: {again}.")
+    if (home / "weights.json").is_file() and competition.has_labels:
+        told, labels = read_result(home / "weights.json", hint=again), read_labels(paths)
+        names = told["classes"]["names"] if "classes" in told else told["targets"]
+        if names != list(labels.names):
+            raise DataError(
+                f"{home}: predictions of {', '.join(names[:5])}; the {labels.kind} are {', '.join(labels.names[:5])} "
+                f"by now. Next: train again, then {again}."
+            )
+    for (run, fold), digest in joined.items():
+        made = read_manifest(paths.fold_dir(run, fold) / "predict-test.manifest.json")
+        if made and digest not in made.get("outputs", {}).values():
+            warn(f"{home}: {run} fold{fold} was predicted anew since it was joined. Next: {again}, then make submit.")
 
 
 def _build(

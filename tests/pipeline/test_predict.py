@@ -1,9 +1,11 @@
 """Predictions: one finite row per sequence, the same whatever the batches, the padding and the memory were."""
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -14,9 +16,12 @@ from pipeline.batch import make_batch
 from pipeline.dataset import open_examples
 from pipeline.errors import ConfigError, DataError, DivergedError, LostDeviceError, StorageError
 from pipeline.paths import Paths
+from pipeline.runs import require_same_test
+from pipeline.stage import write_json
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.failures import is_out_of_memory
 from submissions.tm_score import tm_score
+from tests.chain_tables import edit
 from tests.pipeline import tiny
 
 pytestmark = pytest.mark.usefixtures("known_model")
@@ -96,6 +101,20 @@ def test_a_second_prediction_is_current_and_a_rebuilt_one_identical(paths):
     again = predict_all(paths)
     assert again.status == "built"
     assert {name: path.read_bytes() for name, path in again.outputs.items()} == data
+
+
+def test_test_predictions_say_which_table_they_are_of(paths):
+    """Of an earlier test table they were joined and submitted, as only ids and lengths were compared."""
+    fit(paths)
+    predict_all(paths)
+    require_same_test(paths, [(tiny.RUN, 0)])
+    manifest = paths.fold_dir(tiny.RUN, 0) / "predict-test.manifest.json"
+    edit(paths.clean("test"), pl.col("sequence").str.reverse())
+    told = json.loads(manifest.read_text())
+    for notes in (told.pop("notes"), None):  # as an earlier version left it, which the arrays tell
+        write_json(manifest, told | {"notes": notes})
+        with pytest.raises(DataError, match=r"fold0/test.parquet: .*test.parquet changed since; expected .*make train"):
+            require_same_test(paths, [(tiny.RUN, 0)])
 
 
 def test_a_checkpoint_that_a_training_at_work_replaces_is_no_failure(paths, monkeypatch, capsys):

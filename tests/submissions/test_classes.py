@@ -12,10 +12,12 @@ import pytest
 from rich.console import Console
 
 from folds import ensemble
+from pipeline import words
 from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError
 from pipeline.labels import log_losses, read_classes, write_labels
 from pipeline.paths import Paths
+from pipeline.stage import write_json
 from pipeline.tables import read_batches
 from submissions import check, class_scores, class_write, classes_report, evaluate, own_tables, page, report, write
 from submissions.class_evaluation import read_predicted
@@ -312,6 +314,54 @@ def test_a_submission_never_says_never(plain, fmt):
     said_NK = table.select(CLASSES).to_numpy()
     assert said_NK.tolist() == [pytest.approx([1 - 1e-7, 1e-7, 1e-7], abs=2e-8)] * 8
     assert check.run(plain, competition=LABELLED, file=file).facts["rows"] == 8
+
+
+def test_predictions_of_an_earlier_test_set_are_not_submitted(plain):
+    """A test sequence was changed, make data told it, and what networks had said of the earlier one was submitted."""
+    run = words.run_name(SPLIT)
+
+    def join():
+        ensemble.run(plain, competition=LABELLED, name="all", runs=[run], split=SPLIT)
+
+    words.run(plain, competition=LABELLED, split=SPLIT)
+    join()
+    submit(plain)
+    edit(plain.clean("test"), pl.col("sequence").str.replace("^.", "N"))
+    for again in (lambda: submit(plain), join):
+        with pytest.raises(DataError, match=rf"{run}/fold0/test.parquet: .*test.parquet changed since; .*make words"):
+            again()
+    words.run(plain, competition=LABELLED, split=SPLIT)
+    with pytest.raises(DataError, match=r"changed since these predictions were joined. Next: make ensemble NAME=all"):
+        submit(plain)
+    join()
+    assert submit(plain).status == "built"
+
+
+def test_probabilities_of_classes_that_are_called_otherwise_by_now_are_not_submitted(plain):
+    """After a class was renamed, the columns of two changed places, and what was said of one stood under the other."""
+    classes = read_classes(plain)
+    config = {"classes": classes.facts()}
+    for run in RUNS:
+        write_json(plain.fold_dir(run, 0) / "config.json", config)
+    submit(plain)
+    renamed = dataclasses.replace(classes, names=("rRNA", "tRNA", "zRNA"))
+    write_labels(plain.clean("classes"), renamed)
+    said = "the classes are others by now"
+    with pytest.raises(DataError, match=said):
+        submit(plain)
+    with pytest.raises(DataError, match=said):
+        ensemble.run(plain, competition=LABELLED, name="all", runs=RUNS, split=SPLIT)
+    for run in RUNS:
+        (plain.fold_dir(run, 0) / "config.json").unlink()
+    with pytest.raises(DataError, match=r"predictions of miRNA, rRNA, tRNA; the classes are rRNA, tRNA, zRNA by now"):
+        submit(plain)
+
+
+def test_predictions_that_were_made_anew_since_they_were_joined_are_told(plain, capsys):
+    said = {"facts": {}, "inputs": {}, "outputs": {"test": "of another checkpoint"}}
+    write_json(plain.fold_dir(RUNS[1], 2) / "predict-test.manifest.json", said)
+    submit(plain)
+    assert f"{RUNS[1]} fold2 was predicted anew since it was joined" in " ".join(capsys.readouterr().err.split())
 
 
 def test_parquet_holds_the_same(paths):
