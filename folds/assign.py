@@ -19,7 +19,7 @@ from pipeline.errors import DataError
 from pipeline.labels import read_classes, read_numbers
 from pipeline.paths import Paths
 from pipeline.runlog import warn
-from pipeline.stage import Report, run_stage
+from pipeline.stage import Report, read_manifest, run_stage, sha256_file
 from pipeline.tables import number_lists, open_parquet
 
 #: Raised when the same clusters give other folds, or other facts, than before.
@@ -65,6 +65,10 @@ def run(paths: Paths, *, split: str, relock: bool = False, seed: int = 2026, loc
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
         table = _read_train(inputs["train"])
+        if "clusters" in inputs:
+            of_these = read_manifest(inputs["clusters"].with_suffix(".manifest.json"))
+            if of_these is None or of_these["inputs"]["train"] != sha256_file(inputs["train"]):
+                raise DataError(f"folds: {inputs['train']} was written anew meanwhile. Next: the same command again.")
         if "labels" in table.columns:
             table = table.with_columns(_class_names(table["labels"], read_classes(paths).names))
         if "numbers" in table.columns:

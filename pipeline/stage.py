@@ -66,7 +66,7 @@ def run_stage(
         force: build even if current.
 
     Raises:
-        DataError: an input is missing or cannot be read.
+        DataError: an input is missing or cannot be read, or became another one meanwhile.
         StorageError: the disk is full; nothing is left behind.
     """
     manifest = manifest or next(iter(outputs.values())).parent / f"{name}.manifest.json"
@@ -74,6 +74,7 @@ def run_stage(
         if not path.is_file():
             raise DataError(f"{name}: {label} file {path} is missing. Next: {how_to_make(path)}.")
     try:  # an archive may stand under several labels
+        seen = {path: _state(path) for path in set(inputs.values())}
         digests = {path: sha256_file(path) for path in set(inputs.values())}
     except OSError as err:
         raise DataError(
@@ -91,8 +92,16 @@ def run_stage(
                 with contextlib.suppress(OSError):  # on a read-only disk it is current all the same
                     _write_manifest(manifest, done | {"notes": notes})
             return Report(stage=name, status="current", outputs=_written(outputs, either), facts=done["facts"])
+
+    def build_of_these(parts: dict[str, Path]) -> dict[str, Any]:
+        facts = build(parts)
+        for path, digest in digests.items():  # a mixture of two would pass for what was made of one of them
+            if _state(path) not in (None, seen[path]) and sha256_file(path) != digest:
+                raise DataError(f"{name}: {path} was written anew while it was read. Next: the same command again.")
+        return facts
+
     started = time.monotonic()
-    facts = _build(outputs, build, either)
+    facts = _build(outputs, build_of_these, either)
     outputs = _written(outputs, either)
     record = wanted | {
         "outputs": {label: sha256_file(path) for label, path in sorted(outputs.items())},
@@ -104,6 +113,15 @@ def run_stage(
     }
     _write_manifest(manifest, record)
     return Report(stage=name, status="built", outputs=outputs, facts=record["facts"], seconds=record["seconds"])
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is written or replaced; None = it is gone."""
+    try:
+        told = path.stat()
+    except FileNotFoundError:
+        return None
+    return told.st_dev, told.st_ino, told.st_size, told.st_mtime_ns
 
 
 def _written(outputs: Mapping[str, Path], either: Sequence[str]) -> dict[str, Path]:
@@ -149,16 +167,19 @@ def _build(
 def _sweep(path: Path) -> None:
     """Remove what this process or a killed one left half-written beside `path`; another living one keeps its own.
 
-    A part may be a folder, and may have scratch of its own beside it, named ``<part>.<anything>``. In containers a
-    process often has the number of the one before it, so what bears this process's own is swept too.
+    A part may be a folder, and may have scratch of its own beside it, named ``<part>.<anything>`` or, while JSON is
+    written to it, as its own part. In containers a process often has the number of the one before it, so what bears
+    this process's own is swept too.
     """
-    for part in path.parent.glob(f".{path.name}.part-*"):
-        pid = part.name.removeprefix(f".{path.name}.part-").partition(".")[0]
-        if not pid.isdigit() or int(pid) == os.getpid() or not is_alive(int(pid)):
-            if part.is_dir():
-                shutil.rmtree(part, ignore_errors=True)
-            else:
-                part.unlink(missing_ok=True)
+    for start in (f".{path.name}.part-", f"..{path.name}.part-"):
+        for part in path.parent.glob(f"{start}*"):
+            pid = part.name.removeprefix(start).partition(".")[0]
+            if not pid.isdigit() or int(pid) == os.getpid() or not is_alive(int(pid)):
+                if part.is_dir():
+                    shutil.rmtree(part, ignore_errors=True)
+                else:
+                    with contextlib.suppress(OSError):  # another user's
+                        part.unlink()
 
 
 def is_alive(pid: int) -> bool:
@@ -270,7 +291,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         err.filename = err.filename or str(path)
         raise
     finally:
-        part.unlink(missing_ok=True)
+        _sweep(path)
 
 
 def versions() -> dict[str, str]:

@@ -365,3 +365,20 @@ def test_an_unknown_nucleotide_is_one_letter_that_may_differ(rng, paths):
     save(make_table([one, one[:30] + "N" + one[31:], random_sequence(rng, 60)]), paths)
     _, folds = assigned(paths, "sim80_k2")
     assert folds["cluster"][0] == folds["cluster"][1] != folds["cluster"][2]
+
+
+def test_clusters_of_an_earlier_table_make_no_folds(rng, paths, monkeypatch):
+    """Make data ended between the clusters and the folds: these were paired by row number with other sequences."""
+    table, changed = (make_table(families(rng, parents=4, size=2)) for _ in range(2))
+    save(table, paths)
+    clusters = assign._run_clusters
+
+    def meanwhile(*args, **kwargs):
+        report = clusters(*args, **kwargs)
+        save(changed, paths)
+        return report
+
+    monkeypatch.setattr(assign, "_run_clusters", meanwhile)
+    with pytest.raises(DataError, match=r"train.parquet was written anew meanwhile. Next: the same command again"):
+        assign.run(paths, split="sim80_k2")
+    assert not paths.fold_table("sim80_k2").exists()

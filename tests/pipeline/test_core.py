@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from pipeline.config import ModelConfig, TrainConfig, config_from_dict, find_con
 from pipeline.errors import ConfigError, DataError, PipelineError, StorageError
 from pipeline.paths import REPOSITORY, Paths
 from pipeline.schema import ALPHABET, PROBES, decode, encode, normalise_sequence, split_id
-from pipeline.stage import Report, run_stage, write_json
+from pipeline.stage import Report, run_stage, write_json, write_text
 
 # --- stages ----------------------------------------------------------------------------------------------------------
 
@@ -186,6 +187,24 @@ def test_stage_that_fails_leaves_nothing_new_and_keeps_the_old(copy: Copy):
     assert {name: (copy.a.parent / "out" / name).read_bytes() for name in copy.files()} == before
 
 
+def test_stage_whose_input_is_written_anew_while_it_is_read_publishes_nothing(copy: Copy):
+    """A table of the earlier rows, or of both, got its name and a manifest, and later stages took it."""
+
+    def meanwhile(text: str, parts: dict[str, Path]) -> dict[str, object]:
+        facts = copy.build(parts)
+        write_text(copy.b, text)
+        return facts
+
+    def run(text: str) -> Report:
+        inputs = {"a": copy.a, "b": copy.b}
+        return run_stage("copy", inputs=inputs, outputs=copy.outputs, params={}, build=partial(meanwhile, text))
+
+    with pytest.raises(DataError, match=r"copy: .*b.txt was written anew while it was read. Next: the same command"):
+        run("three")
+    assert copy.files() == set()
+    assert run("three").status == "built", "the same bytes again change nothing"
+
+
 def test_stage_that_forgets_an_output_publishes_none(copy: Copy):
     def forget(parts: dict[str, Path]) -> dict[str, object]:
         parts["join"].write_text("x")
@@ -197,14 +216,23 @@ def test_stage_that_forgets_an_output_publishes_none(copy: Copy):
 
 
 def test_stage_sweeps_folders_and_scratch_of_killed_processes_and_keeps_those_of_living_ones(copy: Copy):
-    """Was: IsADirectoryError at every further call, once a submit was killed while its scratch folder was there."""
+    """Was: IsADirectoryError at every further call, once a submit was killed while its scratch folder was there.
+
+    What a kill left of manifests, and of JSON within a stage, stayed for good.
+    """
     copy.outputs["join"].parent.mkdir()
     names = {
-        kind: [f".join.txt.part-{pid}", f".join.txt.part-{pid}.scratch"]
+        kind: [
+            f".join.txt.part-{pid}",
+            f"..join.txt.part-{pid}.part-{pid}",
+            f".copy.manifest.json.part-{pid}",
+            f".join.txt.part-{pid}.scratch",
+        ]
         for kind, pid in {"dead": 2**22 + 1, "mine": os.getpid(), "living": os.getppid()}.items()
     }
-    for part, scratch in names.values():
-        (copy.outputs["join"].parent / part).write_text("half")
+    for *parts, scratch in names.values():
+        for part in parts:
+            (copy.outputs["join"].parent / part).write_text("half")
         (copy.outputs["join"].parent / scratch).mkdir()
         (copy.outputs["join"].parent / scratch / "0.values").write_text("half")
     copy.run(version=1)
