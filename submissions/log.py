@@ -1,6 +1,9 @@
 """``submissions/LOG.md``: one line per evaluated run, failures too, never the same result twice."""
 
+import contextlib
 import datetime
+import fcntl
+import os
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -53,12 +56,19 @@ def append(path: Path, entry: LogEntry) -> bool:
     Returns:
         whether a line was added.
     """
-    text = path.read_text() if path.exists() else TITLE + header()
-    rows = [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in text.splitlines()]
-    if any(entry.same_result(cells) for cells in rows):
-        return False
-    write_text(path, text.rstrip("\n") + "\n" + entry.line())
-    return True
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems have no locks: one evaluation at a time needs none
+            fcntl.flock(folder, fcntl.LOCK_EX)  # or the line of one that ends at the same time is lost
+        text = path.read_text() if path.exists() else TITLE + header()
+        rows = [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in text.splitlines()]
+        if any(entry.same_result(cells) for cells in rows):
+            return False
+        write_text(path, text.rstrip("\n") + "\n" + entry.line())
+        return True
+    finally:
+        os.close(folder)
 
 
 def header() -> str:

@@ -1,8 +1,11 @@
+import fcntl
+import os
 import re
 
 import pytest
 
 from pipeline.paths import REPOSITORY
+from submissions import log
 from submissions.log import TITLE, LogEntry, append, header, today
 
 
@@ -66,3 +69,18 @@ def test_committed_log_starts_as_the_code_writes_it():
 
 def test_the_date_has_its_form():
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", today())
+
+
+def test_evaluations_that_end_at_the_same_time_wait_for_each_other(tmp_path, monkeypatch):
+    """Both read the log before either wrote it, and one of the two lines was lost."""
+
+    def write(path, text):
+        other = os.open(path.parent, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(other)
+        path.write_text(text)
+
+    monkeypatch.setattr(log, "write_text", write)
+    assert append(tmp_path / "LOG.md", entry())
+    assert append(tmp_path / "LOG.md", entry(name="other"))
