@@ -350,7 +350,12 @@ def export_weights(path: Path, target: Path, *, finished: bool) -> None:
 
 
 def _predicting_weights(path: Path, meta: Mapping[str, Any]) -> bytes:
-    data = (path / _WEIGHTS).read_bytes()
+    try:
+        data = (path / _WEIGHTS).read_bytes()
+    except OSError as err:
+        if err.errno not in _LOST:
+            raise
+        raise DamagedError(f"{_WEIGHTS} cannot be read ({err})") from err
     if hashlib.sha256(data).hexdigest() != meta["files"][_WEIGHTS]["sha256"]:
         raise DamagedError(f"{_WEIGHTS} does not have its sha256")
     return data

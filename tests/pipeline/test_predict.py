@@ -1,5 +1,6 @@
 """Predictions: one finite row per sequence, the same whatever the batches, the padding and the memory were."""
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -279,6 +280,21 @@ def test_a_damaged_best_checkpoint_is_not_used(paths):
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(StorageError, match=r"model\.safetensors does not have its sha256"):
+        predict_all(paths)
+
+
+def test_weights_that_the_disk_cannot_read_are_told_as_damaged_ones(paths, monkeypatch):
+    """It was "Input/output error. Next: check the path", without a path: read() names no file."""
+    fit(paths)
+    read = Path.read_bytes
+
+    def broken(path: Path) -> bytes:
+        if path.name == "model.safetensors":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    with pytest.raises(StorageError, match=r"step-\d+: damaged: model.safetensors cannot be read .*Input/output error"):
         predict_all(paths)
 
 
