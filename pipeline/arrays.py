@@ -24,7 +24,7 @@ from pipeline.labels import Classes, Labels
 from pipeline.paths import Paths
 from pipeline.runlog import warn
 from pipeline.schema import ALPHABET, encode
-from pipeline.stage import DISK_FULL, Report, fsync, is_alive, sha256_file, write_json
+from pipeline.stage import Report, fsync, is_alive, is_disk_full, sha256_file, write_json
 
 _VERSION = 1
 _ROWS = 4096  # of a table in memory at a time
@@ -161,7 +161,7 @@ def build_set(
                 shutil.rmtree(old, ignore_errors=True)
         part.rename(folder)
     except OSError as err:
-        if err.errno in DISK_FULL:
+        if is_disk_full(err):
             raise StorageError(f"{home}: the disk is full. Next: free space and run again.") from err
         if not (folder / "meta.json").is_file():  # else another process built the same set meanwhile
             raise

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -155,13 +156,27 @@ def _build(
             else:
                 path.unlink(missing_ok=True)
         return facts
-    except OSError as err:
-        if err.errno in DISK_FULL:
-            raise StorageError(f"{err.filename or path}: the disk is full. Next: free space and run again.") from err
+    except Exception as err:
+        if is_disk_full(err):
+            where = getattr(err, "filename", None) or path
+            raise StorageError(f"{where}: the disk is full. Next: free space and run again.") from err
         raise
     finally:
         for path in outputs.values():
             _sweep(path)
+
+
+def is_disk_full(err: Exception) -> bool:
+    """Whether an error is that of a full disk; polars says so in the text alone, numpy how much it wrote.
+
+    >>> is_disk_full(ValueError("parquet: underlying IO error: No space left on device (os error 28)"))
+    True
+    >>> is_disk_full(OSError("480 requested and 396 written")), is_disk_full(OSError(errno.EIO, "Input/output error"))
+    (True, False)
+    """
+    told = re.search(r"\(os error (\d+)\)", str(err))
+    number = int(told[1]) if told else getattr(err, "errno", None)
+    return number in DISK_FULL or (isinstance(err, OSError) and "requested and" in str(err))
 
 
 def _sweep(path: Path) -> None:

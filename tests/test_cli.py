@@ -560,6 +560,15 @@ def test_error_of_the_system_that_polars_met_is_a_sentence(tmp_path, capsys, mon
     assert "os error" not in said
 
 
+def test_what_the_system_refuses_parquet_files_is_a_sentence(tmp_path, capsys, monkeypatch):
+    """make data beyond a limit of file sizes gave a traceback: of parquet polars raises an error that is no OSError."""
+    told = "parquet: File out of specification: underlying IO error: File too large (os error 27)"
+    monkeypatch.setattr("folds.assign.run", lambda *_, **__: _raise(pl.exceptions.ComputeError(told)))
+    assert run_verb(["folds", "--artifacts", str(tmp_path)]) == 5
+    said = " ".join(capsys.readouterr().err.split())
+    assert "IO error: File too large. Next: check the disk. (exit code 5)" in said
+
+
 def test_program_ends_with_the_exit_code_after_a_csv_that_was_refused(tmp_path):
     """A broken last line of test_sequences.csv: "terminate called without an active exception", exit code 134."""
     write_ribonanza(tmp_path / "raw", sequences=12, test=3)

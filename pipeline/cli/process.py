@@ -79,6 +79,8 @@ def run_verb(arguments: Sequence[str] | None = None) -> int:
         return _interrupted()
     except Exception as err:
         if not hasattr(err, "format_message"):  # not one of the command line's own
+            if re.search(r"\(os error \d+\)", str(err)):  # the system's, of polars
+                return _fail(f"{_system_failure(err)}. Next: check the disk.", StorageError.exit_code)
             raise
         sentence = err.format_message()  # empty where no verb was given: the help is printed then
         context = getattr(err, "ctx", None)
@@ -87,9 +89,9 @@ def run_verb(arguments: Sequence[str] | None = None) -> int:
         return _fail(told, ConfigError.exit_code) if sentence else ConfigError.exit_code
 
 
-def _system_failure(err: OSError) -> str:
+def _system_failure(err: Exception) -> str:
     """What the system refused, and where; empty where it was not the system. Polars names both in the text alone."""
-    if err.errno is not None and err.strerror is not None:
+    if isinstance(err, OSError) and err.errno is not None and err.strerror is not None:
         return f"{err.filename}: {err.strerror}" if err.filename else err.strerror
     found = re.search(r"(.+) \(os error \d+\)(?:: (.+))?", str(err))
     return ": ".join(part for part in reversed(found.groups()) if part) if found else ""

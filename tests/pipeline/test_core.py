@@ -246,13 +246,22 @@ def test_stage_says_which_input_is_missing(copy: Copy):
 
 
 @pytest.mark.parametrize(
-    ("number", "kind"), [(errno.ENOSPC, StorageError), (errno.EDQUOT, StorageError), (errno.EIO, OSError)]
+    ("err", "kind"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "big.bin"), StorageError),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "big.bin"), StorageError),
+        (ArithmeticError("parquet: underlying IO error: No space left on device (os error 28)"), StorageError),
+        (OSError("480 requested and 396 written"), StorageError),
+        (OSError(errno.EIO, "Input/output error", "big.bin"), OSError),
+    ],
 )
-def test_full_disk_is_a_storage_error_and_others_are_themselves(number: int, kind: type[Exception], copy: Copy):
+def test_full_disk_is_a_storage_error_and_others_are_themselves(err: Exception, kind: type[Exception], copy: Copy):
+    """Polars' ComputeError and numpy's own, of a write that was cut short, ended in tracebacks."""
+
     def full(parts: dict[str, Path]) -> dict[str, object]:
         parts["join"].write_text("half")
         parts["join"].with_name(f"{parts['join'].name}.npy").write_text("scratch of its own")
-        raise OSError(number, os.strerror(number), "big.bin")
+        raise err
 
     with pytest.raises(kind):
         run_stage("copy", inputs={"a": copy.a}, outputs=copy.outputs, params={}, build=full)
