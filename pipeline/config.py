@@ -23,6 +23,8 @@ CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 #: 256 sequences make 160 steps, too few to learn much from; pipeline/OWN_DATA.md has numbers.
 AUTO_EPOCHS, AUTO_STEPS = 10, 600
 
+_UNIONS = (typing.Union, types.UnionType)
+
 #: Settings of a model that train what they add to initial weights, and heads, while all else stays as it was loaded.
 FREEZING = {"lora_rank": "adapters", "soft_prompt": "soft prompts"}
 
@@ -242,7 +244,8 @@ def _apply_override(tree: dict, item: str) -> None:
     try:
         (value,) = tomllib.loads(f"v = {raw}").values()
     except ValueError as err:  # no TOML, or more than one value
-        if (kind := _kind_of(dotted)) in (int, float, bool):
+        kind = _kind_of(dotted)
+        if kind and not _is_of(raw, kind):  # quotes would not help
             raise ConfigError(f"--set {item!r}: {raw!r}; expected {_name(kind)}. Next: correct the value.") from err
         advice = f"SET='{dotted}=\"{raw}\"'" if re.fullmatch(r"[\w./+-]+", raw) else "correct it"
         raise ConfigError(f"--set {item!r}: {raw!r} is no TOML value; quote strings. Next: {advice}.") from err
@@ -294,21 +297,22 @@ def _build(cls: type, tree: dict, *, where: str) -> typing.Any:
 def _check(value: object, kind: typing.Any, *, where: str) -> object:
     if kind is float and type(value) is int:
         return float(value)
-    kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-    if any(_is_of(value, one) for one in kinds):
+    if _is_of(value, kind):
         return value
-    expected = " or ".join(map(_name, kinds))
-    raise ConfigError(f"{where}: got {value!r} ({type(value).__name__}); expected {expected}. Next: correct the value.")
+    got = f"{value!r} ({type(value).__name__})"
+    raise ConfigError(f"{where}: got {got}; expected {_name(kind)}. Next: correct the value.")
 
 
 def _is_of(value: object, kind: typing.Any) -> bool:
     origin = typing.get_origin(kind)
+    if origin in _UNIONS:
+        return any(_is_of(value, one) for one in typing.get_args(kind))
     return value in typing.get_args(kind) if origin is typing.Literal else type(value) is (origin or kind)
 
 
 def _name(kind: typing.Any) -> str:
-    if typing.get_origin(kind) is typing.Literal:
-        return " or ".join(map(repr, typing.get_args(kind)))
+    if (origin := typing.get_origin(kind)) in (typing.Literal, *_UNIONS):
+        return " or ".join(map(repr if origin is typing.Literal else _name, typing.get_args(kind)))
     return getattr(kind, "__name__", str(kind))
 
 

@@ -538,9 +538,11 @@ def test_overrides_are_toml_values(toml: Path):
         (["train.lr"], "expected section.key=value"),
         (["train.precision=fp32"], "is no TOML value; quote strings. Next: SET='train.precision=\"fp32\"'."),
         (["train.lr.x=1"], "'lr' is a value, not a section"),
-        (["train.epochs=1\ntrain.lr=3"], "is no TOML value"),
+        (["train.epochs=1\ntrain.lr=3"], "expected int or 'auto'"),
         (["train.lr=fast"], "'fast'; expected float. Next: correct the value."),
-        (["train.epochs=three"], "is no TOML value"),
+        (["train.epochs=three"], "'three'; expected int or 'auto'. Next: correct the value."),  # it said: quote strings
+        (["train.precision=cosin"], "'cosin'; expected 'auto' or 'bf16' or 'fp16' or 'fp32'"),
+        (["train.epochs=auto"], "is no TOML value; quote strings. Next: SET='train.epochs=\"auto\"'."),
         (["train.epochs=3.5"], "expected int"),
     ],
 )
