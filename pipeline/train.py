@@ -18,8 +18,7 @@ from pipeline.competitions.base import Competition
 from pipeline.config import ModelConfig, RunConfig
 from pipeline.dataset import ExampleSet, fold_members, open_examples, read_folds
 from pipeline.errors import ConfigError, DataError
-from pipeline.features import with_width
-from pipeline.labels import Classes, Numbers, read_labels, units_of
+from pipeline.labels import Classes, Numbers, units_of
 from pipeline.network import build_model, resolved_config
 from pipeline.paths import Paths
 from pipeline.runlog import say, score_text
@@ -37,7 +36,7 @@ from pipeline.training.precision import choose_device, choose_precision, determi
 from pipeline.training.pseudo import find_teachers, with_pseudo_labels
 from pipeline.training.recovery import REPORT
 from pipeline.training.resume import Change, environment, require_same, warn_of_other_environment, warn_of_other_folds
-from pipeline.training.settings import check_focal_alpha, check_sharding, refuse_idle
+from pipeline.training.settings import check_focal_alpha, check_sharding, settle
 from pipeline.training.state import Progress
 from pipeline.training.stop import StopRequest, run_lock
 from pipeline.training.telemetry import Silence, Telemetry, drop_rows_after, settle_status
@@ -97,9 +96,8 @@ def run(
         if restart and world.is_main:
             set_aside(folder)
         torch.manual_seed(config.train.seed)
-        refuse_idle(config, competition)
-        config = with_width(config, paths)
-        model = build_model(config.model, competition, read_labels(paths) if competition.has_labels else None)
+        config, build = settle(config, competition, paths=paths)
+        model = build()
         store = CheckpointStore(folder / "checkpoints", is_held=is_held)
         if world.is_main:
             store.sweep()

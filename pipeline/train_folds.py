@@ -19,6 +19,7 @@ from pipeline.stage import Report
 from pipeline.training import attempts
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.distributed import World, join
+from pipeline.training.settings import require_sense
 from pipeline.training.stop import StopRequest
 from pipeline.training.telemetry import outcome, tell_status
 from pipeline.training.trackers import OpenTracker
@@ -97,6 +98,7 @@ def run(
                 with attempts.traced(paths.fold_dir(run, fold)):
                     train.run(config, **where, fold=fold, **how, world=world)
             return
+        require_sense(config, competition, paths=paths)  # before probabilities, which take minutes
         if config.model.kwargs.get("use_bpp"):
             require_fold_table(paths.fold_table(split))  # probabilities take minutes
             show(_pairing(paths, budget))

@@ -480,6 +480,12 @@ def test_a_plan_says_that_longer_sequences_are_cropped(capsys):
     assert "10,000 nt: training crops to data.max_length = 512 nt" in capsys.readouterr().err
 
 
+def test_a_plan_refuses_what_training_refuses(capsys):
+    """`make plan SET=data.crop=22` told its memory; make train refuses it."""
+    assert call("plan", "--model", "tiny_hyena", "--set", "data.crop=22") == 2
+    assert "crop: got 22; expected an odd number. Next: crop = 23." in capsys.readouterr().err
+
+
 def test_a_plan_before_the_data_says_that_its_length_is_assumed(tmp_path, capsys):
     """It answered for 512 nt without a word; Ribonanza's have 177, and part 2's 4,640."""
     assert call("plan", "--model", "tiny_hyena", "--artifacts", str(tmp_path)) == 0

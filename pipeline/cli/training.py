@@ -47,14 +47,11 @@ def plan(
     """Say what memory a training step takes, counted without running it; refuse what cannot fit, and say what would."""
     from pipeline import plan as planning
     from pipeline.config import load_config
-    from pipeline.features import with_width
-    from pipeline.labels import read_labels
-    from pipeline.network import build_model
+    from pipeline.training.settings import settle
 
-    config, competition = load_config(model, set_ or ()), find_competition(comp, artifacts)
-    config = with_width(config, find_paths(comp, artifacts))
-    labels = read_labels(find_paths(comp, artifacts)) if competition.has_labels else None
-    table = find_paths(comp, artifacts).clean("train")
+    competition, paths = find_competition(comp, artifacts), find_paths(comp, artifacts)
+    config, build = settle(load_config(model, set_ or ()), competition, paths=paths)
+    table = paths.clean("train")
     teaching = [table, table.with_name("test.parquet")] if config.data.pseudo else [table]
     length = length or planning.longest_sequence(*teaching)
     if length is None:
@@ -64,8 +61,7 @@ def plan(
         )
     elif length > config.data.max_length:
         say(f"{length:,} nt: training crops to data.max_length = {config.data.max_length:,} nt, which is what counts")
-    size = {"length": length, "processes": nproc}
-    found = planning.make_plan(config, lambda: build_model(config.model, competition, labels), **size)  # type: ignore[arg-type]
+    found = planning.make_plan(config, build, length=length, processes=nproc)
     output.print(found.table())
     found.require_fit()
     output.print(found.line(), markup=False)

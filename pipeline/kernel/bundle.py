@@ -33,6 +33,7 @@ from pipeline.stage import Report, commit, read_result, sha256_file, versions, w
 from pipeline.structure import predict as denovo
 from pipeline.templates import predict as templates
 from pipeline.training.checkpoint import CheckpointStore, DamagedError, export_weights, initial_checkpoint, read_meta
+from pipeline.training.settings import require_sense
 
 Mode = Literal["train", "predict"]
 
@@ -246,6 +247,7 @@ def _train_settings(order: Order, parcel: _Parcel) -> dict[str, Any]:
             "makes its fold table anew, so nothing would show that they held out the same fold; expected no "
             "pseudo-labels in a training notebook. Next: make train here, or leave data.pseudo out."
         )
+    require_sense(config, order.competition, paths=order.paths)
     toml = find_config(order.model)
     shutil.copyfile(toml, parcel.folder / toml.name)
     words = ["--model", toml.name, "--split", order.split]

@@ -19,6 +19,7 @@ from pipeline.sweep.jobs import Axis, Job, Settings, Sweep, asked_for, grid, lab
 from pipeline.sweep.ranking import summarise
 from pipeline.sweep.study import run_study
 from pipeline.training.metrics import metric_name
+from pipeline.training.settings import require_sense
 from pipeline.training.stop import StopRequest
 
 
@@ -44,7 +45,8 @@ def run(sweep: Sweep, axes: Sequence[Axis], *, trials: int = 0) -> Report:
         raise ConfigError("OVER train.seed: every cell is trained with several seeds. Next: SEEDS=<number>.")
     cells = grid([replace(axis, values=axis.values or [axis.low]) for axis in axes] if trials else axes)
     for cell in cells:  # a typo is answered before the first job
-        load_config(sweep.model, [*sweep.overrides, *overrides(cell)])
+        config = load_config(sweep.model, [*sweep.overrides, *overrides(cell)])
+        require_sense(config, sweep.competition, paths=sweep.paths)
     _require_same_table(sweep, axes)
     results: dict[Job, float | None] = {}
     steps = run_study(sweep, axes, trials, results) if trials else _walk(sweep, cells, results)

@@ -1,11 +1,18 @@
 """Settings that mean nothing for what a competition predicts, or cannot work together, are refused before a run."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
+import torch
+
+from models.interface import RnaModel
 from pipeline.competitions.base import Competition
 from pipeline.config import FREEZING, DataConfig, RunConfig, TrainConfig
 from pipeline.errors import ConfigError
-from pipeline.labels import Classes
+from pipeline.features import with_width
+from pipeline.labels import Classes, read_labels
+from pipeline.network import build_model
+from pipeline.paths import Paths
 from pipeline.runlog import say
 from pipeline.training.distributed import World
 
@@ -24,6 +31,25 @@ _IDLE: dict[str, dict[str, tuple[str, ...]]] = {
         "train": ("frame_weight", "tm_weight", "confidence_weight", *_OF_CLASSES),
     },
 }
+
+
+def settle(config: RunConfig, competition: Competition, *, paths: Paths) -> tuple[RunConfig, Callable[[], RnaModel]]:
+    """The settings with what the data say, and what builds their network.
+
+    Raises:
+        ConfigError: a setting means nothing here; of the network's, on building it.
+        DataError: there are no clean tables to learn labels from.
+    """
+    refuse_idle(config, competition)
+    config = with_width(config, paths)
+    labels = read_labels(paths) if competition.has_labels else None
+    return config, partial(build_model, config.model, competition, labels)
+
+
+def require_sense(config: RunConfig, competition: Competition, *, paths: Paths) -> None:
+    """Raise what `settle` does, and the network's constructor, in no time and no memory."""
+    with torch.device("meta"):
+        settle(config, competition, paths=paths)[1]()
 
 
 def refuse_idle(config: RunConfig, competition: Competition) -> None:

@@ -142,6 +142,13 @@ def test_a_run_with_pseudo_labels_is_refused(tmp_path: Path):
         bundle.build(order)
 
 
+def test_settings_without_sense_are_told_here(tmp_path: Path):
+    """A notebook was packed and sent, and told them on Kaggle."""
+    order = order_of(Paths(comp="ribonanza", root=tmp_path), overrides=("data.crop=21",))
+    with pytest.raises(ConfigError, match=r"crop = 21 means nothing where values are predicted"):
+        bundle.build(order)
+
+
 def test_weights_travel_without_the_state_of_their_training(trained: Trained):
     names = {path.name for path in (trained.predicting / "dataset").iterdir()}
     assert {"run0.fold0.model.safetensors", "run0.fold1.meta.json", "weights.json"} <= names

@@ -443,4 +443,6 @@ def test_a_range_without_a_study_and_a_typo_are_refused_before_any_job(small: Sw
         stage.run(small, [parse_axis("train.lr={low=1e-4, high=1e-2}")])
     with pytest.raises(ConfigError, match="did you mean 'lr'"):
         stage.run(small, [parse_axis("train.lrr=[1e-4]")])
+    with pytest.raises(ConfigError, match=r"no argument 'widht'\. Did you mean 'width'"):  # said by its first job
+        stage.run(small, [parse_axis("model.kwargs.widht=[16]")])
     assert not (small.paths.home / "runs").exists()

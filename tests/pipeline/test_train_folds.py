@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -91,6 +92,24 @@ def test_pairs_that_another_fold_computes_are_waited_for_as_long_as_there_is_tim
     assert told == "bpp: process 1 is already at work here. Here its base-pair probabilities are waited for."
     with pytest.raises(BusyError, match="again"):
         train_folds._pairing(Paths(comp="tiny", root=tmp_path), Budget(seconds=0.0))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "settings", "sentence"),
+    [
+        ({"widht": 3}, {}, "no argument 'widht'. Did you mean 'width'"),
+        ({"width": math.nan}, {}, r"width: got nan \(float\); expected int"),
+        ({}, {"focal_gamma": 2.0}, r"focal_gamma = 2\.0 means nothing"),
+    ],
+)
+def test_settings_without_sense_are_told_before_pairs_are_computed(paths, monkeypatch, kwargs, settings, sentence):
+    """They were told after minutes of pairing; of NaN came "Out of range float values are not JSON compliant"."""
+    monkeypatch.setattr(train_folds.bpp, "run", lambda *_: pytest.fail("began"))
+    config = tiny.config(**settings)
+    config = replace(config, model=replace(config.model, kwargs={**config.model.kwargs, "use_bpp": True, **kwargs}))
+    with pytest.raises(ConfigError, match=sentence):
+        fit(paths, config)
+    assert not paths.run_dir(tiny.RUN).exists()
 
 
 @pytest.mark.parametrize("budget", [None, Budget(seconds=600.0)])
