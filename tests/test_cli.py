@@ -41,6 +41,16 @@ def test_every_verb_explains_itself_and_each_of_its_options(verb, capsys):
         assert option.name == "help" or option.help, f"{verb} {option.name} has no help"
 
 
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch, capsys):
+    """In zsh FILE=~/mine.fasta was "no such file", and ARTIFACTS=~/a made a folder of the name ~ in the checkout."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert call("status", "--artifacts", "~/a") == 0
+    assert f"{tmp_path}/a: no runs yet" in "".join(capsys.readouterr().err.split("\n"))
+    (tmp_path / "mine.toml").write_text('[model]\nname = "hyna"')
+    assert call("plan", "--model", "~/mine.toml") == 2
+    assert "'hyna' is not known" in capsys.readouterr().err
+
+
 def test_the_help_lists_the_verbs_below_what_their_modules_are_about(capsys, monkeypatch):
     """80 columns cut "Predictors that train no network: structures from templates or pairing, lab"."""
     monkeypatch.setenv("COLUMNS", "80")

@@ -49,7 +49,7 @@ def data(
         )
     if rows is not None and not test_only:
         raise ConfigError("data: --rows shortens the test set alone. Next: give --test-only with it, or leave it out.")
-    folder = Path(raw).expanduser() if raw else paths.raw
+    folder = Path(raw) if raw else paths.raw
     report = preprocess.run(competition, folder, paths, test_only=test_only, rows=rows)
     show(report, preprocess.describe(report.facts))
 

@@ -31,7 +31,7 @@ def templates(
     if not raw:
         raise ConfigError("templates: RAW is empty. Next: RAW=<folder> with mmCIF or PDB files.")
     find_competition(comp, artifacts).require_structures("templates")
-    report = collection.run(find_paths(comp, artifacts), raw=Path(raw).expanduser(), workers=workers)
+    report = collection.run(find_paths(comp, artifacts), raw=Path(raw), workers=workers)
     show(report, describe(report.facts))
 
 

@@ -59,7 +59,9 @@ def run_verb(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         ask_for_kernels(os.environ.get("RNA_KERNELS") or "auto")
-        code = app(args=arguments, standalone_mode=False) or 0
+        words = sys.argv[1:] if arguments is None else arguments
+        words = [os.path.expanduser(word) for word in words]  # make quotes them, and zsh leaves ~ behind a =
+        code = app(args=words, standalone_mode=False) or 0
         return _interrupted() if code == _INTERRUPTED else code
     except PipelineError as err:
         return _fail(str(err), err.exit_code)
