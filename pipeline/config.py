@@ -199,21 +199,16 @@ def find_config(name: str) -> Path:
     Raises:
         ConfigError: neither exists; the message names the closest known one.
     """
-    if name.endswith(".toml"):
-        if Path(name).is_file():
-            return Path(name)
-        raise ConfigError(
-            f"MODEL={name!r}: no such file. Next: give a path to a TOML file, or one of {list_configs()}."
-        )
-    path = CONFIG_DIR / f"{name}.toml"
-    if not path.is_file():
-        near = difflib.get_close_matches(name, list_configs(), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(
-            f"MODEL={name!r} is not known; expected one of {', '.join(list_configs())}.{hint} Next: name one "
-            "of these, or give the path of a TOML file."
-        )
-    return path
+    path = Path(name) if name.endswith(".toml") else CONFIG_DIR / f"{name}.toml"
+    if path.is_file():
+        return path
+    problem = ": no such file" if name.endswith(".toml") else " is not known"
+    near = difflib.get_close_matches(path.stem, list_configs(), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(
+        f"MODEL={name!r}{problem}; expected one of {', '.join(list_configs())}.{hint} Next: name one of these, or give "
+        "the path of a TOML file."
+    )
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
