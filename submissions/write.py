@@ -86,7 +86,7 @@ def run(paths: Paths, *, competition: Competition, name: str, fmt: str = "csv", 
     build = partial(_build, paths, competition, inputs["predictions"], fmt=fmt, fill=fill)
     if fill and not inputs["predictions"].is_file():
         del inputs["predictions"]
-    else:
+    elif inputs["test"].is_file():
         _require_current(paths, competition, name)
     return run_stage(
         "submit",

@@ -83,12 +83,12 @@ def find_targets(frame: pl.DataFrame, rows: Rows, *, told: Sequence[str], where:
         name: Source((name,)) for name in frame.columns if _holds_numbers(frame[name]) and _fits(frame[name], rows)
     }
     wide = {stem: Source(tuple(names)) for stem, names in numbered.items() if _is_number(frame[names[0]])}
-    found = {name: source for name, source in (wide | lists).items() if not _is_error(name)}
-    beside = {f"{name}_{word}" for name in found for word in _ERRORS_BESIDE}
-    targets = {name: source for name, source in found.items() if name not in beside}
+    values = {name: source for name, source in (wide | lists).items() if not _is_error(name)}
+    beside = {f"{name}_{word}" for name in values for word in _ERRORS_BESIDE}
+    targets = {name: source for name, source in values.items() if name not in beside}
     short = [name for name in targets if name in wide and len(wide[name].columns) < rows.lengths_N.max()]
-    if found := {name: source for name, source in targets.items() if name not in short}:
-        return found
+    if whole := {name: source for name, source in targets.items() if name not in short}:
+        return whole
     structures = [name for name in frame.columns if name.strip().lower() in _STRUCTURES]
     if len(structures) == 1:
         return {"unpaired": Source((structures[0],), is_structure=True)}
