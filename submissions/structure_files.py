@@ -5,7 +5,9 @@ The page needs no network: 3Dmol.js (``vendor``) is part of it and draws what th
 Letters: M candidates, R references, L length (nt), 3 xyz. Lengths in Å.
 """
 
+import itertools
 import json
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ _SCRIPT = Path(__file__).with_name("viewer.js")
 _LIBRARY = Path(__file__).with_name("vendor") / "3Dmol-min.js"
 _LICENCE = _LIBRARY.with_name("LICENSE")
 _LONGEST_PDB = 9_999  # residues: four columns
+_CHAINS = string.ascii_uppercase + string.ascii_lowercase + string.digits  # a PDB file has one column for a name
 _FITS = 12  # rounds of superposition, each weighting residues by their TM-score of the round before
 _CIF_COLUMNS = (
     *("group_PDB", "id", "type_symbol", "label_atom_id", "label_alt_id", "label_comp_id", "label_asym_id"),
@@ -49,6 +52,16 @@ class Structure:
     sequence: str
     xyz_ML3: np.ndarray  # Å
     confidence_M: np.ndarray  # expected TM-score
+    chain_lengths: Sequence[int] | None = None  # nt, in the sequence's order; None = one chain
+
+    @property
+    def chains(self) -> list[tuple[str, slice]]:
+        """Name and residues of every chain; of more than 62 a single one."""
+        lengths = self.chain_lengths or []
+        if sum(lengths) != len(self.sequence) or not 0 < len(lengths) <= len(_CHAINS):
+            lengths = [len(self.sequence)]
+        ends = itertools.accumulate(lengths, initial=0)
+        return [(name, slice(*ends)) for name, ends in zip(_CHAINS, itertools.pairwise(ends), strict=False)]
 
 
 def run(
@@ -112,14 +125,18 @@ def read_structures(predictions: Path, sequences: Path) -> list[Structure]:
 
     Args:
         predictions: parquet with ``sequence_id, candidate, confidence, x, y, z``.
-        sequences: clean table with ``sequence_id, sequence``.
+        sequences: clean table with ``sequence_id, sequence``, and ``chain_lengths`` if it tells them.
 
     Raises:
         DataError: a table is missing or damaged, they are not of the same targets, or a coordinate is not finite.
     """
     open_parquet(predictions, ("sequence_id", "candidate", "confidence", "x", "y", "z")).close()
     open_parquet(sequences, ("sequence_id", "sequence")).close()
-    letters = dict(pl.read_parquet(sequences, columns=["sequence_id", "sequence"]).iter_rows())
+    known = pl.read_parquet(sequences)
+    letters = dict(known.select("sequence_id", "sequence").iter_rows())
+    chains = (
+        dict(known.select("sequence_id", "^chain_lengths$").iter_rows()) if "chain_lengths" in known.columns else {}
+    )
     table = pl.read_parquet(predictions).sort("sequence_id", "candidate")
     parts = table.partition_by("sequence_id", maintain_order=True)
     places = {name: place for place, name in enumerate(letters)}
@@ -140,7 +157,15 @@ def read_structures(predictions: Path, sequences: Path) -> list[Structure]:
             )
         xyz_ML3 = np.stack([moved_into_range(xyz_L3) for xyz_L3 in xyz_ML3])
         confidence_M = rows["confidence"].cast(pl.Float64).to_numpy()
-        found.append(Structure(name=name, sequence=letters[name], xyz_ML3=xyz_ML3, confidence_M=confidence_M))
+        found.append(
+            Structure(
+                name=name,
+                sequence=letters[name],
+                xyz_ML3=xyz_ML3,
+                confidence_M=confidence_M,
+                chain_lengths=chains.get(name),
+            )
+        )
     return found
 
 
@@ -155,33 +180,46 @@ def to_pdb(structure: Structure) -> str:
     lines.append(f"REMARK   1 TARGET {structure.name}")
     for number, (xyz_L3, confidence) in enumerate(zip(structure.xyz_ML3, structure.confidence_M, strict=True), start=1):
         lines.append(f"MODEL     {number:4d}")
-        for i, (letter, (x, y, z)) in enumerate(zip(structure.sequence, xyz_L3.tolist(), strict=True), start=1):
-            lines.append(
-                f"ATOM  {i:5d}  C1'   {letter} A{i:4d}    {x:8.3f}{y:8.3f}{z:8.3f}  1.00{100 * confidence:6.2f}"
-                "           C  "
-            )
-        last = len(structure.sequence)
-        lines += [f"TER   {last + 1:5d}        {structure.sequence[-1]} A{last:4d}", "ENDMDL"]
+        serial = 0
+        for chain, own in structure.chains:
+            letters = structure.sequence[own]
+            for i, (letter, (x, y, z)) in enumerate(zip(letters, xyz_L3[own].tolist(), strict=True), start=1):
+                serial += 1
+                lines.append(
+                    f"ATOM  {serial:5d}  C1'   {letter} {chain}{i:4d}    {x:8.3f}{y:8.3f}{z:8.3f}  1.00"
+                    f"{100 * confidence:6.2f}           C  "
+                )
+            serial += 1
+            lines.append(f"TER   {serial:5d}        {letters[-1]} {chain}{len(letters):4d}")
+        lines.append("ENDMDL")
     return "\n".join([*lines, "END", ""])
 
 
 def to_cif(structure: Structure) -> str:
-    """An mmCIF file with a model for each candidate, C1' only; the B factor is 100 times the expected TM-score."""
+    """An mmCIF file with what `to_pdb` writes; chains of one sequence are one entity."""
     lines = [f"data_{structure.name}", "#", f"_entry.id '{structure.name}'", "#"]  # _x or loop_ would be no value
-    lines += ["_entity.id 1", "_entity.type polymer", "_entity_poly.entity_id 1"]
-    lines += ["_entity_poly.type polyribonucleotide", "#", "_struct_asym.id A", "_struct_asym.entity_id 1"]
+    sequences = [structure.sequence[own] for _, own in structure.chains]
+    entities = {sequence: number for number, sequence in enumerate(dict.fromkeys(sequences), start=1)}
+    lines += ["loop_", "_entity.id", "_entity.type", *(f"{number} polymer" for number in entities.values())]
+    lines += ["#", "loop_", "_entity_poly.entity_id", "_entity_poly.type"]
+    lines += [f"{number} polyribonucleotide" for number in entities.values()]
+    lines += ["#", "loop_", "_struct_asym.id", "_struct_asym.entity_id"]
+    lines += [f"{chain} {entities[structure.sequence[own]]}" for chain, own in structure.chains]
     lines += ["#", "loop_"]
     lines += ["_entity_poly_seq.entity_id", "_entity_poly_seq.num", "_entity_poly_seq.mon_id"]
-    lines += [f"1 {i} {letter}" for i, letter in enumerate(structure.sequence, start=1)]
+    for sequence, entity in entities.items():
+        lines += [f"{entity} {i} {letter}" for i, letter in enumerate(sequence, start=1)]
     lines += ["#", "loop_", *(f"_atom_site.{column}" for column in _CIF_COLUMNS)]
     serial = 0
     for number, (xyz_L3, confidence) in enumerate(zip(structure.xyz_ML3, structure.confidence_M, strict=True), start=1):
-        for i, (letter, (x, y, z)) in enumerate(zip(structure.sequence, xyz_L3.tolist(), strict=True), start=1):
-            serial += 1
-            lines.append(
-                f'ATOM {serial} C "C1\'" . {letter} A 1 {i} ? {x:.3f} {y:.3f} {z:.3f} 1.00 {100 * confidence:.2f} '
-                f"{i} A {number}"
-            )
+        for chain, own in structure.chains:
+            letters = structure.sequence[own]
+            for i, (letter, (x, y, z)) in enumerate(zip(letters, xyz_L3[own].tolist(), strict=True), start=1):
+                serial += 1
+                lines.append(
+                    f'ATOM {serial} C "C1\'" . {letter} {chain} {entities[letters]} {i} ? {x:.3f} {y:.3f} {z:.3f} 1.00 '
+                    f"{100 * confidence:.2f} {i} {chain} {number}"
+                )
     return "\n".join([*lines, "#", ""])
 
 
@@ -280,6 +318,7 @@ def _shown(structure: Structure, references_RL3: np.ndarray | None) -> dict[str,
     return {
         "name": structure.name,
         "sequence": structure.sequence,
+        "chains": [[name, own.start] for name, own in structure.chains],
         "facts": facts,
         "reference": _listed(fixed_L3) if is_known else None,
         "candidates": [

@@ -31,24 +31,33 @@
     return value === undefined ? themed(`--s${candidate.number - 1}`) : SCALES[how].at.valueToHex(value);
   };
 
+  const chain = (i) => target.chains.findLast(([, first]) => first <= i);
+  const residue = (i) => {
+    const [name, first] = chain(i);
+    return `${target.chains.length > 1 ? `${name} ` : ""}${target.sequence[i]}${i - first + 1}`;
+  };
+
   const add = (xyz, radius, colours, told) => {
     const atoms = [], pieces = xyz.length > 1000 ? 2 : 4; // of the curve, a residue: 4,640 nt are drawn 3 times as fast
+    const heads = []; // of chains, of which the first atom is drawn as a ball
     for (let end = 0, start = 0; end <= xyz.length; end++) {
-      if (xyz[end]) continue; // a piece of chain ends where a residue is not resolved: a gap stays a gap
+      // a piece ends with its chain, and where a residue is not resolved: a gap stays a gap
+      if (xyz[end] && target.chains.every(([, first]) => first !== end)) continue;
       const run = xyz.slice(start, end).map((p, k) => Object.assign(new $3Dmol.Vector3(...p), { atom: start + k }));
       const curve = run.length > 1 ? $3Dmol.subdivide_spline(run, pieces) : run;
       curve.forEach(({ x, y, z, atom }, k) => {
+        if (!atoms.length || chain(atom) !== chain(atoms.at(-1).resi)) heads.push(atoms.length);
         const index = atoms.length, bonds = [...(k ? [index - 1] : []), ...(k + 1 < curve.length ? [index + 1] : [])];
         atoms.push({ x, y, z, bonds, elem: "C", resi: atom, color: colours[atom] });
       });
-      start = end + 1;
+      start = xyz[end] ? end : end + 1;
     }
     const model = viewer.addModel();
     model.addAtoms(atoms);
-    const name = ({ resi }) => { $("hover").textContent = `${target.sequence[resi]}${resi + 1}, ${told(resi)}`; };
+    const name = ({ resi }) => { $("hover").textContent = `${residue(resi)}, ${told(resi)}`; };
     model.setHoverable({}, true, name, () => { $("hover").textContent = ""; });
     model.setStyle({ stick: { radius, showNonBonded: true } }); // a residue between two gaps has no bond
-    model.setStyle({ index: 0 }, { sphere: { radius: 2 * radius } }, true); // the 5′ end
+    model.setStyle({ index: heads }, { sphere: { radius: 2 * radius } }, true); // 5′ ends
   };
 
   const draw = (fresh) => {
@@ -98,7 +107,8 @@
       label.append(box, swatch, `Candidate ${candidate.number}: ${expected}${score}`);
       return label;
     }));
-    $("facts").textContent = `${target.sequence.length} nt; ${target.facts}`;
+    const chains = target.chains.length > 1 ? ` in ${target.chains.length} chains` : "";
+    $("facts").textContent = `${target.sequence.length} nt${chains}; ${target.facts}`;
     legend();
     draw(true);
   };

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,34 @@ def test_another_program_reads_what_was_written(tmp_path: Path, ending: str, tex
         atoms = [residue["C1'"][0] for residue in residues]
         assert np.allclose([atom.pos.tolist() for atom in atoms], xyz_L3, atol=6e-4)
         assert np.allclose([atom.b_iso for atom in atoms], 100 * confidence, atol=6e-3)
+
+
+@pytest.mark.parametrize(("ending", "text"), [("pdb", to_pdb), ("cif", to_cif)])
+def test_every_chain_of_a_complex_is_a_chain(tmp_path: Path, ending: str, text) -> None:
+    """A dimer of 730 nt was one chain of 1,460, bonded across."""
+    gemmi = pytest.importorskip("gemmi")
+    one, path = (
+        replace(structure(length=12, count=2), sequence="GGCAGGCAUUAA", chain_lengths=[4, 4, 4]),
+        tmp_path / "one",
+    )
+    path = path.with_suffix(f".{ending}")
+    path.write_text(text(one))
+    read = gemmi.read_structure(str(path))
+    for model, xyz_L3 in zip(read, one.xyz_ML3, strict=True):
+        assert [chain.name for chain in model] == ["A", "B", "C"]
+        assert ["".join(residue.name for residue in chain) for chain in model] == ["GGCA", "GGCA", "UUAA"]
+        assert all([residue.seqid.num for residue in chain] == [1, 2, 3, 4] for chain in model)
+        assert np.allclose([residue[0].pos.tolist() for chain in model for residue in chain], xyz_L3, atol=6e-4)
+    if ending == "cif":
+        assert [entity.subchains for entity in read.entities] == [["A", "B"], ["C"]]
+        assert [entity.full_sequence for entity in read.entities] == [list("GGCA"), list("UUAA")]
+
+
+@pytest.mark.parametrize("lengths", [None, [], [3], [7, 4], [1] * 63])
+def test_lengths_that_say_nothing_of_the_chains_leave_one(lengths: list[int] | None) -> None:
+    length = 63 if lengths and len(lengths) == 63 else 12
+    one = replace(structure(length=length, count=1), chain_lengths=lengths)
+    assert one.chains == [("A", slice(0, length))]
 
 
 @pytest.mark.parametrize("name", ["_x", "loop_", "data_1", "save_", "-", "R1"])
@@ -192,6 +221,7 @@ def test_a_browser_draws_or_says_in_a_sentence_why_not(tmp_path: Path, webgl: bo
     one, path = structure(), tmp_path / "viewer.html"
     known = one.xyz_ML3[2].copy()
     known[[0, 20, 22]] = np.nan
+    one = replace(one, chain_lengths=[15, 6, 19])
     path.write_text(viewer_page([one, structure("R2", 1)], {one.name: known[None]}, title="t"), encoding="utf-8")
     graphics = "--use-gl=angle --use-angle=swiftshader --enable-unsafe-swiftshader"
     flags = graphics if webgl else "--disable-gpu --disable-software-rasterizer --disable-3d-apis"
@@ -206,6 +236,7 @@ def test_a_browser_draws_or_says_in_a_sentence_why_not(tmp_path: Path, webgl: bo
     assert not re.search(r"CONSOLE.*(Uncaught|Refused|violates)", ran.stderr)
     assert re.findall(r"<option value=\"\d\">(.*?)</option>", ran.stdout) == ["R1_A", "R2"]
     assert re.findall(r"(Candidate \d): expected TM.score [\d.]+, got 1.000", ran.stdout) == ["Candidate 3"]
+    assert "40 nt in 3 chains; candidates lie on" in ran.stdout
     body = re.sub(r"<script.*?</script>", "", ran.stdout, flags=re.DOTALL)
     is_drawn, is_told = "<canvas" in body, "Drawing needs JavaScript and WebGL" in body
     assert (is_drawn, is_told) == (webgl, not webgl)
@@ -233,6 +264,14 @@ def test_the_stage_writes_two_files_a_target_and_one_page(paths: Paths) -> None:
     names = {path.name for path in home.iterdir() if path.suffix != ".json"}
     assert names == {"viewer.html", *(f"{name}.{kind}" for name in ("Q1", "Q10", "Q2_B") for kind in ("pdb", "cif"))}
     assert report.facts == {"targets": 3, "with_reference": 0}
+    write(
+        pl.read_parquet(paths.clean("test")).with_columns(pl.Series("chain_lengths", [[2, 2], None, [6]])),
+        paths.clean("test"),
+    )
+    structure_files.run(paths, competition=RNA3D, name="all")
+    chains = [{line[21] for line in (home / f"{name}.pdb").read_text().splitlines() if line.startswith("ATOM")}
+              for name in ("Q1", "Q10", "Q2_B")]  # fmt: skip
+    assert chains == [{"A", "B"}, {"A"}, {"A"}]
     assert structure_files.run(paths, competition=RNA3D, name="all", table="oof").facts["with_reference"] == 6
 
 
