@@ -24,6 +24,7 @@ from pipeline.stage import Report, run_stage
 from pipeline.structure.geometry import rotation_onto
 from pipeline.tables import open_parquet
 from submissions import page
+from submissions.chains import permuted
 from submissions.layout import MAX_SUBMITTED, moved_into_range
 from submissions.structure_targets import read_traces
 from submissions.tm_score import d0_rna, tm_matrix
@@ -305,15 +306,21 @@ _STYLE = """
 def _shown(structure: Structure, references_RL3: np.ndarray | None) -> dict[str, Any]:
     """What the page needs of one target, centred, with the candidates superposed."""
     scores_M: list[float | None] = [None] * len(structure.xyz_ML3)
-    fixed_L3, is_known = structure.xyz_ML3[0], False
+    xyz_ML3, fixed_L3, is_known = structure.xyz_ML3, structure.xyz_ML3[0], False
     facts = "no known structure: candidates lie on candidate 1"
     if references_RL3 is not None and np.isfinite(references_RL3).all(axis=2).sum(axis=1).max() >= MIN_RESOLVED:
-        scores_MR = tm_matrix(structure.xyz_ML3, references_RL3)
+        chains = [structure.sequence[own] for _, own in structure.chains]
+        ordered_RML3 = [
+            np.stack([permuted(xyz_L3, known_L3, chains) for xyz_L3 in xyz_ML3]) for known_L3 in references_RL3
+        ]
+        both = zip(ordered_RML3, references_RL3, strict=True)
+        scores_MR = np.hstack([tm_matrix(traces_ML3, known_L3[None]) for traces_ML3, known_L3 in both])
         scores_M = [round(score, 4) for score in scores_MR.max(axis=1).tolist()]
         closest, count = int(np.argmax(scores_MR.max(axis=0))), len(references_RL3)
-        fixed_L3, is_known = references_RL3[closest], True
+        xyz_ML3, fixed_L3, is_known = ordered_RML3[closest], references_RL3[closest], True
         facts = "candidates lie on the known structure (grey)"
         facts += f", number {closest + 1} of {count}, the closest" if count > 1 else ""
+        facts += "; copies of a chain in the order that fits best" if len(set(chains)) < len(chains) else ""
     fixed_L3 = _laid_flat(fixed_L3)
     return {
         "name": structure.name,
@@ -328,7 +335,7 @@ def _shown(structure: Structure, references_RL3: np.ndarray | None) -> dict[str,
                 "score": scores_M[m],
                 "xyz": _listed(_superposed(xyz_L3, fixed_L3)),
             }
-            for m, xyz_L3 in enumerate(structure.xyz_ML3)
+            for m, xyz_L3 in enumerate(xyz_ML3)
         ],
     }
 

@@ -208,6 +208,16 @@ def test_of_several_known_structures_the_closest_is_shown_and_named() -> None:
     assert shown["candidates"][1]["score"] == 1.0
 
 
+def test_copies_of_a_chain_are_scored_and_drawn_in_the_order_that_fits_as_in_the_evaluation() -> None:
+    """The page said "got 0.2" of a dimer that `evaluate` gave 1.0."""
+    one = replace(structure(length=40, count=1), sequence="GGCAGGCAUU" * 4, chain_lengths=[20, 20])
+    swapped = np.roll(one.xyz_ML3, 20, axis=1)
+    shown = data_of(viewer_page([one], {one.name: swapped}, title="t"))[0]
+    assert shown["candidates"][0]["score"] == 1.0
+    np.testing.assert_allclose(shown["candidates"][0]["xyz"], shown["reference"], atol=0.11)
+    assert shown["facts"].endswith("; copies of a chain in the order that fits best")
+
+
 def test_without_a_known_structure_nothing_is_said_of_errors() -> None:
     (shown,) = data_of(viewer_page([structure()], {"other": np.zeros((1, 40, 3))}, title="t"))
     assert shown["reference"] is None
