@@ -5,11 +5,14 @@ Letters: L target length (nt), P residues in common, 3 xyz.
 
 import numpy as np
 
-from pipeline.structure.geometry import find_stems, rotation_onto
+from pipeline.structure.geometry import double_helix, find_stems, rmsd, rotation_onto
 from pipeline.structure.rigid import relax
 
 #: Covered residues on each side by which a piece of the de novo trace is fitted.
 _FLANK = 3
+#: Å RMSD of a helix from an ideal one up to which it stays rigid. A torn one would pull at itself for ever, and throw
+#: what it is bonded to ever further off.
+_WHOLE = 2.0
 
 
 def transfer(partner_L: np.ndarray, xyz_M3: np.ndarray) -> np.ndarray:
@@ -46,7 +49,7 @@ def complete(copied_L3: np.ndarray, novo_L3: np.ndarray) -> np.ndarray:
 
 
 def refine(xyz_L3: np.ndarray, copied_L: np.ndarray, pairs: list[tuple[int, int]]) -> np.ndarray:
-    """Mend torn steps and clashes; helices outside the copied part stay rigid.
+    """Mend torn steps and clashes; helices outside the copied part stay rigid, if bending left them whole.
 
     Args:
         xyz_L3: [L, 3] Å.
@@ -56,8 +59,10 @@ def refine(xyz_L3: np.ndarray, copied_L: np.ndarray, pairs: list[tuple[int, int]
     Returns:
         [L, 3] float64, Å, centred on the origin.
     """
-    helices = [stem.residues for stem in find_stems(len(xyz_L3), pairs)]
-    return relax(xyz_L3, [helix for helix in helices if not copied_L[helix].any()])
+    stems = [stem for stem in find_stems(len(xyz_L3), pairs) if not copied_L[stem.residues].any()]
+    ideal = [double_helix(stem.pairs).reshape(-1, 3) for stem in stems]
+    whole = [rmsd(xyz_L3[stem.residues], shape) < _WHOLE for stem, shape in zip(stems, ideal, strict=True)]
+    return relax(xyz_L3, [stem.residues for stem, kept in zip(stems, whole, strict=True) if kept])
 
 
 def _runs(mask_L: np.ndarray) -> list[tuple[int, int]]:

@@ -228,6 +228,18 @@ def test_torn_chains_and_clashes_are_mended(rng: np.random.Generator) -> None:
     assert apart[np.triu_indices(37, 2)].min() > 4.9
 
 
+def test_a_helix_that_was_torn_to_bridge_a_gap_is_bent_back_with_the_rest() -> None:
+    """Held rigid, its steps of 43 Å threw the chain 1e37 Å apart: the match leaves out a domain of its template."""
+    pairs = [(k, 26 - k) for k in range(8)] + [(9, 17), (10, 16)]
+    copied_L3, there = np.full((27, 3), np.nan), [2, 7, 12, 13, 14, 23]
+    copied_L3[there] = helix_strand(27)[there]
+    copied_L3[:8] += [0.0, 250.0, 0.0]
+    xyz_L3 = complete(copied_L3, trace_from_pairs(27, pairs, np.random.default_rng(0)))
+    assert np.linalg.norm(xyz_L3[10] - xyz_L3[9]) > 40.0
+    steps = np.linalg.norm(np.diff(refine(xyz_L3, np.isin(np.arange(27), there), pairs), axis=0), axis=1)
+    assert steps.max() < 8.0
+
+
 def test_transfer_copies_along_the_alignment_and_leaves_gaps() -> None:
     xyz_M3 = helix_strand(5)
     xyz_M3[3] = np.nan
