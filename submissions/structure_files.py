@@ -37,6 +37,7 @@ _LIBRARY = Path(__file__).with_name("vendor") / "3Dmol-min.js"
 _LICENCE = _LIBRARY.with_name("LICENSE")
 _LONGEST_PDB = 9_999  # residues: four columns
 _CHAINS = string.ascii_uppercase + string.ascii_lowercase + string.digits  # a PDB file has one column for a name
+_ORDERED = 2_000  # nt of a complex whose copies are put in order: eight of 580 nt would take a minute a candidate
 _FITS = 12  # rounds of superposition, each weighting residues by their TM-score of the round before
 _CIF_COLUMNS = (
     *("group_PDB", "id", "type_symbol", "label_atom_id", "label_alt_id", "label_comp_id", "label_asym_id"),
@@ -178,7 +179,7 @@ def to_pdb(structure: Structure) -> str:
     "ATOM      1  C1'   G A   1       1.000  -2.500  30.000  1.00 30.00           C  "
     """
     lines = ["REMARK   1 C1' TRACES ONLY; B FACTOR = 100 X EXPECTED TM-SCORE OF THE MODEL"]
-    lines.append(f"REMARK   1 TARGET {structure.name}")
+    lines.append(f"REMARK   1 TARGET {structure.name}"[:80])
     for number, (xyz_L3, confidence) in enumerate(zip(structure.xyz_ML3, structure.confidence_M, strict=True), start=1):
         lines.append(f"MODEL     {number:4d}")
         serial = 0
@@ -309,7 +310,8 @@ def _shown(structure: Structure, references_RL3: np.ndarray | None) -> dict[str,
     xyz_ML3, fixed_L3, is_known = structure.xyz_ML3, structure.xyz_ML3[0], False
     facts = "no known structure: candidates lie on candidate 1"
     if references_RL3 is not None and np.isfinite(references_RL3).all(axis=2).sum(axis=1).max() >= MIN_RESOLVED:
-        chains = [structure.sequence[own] for _, own in structure.chains]
+        parts = [own for _, own in structure.chains] if len(structure.sequence) <= _ORDERED else [slice(None)]
+        chains = [structure.sequence[own] for own in parts]
         ordered_RML3 = [
             np.stack([permuted(xyz_L3, known_L3, chains) for xyz_L3 in xyz_ML3]) for known_L3 in references_RL3
         ]

@@ -97,7 +97,9 @@ def test_an_id_that_mmcif_reserves_is_a_value(name: str) -> None:
 def test_pdb_lines_are_as_wide_as_the_format_says() -> None:
     one = structure(length=40, count=1)
     one.xyz_ML3[0, :2] = [[-999.999, 9999.999, 0.0], [-0.0004, 1234.5678, -12.0]]
-    atoms = [line for line in to_pdb(one).splitlines() if line.startswith("ATOM")]
+    lines = to_pdb(replace(one, name="x" * 200)).splitlines()
+    atoms = [line for line in lines if line.startswith("ATOM")]
+    assert max(map(len, lines)) == 80
     assert {len(line) for line in atoms} == {80}
     assert [float(atoms[0][at : at + 8]) for at in (30, 38, 46)] == [-999.999, 9999.999, 0.0]
 
