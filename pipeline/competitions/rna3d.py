@@ -24,7 +24,7 @@ from pipeline.competitions.rna3d_files import ASSEMBLY, AXES, RELEASES
 from pipeline.errors import DataError
 from pipeline.runlog import warn
 from pipeline.schema import ALPHABET, MIN_RESOLVED, ODD_LETTER_AS
-from pipeline.templates.gate import allowed_mask, released_by
+from pipeline.templates.gate import allowed_mask, entry_of, released_by
 
 _NEEDED = ("train_sequences", "train_labels", "test_sequences", "sample_submission")
 _OPTIONAL = ("validation_sequences", "validation_labels", "train_clusters")
@@ -170,11 +170,13 @@ def _dated(sequences: pl.DataFrame, releases: Path | None) -> pl.DataFrame:
 def _split_by_date(train: pl.DataFrame, test: pl.DataFrame, path: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Targets not known to be newer than the earliest cutoff of a test target, and those dated after it.
 
-    Of both, ``teaches`` says whether they are known to be old enough for every test target.
+    Of both, ``teaches`` says whether they are known to be old enough for every test target, and of none's own entry.
     """
+    own = {entry_of(name) for name, day in test.select("sequence_id", "temporal_cutoff").iter_rows() if day} - {""}
     earliest = test["temporal_cutoff"].drop_nulls().min()
     days = zip(train["sequence_id"], train["temporal_cutoff"], strict=True)
-    known_N = np.array([day or released_by(name) for name, day in days], dtype="datetime64[D]")
+    known = [None if entry_of(name) in own else day or released_by(name) for name, day in days]
+    known_N = np.array(known, dtype="datetime64[D]")
     train = train.with_columns(pl.Series("teaches", allowed_mask(earliest, known_N)))  # type: ignore[arg-type]
     if earliest is None:
         return train, train.clear()
@@ -190,8 +192,9 @@ def _split_by_date(train: pl.DataFrame, test: pl.DataFrame, path: Path) -> tuple
     if doubtful:
         warn(
             f"{path.name}: {doubtful} of {kept.height} labelled targets have no date that shows them to be of "
-            f"{earliest!s} or before; they are predicted and scored, and nothing learns from them. Next: give them a "
-            f"temporal_cutoff, or put {RELEASES}.csv (Entry ID, Release Date) beside it."
+            f"{earliest!s} or before, or are of a test target's entry; they are predicted and scored, and nothing "
+            f"learns from them. Next: give them a temporal_cutoff, or put {RELEASES}.csv (Entry ID, Release Date) "
+            "beside it."
         )
     return kept, later
 

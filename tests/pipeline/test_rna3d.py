@@ -173,6 +173,15 @@ def test_nothing_is_held_back_from_test_targets_without_a_cutoff(raw: Path) -> N
     assert tables["later"].is_empty()
 
 
+def test_a_test_targets_own_entry_teaches_nothing(raw: Path) -> None:
+    """Part 2 gives as cutoff of a test target the day of its entry's release: a chain of that day taught networks."""
+    _set_days(raw, "2022-05-28", "2020-01-01")
+    _table(raw / "test_sequences.csv", _sequences({"1scl": "GGCU"}))
+    _table(raw / "sample_submission.csv", _sample({"1scl": "GGCU"}))
+    tables, _ = _clean(raw)
+    assert dict(tables["train"].select("sequence_id", "teaches").iter_rows()) == {"1SCL_A": False, "R1117v2": True}
+
+
 @pytest.mark.parametrize("place", [".", "PDB_RNA"])
 @pytest.mark.parametrize(("released", "teaches"), [("2022-05-28", True), ("2022-05-29", False)])
 def test_release_dates_of_part_2_date_what_has_none(raw: Path, place: str, released: str, teaches: bool) -> None:
