@@ -21,7 +21,7 @@ from submissions.class_evaluation import (
     tell_median,
 )
 from submissions.page import Markup
-from submissions.subject import Subject, beginning, test_table, without_prediction
+from submissions.subject import Subject, beginning, brief, test_table, without_prediction
 
 _WRITTEN = 16  # most classes whose confusions are written as numbers
 _LISTED = 60  # classes in the table; the others open on a click
@@ -127,7 +127,7 @@ def _numbers(counts_KK: np.ndarray, share_KK: np.ndarray, names: tuple[str, ...]
             cells.append(page.element("td", f"{count:,}", class_="number", style=style))
         rows.append(page.element("tr", *cells))
     style = f"{_PADDING}; {_UPRIGHT}" if max(map(len, names)) > 8 else _PADDING
-    head = [page.element("th", ""), *(page.element("th", name, class_="number", style=style) for name in names)]
+    head = [page.element("th", ""), *(page.element("th", brief(name), class_="number", style=style) for name in names)]
     table = page.element("table", page.element("thead", page.element("tr", *head)), page.element("tbody", *rows))
     return page.element("div", table, class_="scroll")
 

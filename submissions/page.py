@@ -44,6 +44,8 @@ p { margin: .35rem 0 .9rem; max-width: 46rem; }
 a { color: var(--accent); }
 code, pre { font-family: var(--mono); font-size: .86em; overflow-wrap: anywhere; }
 td code { white-space: nowrap; }
+td:not(:has(code)) { max-width: min(30rem, 60vw); }
+td, .legend span { overflow-wrap: break-word; }
 .kicker { font-size: .78rem; letter-spacing: .09em; text-transform: uppercase; color: var(--muted); }
 .lead { font-size: 1.08rem; color: var(--muted); }
 .note, figcaption { font-size: .86rem; color: var(--muted); max-width: 46rem; }
@@ -95,6 +97,7 @@ svg { display: block; width: 100%; height: auto; }
 svg * { stroke-linejoin: round; }
 .legend { display: flex; flex-wrap: wrap; gap: .25rem 1.2rem; align-items: center; margin: .4rem 0; font-size: .86rem;
   color: var(--muted); }
+.legend span { max-width: 100%; }
 .legend i { display: inline-block; width: 1.3rem; height: .28rem; border-radius: 2px; margin-right: .4rem;
   vertical-align: .22em; }
 .ramp { display: inline-block; width: 9rem; height: .7rem; border-radius: 2px; }

@@ -22,6 +22,7 @@ from pipeline.paths import REPOSITORY
 from pipeline.runlog import MetricsLog
 from pipeline.stage import write_json
 from submissions import evaluate, figures, page, report
+from submissions.classes_report import _numbers
 from submissions.subject import Subject, brief
 from submissions.training_report import Training
 from submissions.values_report import _calibration_section, _errors_section, _Gathered, _key, _strip
@@ -299,6 +300,15 @@ def test_long_names_are_cut_in_figures_so_that_none_lies_on_another():
     assert "relative lumi…r 24 hours measured" in drawing
     assert names[0] not in drawing
     assert max(len(brief("x" * length)) for length in range(1, 99)) == 24
+
+
+def test_long_names_of_classes_leave_the_table_of_what_is_taken_for_what_in_sight():
+    """A name of 160 letters stood upright above its column: a blank of two screens, and no number on the page."""
+    names = ("a" * 30 + "b" * 130, "short")
+    table = _numbers(np.eye(2, dtype=int), np.eye(2), names)
+    heads = re.findall(r"<th[^>]*>([^<]*)</th>", table)
+    assert heads == ["", "aaaaaaaaaaaaa…bbbbbbbbbb", "short"]
+    assert re.findall(r"<td>([^<]*)</td>", table) == list(names)
 
 
 OTHER_UNITS = replace(RIBONANZA, targets=("shape", "dms"), target_range=None, shown_ranges=((-1e-4, 1e-4), (0.0, 50.0)))
