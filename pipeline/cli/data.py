@@ -1,11 +1,22 @@
 """From raw files to clean tables and folds."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.options import ARTIFACTS, COMP, SPLIT, Artifacts, Comp, Split, TestOnly, find_competition, find_paths
+from pipeline.cli.options import (
+    ARTIFACTS,
+    COMP,
+    SPLIT,
+    Artifacts,
+    Comp,
+    Split,
+    TestOnly,
+    find_competition,
+    find_paths,
+    seconds_of,
+)
 from pipeline.cli.program import show, verb
 from pipeline.errors import ConfigError
 from pipeline.runlog import amount
@@ -63,12 +74,14 @@ def bpp(
     longest: Annotated[
         int | None, typer.Option("--longest", help="Leave out longer sequences, nt; the next call adds them.", min=1)
     ] = None,
+    time_budget: Annotated[str, typer.Option("--time-budget", help="Stop, resumable, after this time: 8h.")] = "",
 ) -> None:
     """Compute base-pair probabilities of all sequences with ViennaRNA (needed by models with use_bpp = true)."""
     from pipeline import bpp as stage
 
     tables = ("test",) if test_only else ("train", "test")
-    report = stage.run(find_paths(comp, artifacts), workers=workers, tables=tables, longest=longest)
+    how: dict[str, Any] = {"workers": workers, "longest": longest, "time_budget": seconds_of(time_budget)}
+    report = stage.run(find_paths(comp, artifacts), tables=tables, **how)
     show(report, stage.describe(report.facts))
 
 

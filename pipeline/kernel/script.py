@@ -31,7 +31,8 @@ _DEPTH = 12  # folders below the inputs that are looked into: a checkpoint of a 
 _GRACE_S = 10.0  # for a verb to end when it is asked to
 _SOON_FOLDED = "500"  # nt
 _BEGUN = 0.7  # of a stage's time, after which no target is begun: the longest comes last and is to be finished
-_RESUMABLE = 75  # exit code of a training that its time budget stopped
+_RESUMABLE = 75  # exit code of a verb that its time budget stopped
+_GO_ON = "Next: make kernel RESUME=<owner/this notebook>, then make kernel-push."
 _INTERACTIVE = {"RNA_LIMIT": "120", "RNA_ROWS": "32"}
 
 
@@ -95,9 +96,14 @@ def find_raw(inputs: Path, told: dict[str, Any]) -> Path:
 
 
 def find_begun(inputs: Path, told: dict[str, Any]) -> Path | None:
-    """Folder of the artefacts whose run is furthest, among what earlier notebooks left; None if none began it."""
+    """Folder of the artefacts whose run is furthest, among what earlier notebooks left; None if none began it.
+
+    Before its first step a run has base-pair probabilities, or some of them.
+    """
     best: tuple[int, Path] | None = None
     for folder, names in folders(inputs):
+        if (folder.name, folder.parent.name) == ("bpp", told["competition"]) and best is None:
+            best = (-1, folder.parent) if (folder.parent / "clean" / "train.parquet").is_file() else None
         run = folder.parents[1] if folder.parent.name == "checkpoints" and "meta.json" in names else None
         if run is None or run.name not in told["fold_names"]:
             continue
@@ -138,7 +144,7 @@ def train(inputs: Path, bundle: Path, work: Path, told: dict[str, Any]) -> dict[
         copy_tree(begun, home)  # tables too: a later image would write them with other bytes
     elif told["resume"] and not home.exists():
         fail(
-            f"{inputs}: no checkpoint of {told['run']} below it; expected the output of {told['resume']}. "
+            f"{inputs}: nothing of {told['run']} below it; expected the output of {told['resume']}. "
             "Next: add that notebook to this one's inputs, or make kernel without RESUME to begin anew."
         )
     at = ["--comp", told["competition"], "--artifacts", str(home.parent)]
@@ -147,7 +153,10 @@ def train(inputs: Path, bundle: Path, work: Path, told: dict[str, Any]) -> dict[
         rna("data", *at, "--raw", str(raw))
     rna("folds", *at, "--split", told["split"])
     if told["bpp"] and find_spec("RNA"):
-        rna("bpp", *at)
+        code = rna("bpp", *at, "--time-budget", f"{max(1, round(left(told)))}s", accept=(0, _RESUMABLE))
+        if code or left(told) < margin(told):
+            say(f"no time is left to train. {_GO_ON}")
+            return {"state": "resumable", "run": told["run"], "files": []}
     words = [str(bundle / word) if word == told["config"] else word for word in told["words"]]
     code = train_in_time(at, words, told, processes=accelerators())
     files = []
@@ -166,7 +175,7 @@ def train(inputs: Path, bundle: Path, work: Path, told: dict[str, Any]) -> dict[
         files += [str(path.relative_to(work)) for path in found]
     state = "finished" if code == 0 else "resumable"
     if code:
-        say("stopped by its own clock. Next: make kernel RESUME=<owner/this notebook>, then make kernel-push.")
+        say(f"stopped by its own clock. {_GO_ON}")
     return {"state": state, "run": told["run"], "files": files}
 
 

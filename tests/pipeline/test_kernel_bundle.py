@@ -20,11 +20,12 @@ import polars as pl
 import pytest
 
 from folds import ensemble
+from pipeline import bpp as stage_of_pairs
 from pipeline import predict as stages
 from pipeline import preprocess, synthetic, train_folds, viennarna
 from pipeline.cli import run_verb
 from pipeline.competitions import competition_of, get_competition
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, StoppedError
 from pipeline.kernel import bundle, script, wheels
 from pipeline.paths import REPOSITORY, Paths
 from pipeline.training import stop
@@ -364,6 +365,35 @@ def test_a_training_stopped_by_its_clock_goes_on_in_the_next_notebook(
     assert steps == [65, 116]
     starts = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"start"' in line]
     assert [row["resumed_step"] for row in starts] == [0, steps[0]]
+
+
+def test_pairing_that_takes_all_the_time_goes_on_in_the_next_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All of Ribonanza's takes four cores hours: Kaggle ended the notebook at its limit, and kept nothing of them."""
+    seen: list[tuple[list[str], bool]] = []
+
+    def run(paths: Paths, *, time_budget: float | None, **_: Any) -> None:
+        part = paths.bpp.parent / "parts" / f"{len(seen)}.parquet"
+        part.parent.mkdir(parents=True, exist_ok=True)
+        seen.append((sorted(path.name for path in part.parent.iterdir()), bool(time_budget)))
+        part.touch()
+        raise StoppedError("bpp: stopped (its time is up).")
+
+    monkeypatch.setattr(stage_of_pairs, "run", run)
+    monkeypatch.setattr(script, "find_spec", lambda _: True)
+    raw, before = write_raw(tmp_path / "raw"), ""
+    for notebook in ("first", "second"):
+        overrides = ("train.epochs=2", "model.kwargs.use_bpp=true")
+        here = Paths(comp="ribonanza", root=tmp_path / "here")
+        home = pack(order_of(here, overrides=overrides, resume=before and f"tester/{before}"))
+        inputs = lay_out(tmp_path / f"{notebook}-input", home, raw)
+        if before:
+            (inputs / "notebooks" / "tester").mkdir(parents=True)
+            (inputs / "notebooks" / "tester" / before).symlink_to(tmp_path / "first")
+        play(home, inputs, tmp_path / notebook)
+        told = json.loads((tmp_path / notebook / "KERNEL.json").read_text())
+        assert (told["state"], told["files"]) == ("resumable", {})
+        before = home.name
+    assert seen == [([], True), (["0.parquet"], True)]
 
 
 # --- structures without a network ---
