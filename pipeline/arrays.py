@@ -7,6 +7,7 @@ whole sequences), weights and scored; ``arrays/bpp-<key>/`` the base-pair probab
 sequence. A key is a hash of the input file, so that a changed table never meets arrays of the old one.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,12 +20,13 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.competitions.base import Competition
-from pipeline.errors import ConfigError, DataError, StorageError
+from pipeline.errors import BusyError, ConfigError, DataError, StorageError
 from pipeline.labels import Classes, Labels
 from pipeline.paths import Paths
-from pipeline.runlog import warn
+from pipeline.runlog import say, warn
 from pipeline.schema import ALPHABET, encode
 from pipeline.stage import Report, fsync, is_alive, is_disk_full, sha256_file, write_json
+from pipeline.training.stop import run_lock
 
 _VERSION = 1
 _ROWS = 4096  # of a table in memory at a time
@@ -140,26 +142,26 @@ def build_set(
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = home / f"{kind}-{key}"
     outputs = {"arrays": folder, "meta": folder / "meta.json"}
-    if (folder / "meta.json").is_file():
-        if not (damaged := _damaged(folder)):
-            return Report(stage="arrays", status="current", outputs=outputs)
-        warn(f"{folder / damaged}: not what was written; the arrays are made again")
-        shutil.rmtree(folder)
+    if _is_there(folder):
+        return Report(stage="arrays", status="current", outputs=outputs)
     part = home / f".part-{kind}-{key}-{os.getpid()}"
-    for left in home.glob(".part-*"):  # by a killed process: as large as the arrays themselves
-        if left == part or not is_alive(int(left.name.rpartition("-")[2])):
-            shutil.rmtree(left, ignore_errors=True)
     try:
-        part.mkdir(parents=True)
-        facts = write(part)
-        for path in part.glob("*.npy"):
-            fsync(path)
-        files = {path.name: sha256_file(path) for path in part.glob("*.npy")}
-        write_json(part / "meta.json", identity | {"facts": facts, "files": files})
-        for old in home.glob(f"{kind}-*"):  # whoever has one open keeps its pages
-            if old != folder or not (folder / "meta.json").is_file():  # else it is another process's, finished first
-                shutil.rmtree(old, ignore_errors=True)
-        part.rename(folder)
+        with _alone(home) as is_alone:
+            if _is_there(folder):  # by now
+                return Report(stage="arrays", status="current", outputs=outputs)
+            for left in home.glob(".part-*"):  # by a killed process: as large as the arrays themselves
+                if is_alone or left == part or not is_alive(int(left.name.rpartition("-")[2])):
+                    shutil.rmtree(left, ignore_errors=True)
+            part.mkdir(parents=True)
+            facts = write(part)
+            for path in part.glob("*.npy"):
+                fsync(path)
+            files = {path.name: sha256_file(path) for path in part.glob("*.npy")}
+            write_json(part / "meta.json", identity | {"facts": facts, "files": files})
+            for old in home.glob(f"{kind}-*"):  # whoever has one open keeps its pages
+                if old != folder or not (folder / "meta.json").is_file():  # else another one finished first
+                    shutil.rmtree(old, ignore_errors=True)
+            part.rename(folder)
     except OSError as err:
         if is_disk_full(err):
             raise StorageError(f"{home}: the disk is full. Next: free space and run again.") from err
@@ -168,6 +170,40 @@ def build_set(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return Report(stage="arrays", status="built", outputs=outputs, facts=facts, seconds=time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _alone(home: Path) -> Iterator[bool]:
+    """Write in a folder as its only process, of other machines and containers too, whose numbers say nothing here.
+
+    Yields:
+        Whether that is so: False where the disk has no locks.
+    """
+    waits = False
+    while True:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(run_lock(home, name=".building"))
+            except BusyError:
+                if not waits:
+                    say(f"{home}: another process writes arrays; they are waited for")
+                waits = True
+                continue
+            except StorageError:
+                yield False
+                return
+            yield True
+            return
+
+
+def _is_there(folder: Path) -> bool:
+    """Whether a set is complete; one that is not what was written is removed."""
+    if not (folder / "meta.json").is_file():
+        return False
+    if damaged := _damaged(folder):
+        warn(f"{folder / damaged}: not what was written; the arrays are made again")
+        shutil.rmtree(folder)
+    return not damaged
 
 
 def _damaged(folder: Path) -> str | None:

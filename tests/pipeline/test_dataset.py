@@ -1,6 +1,7 @@
 """Arrays hold exactly what the tables hold, and never what other tables held."""
 
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from pipeline import arrays
 from pipeline.arrays import build_arrays
 from pipeline.dataset import dense_bpp, fold_members, open_examples, read_folds
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.paths import Paths
 from pipeline.schema import decode, encode
 from tests.pipeline import tiny
@@ -113,8 +114,35 @@ def test_damaged_arrays_are_made_again_and_carried_ones_refused(paths, name, dam
         open_examples(TINY, paths=paths, table="train")
 
 
-def test_a_process_that_is_slower_leaves_the_arrays_of_a_faster_one_alone(paths, monkeypatch):
+def no_locks(*_, **__):
+    raise StorageError("its file system gives no locks")
+
+
+def test_arrays_that_another_machine_or_container_writes_are_waited_for(paths, monkeypatch):
+    """A process that had the same number, or whose number was nobody's here, had its half-written arrays removed, or
+    completed by the other: two machines that began a sweep at once, and sets that were damaged and said to be whole."""
+    tiny.write_values(paths)
+    write, waits, second = arrays._write_table, threading.Event(), []
+    monkeypatch.setattr(arrays, "say", lambda _: waits.set())
+    monkeypatch.setattr(arrays, "is_alive", lambda _: False)
+    other = threading.Thread(target=lambda: second.append(build_arrays(TINY, paths=paths, table="train")))
+
+    def beside(*args, **kwargs):
+        if not waits.is_set():
+            other.start()
+            assert waits.wait(600)
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(arrays, "_write_table", beside)
+    assert build_arrays(TINY, paths=paths, table="train").status == "built"
+    other.join()
+    assert second[0].status == "current"
+    assert open_examples(TINY, paths=paths, table="train").lengths.size
+
+
+def test_where_there_are_no_locks_a_slower_process_leaves_the_arrays_of_a_faster_one_alone(paths, monkeypatch):
     """Was: the second of two folds started at once removed the arrays that the first had just put in place."""
+    monkeypatch.setattr(arrays, "run_lock", no_locks)
     tiny.write_values(paths)
     write, faster = arrays._write_table, []
 
@@ -131,14 +159,17 @@ def test_a_process_that_is_slower_leaves_the_arrays_of_a_faster_one_alone(paths,
     assert [path.name for path in paths.arrays_dir.iterdir()] == [report.outputs["arrays"].name]
 
 
-def test_what_a_killed_build_left_is_removed_by_the_next(paths):
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_a_killed_build_left_is_removed_by_the_next(paths, monkeypatch, locks):
     """Was: half-written arrays of killed processes stayed for good."""
+    if not locks:
+        monkeypatch.setattr(arrays, "run_lock", no_locks)
     tiny.write_values(paths)
     for pid in (2**22 + 1, os.getppid()):
         (paths.arrays_dir / f".part-train-0123456789abcdef-{pid}").mkdir(parents=True)
     build_arrays(TINY, paths=paths, table="train")
     left = [path.name for path in paths.arrays_dir.glob(".part-*")]
-    assert left == [f".part-train-0123456789abcdef-{os.getppid()}"]
+    assert left == ([] if locks else [f".part-train-0123456789abcdef-{os.getppid()}"])
 
 
 def test_arrays_are_enough_where_the_clean_table_is_not(paths):
@@ -157,7 +188,7 @@ def test_a_failed_build_leaves_nothing_behind(paths):
         DataError, match=r"reactivity_DMS_MaP of 's0000' has 1 values; expected \d\d, one per nucleotide"
     ):
         build_arrays(TINY, paths=paths, table="train")
-    assert list(paths.arrays_dir.iterdir()) == []
+    assert [path.name for path in paths.arrays_dir.iterdir()] == [".building"]
 
 
 @pytest.mark.parametrize(
