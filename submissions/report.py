@@ -150,8 +150,12 @@ def _few(scores: Mapping[str, Any]) -> str:
 
 
 def _is_unclear(scores: Mapping[str, Any], floor: str) -> bool:
-    """Whether it is known that chance may have made the difference from a floor; only the best run's is known."""
-    if scores.get("best_run") != scores["name"]:
+    """Whether it is known that chance may have made the difference from a floor; only the best run's is known.
+
+    An ensemble of that run alone predicts the same.
+    """
+    alone = scores["runs"] if len(scores["runs"]) == 1 else ()
+    if scores.get("best_run") not in (scores["name"], *alone):
         return False
     told = scores.get("floor_details", {}).get(floor, {}).get("difference") or {}
     return told.get("low") is not None and told["low"] <= 0 <= told["high"]

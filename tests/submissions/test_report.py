@@ -177,14 +177,17 @@ def test_runs_that_do_not_predict_are_named(tmp_path, competition, told, words, 
          "the floor knows; judged by 0.5000, where each fold has what the others choose."),
         ({"sequences": {"scored": 3}}, {}, "better. Only 3 sequences scored: such a difference may be chance."),
         ({"best_run": "all"}, {}, "below the best floor, ridge (0.4988): no clear difference, as its 95 % interval"),
+        ({"runs": {"a": {}}}, {}, "below the best floor, ridge (0.4988): no clear difference, as its 95 % interval"),
     ],
 )  # fmt: skip
 def test_the_lead_judges_by_the_score_that_no_choice_has_seen_and_says_what_is_too_little(
     tmp_path, told, joined, words
 ):
-    """It said "better" of 0.4878 beside a floor of 0.4988, though the nested score on the same page was 0.5000."""
+    """It said "better" of 0.4878 beside a floor of 0.4988, though the nested score on the same page was 0.5000; and
+    of an ensemble of one run, whose difference from the floor had an interval with 0 in it on the same page.
+    """
     write_json(tmp_path / "weights.json", joined)
-    scores = {"kind": "ensemble", "name": "all", "score": 0.4878, "floors": {"ridge": 0.4988, "mean": 0.54}}
+    scores = {"kind": "ensemble", "name": "all", "runs": {}, "score": 0.4878, "floors": {"ridge": 0.4988, "mean": 0.54}}
     scores |= {"sequences": {"scored": 120}, "floor_details": {"ridge": {"difference": {"low": -0.01, "high": 0.03}}}}
     subject = Subject(
         paths=make_paths(tmp_path), competition=RIBONANZA, home=tmp_path, scores=scores | {"best_run": "a"} | told
