@@ -88,12 +88,20 @@ def run(
 
     Raises:
         ConfigError: the run is of another competition, or of other classes.
-        DataError: this fold was never trained, or clean or fold table changed since.
+        DataError: this fold was never trained, or as another one, or clean or fold table changed since.
         DivergedError: a prediction is not finite.
         StorageError: every checkpoint is damaged, or a single sequence does not fit into memory.
         StoppedError: asked to stop, or the device is lost; nothing is left half-written.
     """
-    work = partial(apply, competition=competition, paths=paths, which=which)
+
+    def work(path: Path, meta: dict[str, Any], unfinished: bool) -> Report:
+        if meta["fold"] != fold:
+            raise DataError(
+                f"{path}: trained with fold {meta['fold']} held out; its folder says {fold}. Next: rename or remove it."
+            )
+        named = meta | {"run": run}  # of a run that was copied or renamed the folder's, not that of the other one
+        return apply(path, named, unfinished, competition=competition, paths=paths, which=which)
+
     return with_best_checkpoint(work, competition=competition, paths=paths, run=run, fold=fold)
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,19 @@ def test_test_predictions_say_which_table_they_are_of(paths):
         write_json(manifest, told | {"notes": notes})
         with pytest.raises(DataError, match=r"fold0/test.parquet: .*test.parquet changed since; expected .*make train"):
             require_same_test(paths, [(tiny.RUN, 0)])
+
+
+def test_a_copied_run_predicts_into_its_own_folder_and_a_copied_fold_not_at_all(paths):
+    """Predictions of a copy, trained on or not, replaced those of the run that it was copied from."""
+    fit(paths)
+    shutil.copytree(paths.run_dir(tiny.RUN), paths.run_dir(f"copy.{tiny.SPLIT}"))
+    where = {"competition": tiny.TINY, "paths": paths, "run": f"copy.{tiny.SPLIT}"}
+    report = predict.run(**where, fold=0)
+    assert report.outputs == {"oof": paths.oof(where["run"], 0), "test": paths.test(where["run"], 0)}
+    assert not paths.oof(tiny.RUN, 0).exists()
+    paths.fold_dir(where["run"], 0).rename(paths.fold_dir(where["run"], 1))
+    with pytest.raises(DataError, match=r"trained with fold 0 held out; its folder says 1"):
+        predict.run(**where, fold=1)
 
 
 def test_a_checkpoint_that_a_training_at_work_replaces_is_no_failure(paths, monkeypatch, capsys):
