@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.competitions.base import Competition
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.paths import Paths
 from pipeline.runlog import amount, duration, score_text, size_text
 from pipeline.runs import seen_before, tell_seen_before
-from pipeline.stage import Report, read_result, run_stage
+from pipeline.stage import Report, read_manifest, read_result, run_stage, sha256_file
 from submissions import page
 from submissions.breakdown import tell_over_folds
 from submissions.classes_report import classes_sections
@@ -50,6 +50,7 @@ def run(paths: Paths, *, competition: Competition, name: str | None = None, run:
         raise ConfigError("report: not both and not neither. Next: give the name of an ensemble or that of a run.")
     home = paths.run_dir(run) if run is not None else paths.ensemble_dir(str(name))
     subject = Subject(paths=paths, competition=competition, home=home, scores=read_scores(home, comp=paths.comp))
+    _require_scored(subject)
     return run_stage(
         "report",
         inputs=subject.inputs(),
@@ -57,6 +58,17 @@ def run(paths: Paths, *, competition: Competition, name: str | None = None, run:
         params={"version": VERSION, **competition.params, "subject": subject.name},
         build=lambda parts: _write(subject, parts["report"]),
     )
+
+
+def _require_scored(subject: Subject) -> None:
+    """See that the scores are of the predictions and tables that the page shows beside them."""
+    scored = (read_manifest(subject.home / "evaluate.manifest.json") or {}).get("inputs", {})
+    shown = {"train": subject.paths.clean("train"), "folds": subject.paths.fold_table(subject.split)}
+    shown |= {f"{subject.name}/{place}": path for place, path in enumerate(subject.predictions)}
+    for label, path in shown.items():
+        if label in scored and path.is_file() and sha256_file(path) != scored[label]:
+            which = f"{'NAME' if subject.scores['kind'] == 'ensemble' else 'RUN'}={subject.name}"
+            raise DataError(f"{path}: became another one since it was scored. Next: make evaluate {which}.")
 
 
 def _write(subject: Subject, path: Path) -> dict[str, Any]:

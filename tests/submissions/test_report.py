@@ -633,6 +633,18 @@ def test_what_cannot_be_reported_is_refused_in_one_sentence(tmp_path):
         report.run(paths, competition=RIBONANZA, name="all")
 
 
+@pytest.mark.parametrize("what", ["train", "folds", "predictions"])
+def test_scores_of_earlier_tables_are_not_shown_beside_new_ones(values, tmp_path, what):
+    """After make ensemble and without make evaluate, the page drew new predictions under the score of the old ones."""
+    shutil.copytree(values[0].root, tmp_path / "artifacts")
+    paths = make_paths(tmp_path)
+    tables = {"train": paths.clean("train"), "folds": paths.fold_table(SPLIT)}
+    table = tables.get(what, paths.ensemble_dir("all") / "oof.parquet")
+    pl.read_parquet(table).write_parquet(table, compression="uncompressed")
+    with pytest.raises(DataError, match=rf"{table.name}: became another one since it was scored. .* evaluate NAME=all"):
+        report.run(paths, competition=RIBONANZA, name="all")
+
+
 def test_a_broken_metrics_log_is_named_and_leaves_no_page(values, tmp_path):
     shutil.copytree(values[0].root, tmp_path / "artifacts")
     paths = make_paths(tmp_path)
