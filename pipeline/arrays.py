@@ -25,7 +25,7 @@ from pipeline.labels import Classes, Labels
 from pipeline.paths import Paths
 from pipeline.runlog import say, warn
 from pipeline.schema import ALPHABET, encode
-from pipeline.stage import Report, fsync, is_alive, is_disk_full, sha256_file, write_json
+from pipeline.stage import Report, fsync, is_alive, is_disk_full, read_manifest, sha256_file, write_json
 from pipeline.training.stop import run_lock
 
 _VERSION = 1
@@ -208,10 +208,10 @@ def _is_there(folder: Path) -> bool:
 
 def _damaged(folder: Path) -> str | None:
     """The first file of a set that is not what was written: maps are read without a look at their bytes."""
-    try:
-        files = json.loads((folder / "meta.json").read_text()).get("files", {})  # none where an older version wrote it
-    except ValueError:
+    meta = read_manifest(folder / "meta.json")
+    if meta is None or "input" not in meta or not isinstance(meta.get("files", {}), dict):
         return "meta.json"
+    files = meta.get("files", {})  # none where an older version wrote it
     return next((n for n, sha in files.items() if not (folder / n).is_file() or sha256_file(folder / n) != sha), None)
 
 

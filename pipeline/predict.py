@@ -48,7 +48,7 @@ from pipeline.packing import plan_by_tokens
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, say, warn
 from pipeline.schema import CANDIDATES, decode
-from pipeline.stage import Report, read_result, run_stage, sha256_file
+from pipeline.stage import Report, read_manifest, run_stage, sha256_file
 from pipeline.training.failures import in_one_sentence
 from pipeline.training.losses import label_values, position_values
 from pipeline.training.precision import choose_device
@@ -175,7 +175,7 @@ def _run_table(
     params = {"version": _VERSION[competition.task], "flipped": config.data.flip > 0}
     if unfinished:  # so that they are told apart, and made again when the training is finished
         params["unfinished"] = True
-    notes = {"table": read_result(inputs["arrays"], hint="make predict")["input"]}  # that the arrays were made of
+    notes = {"table": (read_manifest(inputs["arrays"]) or {}).get("input")}  # that the arrays were made of
     made: dict[str, Any] = {"params": params, "notes": notes, "build": build}
     return run_stage(f"predict-{table}", inputs=inputs, outputs={table: output}, **made)
 

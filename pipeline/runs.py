@@ -1,6 +1,5 @@
 """Runs by their names: what they are called after, how many folds they have, and which of them are finished."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -269,8 +268,8 @@ def require_same_test(paths: Paths, predicted: Iterable[tuple[str, int]]) -> Non
 
 def _sources_of_arrays(paths: Paths, table: str) -> dict[str, str]:
     """sha256 of the meta of each array set of a clean table that there is -> sha256 of the table it was made of."""
-    found = paths.arrays_dir.glob(f"{table}-*/meta.json")
-    return {sha256_file(path): json.loads(path.read_text())["input"] for path in found}
+    found = {path: read_manifest(path) or {} for path in paths.arrays_dir.glob(f"{table}-*/meta.json")}
+    return {sha256_file(path): meta["input"] for path, meta in found.items() if "input" in meta}
 
 
 def _are_of_other_data(inputs: Mapping[str, str], train: str, arrays: Mapping[str, str]) -> bool:

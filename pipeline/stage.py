@@ -214,7 +214,10 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         done = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):  # not there, no JSON or no text
         return None
-    return done if isinstance(done, dict) and isinstance(done.get("facts"), dict) else None
+    if not isinstance(done, dict) or "facts" not in done:
+        return None
+    done = {"params": {}, "inputs": {}, "outputs": {}} | done
+    return done if all(isinstance(done[key], dict) for key in ("params", "inputs", "outputs", "facts")) else None
 
 
 def _intact(done: Mapping[str, Any], outputs: Mapping[str, Path], either: Sequence[str]) -> bool:

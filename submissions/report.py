@@ -304,9 +304,16 @@ def _settings(config: Mapping[str, Any]) -> Markup:
     return page.panels(blocks, small=True)
 
 
+def _manifest(path: Path) -> dict[str, Any]:
+    done = read_manifest(path)
+    if done is None:
+        raise DataError(f"{path}: damaged or edited; expected what its stage wrote. Next: run its stage again.")
+    return done
+
+
 def _provenance_section(subject: Subject) -> Markup:
-    manifests = {label: read_result(path, hint="run its stage again") for label, path in subject.manifests().items()}
-    lost = {"data", "folds"} - {done["stage"] for done in manifests.values()}
+    manifests = {label: _manifest(path) for label, path in subject.manifests().items()}
+    lost = {"data", "folds"} - {done.get("stage") for done in manifests.values()}
     notes = []
     if subject.competition.task == "values" and not subject.paths.bpp.is_file():
         notes.append(subject.without("No base-pair probabilities: floors and models did without them."))

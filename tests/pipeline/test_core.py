@@ -101,6 +101,7 @@ def test_stage_ignores_an_input_that_was_only_touched(copy: Copy):
         lambda copy: (copy.a.parent / "out" / "copy.manifest.json").unlink(),
         lambda copy: (copy.a.parent / "out" / "copy.manifest.json").write_text('{"stage": "co'),
         lambda copy: (copy.a.parent / "out" / "copy.manifest.json").write_text("[1]"),
+        lambda copy: (copy.a.parent / "out" / "copy.manifest.json").write_text('{"facts": {}, "outputs": null}'),
         lambda copy: (copy.a.parent / "out" / "copy.manifest.json").write_bytes(b"\xff\xfe"),
     ],
     ids=[
@@ -110,6 +111,7 @@ def test_stage_ignores_an_input_that_was_only_touched(copy: Copy):
         "no manifest",
         "torn manifest",
         "manifest of another kind",
+        "manifest without its parts",
         "manifest that is no text",  # ended in "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff"
     ],
 )

@@ -117,6 +117,11 @@ def test_test_predictions_say_which_table_they_are_of(paths):
         write_json(manifest, told | {"notes": notes})
         with pytest.raises(DataError, match=r"fold0/test.parquet: .*test.parquet changed since; expected .*make train"):
             require_same_test(paths, [(tiny.RUN, 0)])
+    (meta,) = paths.arrays_dir.glob("test-*/meta.json")
+    for damaged in (b"", b"{}", b"[1]", b'{"facts": {}, "files": null}'):  # ensembles ended in tracebacks
+        meta.write_bytes(damaged)
+        require_same_test(paths, [(tiny.RUN, 0)])
+    assert predict_all(paths).outputs["test"].is_file()
 
 
 def test_a_copied_run_predicts_into_its_own_folder_and_a_copied_fold_not_at_all(paths):
