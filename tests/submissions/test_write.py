@@ -149,7 +149,11 @@ def test_overlapping_ids_are_refused(paths):
         run(paths)
 
 
-def test_missing_ensemble_and_unknown_format_are_refused(paths):
+def test_missing_tables_and_unknown_format_are_refused(paths):
+    table = paths.clean("test").rename(paths.clean("away"))
+    with pytest.raises(DataError, match=r"test file .*clean/test\.parquet is missing"):
+        run(paths)
+    table.rename(paths.clean("test"))
     predictions(paths).unlink()
     with pytest.raises(DataError, match=r"predictions file .* is missing"):
         run(paths)
