@@ -3,7 +3,6 @@
 `folds.blend` joins values and probabilities, `folds.candidates` chooses structures; both read what `Job` names.
 """
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,7 +15,7 @@ from folds.blend import blend, blend_test
 from folds.candidates import Scorer, choose, choose_test
 from folds.job import Job
 from pipeline.competitions.base import Competition
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, did_you_mean
 from pipeline.labels import Classes, read_classes
 from pipeline.paths import Paths
 from pipeline.runlog import amount, score_text, warn
@@ -194,8 +193,7 @@ def _find_folds(
             begun = sorted(
                 path.name for path in (paths.home / "runs").glob(f"*.{split}") if f"+{SWEEP}" not in path.name
             )
-            near = difflib.get_close_matches(f"{each}.{split}", begun, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(f"{each}.{split}", begun)
             own = read_run_name(each)[2] if paths.run_dir(each).is_dir() else ""
             advice = f"SPLIT={own}" if own else "name some of these in RUNS, or leave it out"
             told = f"RUNS={each}: no run of {split}; there are: {', '.join(begun) or 'none'}."

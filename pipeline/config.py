@@ -5,7 +5,6 @@ parsed as TOML, so ``false`` is a bool. The model's own arguments are checked ag
 ``models.registry.create_model``.
 """
 
-import difflib
 import math
 import re
 import tomllib
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, did_you_mean
 
 CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 
@@ -203,11 +202,9 @@ def find_config(name: str) -> Path:
     if path.is_file():
         return path
     problem = ": no such file" if name.endswith(".toml") else " is not known"
-    near = difflib.get_close_matches(path.stem, list_configs(), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ConfigError(
-        f"MODEL={name!r}{problem}; expected one of {', '.join(list_configs())}.{hint} Next: name one of these, or give "
-        "the path of a TOML file."
+        f"MODEL={name!r}{problem}; expected one of {', '.join(list_configs())}."
+        f"{did_you_mean(path.stem, list_configs())} Next: name one of these, or give the path of a TOML file."
     )
 
 
@@ -269,9 +266,8 @@ def _build(cls: type, tree: dict, *, where: str) -> typing.Any:
     known = {f.name for f in fields(cls)}
     for key in tree:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ConfigError(f"{where}: unknown key {key!r}{hint} Next: write one of {', '.join(sorted(known))}.")
+            hint, all_of_them = did_you_mean(key, known), ", ".join(sorted(known))
+            raise ConfigError(f"{where}: unknown key {key!r}.{hint} Next: write one of {all_of_them}.")
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in tree.items():

@@ -4,6 +4,19 @@ A message is one sentence with where, what was got, what was expected and what t
 ``DataError("train_data.csv: row 17 (id 8cdf…): letter 'X' in the sequence; expected A, C, G, U. Next: …")``.
 """
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What follows the sentence that a name is not known: the one most like it, or nothing.
+
+    >>> did_you_mean("hyna", ["drsn", "hyena"]), did_you_mean("bert", ["drsn", "hyena"])
+    (" Did you mean 'hyena'?", '')
+    """
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
 
 class PipelineError(Exception):
     """A failure that a user can act on; the command line prints it in one sentence, without a traceback."""

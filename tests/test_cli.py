@@ -75,7 +75,7 @@ def test_the_help_lists_the_verbs_below_what_their_modules_are_about(capsys, mon
     [
         (["train", "--model", "ribonanza_mambo"], 2, "Did you mean 'ribonanza_mamba'"),
         (["train", "--set", "train.lr=1e-3"], 2, "TAG"),
-        (["train", "--set", "train.epoch=3", "--tag", "x"], 2, "did you mean 'epochs'"),
+        (["train", "--set", "train.epoch=3", "--tag", "x"], 2, "Did you mean 'epochs'"),
         (["train", "--time-budget", "eight hours"], 2, "such as 8h"),
         (["train", "--all-folds", "--split", "oddly"], 2, "sim80_k5"),
         (["data", "--raw", "", "--comp", "ribonanza"], 2, "RAW=<folder>"),

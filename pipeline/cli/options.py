@@ -1,6 +1,5 @@
 """Options that several verbs share, and what their texts mean."""
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, did_you_mean
 from pipeline.paths import PRETRAINED, Paths
 from pipeline.runs import SWEEP, find_run, run_name
 
@@ -101,8 +100,7 @@ def find_trained(model: str, *, split: str, tag: str, paths: Paths) -> str | Pat
     shipped = sorted(card.parent.name for card in PRETRAINED.glob("*/card.md"))
     if isinstance(run, Path) or paths.run_dir(run).is_dir() or Path(model).is_file() or model in list_configs():
         return run
-    near = difflib.get_close_matches(model, [*shipped, *list_configs()], n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(model, [*shipped, *list_configs()])
     raise ConfigError(
         f"MODEL={model!r} is not known; expected a run's folder, {', '.join(shipped)}, or one of "
         f"{', '.join(list_configs())}.{hint} Next: name one of these; make status lists what is trained."

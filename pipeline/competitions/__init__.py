@@ -1,11 +1,10 @@
 """Kaggle competitions, one file each, and sets of any origin: labelled sequences, numbers per nucleotide."""
 
-import difflib
 import re
 from dataclasses import replace
 
 from pipeline.competitions.base import Competition
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, did_you_mean
 from pipeline.paths import Paths
 
 
@@ -41,8 +40,7 @@ def get_competition(name: str) -> Competition:
         return replace(_own_sets()[own[1]], name=name, slug=slug[1] if slug else "")
     known = competitions()
     if name not in known:
-        near = difflib.get_close_matches(name, [*known, "labelled", "profiles"], n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, [*known, "labelled", "profiles"])
         expected = f"{', '.join(known)}, labelled-<name> or profiles-<name>"
         raise ConfigError(f"COMP={name!r} is not known; expected one of {expected}.{hint} Next: correct COMP.")
     return known[name]

@@ -527,8 +527,8 @@ def test_overrides_are_toml_values(toml: Path):
 @pytest.mark.parametrize(
     ("items", "sentence"),
     [
-        (["train.epoch=3"], "small.toml: train: unknown key 'epoch'; did you mean 'epochs'"),
-        (["trian.epochs=3"], "unknown key 'trian'; did you mean 'train'"),
+        (["train.epoch=3"], "small.toml: train: unknown key 'epoch'. Did you mean 'epochs'"),
+        (["trian.epochs=3"], "unknown key 'trian'. Did you mean 'train'"),
         (["train.zzz=3"], r"unknown key 'zzz'\. Next: write one of backbone_lr_share, "),
         (["train.epochs=3.5"], r"train: epochs: got 3.5 \(float\); expected"),
         (["train.epochs=true"], r"epochs: got True \(bool\)"),

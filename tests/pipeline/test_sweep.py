@@ -441,7 +441,7 @@ def test_an_axis_that_is_none_is_refused(text: str):
 def test_a_range_without_a_study_and_a_typo_are_refused_before_any_job(small: Sweep):
     with pytest.raises(ConfigError, match="a range needs a study"):
         stage.run(small, [parse_axis("train.lr={low=1e-4, high=1e-2}")])
-    with pytest.raises(ConfigError, match="did you mean 'lr'"):
+    with pytest.raises(ConfigError, match="Did you mean 'lr'"):
         stage.run(small, [parse_axis("train.lrr=[1e-4]")])
     with pytest.raises(ConfigError, match=r"no argument 'widht'\. Did you mean 'width'"):  # said by its first job
         stage.run(small, [parse_axis("model.kwargs.widht=[16]")])
