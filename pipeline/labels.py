@@ -177,7 +177,7 @@ def read_classes(paths: Paths) -> Classes:
     Raises:
         DataError: the data stage has not run, or the file is not what it wrote.
     """
-    return _read(paths.clean("classes"))
+    return read_label_file(paths.clean("classes"))
 
 
 def read_numbers(paths: Paths) -> Numbers:
@@ -186,7 +186,7 @@ def read_numbers(paths: Paths) -> Numbers:
     Raises:
         DataError: the data stage has not run, or the file is not what it wrote.
     """
-    return _read(paths.clean("numbers"))
+    return read_label_file(paths.clean("numbers"))
 
 
 def read_labels(paths: Paths) -> Labels:
@@ -199,12 +199,8 @@ def read_labels(paths: Paths) -> Labels:
     return read_label_file(path if path.is_file() else paths.clean("classes"))
 
 
-def read_label_file(path: Path) -> Labels:
+def read_label_file(path: Path) -> Any:
     """`read_labels`, from where the file is; its name says what is in it."""
-    return _read(path)
-
-
-def _read(path: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -245,11 +245,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def read_status(folder: Path) -> dict[str, Any]:
     """What a run last said of itself in its folder's status.json; empty where it said nothing that can be read."""
+    return read_dict(folder / "status.json")
+
+
+def read_dict(path: Path) -> dict[str, Any]:
+    """What a JSON file says, empty where it says nothing that can be read."""
     try:
-        status = json.loads((folder / "status.json").read_text())
+        said = json.loads(path.read_text())
     except (OSError, ValueError):  # not there, no JSON or no text
         return {}
-    return status if isinstance(status, dict) else {}
+    return said if isinstance(said, dict) else {}
 
 
 def write_status(folder: Path, status: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.config import RunConfig
 from pipeline.errors import CrashedError, LostDeviceError
-from pipeline.runlog import read_status, say, warn
+from pipeline.runlog import read_dict, read_status, say, warn
 from pipeline.stage import versions, write_json
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.distributed import LostProcessError
@@ -50,7 +50,7 @@ def counted(folder: Path, *, config: RunConfig, processes: int, restart: bool) -
         CrashedError: `MOST` attempts died of themselves without a newer checkpoint.
     """
     home, setting = folder / FOLDER, _setting(config, processes)
-    before = {} if restart else _read(home)
+    before = {} if restart else read_dict(home / "count.json")
     is_same = before.get("setting") == setting and before.get("checkpoint") == _newest(folder)
     ends = [*before["ends"], *_unsaid(folder, before)] if is_same else []
     if _is_over(ends):
@@ -114,14 +114,6 @@ def _newest(folder: Path) -> list[int]:
     """Step and epoch of the newest checkpoint; before there is one, of that with which a run begins."""
     meta = CheckpointStore(folder / "checkpoints").newest_meta()
     return [0, 0] if meta is None else [meta["step"], meta["progress"]["epoch"]]
-
-
-def _read(home: Path) -> dict[str, Any]:
-    try:
-        count = json.loads((home / "count.json").read_text())
-    except (OSError, ValueError):  # not there, or damaged: nothing was counted
-        return {}
-    return count if isinstance(count, dict) else {}
 
 
 def _begin(home: Path, count: dict[str, Any]) -> None:
