@@ -20,6 +20,7 @@ from pipeline.paths import Paths
 from pipeline.training import initial
 from pipeline.training.checkpoint import CheckpointStore, load_weights
 from pipeline.training.initial import load_fitting
+from pipeline.training.settings import require_sense
 from tests.pipeline import tiny
 
 NEXT = f"next.{tiny.SPLIT}"
@@ -144,6 +145,16 @@ def test_what_adapters_cannot_do_is_refused(paths, changes):
     init = changes.pop("init", "somewhere")
     with pytest.raises(ConfigError, match=r"lora_rank = 2: adapters need .* Next: "):
         tiny.fit(paths, settings(init, rank=2, **changes))
+
+
+@pytest.mark.parametrize("added", ["rank", "prompt"])
+def test_settings_that_add_to_a_network_make_sense(tmp_path, added):
+    """Tried on the device "meta", adapters said "unsupported scalarType"."""
+    config, where = settings("a", **{added: 2}), Paths(comp="tiny", root=tmp_path)
+    require_sense(config, tiny.TINY, paths=where)
+    other = replace(config, model=replace(config.model, kwargs=config.model.kwargs | {"num_heads": 3}))
+    with pytest.raises(ConfigError, match="num_heads 3"):
+        require_sense(other, tiny.TINY, paths=where)
 
 
 @pytest.mark.parametrize(
