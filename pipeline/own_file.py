@@ -248,7 +248,7 @@ def bring_inputs(meta: dict[str, Any], own: Paths, given: Mapping[str, Path]) ->
     if name and name not in given:
         raise ConfigError(
             f"{meta['run']}: reads features {name!r} of every sequence; given: {', '.join(given) or 'none'}. Next: "
-            f'make predict (or embed) FILE=<sequences> FEATURES="{name}=<folder or parquet>".'
+            f'the same command with FEATURES="{name}=<folder or parquet>".'
         )
     if name:
         features.run(given[name], name=name, paths=own)

@@ -407,7 +407,7 @@ def expected_of(paths: Paths) -> dict[str, np.ndarray]:
 
 def test_sequences_of_ones_own_are_predicted_with_their_features(trained, mine, tmp_path):
     how: dict[str, Any] = {"competition": tiny.TINY, "paths": trained, "run": tiny.RUN}
-    with pytest.raises(ConfigError, match=r'reads features \'other\' .* given: none\. Next: make .* FEATURES="other='):
+    with pytest.raises(ConfigError, match=r"'other' .* given: none\. Next: the same .* FEATURES=.other="):
         own_file.predict_run(mine, **how)
     with pytest.raises(ConfigError, match="given: rnafm"):
         own_file.predict_run(mine, **how, embeddings={"rnafm": tmp_path / "given"})
