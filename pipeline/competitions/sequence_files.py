@@ -20,7 +20,7 @@ from pipeline.competitions import table_files
 from pipeline.competitions.columns_toml import read_told
 from pipeline.competitions.raw import only_one
 from pipeline.competitions.table_files import FASTA, ending, read_fasta, refuse_foreign
-from pipeline.errors import DataError
+from pipeline.errors import DataError, did_you_mean
 from pipeline.runlog import say
 
 #: Column of the raw table -> names that it usually has, in small letters.
@@ -226,9 +226,10 @@ def _join_flags(table: pl.DataFrame, names: Sequence[str], *, where: str) -> pl.
 def _choose_columns(names: Sequence[str], settings: Settings, *, labelled: bool, where: str) -> dict[str, str]:
     """Role -> column."""
     chosen: dict[str, str] = {}
-    kind = "classes" if settings.classes else "numbers"
+    kind, listed = "classes" if settings.classes else "numbers", ", ".join(names[:12]) + " …" * (len(names) > 12)
     if lost := sorted({*settings.classes, *settings.numbers} - set(names) if labelled else ()):
-        raise DataError(f"{where}: no column {lost[0]!r}, one of columns.toml's {kind}. Next: correct it.")
+        told = f"no column {lost[0]!r}, one of columns.toml's {kind}; found {listed}.{did_you_mean(lost[0], names)}"
+        raise DataError(f"{where}: {told} Next: correct it.")
     for role in _USUAL:
         if role == "label" and (settings.classes or settings.numbers):
             continue
@@ -239,7 +240,6 @@ def _choose_columns(names: Sequence[str], settings: Settings, *, labelled: bool,
             continue
         if role == "group" and not labelled:  # relatives matter where folds are made
             continue
-        listed = ", ".join(names[:12]) + (" …" if len(names) > 12 else "")
         if told and told not in names:
             raise DataError(f"{where}: no column {told!r}, which columns.toml names; found {listed}. Next: correct it.")
         if len(found) > 1:

@@ -137,7 +137,7 @@ BAD = {
     "text-untold": (with_cells(["0", ">10"]), "", r"row 2 \(id s01\): half_life is '>10'; expected a finite number"),
     "infinite-untold": (with_cells(["inf"]), "", r"row 1 \(id s00\): half_life is 'inf'; expected a finite number"),
     "text-everywhere": (with_cells([f"about {k}" for k in range(12)]), "", r"12 different labels .*numbers = \['<of"),
-    "no-column": (ROWS, "numbers = ['tm']", r"train.csv: no column 'tm', one of columns.toml's numbers"),
+    "no-column": (ROWS, "numbers = ['tm']", r"'tm', one of columns.toml's numbers; found id, sequence"),
     "two-ways": (ROWS, "numbers = ['half_life']\nlabel = 'half_life'", r"label and numbers; expected one of them"),
     "not-a-list": (ROWS, "numbers = 'half_life'", r"numbers = 'half_life'; expected .*numbers \(list\)"),
     "constant": (ROWS.with_columns(half_life=pl.lit(2.5)), TOLD, r"half_life is 2.5 in 12 sequences; expected at"),
