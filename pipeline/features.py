@@ -57,14 +57,18 @@ def run(source: Path, *, name: str, paths: Paths) -> Report:
         raise ConfigError(
             f"features: NAME={name!r}; expected letters, digits and . _ + -. Next: NAME=rnafm, for example."
         )
+    is_table = source.is_file() and source.suffix != ".csv"
     if source == Path() or not source.exists():
         got = "no embeddings given" if source == Path() else f"{source}: no such file or folder"
         raise ConfigError(f"features: {got}; expected a parquet file or a folder of .npy. Next: FILE=<it>.")
     outputs = {table: paths.features(name, table) for table in ("train", "test") if paths.clean(table).is_file()}
     if not outputs:
         raise DataError(f"{paths.clean('train')}: no clean table. Next: make data COMP={paths.comp}.")
-    is_table = source.is_file() and source.suffix != ".csv"
     files = {} if is_table else _files(source)
+    if is_table:
+        with source.open("rb") as handle:
+            if handle.read(4) != b"PAR1":
+                raise DataError(f"{source}: no parquet file; expected what make embed writes. Next: FILE=<that>.")
     inputs = {table: paths.clean(table) for table in outputs} | ({"embeddings": source} if is_table else {})
     params = {"version": _VERSION} | ({} if is_table else {"files": _digest(files)})
 

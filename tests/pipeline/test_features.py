@@ -205,6 +205,9 @@ def test_sources_that_are_none_are_refused_in_a_sentence(paths, tmp_path):
         bring(paths, tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"no embeddings given"):
         bring(paths, Path())
+    (tmp_path / "mine.fasta").write_text(">a\nACGU")
+    with pytest.raises(DataError, match=r"mine.fasta: no parquet file"):  # it said: "Next: remove it and run its stage"
+        bring(paths, tmp_path / "mine.fasta")
     with pytest.raises(DataError, match=r"no \.npy file; expected <sequence_id>\.npy"):
         bring(paths, tmp_path)
     with pytest.raises(DataError, match=r"no clean table\. Next: make data COMP=other"):
