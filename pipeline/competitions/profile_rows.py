@@ -35,19 +35,20 @@ def choose_columns(
     """Role -> column, of those roles that are asked for."""
     chosen: dict[str, str] = {}
     names = [name for name in frame.columns if name not in (ROW, FILE)]
+    listed = ", ".join(names[:12]) + " …" * (len(names) > 12)
     for role in roles:
         usual = _USUAL[role]
         told = getattr(settings, role, "")
         found = [told] if told else usual_columns(names, usual)
         if told and told not in names:
-            raise DataError(f"{where}: no column {told!r}, which columns.toml names. Next: correct it there.")
+            raise DataError(f"{where}: no column {told!r}, which columns.toml names; found {listed}. Next: correct it.")
         if len(found) > 1 or (not found and role == "sequence"):
             may = (
                 f"{' and '.join(found)} may each be" if found else f"no column is called {', '.join(usual[:3])} …, for"
             )
             raise DataError(
-                f"{where}: {may} the {role}; found {', '.join(names[:12])}{' …' if len(names) > 12 else ''}. Next: say "
-                f"which in columns.toml beside the file: {role} = '{found[0] if found else '<column>'}'."
+                f"{where}: {may} the {role}; found {listed}. Next: say which in columns.toml beside the file: "
+                f"{role} = '{found[0] if found else '<column>'}'."
             )
         chosen |= {role: found[0]} if found else {}
     return chosen

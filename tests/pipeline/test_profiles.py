@@ -339,7 +339,7 @@ REFUSED: dict[str, tuple[Rows, str, str]] = {
         r"shape holds '1e\+39' at position 2; .* at most 3.4e\+38",
     ),
     "no-target": (one(), 'targets = ["dms"]', r"no column 'dms', a target; found shape"),
-    "no-column": (one(), 'group = "family"', "no column 'family', which columns.toml names"),
+    "no-column": (one(), 'group = "family"', "no column 'family', which columns.toml names; found id, "),
     "another-sequence": (
         [*one(), {"id": "a", "sequence": "GGAAA", "shape": [0.5] * 5}],
         "",
