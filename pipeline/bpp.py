@@ -62,14 +62,12 @@ def run(
         Report with the output ``bpp``.
 
     Raises:
-        ConfigError: ViennaRNA is not installed and the file is not there, or `workers` makes no sense.
+        ConfigError: ViennaRNA is not installed and the file is not there.
         DataError: a clean table is missing.
         StoppedError: a signal came, or the time is up; finished parts are kept and the next call goes on from them.
         StorageError: a worker was killed, most likely for memory, or the disk is full.
     """
     tables = _foldable(paths, tables)
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers={workers}: expected at least 1. Next: leave it out for one per CPU.")
     params = {
         "version": 1,
         "program": "ViennaRNA",

@@ -82,6 +82,7 @@ def test_the_help_lists_the_verbs_below_what_their_modules_are_about(capsys, mon
         (["data", "--raw", "nowhere", "--comp", "ribonanzo"], 2, "Did you mean 'ribonanza'"),
         (["data", "--raw", "nowhere"], 3, "nowhere"),
         (["folds"], 3, "train.parquet is missing. Next: make data COMP=ribonanza."),
+        (["bpp", "--workers", "0"], 2, "greater than or equal to 1"),
         (["folds", "--comp", "foo"], 2, "COMP='foo' is not known; expected one of ribonanza"),
         (["logs", "--comp", "foo"], 2, "COMP='foo' is not known"),
         (["submit", "--comp", "foo", "--to", "."], 2, "COMP='foo' is not known"),

@@ -69,7 +69,7 @@ def data(
 def bpp(
     comp: Comp = COMP,
     artifacts: Artifacts = ARTIFACTS,
-    workers: Annotated[int | None, typer.Option("--workers", help="Processes; default: one per CPU.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", help="Processes; default: one per CPU.", min=1)] = None,
     test_only: TestOnly = False,
     longest: Annotated[
         int | None, typer.Option("--longest", help="Leave out longer sequences, nt; the next call adds them.", min=1)

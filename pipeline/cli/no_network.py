@@ -22,7 +22,7 @@ def templates(
     raw: Annotated[str, typer.Option("--raw", help="Folder with mmCIF or PDB files, also in folders below.")],
     comp: Comp = "rna3d",
     artifacts: Artifacts = ARTIFACTS,
-    workers: Annotated[int | None, typer.Option("--workers", help="Processes; default: one per CPU.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", help="Processes; default: one per CPU.", min=1)] = None,
 ) -> None:
     """Read structure files into a dated library of RNA chains (needs gemmi: the extra templates)."""
     from pipeline.preprocess import describe

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from pipeline.errors import ConfigError, DataError, StorageError
+from pipeline.errors import DataError, StorageError
 from pipeline.memory import usable_cpus
 from pipeline.paths import Paths
 from pipeline.runlog import Bar
@@ -51,11 +51,9 @@ def run(paths: Paths, *, raw: Path, workers: int | None = None) -> Report:
         workers: processes; by default one per CPU this process may use.
 
     Raises:
-        ConfigError: gemmi is not installed, or `workers` makes no sense.
+        ConfigError: gemmi is not installed.
         DataError: a file is damaged, an entry is there twice, or there is no RNA at all; nothing is written.
     """
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers={workers}: expected at least 1. Next: leave it out for one per CPU.")
     require_gemmi()
     files = _structure_files(raw)
 

@@ -247,9 +247,7 @@ def test_without_viennarna_the_error_says_what_to_install_and_an_existing_file_i
         bpp.run(paths)
 
 
-def test_no_workers_and_no_clean_table_are_refused(paths):
-    with pytest.raises(ConfigError, match="workers=0"):
-        bpp.run(paths, workers=0)
+def test_no_clean_table_is_refused(paths):
     with pytest.raises(DataError, match="missing"):
         bpp.run(paths, workers=1)
 
