@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ def run(
         StoppedError: asked to stop; or the budget is spent, and the best weights so far have predicted.
     """
     with StopRequest() as stop, join(timeout=config.train.process_timeout) as world:
+        # before probabilities, which take minutes
+        world.together(partial(require_sense, config, competition, paths=paths))
         how: dict[str, Any] = {"max_steps": max_steps, "restart": restart, "allow_changes": allow_changes}
         if not world.is_main:  # trains with process 0, which does all the rest
             where: dict[str, Any] = {"competition": competition, "paths": paths, "run": run, "split": split}
@@ -98,7 +101,6 @@ def run(
                 with attempts.traced(paths.fold_dir(run, fold)):
                     train.run(config, **where, fold=fold, **how, world=world)
             return
-        require_sense(config, competition, paths=paths)  # before probabilities, which take minutes
         if config.model.kwargs.get("use_bpp"):
             require_fold_table(paths.fold_table(split))  # probabilities take minutes
             show(_pairing(paths, budget, stop))

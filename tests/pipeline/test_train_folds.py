@@ -6,10 +6,11 @@ import math
 import os
 import shutil
 import signal
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -116,6 +117,16 @@ def test_settings_without_sense_are_told_before_pairs_are_computed(paths, monkey
     with pytest.raises(ConfigError, match=sentence):
         fit(paths, config)
     assert not paths.run_dir(tiny.RUN).exists()
+
+
+def test_settings_without_sense_end_all_processes_together(paths, monkeypatch):
+    """With NPROC=2 the second one left while the first still looked, which then said "stopped (SIGTERM)", code 75."""
+    met: list[Any] = []
+    second = SimpleNamespace(is_main=False, size=2, together=lambda work: met.append(work) or work())
+    monkeypatch.setattr(train_folds, "join", lambda **_: nullcontext(second))
+    with pytest.raises(ConfigError, match="focal_gamma"):
+        fit(paths, tiny.config(focal_gamma=2.0))
+    assert len(met) == 1
 
 
 @pytest.mark.parametrize("budget", [None, Budget(seconds=600.0)])
