@@ -8,7 +8,7 @@ Letters: N sequences, K classes, C numbers, V words or features, F folds.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -160,14 +160,6 @@ def _write_test(paths: Paths, counting: "_Counting", models: Mapping[int, Any], 
     return test.height
 
 
-class _Columns:
-    """What the two ways to count have: tables' columns. Their models are those of the folds."""
-
-    known: ClassVar[str]  #: of the clean table: the truth
-    said: ClassVar[str]  #: of predictions
-    columns: ClassVar[tuple[str, ...]]  #: of the file of models
-
-
 # ------------------------------------------------------------------------------------------------------------- classes
 
 
@@ -181,11 +173,11 @@ class BayesModel:
 
 
 @dataclass(frozen=True)
-class _OfClasses(_Columns):
+class _OfClasses:
     """Naive Bayes of a set's classes."""
 
     classes: Classes
-    known, said = "labels", "probabilities"
+    known, said = "labels", "probabilities"  # columns of the clean table, and of predictions
     columns = ("fold", "factor", "frequency", "weights")
 
     def _words(self, sequences: Sequence[str]) -> tuple[int, Any]:
@@ -250,7 +242,7 @@ class _OfClasses(_Columns):
 
 
 @dataclass(frozen=True)
-class _OfNumbers(_Columns):
+class _OfNumbers:
     """Ridge regression of a set's numbers."""
 
     numbers: Numbers
