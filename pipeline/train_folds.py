@@ -103,7 +103,7 @@ def run(
             return
         if config.model.kwargs.get("use_bpp"):
             require_fold_table(paths.fold_table(split))  # probabilities take minutes
-            show(_pairing(paths, budget, stop))
+            show(_pairing(paths, budget))
         begins: dict[str, Any] = {"config": config, "processes": world.size, "restart": restart}
         for fold in folds:
             folder = paths.fold_dir(run, fold)
@@ -116,14 +116,14 @@ def run(
                     raise unfinished
 
 
-def _pairing(paths: Paths, budget: Budget | None, stop: StopRequest) -> Report:
+def _pairing(paths: Paths, budget: Budget | None) -> Report:
     """Base-pair probabilities; of folds that begin at once the first one computes them, and the others wait for it."""
     waits = False
     while True:
         try:
             return bpp.run(paths, time_budget=None if budget is None else max(0.0, budget.left()))
         except BusyError as err:
-            if stop.reason() or (budget is not None and budget.left() <= 0):
+            if budget is not None and budget.left() <= 0:
                 raise
             if not waits:
                 say(f"{err} Here its base-pair probabilities are waited for.")

@@ -78,8 +78,7 @@ def test_a_missing_fold_table_is_told_before_pairs_are_computed(paths, monkeypat
 def test_pairs_that_another_fold_computes_are_waited_for_as_long_as_there_is_time(tmp_path, monkeypatch, capsys):
     """Of folds that were started at once all but the first ended with exit code 75, and their nights were lost."""
     done = Report(stage="bpp", status="current", outputs={}, facts={}, seconds=0.0)
-    answers = [BusyError("bpp: process 1 is already at work here."), BusyError("still"), done]
-    answers += [BusyError("again"), BusyError("once more")]
+    answers = [BusyError("bpp: process 1 is already at work here."), BusyError("still"), done, BusyError("again")]
 
     def computed(*_: Any, **__: Any) -> Report:
         answer = answers.pop(0)
@@ -89,16 +88,11 @@ def test_pairs_that_another_fold_computes_are_waited_for_as_long_as_there_is_tim
 
     monkeypatch.setattr(train_folds, "_POLL_S", 0.0)
     monkeypatch.setattr(train_folds.bpp, "run", computed)
-    waiting = partial(train_folds._pairing, Paths(comp="tiny", root=tmp_path))
-    with StopRequest() as stop:
-        assert waiting(None, stop) is done
-        told = " ".join(capsys.readouterr().err.split())
-        assert told == "bpp: process 1 is already at work here. Here its base-pair probabilities are waited for."
-        with pytest.raises(BusyError, match="again"):
-            waiting(Budget(seconds=0.0), stop)
-        signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(BusyError, match="once more"):
-            waiting(None, stop)
+    assert train_folds._pairing(Paths(comp="tiny", root=tmp_path), None) is done
+    told = " ".join(capsys.readouterr().err.split())
+    assert told == "bpp: process 1 is already at work here. Here its base-pair probabilities are waited for."
+    with pytest.raises(BusyError, match="again"):
+        train_folds._pairing(Paths(comp="tiny", root=tmp_path), Budget(seconds=0.0))
 
 
 @pytest.mark.parametrize(
