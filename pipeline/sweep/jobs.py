@@ -21,7 +21,6 @@ from pipeline.runs import SWEEP
 
 #: Between two looks at what another process does, s.
 POLL_S = 1.0
-_ORDERS = 720  # of settings, in which a run that was begun is looked for: all of six
 
 Settings = tuple[tuple[str, Any], ...]
 
@@ -71,11 +70,10 @@ class Sweep:
 
     def run_name(self, job: Job) -> str:
         """Folder of a job's run: the same settings give the same one, whatever their order."""
-        orders = itertools.product(itertools.permutations(self.overrides), itertools.permutations(job.cell))
-        begun = (self._run_name(job, *order) for order in itertools.islice(orders, _ORDERS))
-        sorted_name = self._run_name(job, sorted(self.overrides), sorted(job.cell))
-        names = itertools.chain([sorted_name], begun)  # versions before this one kept the order that was given
-        return next((name for name in names if self.paths.run_dir(name).is_dir()), sorted_name)
+        name = self._run_name(job, sorted(self.overrides), sorted(job.cell))
+        as_given = self._run_name(job, self.overrides, job.cell)  # as versions before this one named it
+        is_earlier = self.paths.run_dir(as_given).is_dir() and not self.paths.run_dir(name).is_dir()
+        return as_given if is_earlier else name
 
     def _run_name(self, job: Job, overrides: Sequence[str], cell: Sequence[tuple[str, Any]]) -> str:
         digest = hashlib.sha256(json.dumps([overrides, cell]).encode()).hexdigest()[:8]
