@@ -124,7 +124,8 @@ def train(
 
         budget = None
         if seconds is not None:
-            budget = train_folds.Budget.since(seconds=seconds, begun=time.time() if begun is None else begun)
+            span = train_folds.Budget
+            budget = span(seconds=seconds) if begun is None else span.since(seconds=seconds, begun=begun)
         train_folds.run(
             config,
             competition=competition,

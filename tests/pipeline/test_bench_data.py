@@ -29,9 +29,9 @@ def test_synthetic_file_is_seeded(tmp_path: Path):
 
 @pytest.mark.slow
 def test_memory_of_the_data_stage_does_not_follow_the_file(tmp_path: Path):
-    """50,000 more rows are 98 MB more text and 75 MB more numbers."""
+    """60,000 more rows are 118 MB more text and 90 MB more numbers."""
     peaks = []
-    for rows in (25_000, 75_000):
+    for rows in (40_000, 100_000):
         csv = tmp_path / str(rows) / "train_data.csv"
         bench_data.write_csv(csv, rows=rows)
         peaks.append(bench_data.measure(OURS, csv, tmp_path / "out")[1])
