@@ -82,7 +82,7 @@ def _interval(value: float, without_B: np.ndarray, counts_B: np.ndarray) -> dict
 
         error = math.sqrt((count - 1) / count * np.square(without_B - without_B.mean()).sum())
         others_B = np.sort(counts_B)[:-1].astype(np.float64)
-        freedom = others_B.sum() ** 2 / np.square(others_B).sum()
+        freedom = others_B.sum() ** 2 / max(np.square(others_B).sum(), 1.0)  # none where they hold nothing
         half = float(stats.t.ppf((1 + _CONFIDENCE) / 2, freedom)) * error
     return {"value": value, "low": value - half, "high": value + half}
 

@@ -75,6 +75,12 @@ def test_the_interval_holds_the_truth_also_where_few_families_hold_nearly_everyt
     assert held / 300 > 0.9
 
 
+def test_one_family_that_holds_everything_gives_no_interval():
+    told = _interval(0.1, np.array([0.1, np.nan]), np.array([100, 0]))
+    assert told["value"] == 0.1
+    assert np.isnan([told["low"], told["high"]]).all()
+
+
 def test_only_sequences_that_all_predict_are_compared(tmp_path, rng):
     a_N, b_N = rng.random((2, 12))
     found = differences(tmp_path, {"a": a_N, "b": b_N}, lost=(0, 7))["b"]
