@@ -14,7 +14,7 @@ from pipeline.schema import split_id
 from pipeline.stage import Report, run_stage
 
 #: Raised when the same raw files give other tables than before.
-VERSION = 7
+VERSION = 8
 
 _MOST_VALUES = 24  # side by side in one line
 _MOST_ITEMS = 6  # of a list
