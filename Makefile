@@ -84,7 +84,6 @@ endif
 
 # a sentence that ends with a command of make repeats an interpreter of one's own
 RNA := $(if $(filter-out .venv/bin/python,$(PY)),env RNA_PY=$(PY)) $(PY) -m pipeline
-NO_NETWORK := $(if $(filter rna3d%,$(COMP)),denovo templates-predict) $(if $(filter labelled%,$(COMP)),words)
 GPU := models/test_kernels models/test_causal_conv models/test_sepconv models/test_ssd models/test_long_conv pipeline/test_plan pipeline/test_muon \
   models/test_triton_scan pipeline/test_training_gpu models/test_contract models/test_compile
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
@@ -105,10 +104,10 @@ OWN_FILE := $(strip $(if $(FILE),"$(FILE)") $(if $(SEQ),--sequence "$(SEQ)"))
 OWN_FEATURES := $(foreach item,$(FEATURES),--features '$(item)')
 BUNDLE := $(call given,--slug,SLUG)
 JOB := $(if $(ALL),--all-folds,--fold "$(FOLD)")
-# what runs before the training counts: for rna3d, denovo and templates-predict
-BEGUN := $(if $(BUDGET),--time-budget $(BUDGET) --begun $(shell date +%s))
-TRAIN := $(if $(RESTART),--restart) $(if $(ALLOW_CHANGES),--allow-changes) $(BEGUN) \
+TRAIN := $(if $(RESTART),--restart) $(if $(ALLOW_CHANGES),--allow-changes) $(call given,--time-budget,BUDGET) \
   $(foreach tracker,$(TRACK),--track $(tracker)) $(if $(filter-out 1,$(NPROC)),--nproc $(NPROC))
+MSA_OF := $(if $(MSA),--msa "$(MSA)")
+WITHOUT_NETWORK := --without-network $(MSA_OF)
 ENVIRONMENT := $(if $(filter .venv/bin/python,$(PY)),.venv/.ready)
 
 .PHONY: help setup doctor demo test test-floor test-faults test-gpu lint download data bpp features templates folds audit train train-all train-bg status logs stop sweep \
@@ -191,10 +190,10 @@ plan: $(ENVIRONMENT) ## memory that training MODEL takes, and what would fit (LE
 	@exec $(RNA) plan $(AT) $(CONFIG) $(SETTINGS) $(call given,--length,LENGTH) --nproc $(NPROC)
 train: $(ENVIRONMENT) ## train one fold of MODEL and predict; starting again resumes (RESTART=1: anew; ALLOW_CHANGES=1: e.g. with more epochs)
 	@exec $(RNA) train $(AT) $(VARIANT) --fold "$(FOLD)" $(TRAIN)
-train-all: $(ENVIRONMENT) $(NO_NETWORK) ## train every fold of SPLIT, one after the other; rna3d: after denovo and templates-predict, labelled: after words
-	@exec $(RNA) train $(AT) $(VARIANT) --all-folds $(TRAIN)
-train-bg: $(ENVIRONMENT) $(if $(ALL),$(NO_NETWORK)) ## train in the background, also with the terminal closed (ALL=1: as train-all)
-	@exec $(RNA) train $(AT) $(VARIANT) $(JOB) $(TRAIN) --background
+train-all: $(ENVIRONMENT) ## train every fold of SPLIT, one after the other; rna3d: after denovo and templates-predict, labelled: after words
+	@exec $(RNA) train $(AT) $(VARIANT) --all-folds $(TRAIN) $(WITHOUT_NETWORK)
+train-bg: $(ENVIRONMENT) ## train in the background, also with the terminal closed (ALL=1: as train-all)
+	@exec $(RNA) train $(AT) $(VARIANT) $(JOB) $(TRAIN) $(if $(ALL),$(WITHOUT_NETWORK)) --background
 status: $(ENVIRONMENT) ## all runs: state, step, metric, tokens/s, time left, process (JSON=1 for programs)
 	@exec $(RNA) status --artifacts "$(ARTIFACTS)" $(if $(JSON),--json)
 logs: $(ENVIRONMENT) ## the last lines of a background run (FOLLOW=1 goes on until it ends)
@@ -211,7 +210,7 @@ predict: $(ENVIRONMENT) ## out-of-fold and test predictions of one trained fold;
 embed: $(ENVIRONMENT) ## last hidden layer of a trained fold for the sequences in FILE, FASTA or table (NUCLEOTIDES=1: of each one too)
 	@exec $(RNA) embed $(AT) $(NAMED) --fold "$(FOLD)" $(if $(NUCLEOTIDES),--per-nucleotide) $(OWN_FEATURES) "$(FILE)"
 templates-predict: $(ENVIRONMENT) ## candidates from templates, date-gated, as a run of SPLIT (MSA=<folder> uses alignments, and so do later ones until MSA=none)
-	@exec $(RNA) templates-predict $(AT) --split "$(SPLIT)" $(if $(MSA),--msa "$(MSA)")
+	@exec $(RNA) templates-predict $(AT) --split "$(SPLIT)" $(MSA_OF)
 denovo: $(ENVIRONMENT) ## candidates from pairing and loops of known structures, no network, as a run of SPLIT
 	@exec $(RNA) denovo $(AT) --split "$(SPLIT)"
 words: $(ENVIRONMENT) ## classes (naive Bayes) or numbers (ridge) of a labelled set by counting words, no network, as a run of SPLIT

@@ -40,11 +40,6 @@ class Budget:
     seconds: float
     started: float = field(default_factory=lambda: time.monotonic())
 
-    @classmethod
-    def since(cls, *, seconds: float, begun: float) -> "Budget":
-        """One that counts from a time of day, in seconds since 1970: when the command began that trains at its end."""
-        return cls(seconds=seconds, started=time.monotonic() - max(time.time() - begun, 0.0))
-
     def left(self) -> float:
         return self.started + self.seconds - time.monotonic()
 
@@ -62,6 +57,7 @@ def run(
     split: str,
     folds: Sequence[int],
     show: Callable[[Report], None],
+    beforehand: Callable[[], None] = lambda: None,
     budget: Budget | None = None,
     max_steps: int | None = None,
     restart: bool = False,
@@ -69,6 +65,8 @@ def run(
     trackers: Mapping[str, OpenTracker] | None = None,
 ) -> None:
     """Train and predict some folds in turn; base-pair probabilities first, if the network uses them.
+
+    All that comes first is the first fold's work: its job is held meanwhile, so that it can be seen and stopped.
 
     Where torchrun started several processes, each of them calls this: they train together, and the first does the rest.
 
@@ -80,6 +78,7 @@ def run(
         split: name of the fold table.
         folds: to hold out, one after the other.
         show: takes the report of every stage as it ends.
+        beforehand: what else is done first, once the settings are known to make sense.
         budget: training stops early enough for the predictions of what is there by then.
         max_steps: stop, resumable, after so many steps of a fold.
         restart: set earlier runs aside.
@@ -101,19 +100,22 @@ def run(
                 with attempts.traced(paths.fold_dir(run, fold)):
                     train.run(config, **where, fold=fold, **how, world=world)
             return
-        if config.model.kwargs.get("use_bpp"):
-            require_fold_table(paths.fold_table(split))  # probabilities take minutes
-            show(_pairing(paths, budget))
         begins: dict[str, Any] = {"config": config, "processes": world.size, "restart": restart}
         for fold in folds:
             folder = paths.fold_dir(run, fold)
-            with _status_told(folder), attempts.counted(folder, **begins):
-                job = _Fold(config, competition, paths, run, split, fold, show, world)
-                limit = None if budget is None else job.training_time(budget, restart=restart or allow_changes)
-                unfinished = job.train(stop, limit, **how, trackers=trackers)
-                job.predict()
-                if unfinished is not None:
-                    raise unfinished
+            with _status_told(folder):
+                if fold == folds[0]:
+                    require_fold_table(paths.fold_table(split))  # what comes first takes minutes
+                    beforehand()
+                    if config.model.kwargs.get("use_bpp"):
+                        show(_pairing(paths, budget))
+                with attempts.counted(folder, **begins):
+                    job = _Fold(config, competition, paths, run, split, fold, show, world)
+                    limit = None if budget is None else job.training_time(budget, restart=restart or allow_changes)
+                    unfinished = job.train(stop, limit, **how, trackers=trackers)
+                    job.predict()
+                    if unfinished is not None:
+                        raise unfinished
 
 
 def _pairing(paths: Paths, budget: Budget | None) -> Report:

@@ -204,23 +204,6 @@ def test_make_hands_settings_budget_and_folds_to_plan_and_sweep():
     assert "--set 'train.epochs=2'" in plan
 
 
-def test_the_time_budget_of_train_all_begins_with_the_command():
-    """What denovo and templates-predict took came on top of it."""
-    command = ["make", "-n", "train-all", "COMP=rna3d", "PY=python3"]
-    said = subprocess.run([*command, "BUDGET=1h"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert re.search(r" train .*--time-budget 1h --begun \d{10}", said)
-    assert "--begun" not in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-
-
-@pytest.mark.parametrize("comp", ["rna3d", "rna3d2", "ribonanza", "openvaccine", "labelled", "labelled-mine"])
-def test_train_all_makes_the_runs_without_a_network_of_structures_and_classes_alone(comp):
-    command = ["make", "-n", "train-all", f"COMP={comp}", "PY=python3"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    verbs = re.findall(r"-m pipeline (\S+)", done)
-    without = {"rna3d": ["denovo", "templates-predict"], "rna3d2": ["denovo", "templates-predict"]}
-    assert verbs == [*without.get(comp, ["words"] if comp.startswith("labelled") else []), "train"]
-
-
 @pytest.mark.parametrize("fmt", ["csv", "parquet"])
 def test_make_submit_sends_the_file_that_it_wrote(fmt):
     """FORMAT=parquet KAGGLE=1 wrote a parquet file and sent the CSV that an earlier ensemble had left."""

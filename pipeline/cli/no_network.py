@@ -14,6 +14,10 @@ from pipeline.paths import Paths
 Source = Annotated[
     Path | None, typer.Option("--from", help="Folder of an earlier run: the test set alone, with what it learned.")
 ]
+Msa = Annotated[
+    Path | None,
+    typer.Option("--msa", help="Undated alignments: folder of <target>.MSA.fasta, parquet target_id, msa; none."),
+]
 StageBudget = Annotated[str, typer.Option("--time-budget", help="With --from: begin no target after this time: 90s.")]
 
 
@@ -40,10 +44,7 @@ def templates_predict(
     comp: Comp = "rna3d",
     artifacts: Artifacts = ARTIFACTS,
     split: Split = SPLIT,
-    msa: Annotated[
-        Path | None,
-        typer.Option("--msa", help="Undated alignments: folder of <target>.MSA.fasta, parquet target_id, msa; none."),
-    ] = None,
+    msa: Msa = None,
     source: Source = None,
     time_budget: StageBudget = "",
 ) -> None:
@@ -79,6 +80,17 @@ def words(
     paths, what = find_paths(comp, artifacts), {"competition": find_competition(comp, artifacts), "split": split}
     report = stage.run(paths, **what) if source is None else stage.apply(paths, **what, source=source)
     show(report, stage.describe(report.facts))
+
+
+def predict_all(comp: str, artifacts: Path, *, split: str, msa: Path | None) -> None:
+    """Make every run of a competition that needs no network; of some there is none."""
+    where: dict[str, Any] = {"comp": comp, "artifacts": artifacts, "split": split}
+    competition = find_competition(comp, artifacts)
+    if competition.task == "structure":
+        denovo(**where)
+        templates_predict(**where, msa=msa)
+    elif competition.has_labels:
+        words(**where)
 
 
 def _predict_structures(

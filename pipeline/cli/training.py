@@ -4,10 +4,12 @@ import contextlib
 import json
 import os
 import time
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
+from pipeline.cli.no_network import Msa, predict_all
 from pipeline.cli.options import (
     ARTIFACTS,
     COMP,
@@ -84,9 +86,6 @@ def train(
     time_budget: Annotated[
         str, typer.Option("--time-budget", help="Train, save and predict within this time: 45m, 8h, 90s; resumable.")
     ] = "",
-    begun: Annotated[
-        float | None, typer.Option("--begun", help="When the time budget began, in seconds since 1970; default: now.")
-    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Set an earlier run aside and begin anew.")] = False,
     allow_changes: Annotated[
         bool, typer.Option("--allow-changes", help="Resume with changed settings that do no harm, such as more epochs.")
@@ -101,6 +100,11 @@ def train(
         int, typer.Option("--nproc", help="Processes that train together, one for each GPU of this machine.", min=1)
     ] = 1,
     kernels: Kernels = "auto",
+    without_network: Annotated[
+        bool,
+        typer.Option("--without-network", help="Predict without one first: denovo and templates-predict, or words."),
+    ] = False,
+    msa: Msa = None,
 ) -> None:
     """Train one fold (or all) and predict; started again it resumes, or says that it is finished."""
     from pipeline import jobs
@@ -122,10 +126,7 @@ def train(
         from pipeline import train_folds
         from pipeline.training.trackers import find_trackers
 
-        budget = None
-        if seconds is not None:
-            span = train_folds.Budget
-            budget = span(seconds=seconds) if begun is None else span.since(seconds=seconds, begun=begun)
+        beforehand = partial(predict_all, comp, artifacts, split=split, msa=msa) if without_network else lambda: None
         train_folds.run(
             config,
             competition=competition,
@@ -134,7 +135,8 @@ def train(
             split=split,
             folds=indices,
             show=show,
-            budget=budget,
+            beforehand=beforehand,
+            budget=None if seconds is None else train_folds.Budget(seconds=seconds),
             max_steps=max_steps,
             restart=restart,
             allow_changes=allow_changes,

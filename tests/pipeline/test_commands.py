@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from pipeline import commands
-from pipeline.cli import app, run_verb
+from pipeline.cli import app, no_network, run_verb
 from pipeline.runlog import read_status, say, warn, write_status
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,11 +84,30 @@ def test_a_command_names_the_interpreter_that_make_was_told(told, monkeypatch):
 @pytest.mark.parametrize(("target", "comes_first"), [("train", False), ("train-bg", False), ("train-all", True)])
 def test_whatever_trains_all_folds_makes_the_runs_without_a_network_first(target, comes_first):
     """train-all made them, and train-bg ALL=1 did not: the ensemble was another one."""
-    for comp, verb in (("labelled-x", "words"), ("rna3d", "denovo")):
-        command = ["make", "-n", target, f"COMP={comp}", "PY=python3"]
-        for more, wanted in (([], comes_first), (["ALL=1"], target != "train")):
-            done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-            assert (f" {verb} --comp" in done) == wanted, done
+    for more, wanted in (([], comes_first), (["ALL=1"], target != "train")):
+        command = ["make", "-n", target, "MSA=/tmp", "PY=python3", *more]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert ('--without-network --msa "/tmp"' in done) == wanted, done
+
+
+@pytest.mark.parametrize(
+    ("comp", "made"),
+    [
+        ("ribonanza", []),
+        ("openvaccine", []),
+        ("profiles-mine", []),
+        ("labelled", [("words", {})]),
+        ("labelled-mine", [("words", {})]),
+        ("rna3d", [("denovo", {}), ("templates_predict", {"msa": Path("a")})]),
+        ("rna3d2", [("denovo", {}), ("templates_predict", {"msa": Path("a")})]),
+    ],
+)
+def test_a_competition_has_runs_of_its_own_that_need_no_network(tmp_path, monkeypatch, comp, made):
+    calls = []
+    for name in ("denovo", "templates_predict", "words"):
+        monkeypatch.setattr(no_network, name, lambda name=name, **told: calls.append((name, told)))
+    no_network.predict_all(comp, tmp_path, split="sim80_k3", msa=Path("a"))
+    assert calls == [(name, {"comp": comp, "artifacts": tmp_path, "split": "sim80_k3", **more}) for name, more in made]
 
 
 def test_whatever_is_said_is_completed(told, capsys, tmp_path):

@@ -343,15 +343,26 @@ def test_the_budget_is_for_all_folds(paths, clock):
         fit(paths, folds=(1,), budget=late)
 
 
-def test_a_budget_counts_from_when_the_command_began(paths, clock):
-    """`make train-all COMP=rna3d BUDGET=1h` took an hour beside the 14 minutes of denovo and templates-predict."""
-    clock.time = lambda: 1_000.0 + clock.now
-    begun = Budget.since(seconds=600.0, begun=460.0)
-    assert begun.left() == 60.0
-    clock.now += 59.9
-    with pytest.raises(StoppedError, match=r"fold0: 0 s of the time budget are left.*not begun"):
-        fit(paths, budget=begun)
-    assert Budget.since(seconds=600.0, begun=5_000.0).left() == 600.0
+def test_what_comes_first_is_seen_stopped_and_counted_as_work_of_the_first_fold(paths, clock):
+    """A job in the background held nothing while pairs were computed: its terminal waited, and `status` was empty."""
+    seen = []
+
+    def beforehand():
+        (row,) = survey(paths.root)
+        seen.append((row["fold"], row["state"], row["phase"], row["pid"]))
+        clock.now += 599.9
+
+    with pytest.raises(StoppedError, match=r"fold1: 0 s of the time budget are left.*not begun"):
+        fit(paths, folds=(1, 0), beforehand=beforehand, budget=Budget(seconds=600.0))
+    assert seen == [(1, "running", "preparing", os.getpid())]
+    assert not paths.fold_dir(tiny.RUN, 0).exists()
+
+
+def test_settings_without_sense_are_told_before_anything_that_takes_minutes(paths):
+    """`make train-all COMP=rna3d MODEL=<typo>` predicted without networks first."""
+    config = tiny.config(model={"width": -1})
+    with pytest.raises(ConfigError, match="width"):
+        fit(paths, config, beforehand=lambda: pytest.fail("begun"))
 
 
 def test_a_budget_that_predictions_alone_would_use_up_is_refused(paths, monkeypatch):
