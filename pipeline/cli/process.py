@@ -1,13 +1,14 @@
 """The process: it runs a verb, tells a failure in one sentence, and ends with the exit code."""
 
 import atexit
+import itertools
 import locale
 import os
 import re
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 from rich.text import Text
@@ -84,11 +85,21 @@ def run_verb(arguments: Sequence[str] | None = None) -> int:
             if re.search(r"\(os error \d+\)", str(err)):  # the system's, of polars
                 return _fail(f"{_system_failure(err)}. Next: check the disk.", StorageError.exit_code)
             raise
-        sentence = err.format_message()  # empty where no verb was given: the help is printed then
+        sentence = _with_value(err, words)  # empty where no verb was given: the help is printed then
         context = getattr(err, "ctx", None)
         which = f" {context.info_name}" if context is not None and context.parent is not None else ""
         told = f"{sentence if sentence.endswith('?') else sentence.rstrip('.') + '.'} Next: rna{which} --help."
         return _fail(told, ConfigError.exit_code) if sentence else ConfigError.exit_code
+
+
+def _with_value(err: Any, words: Sequence[str]) -> str:
+    """What the command line refuses; of an option, also what it was given, which the program's library leaves out."""
+    sentence: str = err.format_message()
+    for word, following in itertools.pairwise([*words, ""]):
+        option, equals, value = word.partition("=")
+        if option and re.match(f"Invalid value for [^:]*'{option}'", sentence):
+            return sentence.replace(":", f", got {(value if equals else following)!r}:", 1)
+    return sentence
 
 
 def _system_failure(err: Exception) -> str:
