@@ -93,6 +93,9 @@ class Trained:
         """
         if isinstance(sequences, str):  # each of its letters would be a sequence
             raise DataError("predict: got a single text; expected a list of sequences. Next: predict([text]).")
+        odd = next(((k, x) for k, x in enumerate(sequences) if not isinstance(x, str)), None)
+        if odd:  # an empty cell of a table, say
+            raise DataError(f"predict: sequence {odd[0]}: got {odd[1]!r}; expected letters. Next: leave it out.")
         tokens = self._tokens(sequences)
         examples = self._examples(tokens, features)
         job = replace(self._job, examples=examples, positions=np.arange(len(sequences)))

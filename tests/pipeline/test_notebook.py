@@ -107,6 +107,8 @@ def test_what_it_cannot_do_is_said_in_a_sentence(paths, tmp_path, monkeypatch):
     trained = Trained(paths.fold_dir(tiny.RUN, 0))
     with pytest.raises(DataError, match=r"got a single text; expected a list of sequences\. Next: predict\(\[text\]"):
         trained.predict("ACGU")
+    with pytest.raises(DataError, match=r"sequence 1: got None; expected letters\. Next: leave it out"):
+        trained.predict(["ACGU", None])
     with pytest.raises(DataError, match="sequence 1: letter 'N' at position 2"):
         trained.predict(["ACGU", "ANGU"])
     with monkeypatch.context() as patch:
