@@ -22,6 +22,7 @@ from pipeline.features import read_features
 from pipeline.labels import Labels, read_labels
 from pipeline.paths import Paths, how_to_make
 from pipeline.schema import ALPHABET, decode, folds_of_other_data
+from pipeline.stage import sha256_file
 
 
 class RnaExample(NamedTuple):
@@ -201,7 +202,7 @@ def open_examples(
         weights_NC=arrays.get("weights"),
         scored_N=arrays.get("scored"),
         bpp=_open_bpp(arrays["tokens"], arrays["offsets"], paths=paths) if bpp else None,
-        features=_open_features(features, folder, arrays["offsets"], paths=paths, table=table) if features else None,
+        features=_open_features(features, folder, paths=paths, table=table) if features else None,
         labels_NC=arrays.get("labels"),
         labels=labels,
         crop=crop,
@@ -268,15 +269,12 @@ def fold_members(fold_N: np.ndarray, fold: int, *, where: str) -> np.ndarray:
     return fold_N == fold
 
 
-def open_arrays(
-    folder: Path, names: Sequence[str], *, hint: str = "remove this folder; it is built again from its table"
-) -> dict[str, np.ndarray]:
+def open_arrays(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Name -> memory map.
 
     Args:
         folder: of the files.
         names: of the files, without their ending.
-        hint: what to do about a damaged one.
 
     Raises:
         DataError: a file is missing, cut short or no array.
@@ -284,10 +282,12 @@ def open_arrays(
     try:
         return {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names}
     except (OSError, ValueError, EOFError) as err:
-        raise DataError(f"{folder}: an array is damaged ({' '.join(str(err).split())[:120]}). Next: {hint}.") from err
+        told = " ".join(str(err).split())[:120]
+        cure = "remove this folder; it is built again from its table"
+        raise DataError(f"{folder}: an array is damaged ({told}). Next: {cure}.") from err
 
 
-def _open_features(name: str, folder: Path, offsets: np.ndarray, *, paths: Paths, table: Table) -> Features:
+def _open_features(name: str, folder: Path, *, paths: Paths, table: Table) -> Features:
     """Features for every sequence of a table, whose arrays are in a folder."""
     done, path = read_features(name, paths=paths), paths.features(name, table)
     is_of = json.loads((folder / "meta.json").read_text())["input"]
@@ -296,13 +296,12 @@ def _open_features(name: str, folder: Path, offsets: np.ndarray, *, paths: Paths
             f"{path}: features {name!r} are of another {table} table than {paths.clean(table)}; expected this one's. "
             f"Next: {how_to_make(path)}."
         )
-    values, facts = open_arrays(path.parent, [table], hint=how_to_make(path))[table], done["facts"]
-    rows = offsets[-1] if facts["per_nucleotide"] else len(offsets) - 1
-    if values.shape != (rows, facts["width"]):
-        raise DataError(
-            f"{path}: {list(values.shape)}; expected {[int(rows), facts['width']]}. Next: {how_to_make(path)}."
-        )
-    return Features(name=name, key=done["outputs"][table], values=values, per_nucleotide=facts["per_nucleotide"])
+    if not path.is_file() or sha256_file(path) != done["outputs"].get(table):
+        raise DataError(f"{path}: missing, or not what was written (sha256). Next: {how_to_make(path)}.")
+    values = open_arrays(path.parent, [table])[table]
+    return Features(
+        name=name, key=done["outputs"][table], values=values, per_nucleotide=done["facts"]["per_nucleotide"]
+    )
 
 
 def _open_bpp(tokens_T: np.ndarray, offsets: np.ndarray, *, paths: Paths) -> BppArrays:

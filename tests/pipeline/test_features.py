@@ -321,11 +321,14 @@ def test_features_of_another_clean_table_are_refused(paths, tmp_path):
         open_examples(tiny.TINY, paths=paths, table="train", features="other")
 
 
-def test_a_damaged_array_is_told(paths, tmp_path):
+@pytest.mark.parametrize("damage", [lambda _: b"", lambda was: was[:-8], lambda was: was[:-8] + bytes(8)])
+def test_a_damaged_array_is_told(paths, tmp_path, damage):
+    """Zeros in place of the last numbers were trained on."""
     bring(paths, write_folder(tmp_path / "given", vectors(paths)))
     path = paths.features("other", "train")
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(DataError, match=r"an array is damaged .*Next: make features COMP=tiny NAME=other"):
+    path.write_bytes(damage(path.read_bytes()))
+    told = r"train\.npy: missing, or not what was written .*Next: make features COMP=tiny NAME=other"
+    with pytest.raises(DataError, match=told):
         open_examples(tiny.TINY, paths=paths, table="train", features="other")
 
 
