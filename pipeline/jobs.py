@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -262,26 +263,52 @@ def _last_words(folder: Path, pid: int) -> str:
 
 
 def _terminate(pid: int, folder: Path) -> None:
-    """Send SIGTERM to the process that holds a folder, never to a later one of the same number.
+    """Send SIGTERM to the process that holds a folder; a halted one (Ctrl-Z) would not see it before it is continued.
 
-    One that Ctrl-Z has halted would not see it before it is continued.
+    So are those that train together with it: each has a session of its own, and all wait for every one of them.
     """
-    with contextlib.suppress(ProcessLookupError):
+    meeting = _meeting(pid)
+    sent = _send(pid, signal.SIGTERM, signal.SIGCONT, provided=lambda _: worker(folder) == pid)
+    for path in Path("/proc").glob("[0-9]*") if sent and meeting else ():
+        _send(int(path.name), signal.SIGCONT, provided=lambda other: _meeting(other) == meeting)
+
+
+def _send(pid: int, *numbers: signal.Signals, provided: Callable[[int], bool]) -> bool:
+    """Send signals to a process, never to a later one of the same number.
+
+    Args:
+        pid: its number.
+        numbers: of the signals.
+        provided: whether the process that has the number now is the one that is meant.
+
+    Returns:
+        Whether they were sent.
+    """
+    with contextlib.suppress(ProcessLookupError), contextlib.ExitStack() as stack:
+        send: Callable[[int], None] = partial(os.kill, pid)
         try:
             descriptor = os.pidfd_open(pid)
         except ProcessLookupError:
-            return
+            return False
         except (AttributeError, OSError):  # not Linux, or one before 5.3, or a container that forbids it
-            if worker(folder) == pid:
-                os.kill(pid, signal.SIGTERM)
-                os.kill(pid, signal.SIGCONT)
-            return
-        try:
-            if worker(folder) == pid:  # so the descriptor is that process's
-                signal.pidfd_send_signal(descriptor, signal.SIGTERM)
-                signal.pidfd_send_signal(descriptor, signal.SIGCONT)
-        finally:
-            os.close(descriptor)
+            pass
+        else:
+            stack.callback(os.close, descriptor)
+            send = partial(signal.pidfd_send_signal, descriptor)
+        if provided(pid):  # so the descriptor is that process's
+            for number in numbers:
+                send(number)
+            return True
+    return False
+
+
+def _meeting(pid: int) -> set[bytes]:
+    """Where a process meets those that train together with it, as its environment tells; empty for one alone."""
+    with contextlib.suppress(OSError):  # it has ended, is another user's, or there is no /proc
+        words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if any(word.startswith(b"RANK=") for word in words):
+            return {word for word in words if word.startswith((b"MASTER_ADDR=", b"MASTER_PORT="))}
+    return set()
 
 
 # --- logs ---

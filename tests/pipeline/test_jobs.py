@@ -331,6 +331,35 @@ def test_a_job_is_asked_to_stop_also_where_the_kernel_is_old_or_ctrl_z_has_halte
 
 
 @pytest.mark.parametrize("kernel", ["this", "old"])
+def test_a_job_of_several_processes_is_stopped_also_where_another_one_of_them_is_halted(tmp_path, monkeypatch, kernel):
+    """With NPROC=2, each in a session of its own: "process 11894 was asked to stop and is still at work after 40 s"."""
+    if kernel == "old":
+        monkeypatch.setattr(os, "pidfd_open", _old_kernel, raising=False)
+
+    def begin(rank: int, port: int, code: str) -> subprocess.Popen:
+        meets = {"RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        where = {"env": {**os.environ, **meets}, "cwd": tmp_path, "start_new_session": True}
+        return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **where)
+
+    hold = "import fcntl, os; f = open('.job', 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(os.getpid(), file=f, flush=1)"
+    wait = "print('ready', flush=True); input()"
+    with begin(0, 1, f"{hold}; {wait}") as job, begin(1, 1, wait) as second, begin(1, 2, wait) as stranger:
+        try:
+            for each in (job, second, stranger):
+                assert each.stdout.readline() == b"ready\n"
+            for each in (second, stranger):
+                each.send_signal(signal.SIGSTOP)
+                assert os.WIFSTOPPED(os.waitpid(each.pid, os.WUNTRACED)[1])
+            jobs._terminate(job.pid, tmp_path)
+            assert job.wait(600) == -signal.SIGTERM
+            assert os.waitid(os.P_PID, second.pid, os.WCONTINUED | os.WNOHANG) is not None
+            assert os.waitid(os.P_PID, stranger.pid, os.WCONTINUED | os.WNOHANG) is None, "of another run"
+        finally:
+            for each in (job, second, stranger):
+                each.kill()
+
+
+@pytest.mark.parametrize("kernel", ["this", "old"])
 def test_no_signal_is_sent_to_a_process_that_does_not_hold_the_folder(tmp_path, monkeypatch, kernel):
     if kernel == "old":
         monkeypatch.setattr(os, "pidfd_open", _old_kernel, raising=False)
