@@ -4,7 +4,7 @@
 # running a target twice is safe. make itself exits with 2 whatever a verb's exit code; the verb prints its own.
 
 COMP  ?= ribonanza#        competition: ribonanza, openvaccine, rna3d, rna3d2 (part 2), or a set of your own: labelled-<name>, profiles-<name>
-RAW   ?=#                  folder with the competition's files, or the training file of a set of your own; empty = where download puts them
+RAW   ?=#                  folder or zip with the competition's files, or the training file of a set of your own; empty = where download puts them
 FILES ?=#                  names on Kaggle that download fetches; empty = what data reads, all = everything
 MODEL ?=#                  a config in pipeline/configs, or a path to a TOML file; empty = ribonanza_mamba, for rna3d small_structure, for sets of your own a small one; predict and embed: also a run's folder, or reactivity-v2, weights that come along
 SPLIT ?= sim80_k5#         <kind><identity %>_k<folds>: sim80_k5, length_k5, random_k5

@@ -41,7 +41,9 @@ def download(
 def data(
     raw: Annotated[
         str,
-        typer.Option("--raw", help="Folder with the files (or the training file of a set of your own); default: raw/."),
+        typer.Option(
+            "--raw", help="Folder or zip with the files, or the training file of a set of your own; default: raw/."
+        ),
     ] = "",
     comp: Comp = COMP,
     artifacts: Artifacts = ARTIFACTS,

@@ -20,12 +20,11 @@ from pipeline.competitions import base
 from pipeline.competitions.base import PARQUET, Competition, length_counts
 from pipeline.competitions.raw import (
     column_names,
-    find_table,
-    need_table,
     read_batches,
     read_json_lines,
     replace_odd_letters,
 )
+from pipeline.competitions.raw_files import find_table, need_table
 from pipeline.errors import DataError
 from pipeline.schema import normalise_sequence
 from pipeline.tables import position_keys

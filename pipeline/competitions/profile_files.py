@@ -14,7 +14,8 @@ import polars as pl
 from pipeline.competitions import sequence_files, table_files
 from pipeline.competitions.columns_toml import read_told
 from pipeline.competitions.profile_columns import MISSING, REPAIR
-from pipeline.competitions.raw import kind_of, read_json_lines
+from pipeline.competitions.raw import read_json_lines
+from pipeline.competitions.raw_files import kind_of
 from pipeline.competitions.rdat import read_rdat
 from pipeline.competitions.table_files import FASTA, ending, read_fasta
 from pipeline.errors import DataError

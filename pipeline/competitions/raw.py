@@ -15,13 +15,14 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import IO, Any, Literal, NoReturn
+from typing import IO, Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from pipeline.competitions.raw_files import kind_of, member_of
 from pipeline.errors import DataError
 from pipeline.runlog import Bar, amount, warn
 from pipeline.schema import ALPHABET, ODD_LETTER_AS
@@ -42,80 +43,6 @@ _ONE_A_LINE = (
     "it again."
 )
 _ODD = f"(?i)[^{ALPHABET}T]"
-
-Kind = Literal["csv", "parquet", "zip", "gzip"]
-
-
-def find_table(folder: Path, stem: str, *, suffix: str = ".csv") -> Path | None:
-    """The file that holds a raw table, or None.
-
-    A file of its own wins over a member of an archive: who unpacked a download keeps both.
-
-    Args:
-        folder: of the raw files.
-        stem: the table's name.
-        suffix: ``.csv``, which a parquet file may stand in for, or ``.json`` for JSON lines.
-
-    Raises:
-        DataError: `folder` is no folder, two files of equal rank are there, or an archive cannot be opened.
-    """
-    if not folder.is_dir():
-        raise DataError(f"RAW={folder}: no such folder. Next: give the folder that holds the competition's files.")
-    found = [path for ending in _endings(suffix) if (path := folder / f"{stem}{ending}").is_file()]
-    if not found:
-        found = [path for path in sorted(folder.glob("*.zip")) if _members(path, f"{stem}{suffix}")]
-    return only_one(found, folder, stem)
-
-
-def only_one(found: Sequence[Path], folder: Path, stem: str) -> Path | None:
-    """The file of a folder that holds a table, or None.
-
-    Raises:
-        DataError: several do.
-    """
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise DataError(f"{folder}: {names} all hold {stem}; expected one of them. Next: move the others away.")
-    return found[0] if found else None
-
-
-def need_table(folder: Path, stem: str, *, suffix: str = ".csv") -> Path:
-    """The file that holds a raw table.
-
-    Raises:
-        DataError: there is none, or `find_table` refuses.
-    """
-    path = find_table(folder, stem, suffix=suffix)
-    if path is None:
-        *first, last = _endings(suffix)
-        there = sorted(path.name for path in folder.iterdir())
-        found = ", ".join(there[:4]) + (" …" if len(there) > 4 else "") if there else "nothing"
-        raise DataError(
-            f"{folder}: no {stem}{', '.join(first)} or {last}, and no zip that holds {stem}{suffix}; found {found}. "
-            "Next: download the competition's files into that folder."
-        )
-    return path
-
-
-def _endings(suffix: str) -> list[str]:
-    return [suffix, f"{suffix}.gz", *([".parquet"] if suffix == ".csv" else [])]
-
-
-def kind_of(path: Path) -> Kind:
-    """What a file is, by its first bytes.
-
-    Raises:
-        DataError: the file is empty.
-    """
-    with path.open("rb") as handle:
-        head = handle.read(4)
-    if not head:
-        raise DataError(f"{path.name}: the file is empty. Next: write or download it again.")
-    if head == b"PAR1":
-        return "parquet"
-    if head == b"PK\x03\x04":
-        return "zip"
-    return "gzip" if head[:2] == b"\x1f\x8b" else "csv"
 
 
 def column_names(path: Path, stem: str) -> list[str]:
@@ -212,7 +139,7 @@ class RawBytes:
             self._bytes = typing.cast(IO[bytes], gzip.GzipFile(fileobj=self._disk))
         elif kind == "zip":
             archive = zipfile.ZipFile(self._disk)
-            member = archive.getinfo(_member(path, f"{stem}{suffix}"))
+            member = archive.getinfo(member_of(path, f"{stem}{suffix}"))
             try:
                 self._bytes = self._gauge = archive.open(member)
             except (zipfile.BadZipFile, OSError, RuntimeError) as err:  # or it has a password
@@ -254,21 +181,6 @@ def _damaged(path: Path, err: Exception) -> DataError:
 def open_raw_bytes(path: Path, stem: str, *, suffix: str = ".csv") -> closing[RawBytes]:
     """Unpacked bytes of a CSV file, or of one with another suffix, closed at the end."""
     return closing(RawBytes(path, stem, suffix))
-
-
-def _members(archive: Path, name: str) -> list[str]:
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            return [member for member in opened.namelist() if member.rsplit("/", 1)[-1] == name]
-    except zipfile.BadZipFile as err:
-        raise DataError(f"{archive.name}: not a zip archive, or cut short: {err}. Next: download it again.") from err
-
-
-def _member(archive: Path, name: str) -> str:
-    members = _members(archive, name)
-    if len(members) != 1:
-        raise DataError(f"{archive.name}: holds {len(members)} files {name!r}; expected one. Next: unpack it by hand.")
-    return members[0]
 
 
 def _csv_header(path: Path, stem: str) -> list[str]:

@@ -20,9 +20,6 @@ from pipeline.competitions import base
 from pipeline.competitions.base import PARQUET, Competition, length_counts
 from pipeline.competitions.raw import (
     column_names,
-    find_table,
-    kind_of,
-    need_table,
     open_parquet,
     open_raw_bytes,
     read_batches,
@@ -30,6 +27,7 @@ from pipeline.competitions.raw import (
     replace_odd_letters,
     require_columns,
 )
+from pipeline.competitions.raw_files import find_table, kind_of, need_table
 from pipeline.competitions.wide import Choice, ProfileStore, find_layout, normalise_sequences
 from pipeline.errors import DataError, StorageError
 from pipeline.memory import peak_memory_mib

@@ -10,6 +10,7 @@ learns from them. Dates are those of ``temporal_cutoff``, else of ``pdb_release_
 what the PDB id tells.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ import polars as pl
 
 from pipeline.competitions import rna3d_files
 from pipeline.competitions.base import Competition, tell_lengths
-from pipeline.competitions.raw import column_names, find_table, need_table
+from pipeline.competitions.raw import column_names
+from pipeline.competitions.raw_files import find_table, names_beside, need_table
 from pipeline.competitions.rna3d_files import ASSEMBLY, AXES, RELEASES
 from pipeline.errors import DataError
 from pipeline.runlog import warn
@@ -33,7 +35,7 @@ _ODD = f"[^{ALPHABET}]"
 
 
 def raw_files(folder: Path) -> dict[str, Path]:
-    """Label -> raw file in a folder or its zip; those of validation, clusters and release dates may be absent.
+    """Label -> raw file in a folder or a zip; those of validation, clusters and release dates may be absent.
 
     Raises:
         DataError: a needed file is missing, or validation labels came without their sequences.
@@ -44,7 +46,7 @@ def raw_files(folder: Path) -> dict[str, Path]:
         if path is not None:
             found[label] = path
     for place in (folder, folder / _RELEASES_IN):
-        if "release_dates" not in found and place.is_dir() and (path := find_table(place, RELEASES)) is not None:
+        if "release_dates" not in found and place.exists() and (path := find_table(place, RELEASES)) is not None:
             found["release_dates"] = path
     if "validation_labels" in found and "validation_sequences" not in found:
         raise DataError(f"{folder}: validation_labels came without validation_sequences.csv. Next: add that file.")
@@ -80,6 +82,7 @@ def clean(raw: dict[str, Path], out: dict[str, Path]) -> dict[str, Any]:
     if "train" not in out:
         _write({"test": test, "sample": sample}, out)
         return {"test_rows": test.height, "test_lengths": tell_lengths(test["sequence"]), "sample_rows": sample.height}
+    _tell_later_versions(raw)
     train, facts = _train_sequences(raw["train_sequences"])
     dropped = facts["train"]["odd_letter_ids"]
     labels = rna3d_files.read_labels(raw["train_labels"], "train_labels", sequences=train, ignore=dropped)
@@ -100,6 +103,16 @@ def clean(raw: dict[str, Path], out: dict[str, Path]) -> dict[str, Any]:
 def _write(tables: dict[str, pl.DataFrame], out: dict[str, Path]) -> None:
     for name, table in tables.items():
         table.write_parquet(out[name], compression="zstd", compression_level=3, row_group_size=65536)
+
+
+def _tell_later_versions(raw: dict[str, Path]) -> None:
+    """Part 1 ships ``train_sequences.v2.csv`` beside the first ones, with six times the targets."""
+    found = {name for path in raw.values() for name in names_beside(path) if re.match(r"train_\w+\.v\d", name)}
+    if found:
+        warn(
+            f"{', '.join(sorted(found))}: not read; train_sequences and train_labels without a version are. Next, to "
+            "learn from these: RAW=<folder> where they have the names train_sequences.csv and train_labels.csv."
+        )
 
 
 def _train_sequences(path: Path) -> tuple[pl.DataFrame, dict[str, Any]]:

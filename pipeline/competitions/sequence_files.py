@@ -18,7 +18,7 @@ import polars as pl
 
 from pipeline.competitions import table_files
 from pipeline.competitions.columns_toml import read_told
-from pipeline.competitions.raw import only_one
+from pipeline.competitions.raw_files import only_one
 from pipeline.competitions.table_files import FASTA, ending, read_fasta, refuse_foreign
 from pipeline.errors import DataError, did_you_mean
 from pipeline.runlog import say

@@ -13,7 +13,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from pipeline.competitions.raw import kind_of, open_parquet, refuse_twice
+from pipeline.competitions.raw import open_parquet, refuse_twice
+from pipeline.competitions.raw_files import kind_of
 from pipeline.errors import DataError
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}

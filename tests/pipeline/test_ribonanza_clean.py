@@ -577,6 +577,45 @@ def test_missing_and_doubtful_files_are_refused(breaking: Callable[[Path], objec
     refused(folder, tmp_path / "out", sentence)
 
 
+def test_a_zip_as_kaggle_gives_it_is_read_whether_it_or_its_folder_is_named(tmp_path: Path):
+    """It said "no such folder" of the zip, and "holds 2 files 'test_sequences.csv'; expected one"."""
+    folder = raw_folder(tmp_path / "raw", wide_csv(GOOD))
+    plain, _ = run(folder, tmp_path / "plain")
+    (tmp_path / "downloads").mkdir()
+    archive = tmp_path / "downloads" / "stanford-ribonanza-rna-folding.zip"
+    with zipfile.ZipFile(archive, "w") as opened:
+        for name in ("train_data.csv", "test_sequences.csv"):
+            opened.write(folder / name, name)
+            opened.writestr(f"supplementary/{name}", "another")
+        opened.writestr("train_data_QUICK_START.csv", "a part of the other")
+    for place in (archive, archive.parent):
+        packed, _ = run(place, tmp_path / f"of {place.name}")
+        for table in RIBONANZA.tables:
+            assert packed.outputs[table].read_bytes() == plain.outputs[table].read_bytes()
+    with zipfile.ZipFile(archive, "w") as opened:
+        for part in "ab":
+            opened.writestr(f"{part}/train_data.csv", "x")
+    refused(archive, tmp_path / "out", "no test_sequences.csv")
+    refused(folder / "train_data.csv", tmp_path / "out", "train_data.csv: a file. Next: give the folder, or the zip")
+
+
+def test_an_archive_that_is_none_counts_only_where_nothing_else_holds_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A download on its way, of anything, beside the files: "other.zip: not a zip archive", and nothing was read."""
+    folder = raw_folder(tmp_path / "raw", wide_csv(GOOD))
+    (folder / "other.zip").write_bytes(b"PK\x03\x04")
+    run(folder, tmp_path / "first")
+    assert "sample_submission: looked for and not found, but other.zip: not a zip" in capsys.readouterr().err
+    (folder / "train_data.csv").unlink()
+    refused(folder, tmp_path / "out", "other.zip: not a zip archive, or cut short")
+
+
+def test_files_in_a_folder_below_are_pointed_at(tmp_path: Path):
+    folder = raw_folder(tmp_path / "raw", wide_csv(GOOD))
+    refused(folder.parent, tmp_path / "out", f"Next: RAW={folder}.")
+
+
 def test_full_disk_is_noticed_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = raw_folder(tmp_path / "raw", wide_csv(GOOD))
     usage = shutil.disk_usage(tmp_path)

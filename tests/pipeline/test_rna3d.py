@@ -1,5 +1,6 @@
 """RNA 3D folding: raw files become clean tables, and files that lie are refused in one sentence."""
 
+import zipfile
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -72,6 +73,28 @@ def test_a_target_becomes_one_row_with_coordinates_in_residue_order(raw: Path) -
     assert train.schema["x"] == pl.List(pl.Float32)
     assert train.schema["temporal_cutoff"] == pl.Date
     assert train["scored"].all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_later_versions_of_the_training_files_are_told_as_not_read(
+    packed: bool, raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Part 1 ships them beside the first ones, with six times the targets; nothing said that they were left out."""
+    plain, _ = _clean(raw)
+    assert "not read" not in capsys.readouterr().err
+    for label in ("train_sequences", "train_labels"):
+        (raw / f"{label}.v2.csv").write_text("another version")
+    (raw / "PDB_RNA").mkdir()
+    _table(raw / "PDB_RNA" / "pdb_release_dates_NA.csv", [{"Entry ID": "1SCL", "Release Date": "1995-01-26"}])
+    folder = raw
+    if packed:
+        folder = raw.with_suffix(".zip")
+        with zipfile.ZipFile(folder, "w") as archive:
+            for path in raw.rglob("*.csv"):
+                archive.write(path, path.relative_to(raw))
+    assert "release_dates" in RNA3D.raw_files(folder)
+    assert _clean(folder)[0]["train"].equals(plain["train"])
+    assert "train_labels.v2.csv, train_sequences.v2.csv: not read" in " ".join(capsys.readouterr().err.split())
 
 
 def test_training_rows_with_odd_letters_are_dropped_and_named(raw: Path) -> None:
