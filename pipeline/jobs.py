@@ -387,6 +387,7 @@ def _row(folder: Path, artifacts: Path) -> dict[str, Any]:
     status = read_status(folder)
     state, pid = _state(folder, status)
     step, steps = status.get("step", 0), status.get("steps")
+    is_own = "updated" in status and (not pid or pid == status.get("pid"))  # not what an earlier process left
     copied = ("metric", "best_metric", "loss", "tokens_per_s", "exit_code", "message")
     return {
         "competition": str(folder.parents[2].relative_to(artifacts)),
@@ -401,7 +402,7 @@ def _row(folder: Path, artifacts: Path) -> dict[str, Any]:
         "eta_s": status.get("eta_s") if state == "running" else None,
         "memory_mib": status.get("gpu_memory_mib", status.get("memory_mib")),
         "pid": pid,
-        "age_s": round(max(0.0, time.time() - status["updated"])) if "updated" in status else None,  # clocks jump
+        "age_s": round(max(0.0, time.time() - status["updated"])) if is_own else None,  # clocks jump
     }
 
 

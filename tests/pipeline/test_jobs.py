@@ -514,6 +514,16 @@ def test_a_clock_that_was_set_back_gives_no_negative_age(surveyed):
     assert jobs.survey(surveyed)[2]["age_s"] == 0
 
 
+def test_a_job_that_still_prepares_is_not_told_the_age_of_what_an_earlier_one_left(tmp_path):
+    """`make status` said "running: preparing", and "21 min" since its last sign."""
+    folder = tmp_path / "tiny" / "runs" / "a.sim80_k2" / "fold0"
+    tell(folder, {"state": "stopped", "pid": os.getppid(), "step": 3, "steps": 4})
+    with jobs.at_work(folder):
+        (row,) = jobs.survey(tmp_path)
+    assert (row["state"], row["phase"], row["age_s"], row["percent"]) == ("running", "preparing", None, 75.0)
+    assert jobs.survey(tmp_path)[0]["age_s"] >= 0
+
+
 def test_damaged_status_files_are_shown_as_lost(tmp_path):
     folder = tmp_path / "tiny" / "runs" / "a.sim80_k2" / "fold0"
     tell(folder, {"state": "done"})
