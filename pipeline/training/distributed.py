@@ -389,8 +389,9 @@ def _code(failed: Mapping[int, int]) -> int:
     if all(code == LostProcessError.exit_code for code in told) and killed:
         torchruns: dict[int, int] = {signal.SIGKILL: 1, signal.SIGTERM: 2}  # how it ends the others: less to blame
         rank, number = min(killed.items(), key=lambda one: torchruns.get(one[1], 0))  # of equals the first to end
-        name = next((known.name for known in signal.Signals if known == number), f"signal {number}")
-        raise LostProcessError(f"process {rank} of the run was ended by {name}. Next: {_GOES_ON}.")
+        if number != signal.SIGTERM or failed.get(0, -1) < 0:  # else process 0 has told why it left: torchrun ended it
+            name = next((known.name for known in signal.Signals if known == number), f"signal {number}")
+            raise LostProcessError(f"process {rank} of the run was ended by {name}. Next: {_GOES_ON}.")
     return next((code for code in told if code != LostProcessError.exit_code), told[0])
 
 

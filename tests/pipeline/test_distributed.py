@@ -215,9 +215,19 @@ def test_torchrun_ends_with_75_where_a_process_was_killed(paths):
 
 @pytest.mark.parametrize(
     ("failed", "code"),
-    [({0: 75, 1: 75}, 75), ({1: 3}, 3), ({0: -9, 1: 4}, 4), ({0: 75, 1: 5}, 5), ({0: 75, 1: -9, 2: 5}, 5)],
+    [
+        ({0: 75, 1: 75}, 75),
+        ({1: 3}, 3),
+        ({0: -9, 1: 4}, 4),
+        ({0: 75, 1: 5}, 5),
+        ({0: 75, 1: -9, 2: 5}, 5),
+        ({0: 75, 1: -15, 2: 5}, 5),
+        ({0: 75, 1: -15}, 75),
+    ],
 )
 def test_what_a_process_said_that_it_failed_with_is_the_launchers_exit_code(failed, code):
+    """Below "process 28714 is already at work here" of process 0 (the last case) stood "process 1 of the run was ended
+    by SIGTERM. Next: the same command goes on from the last checkpoint", which torchrun had sent it."""
     assert distributed._code(failed) == code
 
 
