@@ -84,6 +84,17 @@ def worker(folder: Path) -> int | None:
     return lock_holder(folder, name=_START) if pid is None else pid
 
 
+def require_idle(folder: Path) -> None:
+    """Refuse a job before its processes start: each of them would take seconds, and say something else in the end.
+
+    Raises:
+        BusyError: a process is at work in the folder.
+    """
+    pid = _at_work(folder)
+    if pid is not None:
+        raise already_at_work(folder, pid)
+
+
 def _at_work(folder: Path) -> int | None:
     holders = (lock_holder(folder, name=JOB), lock_holder(folder))
     return next((pid for pid in holders if pid is not None), None)

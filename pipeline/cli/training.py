@@ -114,12 +114,13 @@ def train(
     competition, paths = find_competition(comp, artifacts), find_paths(comp, artifacts)
     seconds = seconds_of(time_budget)
     indices = tuple(range(fold_count(split))) if all_folds else (check_fold(fold, split),)
+    folder = jobs.job_folder(paths, run, None if all_folds else fold)
     if background:
-        folder = jobs.job_folder(paths, run, None if all_folds else fold)
         raise typer.Exit(jobs.start(_same_words(context, without="background"), folder=folder))
     if nproc > 1:
         from pipeline.training.distributed import launch
 
+        jobs.require_idle(folder)
         raise typer.Exit(launch(_same_words(context, without="nproc"), processes=nproc))
     holds = all_folds and os.environ.get("RANK", "0") == "0"  # of torchrun's processes the first one
     with StopRequest(), jobs.at_work(paths.run_dir(run)) if holds else contextlib.nullcontext():

@@ -359,6 +359,19 @@ def test_a_job_of_several_processes_is_stopped_also_where_another_one_of_them_is
                 each.kill()
 
 
+@pytest.mark.parametrize(("where", "options"), [("fold0", []), ("", ["--all-folds"])])
+def test_several_processes_are_refused_before_they_start_where_one_is_at_work(
+    endless, monkeypatch, capsys, where, options
+):
+    """After seconds, and with a second sentence below it: "stopped (SIGTERM); nothing is half-written. Next: the same
+    command again." """
+    monkeypatch.setattr("pipeline.training.distributed.launch", lambda *_, **__: pytest.fail("processes were started"))
+    with run_lock(endless.folder.parent / where, name=".job"):
+        assert run_verb(["train", *endless.options, "--nproc=2", *options]) == 75
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(rf"process {os.getpid()} is already at work here\. Next: wait for it or stop it", line)
+
+
 @pytest.mark.parametrize("kernel", ["this", "old"])
 def test_no_signal_is_sent_to_a_process_that_does_not_hold_the_folder(tmp_path, monkeypatch, kernel):
     if kernel == "old":
