@@ -97,7 +97,7 @@ def _completed(found: re.Match[str]) -> str:
     if said & {"FOLD", "ALL"}:  # one fold, or all of them
         said |= {"FOLD", "ALL"}
     elif "ALL" in _given:
-        command = re.sub(r"(?<= )train(?![\w-])", "train-all", command)
+        command = re.sub(r"(?<= )train(?= |$)", "train-all", command)
     wanted = set[str]().union(*(_takes.get(word, ()) for word in command.split()[1:])) - said
     lacking = [name for name, _ in VARIABLES.values() if name in wanted and name in _given]
     return command + "".join(f" {name}={_quoted(_given[name])}" for name in lacking)

@@ -41,6 +41,11 @@ def told():
             "make train FOLD=1 or make logs FOLLOW=1",
             "make train FOLD=1 or make logs FOLLOW=1 ALL=1",
         ),
+        (  # what a sweep of all folds advised was SET='train-all.lr=1'
+            {"all_folds": True},
+            "make train-all TAG=t SET='a=1 train.lr=1', or make train",
+            "make train-all TAG=t SET='a=1 train.lr=1', or make train-all",
+        ),
         ({"all_folds": True}, "make stop FOLD=1", "make stop FOLD=1"),
         ({"fold": 3}, "make stop ALL=1 ends it", "make stop ALL=1 ends it"),
         ({"set_": ["a.b=1", "c.d=2"], "tag": "t"}, "make train.", 'make train TAG=t SET="a.b=1 c.d=2".'),
