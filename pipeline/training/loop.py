@@ -184,6 +184,7 @@ class Trainer:
         except DivergedError as err:  # perhaps of sequences longer than the pieces that train
             rung = self.state.precision.name
             if rung == "fp32" or not self.world.is_alone:  # several processes have agreed to end
+                self.recovery.report(str(err))
                 raise
             self.recovery.roll_back(f"step {progress.step}: in {rung}, {str(err).partition('. Next')[0]}")
             return

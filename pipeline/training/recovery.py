@@ -119,13 +119,13 @@ class Recovery:
         left = counts.rollbacks < self.settings.max_rollbacks
         checkpoint = load_newest(self.store, state.world) if left else None
         if checkpoint is None:
-            tried = f"{runlog.amount(counts.skips, 'batch')} left out and {runlog.amount(counts.rollbacks, 'rollback')}"
+            left_out = runlog.amount(len(before.left_out), "batch")
+            tried = f"{left_out} left out and {runlog.amount(counts.rollbacks, 'rollback')}"
             told = (
                 f"{what}; {tried} did not cure it. Next: make replay runs such a batch again, and says where it breaks "
                 "and in which precision it does not; then a lower train.lr, or train.precision = 'fp32'."
             )
-            if state.world.is_main:
-                self._report(told)
+            self.report(told)
             raise state.world.agreed(DivergedError(told))
         row = {"step": before.step + 1, "before": state.precision.name, "rollbacks": counts.rollbacks + 1}
         lower = next_precision(state.precision, state.device)
@@ -140,8 +140,10 @@ class Recovery:
         lost = runlog.amount(len(progress.left_out), "batch")
         runlog.warn(f"{what}; back to step {progress.step}, {lower.name}, without {lost}")
 
-    def _report(self, told: str) -> None:
-        """Write `REPORT` out of the log's rows."""
+    def report(self, told: str) -> None:
+        """Write `REPORT` out of the log's rows: how a run diverged, and why it ends."""
+        if not self.state.world.is_main:
+            return
         path = self.folder.parent / REPORT
         try:
             rows = [row for row in runlog.read_metrics(self.log.path) if row["event"] in ("guard", "rollback")]

@@ -89,10 +89,12 @@ def test_a_validation_that_overflows_in_half_precision_alone_is_made_one_rung_do
 
 
 def test_a_validation_that_is_not_finite_in_single_precision_ends_the_run(paths, monkeypatch):
+    """It left no ``diverged.md``, also where every batch of an epoch of fewer than ``max_skips`` had been left out."""
     monkeypatch.setattr(tiny.Fault, "forward", lambda fault, x_BLD: x_BLD if fault.training else x_BLD * math.inf)
     with pytest.raises(DivergedError, match=r"is not finite. Next: train again with a lower train.lr"):
         fit(paths, tiny.config())
     assert not rows_of(paths, "rollback")
+    assert "is not finite. Next: train again" in (paths.fold_dir(tiny.RUN, 0) / "diverged.md").read_text()
 
 
 def test_a_finished_run_with_more_epochs_that_is_rolled_back_trains_them(paths, monkeypatch):
