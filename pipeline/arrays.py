@@ -7,7 +7,6 @@ whole sequences), weights and scored; ``arrays/bpp-<key>/`` the base-pair probab
 sequence. A key is a hash of the input file, so that a changed table never meets arrays of the old one.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -20,13 +19,13 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.competitions.base import Competition
-from pipeline.errors import BusyError, ConfigError, DataError, StorageError
+from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.labels import Classes, Labels
 from pipeline.paths import Paths
-from pipeline.runlog import say, warn
+from pipeline.runlog import warn
 from pipeline.schema import ALPHABET, encode
 from pipeline.stage import Report, fsync, is_alive, is_disk_full, read_manifest, sha256_file, write_json
-from pipeline.training.stop import run_lock
+from pipeline.training.stop import alone_in
 
 _VERSION = 1
 _ROWS = 4096  # of a table in memory at a time
@@ -146,7 +145,7 @@ def build_set(
         return Report(stage="arrays", status="current", outputs=outputs)
     part = home / f".part-{kind}-{key}-{os.getpid()}"
     try:
-        with _alone(home) as is_alone:
+        with alone_in(home, what="writes arrays", name=".building") as is_alone:
             if _is_there(folder):  # by now
                 return Report(stage="arrays", status="current", outputs=outputs)
             for left in home.glob(".part-*"):  # by a killed process: as large as the arrays themselves
@@ -170,30 +169,6 @@ def build_set(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return Report(stage="arrays", status="built", outputs=outputs, facts=facts, seconds=time.monotonic() - started)
-
-
-@contextlib.contextmanager
-def _alone(home: Path) -> Iterator[bool]:
-    """Write in a folder as its only process, of other machines and containers too, whose numbers say nothing here.
-
-    Yields:
-        Whether that is so: False where the disk has no locks.
-    """
-    waits = False
-    while True:
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(run_lock(home, name=".building"))
-            except BusyError:
-                if not waits:
-                    say(f"{home}: another process writes arrays; they are waited for")
-                waits = True
-                continue
-            except StorageError:
-                yield False
-                return
-            yield True
-            return
 
 
 def _is_there(folder: Path) -> bool:

@@ -39,7 +39,7 @@ from pipeline.paths import Paths
 from pipeline.schema import ALPHABET
 from pipeline.stage import Report, run_stage
 from pipeline.training.failures import in_one_sentence
-from pipeline.training.stop import StopRequest
+from pipeline.training.stop import StopRequest, alone_in
 
 _VERSION = 1
 _ROWS = 512  # of a row group
@@ -83,7 +83,12 @@ def run(
     require_file(source, verb="embed")
     how: dict[str, Any] = {"per_nucleotide": per_nucleotide, "embeddings": embeddings}
     work = partial(_run, source, competition=competition, paths=paths, **how)
-    return with_best_checkpoint(work, competition=competition, paths=paths, run=run, fold=fold)
+    with alone_in(_folder_of(source, paths), what="embeds a file of this name"):  # or each would read the other's table
+        return with_best_checkpoint(work, competition=competition, paths=paths, run=run, fold=fold)
+
+
+def _folder_of(source: Path, paths: Paths) -> Path:
+    return paths.embeddings_dir(Path(source.name.removesuffix(".gz")).stem)
 
 
 def _run(
@@ -100,7 +105,7 @@ def _run(
     config = config_from_dict(meta["config"], where=f"{checkpoint}/meta.json")
     competition = as_trained(competition, meta)
     labels = require_labels(meta, paths, where=checkpoint)
-    folder = paths.embeddings_dir(Path(source.name.removesuffix(".gz")).stem)
+    folder = _folder_of(source, paths)
     own = replace(paths, root=folder)  # the file is the test set of a competition of its own
     alphabet = labels.alphabet if labels else ALPHABET
     odd_letters = read(source, own, alphabet=alphabet).facts["odd_letters"]

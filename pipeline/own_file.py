@@ -4,8 +4,9 @@ Below ``predictions/<name of the file>/`` lies what any test set has: a clean ta
 predictions by run and fold. So whatever serves a hidden test set serves a file.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from pipeline.runs import is_stage, weighted_runs
 from pipeline.schema import ALPHABET
 from pipeline.stage import Report, read_result, run_stage, write_json, write_text
 from pipeline.training.checkpoint import CheckpointStore
+from pipeline.training.stop import alone_in
 
 _VERSION = 1
 NONE: Mapping[str, Path] = MappingProxyType({})
@@ -52,6 +54,18 @@ def write_single(sequence: str, paths: Paths) -> Path:
 def folder_of(source: Path, paths: Paths) -> Path:
     """Where what is predicted for a file goes; another file of the same name takes its place."""
     return paths.predictions_dir(Path(source.name.removesuffix(".gz")).stem)
+
+
+@contextlib.contextmanager
+def held(source: Path, paths: Paths, *, verb: str) -> Iterator[None]:
+    """Keep others out of the folder of a file, in the name of a verb: what they predict would come among its own.
+
+    Raises:
+        ConfigError, DataError: see `require_file`.
+    """
+    require_file(source, verb=verb)
+    with alone_in(folder_of(source, paths), what="predicts a file of this name"):
+        yield
 
 
 def own_paths(source: Path, paths: Paths) -> Paths:
@@ -129,7 +143,7 @@ def predict_run(
         StorageError: every checkpoint is damaged, or a single sequence does not fit into memory.
         StoppedError: asked to stop; nothing is left half-written.
     """
-    _require_no_structures(competition)
+    require_no_structures(competition)
     require_file(source, verb="predict")
     own = own_paths(source, paths)
     how: dict[str, Any] = {"competition": competition, "source": source, "embeddings": embeddings}
@@ -157,7 +171,7 @@ def predict_ensemble(
 
     Args and errors are those of `predict_run`.
     """
-    _require_no_structures(competition)
+    require_no_structures(competition)
     require_file(source, verb="predict")
     weights = paths.ensemble_dir(name) / "weights.json"
     told = read_result(weights, hint=f"make ensemble COMP={paths.comp} NAME={name}")
@@ -265,7 +279,8 @@ def keep_labels(labels: Labels, own: Paths) -> None:
     write_labels(path, labels)
 
 
-def _require_no_structures(competition: Competition) -> None:
+def require_no_structures(competition: Competition) -> None:
+    """ConfigError where structures are predicted, in another way."""
     if competition.task == "structure":
         raise ConfigError(
             f"predict: {competition.name} is about structures, which take more than a network. Next: make structures "

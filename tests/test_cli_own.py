@@ -1,5 +1,6 @@
 """Sequences of one's own, as a user gives them to the program and to make: from a file to tables, in one command."""
 
+import fcntl
 import re
 import subprocess
 from pathlib import Path
@@ -8,6 +9,7 @@ import polars as pl
 import pytest
 
 from pipeline.cli import run_verb
+from pipeline.training import stop
 from submissions.subject import brief
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +77,32 @@ def test_structures_of_a_file_need_no_data(place, capsys):
     (place / "mine.fasta").write_text(f">other\n{HAIRPIN}\n")
     assert run_verb(["structures", "mine.fasta"]) == 0
     assert {path.stem for path in home.glob("*.pdb")} == {"other"}, "what the file held before is gone"
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        (["predict", "mine.fasta", "--model", "reactivity-v2", "--fold", "0"], "ribonanza/predictions/mine"),
+        (["embed", "mine.fasta", "--model", "reactivity-v2", "--fold", "0"], "ribonanza/embeddings/mine"),
+        (["structures", "mine.fasta"], "rna3d/predictions/mine"),
+    ],
+)
+def test_another_file_of_the_same_name_is_waited_for(words, folder, place, monkeypatch):
+    """Two at once ended in a traceback, or with exit code 0 in a table that some folds had predicted of the other."""
+    pytest.importorskip("RNA")
+    home = place / "artifacts" / folder
+    home.mkdir(parents=True)
+    with (home / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        seen: list[list[str]] = []
+
+        def let_go(_: str) -> None:
+            seen.append([path.name for path in home.rglob("*")])
+            fcntl.flock(other, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(stop, "say", let_go)
+        assert run_verb(words) == 0
+    assert seen == [[".lock"]]
 
 
 @pytest.mark.parametrize(

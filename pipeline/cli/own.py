@@ -81,26 +81,27 @@ def predict_file(
     from submissions.class_write import thresholds_here
 
     started = time.monotonic()
-    given: dict[str, Any] = {"competition": competition, "paths": paths, "embeddings": embeddings}
-    if ensemble:
-        done = own_file.predict_ensemble(source.path, name=ensemble, **given)
-    else:
-        run = find_trained(model, split=split, tag=tag, paths=paths)
-        only = None if fold is None else check_fold(fold, split)
-        done = own_file.predict_run(source.path, run=run, fold=only, **given)
-    joining.apply(done.own, competition=done.competition, name=done.name, weights=done.weights)
-    folder = own_file.folder_of(source.path, paths)
-    which: dict[str, Any] = {"name": done.name, "folder": folder, "title": source.title, "longest": done.longest}
-    if done.competition.task == "classes" and not (classes := read_classes(done.own)).exclusive:
-        joined = read_result(done.weights, hint="make ensemble")
-        tables = (
-            [paths.ensemble_dir(ensemble) / "oof.parquet"] if ensemble else [paths.oof(run, k) for k in joined["folds"]]
-        )
-        which["thresholds"], words = thresholds_here(paths, classes, told=joined, tables=tables)
-        say(f"labels: {words}")
-    report = own_tables.run(done.own, competition=done.competition, **which)
-    told = f"{amount(report.facts['sequences'], 'sequence')}, {done.about}"
-    show(replace(report, seconds=time.monotonic() - started), told)
+    own_file.require_no_structures(competition)
+    with own_file.held(source.path, paths, verb="predict"):
+        given: dict[str, Any] = {"competition": competition, "paths": paths, "embeddings": embeddings}
+        if ensemble:
+            done = own_file.predict_ensemble(source.path, name=ensemble, **given)
+        else:
+            run = find_trained(model, split=split, tag=tag, paths=paths)
+            only = None if fold is None else check_fold(fold, split)
+            done = own_file.predict_run(source.path, run=run, fold=only, **given)
+        joining.apply(done.own, competition=done.competition, name=done.name, weights=done.weights)
+        folder = own_file.folder_of(source.path, paths)
+        which: dict[str, Any] = {"name": done.name, "folder": folder, "title": source.title, "longest": done.longest}
+        if done.competition.task == "classes" and not (classes := read_classes(done.own)).exclusive:
+            joined = read_result(done.weights, hint="make ensemble")
+            of_folds = [] if ensemble else [paths.oof(run, k) for k in joined["folds"]]
+            tables = of_folds or [paths.ensemble_dir(ensemble) / "oof.parquet"]
+            which["thresholds"], words = thresholds_here(paths, classes, told=joined, tables=tables)
+            say(f"labels: {words}")
+        report = own_tables.run(done.own, competition=done.competition, **which)
+        told = f"{amount(report.facts['sequences'], 'sequence')}, {done.about}"
+        show(replace(report, seconds=time.monotonic() - started), told)
 
 
 def predict_structures(
@@ -113,7 +114,8 @@ def predict_structures(
     from submissions import structure_files
 
     started = time.monotonic()
-    with StopRequest():
+    competition.require_structures("structures")
+    with StopRequest(), own_file.held(source.path, paths, verb="structures"):
         which: dict[str, Any] = {"competition": competition, "name": name, "run": run}
         done = own_structures.predict(source.path, paths=paths, split=split, **which)
         joining.apply(done.own, competition=competition, name=done.name, weights=done.weights, partial_runs=True)

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import ClassVar, TextIO
 
 from pipeline.errors import BusyError, StoppedError, StorageError
+from pipeline.runlog import say
 
 #: Name of the lock that a job holds in its folder: that of a fold, or of a run where it trains all folds.
 JOB = ".job"
@@ -144,6 +145,35 @@ def run_lock(folder: Path, *, name: str = ".lock") -> Iterator[Callable[[], bool
                 handle.write(f"{os.getpid()}\n")
                 handle.flush()
             yield lambda: _is_still(handle, folder / name) or (folder.is_dir() and not (folder / name).exists())
+            return
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, *, what: str, name: str = ".lock") -> Iterator[bool]:
+    """Hold a folder as `run_lock` does, when those that hold it now have let it go.
+
+    Args:
+        folder: is made if it is not there.
+        what: the others do, for who waits: "writes arrays".
+        name: of the lock's file.
+
+    Yields:
+        Whether nobody else works in it: False where the disk has no locks.
+    """
+    waits = False
+    while True:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(run_lock(folder, name=name))
+            except BusyError:
+                if not waits:
+                    say(f"{folder}: another process {what}; it is waited for")
+                waits = True
+                continue
+            except StorageError:
+                yield False
+                return
+            yield True
             return
 
 

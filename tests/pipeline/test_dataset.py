@@ -15,6 +15,7 @@ from pipeline.dataset import dense_bpp, fold_members, open_examples, read_folds
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.paths import Paths
 from pipeline.schema import decode, encode
+from pipeline.training import stop
 from tests.pipeline import tiny
 from tests.pipeline.tiny import TINY, TINY3D
 
@@ -123,7 +124,7 @@ def test_arrays_that_another_machine_or_container_writes_are_waited_for(paths, m
     completed by the other: two machines that began a sweep at once, and sets that were damaged and said to be whole."""
     tiny.write_values(paths)
     write, waits, second = arrays._write_table, threading.Event(), []
-    monkeypatch.setattr(arrays, "say", lambda _: waits.set())
+    monkeypatch.setattr(stop, "say", lambda _: waits.set())
     monkeypatch.setattr(arrays, "is_alive", lambda _: False)
     other = threading.Thread(target=lambda: second.append(build_arrays(TINY, paths=paths, table="train")))
 
@@ -142,7 +143,7 @@ def test_arrays_that_another_machine_or_container_writes_are_waited_for(paths, m
 
 def test_where_there_are_no_locks_a_slower_process_leaves_the_arrays_of_a_faster_one_alone(paths, monkeypatch):
     """Was: the second of two folds started at once removed the arrays that the first had just put in place."""
-    monkeypatch.setattr(arrays, "run_lock", no_locks)
+    monkeypatch.setattr(stop, "run_lock", no_locks)
     tiny.write_values(paths)
     write, faster = arrays._write_table, []
 
@@ -163,7 +164,7 @@ def test_where_there_are_no_locks_a_slower_process_leaves_the_arrays_of_a_faster
 def test_what_a_killed_build_left_is_removed_by_the_next(paths, monkeypatch, locks):
     """Was: half-written arrays of killed processes stayed for good."""
     if not locks:
-        monkeypatch.setattr(arrays, "run_lock", no_locks)
+        monkeypatch.setattr(stop, "run_lock", no_locks)
     tiny.write_values(paths)
     for pid in (2**22 + 1, os.getppid()):
         (paths.arrays_dir / f".part-train-0123456789abcdef-{pid}").mkdir(parents=True)
