@@ -142,7 +142,7 @@ def _build(
     for label, path in outputs.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         parts[label] = path.with_name(f".{path.name}.part-{os.getpid()}")
-        _sweep(path)
+        sweep(path)
     try:
         facts = build(dict(parts))
         written = _written(parts, either)
@@ -163,7 +163,7 @@ def _build(
         raise
     finally:
         for path in outputs.values():
-            _sweep(path)
+            sweep(path)
 
 
 def is_disk_full(err: Exception) -> bool:
@@ -179,7 +179,7 @@ def is_disk_full(err: Exception) -> bool:
     return number in DISK_FULL or (isinstance(err, OSError) and "requested and" in str(err))
 
 
-def _sweep(path: Path) -> None:
+def sweep(path: Path) -> None:
     """Remove what this process or a killed one left half-written beside `path`; another living one keeps its own.
 
     A part may be a folder, and may have scratch of its own beside it, named ``<part>.<anything>`` or, while JSON is
@@ -309,7 +309,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         err.filename = err.filename or str(path)
         raise
     finally:
-        _sweep(path)
+        sweep(path)
 
 
 def versions() -> dict[str, str]:

@@ -183,7 +183,7 @@ def handover(comp: Comp = COMP, artifacts: Artifacts = ARTIFACTS, name: Name = N
 
 def _slug(paths: Paths, slug: str) -> str:
     """The bundle that is meant: the one that is named, or the only one there is."""
-    known = sorted(path.parents[1].name for path in (paths.home / "kernels").glob("*/dataset/MANIFEST.json"))
+    known = sorted(path.parents[1].name for path in (paths.home / "kernels").glob("[!.]*/dataset/MANIFEST.json"))
     if slug in known or (not slug and len(known) == 1):
         return slug or known[0]
     if not known:

@@ -29,7 +29,7 @@ from pipeline.kernel.wheels import IMAGE, PYTHON, build_wheel, missing_wheels
 from pipeline.labels import Classes, read_labels
 from pipeline.paths import Paths
 from pipeline.runs import STAGES, is_stage, read_run_name, weighted_runs
-from pipeline.stage import Report, commit, read_result, sha256_file, versions, write_json
+from pipeline.stage import Report, commit, read_result, sha256_file, sweep, versions, write_json
 from pipeline.structure import predict as denovo
 from pipeline.templates import predict as templates
 from pipeline.training.checkpoint import CheckpointStore, DamagedError, export_weights, initial_checkpoint, read_meta
@@ -89,7 +89,7 @@ def build(order: Order) -> Report:
     slug = slug_of(order)
     home = order.paths.kernel_dir(slug)
     part = home.with_name(f".{slug}.part-{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
+    sweep(home)
     try:
         dataset, code = part / "dataset", part / "code"
         parcel = _Parcel(dataset)
@@ -101,14 +101,15 @@ def build(order: Order) -> Report:
         told |= {"slug": order.competition.slug, "task": order.competition.task, "raw_files": order.competition.files}
         told |= settings
         told |= {"files": files, "limit_s": order.limit_s, "margin_s": _MARGIN_S, "python": PYTHON, "image": IMAGE}
+        _write_code(order, slug, code, sources=[order.competition.slug] if told["raw_files"] else [])
+        told |= {"code": {path.name: sha256_file(path) for path in sorted(code.iterdir())}}
         write_json(dataset / "MANIFEST.json", told | {"commit": commit(), "versions": versions()})
         about = {"id": f"{order.owner}/{slug}-data", "title": f"{slug}-data".replace("-", " ")}
         write_json(dataset / "dataset-metadata.json", about | {"licenses": [{"name": "other"}]})
-        _write_code(order, slug, code, sources=[order.competition.slug] if told["raw_files"] else [])
         refuse_secrets(part)
         _replace(part, home)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        sweep(home)
     size = sum(entry["bytes"] for entry in files.values())
     return Report(
         stage="kernel",
@@ -144,9 +145,11 @@ def read_bundle(home: Path) -> dict[str, Any]:
         path = home / "dataset" / name
         if not path.is_file() or sha256_file(path) != entry["sha256"]:
             raise DataError(f"{path}: absent or changed since it was packed. Next: make kernel packs it again.")
-    for name in ("kernel.py", "kernel-metadata.json"):
-        if not (home / "code" / name).is_file():
-            raise DataError(f"{home / 'code' / name}: absent. Next: make kernel packs it again.")
+    of_this = told.get("code", dict.fromkeys(("kernel.py", "kernel-metadata.json")))  # of older bundles, no sha256
+    for name, digest in of_this.items():
+        path = home / "code" / name
+        if not path.is_file() or digest not in (None, sha256_file(path)):
+            raise DataError(f"{path}: absent, or of another bundle than {home / 'dataset'}. Next: make kernel again.")
     return told
 
 

@@ -4,7 +4,9 @@ The client ends with 0 after a push that was refused, an upload that broke off a
 text is read and the state asked for afterwards. Nothing is pushed twice by itself: a push costs accelerator time.
 """
 
+import contextlib
 import json
+import os
 import re
 import shutil
 import time
@@ -17,7 +19,8 @@ from pipeline.errors import DataError, NetworkError
 from pipeline.kernel.bundle import read_bundle
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, amount, say
-from pipeline.stage import Report, sha256_file, write_json
+from pipeline.stage import Report, sha256_file, sweep, write_json
+from pipeline.training.stop import run_lock
 
 _READ_S = 120.0  # for an answer that is no transfer
 _SEND_S = 6 * 3600.0
@@ -287,13 +290,35 @@ def _declared(incoming: Path, name: str, log: Path) -> dict[str, Any]:
 
 
 def place_folds(output: Path, paths: Paths) -> list[str]:
-    """Copy trained folds to where local runs are; a local one of the same name is left alone."""
+    """Copy trained folds to where local runs are, each complete or not at all.
+
+    A local one of the same name is left alone, unless it is what the fetched one went on from.
+    """
     placed = []
     for folder in sorted(output.glob(f"artifacts/{paths.comp}/runs/*/fold*")):
         target = paths.fold_dir(folder.parent.name, int(folder.name.removeprefix("fold")))
-        if target.exists():
+        goes_on = target.exists() and _goes_on(folder, target)
+        if target.exists() and not goes_on:
             say(f"{target}: is there already and stays; the fetched one is in {folder}")
             continue
-        shutil.copytree(folder, target)
+        sweep(target)
+        part = target.with_name(f".{target.name}.part-{os.getpid()}")
+        try:
+            for path in filter(Path.is_file, folder.rglob("*")):
+                (part / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, part / path.relative_to(folder))
+            with run_lock(target) if goes_on else contextlib.nullcontext():
+                if goes_on:
+                    shutil.rmtree(target)
+                part.rename(target)
+        finally:
+            sweep(target)
         placed.append(str(target))
     return placed
+
+
+def _goes_on(folder: Path, target: Path) -> bool:
+    """Whether a fetched fold is the same run as a local one, trained on: its metrics begin with all of that one's."""
+    files = [place / "metrics.jsonl" for place in (folder, target)]
+    told, known = (path.read_bytes() if path.is_file() else b"" for path in files)
+    return b"" != known != told and told.startswith(known)

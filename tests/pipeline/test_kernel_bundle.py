@@ -26,7 +26,7 @@ from pipeline import preprocess, synthetic, train_folds, viennarna
 from pipeline.cli import run_verb
 from pipeline.competitions import competition_of, get_competition
 from pipeline.errors import ConfigError, DataError, StoppedError
-from pipeline.kernel import bundle, script, wheels
+from pipeline.kernel import bundle, script, service, wheels
 from pipeline.paths import REPOSITORY, Paths
 from pipeline.training import stop
 from pipeline.training.checkpoint import CheckpointStore
@@ -365,6 +365,11 @@ def test_a_training_stopped_by_its_clock_goes_on_in_the_next_notebook(
     assert steps == [65, 116]
     starts = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"start"' in line]
     assert [row["resumed_step"] for row in starts] == [0, steps[0]]
+    store = CheckpointStore(here.fold_dir(order.run, 0) / "checkpoints")
+    for work, step, is_placed in [("first", 65, 1), ("first", 65, 0), ("second", 116, 1), ("first", 116, 0)]:
+        placed = service.place_folds(tmp_path / work, here)
+        assert placed == [str(store.folder.parent)] * is_placed, "of the second it said: is there already and stays"
+        assert [meta["step"] for meta in [store.newest_meta()] if meta] == [step]
 
 
 def test_pairing_that_takes_all_the_time_goes_on_in_the_next_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -660,6 +665,17 @@ def test_a_bundle_with_a_credential_leaves_nothing(tmp_path: Path, monkeypatch: 
     with pytest.raises(DataError, match=r"mine.toml: looks like a credential"):
         pack(order_of(paths, model=str(toml), overrides=()))
     assert not list((paths.home / "kernels").iterdir())
+
+
+def test_what_a_killed_build_left_is_no_bundle_and_goes_with_the_next(tmp_path: Path, capsys):
+    """`make kernel-push` said that there are several bundles, and named one of them .…part-1234; none ever went."""
+    paths = Paths(comp="ribonanza", root=tmp_path / "artifacts")
+    home = pack(order_of(paths))
+    shutil.copytree(home, left := home.with_name(f".{home.name}.part-{2**22 + 1}"))
+    assert run_verb(["kernel-push", "--artifacts", str(paths.root), "--slug", "other"]) == 2
+    assert f"Next: SLUG={home.name}. (exit" in "".join(capsys.readouterr().err.split("\n"))
+    pack(order_of(paths))
+    assert not left.exists()
 
 
 def test_our_own_bundles_hold_no_credential(trained: Trained, monkeypatch: pytest.MonkeyPatch):

@@ -1,7 +1,9 @@
 """Notebooks on Kaggle: the real client against a server on the loopback interface; only evidence counts."""
 
+import errno
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,6 +196,36 @@ def test_what_a_notebook_left_is_verified_and_becomes_a_local_run(desk: Desk):
     desk.paths.oof(RUN, 0).write_bytes(b"mine")
     assert service.pull(desk.paths, slug=desk.slug).facts["placed"] == []
     assert desk.paths.oof(RUN, 0).read_bytes() == b"mine"
+
+
+def test_a_fold_is_placed_whole_or_not_at_all(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+    """A full disk, or a kill, left half of it, of which every later pull said that it "is there already and stays"."""
+    desk.leave(FILES)
+    fold = desk.paths.fold_dir(RUN, 0)
+    copy = shutil.copyfile
+
+    def fill_up(source: Path, target: Path) -> None:
+        monkeypatch.setattr(shutil, "copyfile", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", fill_up)
+    with pytest.raises(OSError, match="full"):
+        service.pull(desk.paths, slug=desk.slug)
+    assert list(fold.parent.iterdir()) == []
+    (fold.parent / f".fold0.part-{2**22 + 1}").mkdir()  # of a killed process
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    assert service.pull(desk.paths, slug=desk.slug).facts["placed"] == [str(fold)]
+    assert [path.name for path in fold.parent.iterdir()] == ["fold0"]
+    assert sum(path.is_file() for path in fold.rglob("*")) == len(FILES)
+
+
+def test_code_of_another_bundle_is_not_sent(desk: Desk):
+    """A `make kernel` that was killed left new code beside the old data set, and both were sent."""
+    path = desk.home / "code" / "kernel.py"
+    path.write_text(path.read_text() + "# other\n")
+    with pytest.raises(DataError, match=r"kernel.py: absent, or of another bundle .* Next: make kernel"):
+        desk.push()
+    assert desk.kaggle.calls == []
 
 
 @pytest.mark.parametrize("damage", ["absent", "other"])
