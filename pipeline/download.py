@@ -18,6 +18,7 @@ from pipeline.errors import ConfigError, DataError, NetworkError
 from pipeline.paths import Paths
 from pipeline.runlog import Bar, say
 from pipeline.stage import Report, sha256_file, write_json
+from pipeline.training.stop import alone_in
 
 _TIMEOUT_S = 12 * 3600.0
 _MAGIC = {".zip": b"PK", ".parquet": b"PAR1", ".gz": b"\x1f\x8b"}
@@ -48,14 +49,14 @@ def run(competition: Competition, paths: Paths, *, files: Sequence[str] = ()) ->
     for name in wanted:
         if Path(name).name != name:
             raise ConfigError(f"FILES={name!r}: expected names without folders, or all. Next: FILES={Path(name).name}.")
-    paths.raw.mkdir(parents=True, exist_ok=True)
-    manifest = _read_manifest(paths.raw)
-    missing = [name for name in wanted if not _intact(paths.raw, manifest, name)]
-    for name in missing:
-        for path in _fetch(competition, paths.raw, name):
-            entry = {"sha256": sha256_file(path), "bytes": path.stat().st_size, "asked": name}
-            manifest[str(path.relative_to(paths.raw))] = entry
-        write_json(paths.raw / _MANIFEST, {"files": manifest})
+    with alone_in(paths.raw, what="downloads into it"):  # two clients would write one file
+        manifest = _read_manifest(paths.raw)
+        missing = [name for name in wanted if not _intact(paths.raw, manifest, name)]
+        for name in missing:
+            for path in _fetch(competition, paths.raw, name):
+                entry = {"sha256": sha256_file(path), "bytes": path.stat().st_size, "asked": name}
+                manifest[str(path.relative_to(paths.raw))] = entry
+            write_json(paths.raw / _MANIFEST, {"files": manifest})
     total = sum(entry["bytes"] for entry in manifest.values())
     facts = {"files": sorted(manifest), "bytes": total}
     status: Any = "built" if missing else "current"

@@ -69,7 +69,7 @@ def need_table(folder: Path, stem: str, *, suffix: str = ".csv") -> Path:
         absent = f"{folder}: no {stem}{', '.join(first)} or {last}, and no zip that holds {stem}{suffix}"
         if folder.is_file():
             raise DataError(f"{absent}. Next: give the zip of this competition, or the folder of its files.")
-        there = sorted((path.name for path in folder.iterdir()), key=lambda name: (not name.startswith(stem), name))
+        there = sorted((path.name for path in folder.glob("[!.]*")), key=lambda name: (not name.startswith(stem), name))
         found = ", ".join(there[:4]) + (" …" if len(there) > 4 else "") if there else "nothing"
         below = [path.parent for ending in _endings(suffix) for path in sorted(folder.glob(f"*/{stem}{ending}"))]
         then = f"RAW={below[0]}" if below else "download the competition's files into that folder"

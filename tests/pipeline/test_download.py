@@ -1,5 +1,6 @@
 """The real Kaggle client against a server on the loopback interface: what comes is checked, what fails is explained."""
 
+import fcntl
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from pipeline import archive, download, kaggle_cli
 from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError, NetworkError
 from pipeline.paths import Paths
+from pipeline.training import stop
 from tests.kaggle_server import FakeKaggle, serve
 from tests.pipeline.tiny import TINY
 
@@ -48,10 +50,24 @@ def test_files_come_once_and_are_known_by_their_sha256(kaggle: FakeKaggle, paths
     first = download.run(HERE, paths)
     assert first.status == "built"
     assert (paths.raw / "train.csv").read_bytes() == CSV
-    assert sorted(path.name for path in paths.raw.iterdir()) == ["manifest.json", "test.csv", "train.csv"]
+    assert sorted(path.name for path in paths.raw.glob("[!.]*")) == ["manifest.json", "test.csv", "train.csv"]
     calls = len(kaggle.calls)
     assert download.run(HERE, paths).status == "current"
     assert len(kaggle.calls) == calls
+
+
+def test_a_download_that_is_under_way_is_waited_for(kaggle: FakeKaggle, paths: Paths, monkeypatch: pytest.MonkeyPatch):
+    """The second wrote to the first one's file, and the first ended in a traceback: No such file or directory."""
+    paths.raw.mkdir(parents=True)
+    with (paths.raw / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+
+        def let_go(_: str) -> None:
+            assert not kaggle.calls
+            fcntl.flock(other, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(stop, "say", let_go)
+        assert download.run(HERE, paths).status == "built"
 
 
 def test_a_file_of_the_right_size_and_other_bytes_comes_again(kaggle: FakeKaggle, paths: Paths):
@@ -73,7 +89,7 @@ def test_a_labelled_set_named_after_its_competition_comes_whole(kaggle: FakeKagg
     kaggle.files["tiny-rna.zip"] = zipped(**{"train.csv": CSV, "test.csv": CSV})
     paths = Paths(comp="labelled-tiny-rna", root=tmp_path / "artifacts")
     download.run(get_competition(paths.comp), paths)
-    assert sorted(path.name for path in paths.raw.iterdir()) == ["manifest.json", "test.csv", "train.csv"]
+    assert sorted(path.name for path in paths.raw.glob("[!.]*")) == ["manifest.json", "test.csv", "train.csv"]
     assert download.run(get_competition(paths.comp), paths).status == "current"
 
 
