@@ -57,8 +57,11 @@ def run(paths: Paths, *, competition: Competition, name: str) -> Report:
         "entry_points.md": _entry_points(steps),
     }
     (home / "configs").mkdir(exist_ok=True)
-    for run, folds in trained.items():
-        (home / "configs" / _config_name(run)).write_text(_toml(folds[0]["config"]))
+    configs = {home / "configs" / _config_name(run): _toml(folds[0]["config"]) for run, folds in trained.items()}
+    for path in set((home / "configs").glob("*.toml")) - set(configs):  # of an earlier ensemble of this name
+        path.unlink()
+    for path, text in configs.items():
+        path.write_text(text)
     for file, text in texts.items():
         (home / file).write_text(text)
     write_json(home / "SETTINGS.json", _settings(paths, told, name))

@@ -149,6 +149,17 @@ def test_runs_without_a_network_are_told_with_their_commands(tmp_path: Path):
     assert "denovo.sim80_k5: without a network" in written["README.md"].read_text()
 
 
+def test_settings_of_runs_that_the_ensemble_has_no_more_are_handed_over_no_more(
+    tmp_path: Path, written: dict[str, Path]
+):
+    """They stayed in configs/, among those of the networks that made the submission."""
+    paths, configs = make_paths(tmp_path), written["README.md"].parent / "configs"
+    about, before = paths.ensemble_dir("all") / "weights.json", sorted(path.name for path in configs.iterdir())
+    write_json(about, json.loads(about.read_text()) | {"runs": RUNS[:1]})
+    handover.run(paths, competition=COMPETITION, name="all")
+    assert (len(before), [path.name for path in configs.iterdir()]) == (2, ["hyena.toml"])
+
+
 def test_an_ensemble_of_some_folds_trains_these_alone(tmp_path: Path, written: dict[str, Path]):
     assert "PARTIAL" not in written["entry_points.md"].read_text()
     paths = make_paths(tmp_path)
