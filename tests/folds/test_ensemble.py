@@ -5,7 +5,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from folds import blend, ensemble
+from folds import blend, ensemble, weights
 from folds.candidates import _nested, _Policy, choose_candidates
 from folds.job import Job
 from folds.weights import learn_mixture, learn_weights, least_square_on_simplex
@@ -155,6 +155,22 @@ def test_one_certain_mistake_does_not_break_a_mixture():
     found = learn_mixture(np.array([[1e-7, 0.5], [1.0, 0.5], [1.0, 0.5], [1.0, 0.5]]))
     assert 0.1 < found.values_M[0] < 0.9
     assert found.gap < 1e-5
+
+
+@pytest.mark.parametrize("power", [0, 1, 2])
+def test_the_gap_of_weights_that_are_not_the_best_is_no_less_than_what_the_best_gain(rng, monkeypatch, power):
+    """Power 0 stands for the log loss. The certificate of a learning that ends too early, which no test had seen."""
+    truth_T = rng.uniform(size=300)
+    predictions_TM = truth_T[:, None] + rng.normal(0.0, (0.05, 0.2, 0.4), size=(300, 3))
+    right_TM = rng.uniform((0.6, 0.1, 0.01), 1.0, size=(300, 3))
+    best = learn_weights(predictions_TM, truth_T, power=power) if power else learn_mixture(right_TM)
+    monkeypatch.setattr(weights, "_STEPS", 0)
+    monkeypatch.setattr(weights, "_LOG_STEPS", 0)
+    begun = learn_weights(predictions_TM, truth_T, power=power) if power else learn_mixture(right_TM)
+    error_T = predictions_TM.mean(axis=1) - truth_T
+    expected = -np.log(right_TM.mean(axis=1)).mean() if power == 0 else (np.abs(error_T) ** power).mean()
+    assert begun.loss == pytest.approx(expected, rel=1e-5)
+    assert best.gap < 1e-5 < begun.loss - best.loss <= begun.gap + (weights.SMOOTHING if power == 1 else 0)
 
 
 # -- classes

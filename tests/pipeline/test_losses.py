@@ -53,7 +53,8 @@ def rows(batch: RnaBatch, where: slice) -> RnaBatch:
     return RnaBatch(batch.ids[where], inputs, batch.target_BLC[where], batch.weight_BC[where])
 
 
-def test_the_loss_is_the_weighted_mean_error_on_clipped_targets(generator):
+@pytest.mark.parametrize("power", [1, 2])
+def test_the_loss_is_the_weighted_mean_error_on_clipped_targets(generator, power):
     batch = value_batch(generator, [9, 5])
     predicted_BLC = torch.randn(2, 9, 2, generator=generator)
     total = weight = 0.0
@@ -61,9 +62,9 @@ def test_the_loss_is_the_weighted_mean_error_on_clipped_targets(generator):
         for k in range(2, length):
             for c in range(2):
                 target = min(max(float(batch.target_BLC[b, k, c]), 0.0), 1.0)
-                total += float(batch.weight_BC[b, c]) * abs(float(predicted_BLC[b, k, c]) - target)
+                total += float(batch.weight_BC[b, c]) * abs(float(predicted_BLC[b, k, c]) - target) ** power
                 weight += float(batch.weight_BC[b, c])
-    loss = MaskedError((0.0, 1.0))
+    loss = MaskedError((0.0, 1.0), power)
     assert float(loss.total(RnaOutputs(predicted_BLC), batch)) == pytest.approx(total, rel=1e-5)
     assert loss.weight(batch) == pytest.approx(weight, rel=1e-6)
 
@@ -185,13 +186,18 @@ def test_a_sample_of_pairs_estimates_the_loss_of_all(generator):
     assert np.mean(sampled) == pytest.approx(both, rel=0.03)
 
 
-def test_a_structure_without_two_resolved_nucleotides_counts_nothing():
-    batch = structure_batch()
+def test_a_structure_without_two_resolved_nucleotides_counts_nothing(generator):
+    batch, outputs = structure_batch(), structure_outputs(generator)
+    batch.target_BLC[1, 2:] = math.nan
+    pair = LOSS.terms(outputs, batch)
+    assert LOSS.weight(batch) == 2, "a single pair teaches"
     batch.target_BLC[1, 1:] = math.nan
     logits_BLLK = torch.zeros(2, 12, 12, 8, requires_grad=True)
     LOSS.total(RnaOutputs(distance_logits_BLLK=logits_BLLK), batch).backward()
     assert LOSS.weight(batch) == 1
     assert not logits_BLLK.grad[1].any()
+    alone = LOSS.terms(outputs, batch)
+    assert all(getattr(alone, name) < getattr(pair, name) for name in ("distance", "tm", "confidence"))
 
 
 # --- coordinates ---
