@@ -71,10 +71,11 @@ def test_batches_by_tokens_stay_within_them_longest_first(lengths):
     assert longest == sorted(longest, reverse=True)
 
 
-def test_batches_by_pairs_stay_within_the_square(lengths):
-    batches = plan_by_tokens(lengths, max_tokens=10**6, max_pairs=100_000)
+def test_batches_by_pairs_stay_within_the_square_and_within_their_tokens(lengths):
+    batches = plan_by_tokens(lengths, max_tokens=1000, max_pairs=100_000)
     np.testing.assert_array_equal(np.sort(np.concatenate(batches)), np.arange(len(lengths)))
     assert all(len(batch) * lengths[batch].max() ** 2 <= 100_000 for batch in batches)
+    assert all(len(batch) * lengths[batch].max() <= 1000 for batch in batches)
 
 
 def test_a_sequence_longer_than_the_limit_comes_alone():

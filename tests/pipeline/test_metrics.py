@@ -74,6 +74,19 @@ def test_no_unit_has_more_say_in_the_best_epoch_than_another(truth, unit):
     assert chosen[0] < chosen[1]
 
 
+def test_the_best_epoch_is_chosen_by_the_weights_of_those_numbers_that_were_measured():
+    numbers = Numbers(("a", "b", "c"), (9, 9, 9), (5.0, 0.0, 1.0), (2.0, 100.0, 0.0), "ACGU")
+    competition = get_competition("labelled-x").with_facts({"numbers": numbers.names})
+    meter = make_meter(competition, TrainConfig(target_weights={"b": 3.0}), numbers)
+    batch = RnaBatch(("s", "t"), batch_of(torch.zeros(2, 1, 1)).inputs, label_BC=torch.full((2, 3), math.nan).double())
+    batch.label_BC[:, 0], batch.label_BC[0, 1] = torch.tensor([5.0, 7.0]), 80.0
+    meter.add(RnaOutputs(class_logits_BC=torch.tensor([[0.5, 0.0, 7.0], [0.5, 9.0, 7.0]])), batch)
+    assert meter.result()["a"] == pytest.approx(1.0)
+    assert meter.result()["b"] == pytest.approx(80.0)
+    assert math.isnan(meter.result()["c"])
+    assert meter.result()["choice"] == pytest.approx((1.0 / 2.0 * 1 + 80.0 / 100.0 * 3) / 4)
+
+
 def test_predictions_under_the_padding_do_not_count(truth):
     batch = batch_of(truth)
     batch.inputs.mask_BL[:, 5:] = False
