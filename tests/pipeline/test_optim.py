@@ -29,9 +29,35 @@ def test_one_cycle_starts_at_a_25th_peaks_after_the_warm_up_and_ends_at_a_thousa
     assert rate(100, "one_cycle") == pytest.approx(0.002)
 
 
+def rates_of(scheduler: torch.optim.lr_scheduler.LRScheduler, *, updates: int) -> list[float]:
+    found = []
+    for _ in range(updates):
+        found += scheduler.get_last_lr()
+        scheduler.optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_between_its_ends_one_cycle_is_torchs_own():
+    """Lines in place of both cosines passed: beginning, top, middle and end are the same."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    options = {"pct_start": 11 / 102, "div_factor": 25, "final_div_factor": 40, "cycle_momentum": False}
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2.0, total_steps=102, **options)
+    assert [rate(k, "one_cycle", total=102) for k in range(101)] == pytest.approx(rates_of(theirs, updates=101))
+
+
 def test_cosine_rises_on_a_line_and_falls_on_a_cosine():
     assert [rate(k, "cosine") for k in (0, 4, 9, 10)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
-    assert rate(100, "cosine") == pytest.approx(0.002)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90, eta_min=0.002)
+    assert [rate(k, "cosine") for k in range(10, 101)] == pytest.approx(rates_of(theirs, updates=91))
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.1])
+def test_a_run_of_three_updates_warms_up_in_one(warmup):
+    told = {name: [rate(k, name, total=3, warmup=warmup) for k in range(3)] for name in ("one_cycle", "cosine")}
+    assert told["one_cycle"] == pytest.approx([2.0 / 25, 2.0, 0.002])
+    assert told["cosine"] == pytest.approx([2.0, 2.0, 0.002])
 
 
 def test_constant_stays():
@@ -89,7 +115,7 @@ def test_the_average_follows_the_closed_form():
         ema.update(updates=n)
         decay = min(0.9, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * n
-    assert float(ema.module.weight.detach()) == pytest.approx(expected, rel=1e-5)
+        assert float(ema.module.weight.detach()) == pytest.approx(expected, rel=1e-5), n
 
 
 def test_the_average_copies_buffers_and_neither_trains_nor_drops_out():
