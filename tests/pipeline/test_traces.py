@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from pipeline.structure.assembly import trace_from_pairs
@@ -67,6 +68,41 @@ def test_descent_on_the_frames_turns_a_mirror_image_into_the_fold(generator):
         traces.frame_error(predicted_L3, true_L3).backward()
         optimizer.step()
     assert float(traces.soft_tm_score(predicted_L3.detach(), true_L3)) > 0.9
+
+
+@pytest.mark.parametrize("noise", [0.5, 4.0])
+def test_the_frames_error_is_the_mean_distance_seen_from_each(generator, noise):
+    """By loops over frames and nucleotides; laws alone did not tell a distance from a sum of coordinates."""
+    true_L3, predicted_L3 = fold(14).double(), noisy(fold(14), noise, generator).double()
+    true_L3[9] = math.nan
+
+    def seen(xyz_L3: Tensor, k: int, r: int) -> Tensor:
+        before, origin, after = xyz_L3[k - 1 : k + 2]
+        along = (after - before) / (after - before).norm()
+        out = (origin - before) - (origin - before).dot(along) * along
+        out = out / out.norm()
+        return torch.stack([along, out, torch.linalg.cross(along, out)]) @ (xyz_L3[r] - origin)
+
+    frames = [k for k in range(1, 13) if k not in (8, 9, 10)]
+    off = [seen(predicted_L3, k, r) - seen(true_L3, k, r) for k in frames for r in range(14) if r != 9]
+    expected = np.mean([min(float(each.norm()), 10.0) for each in off]) / 10
+    assert float(traces.frame_error(predicted_L3, true_L3)) == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("turn", [(1.0, 1.0, 1.0), (1.0, -1.0, 1.0)], ids=["", "mirrored"])
+def test_the_soft_score_is_that_of_four_weighted_superpositions(generator, turn):
+    true_L3 = fold(50).double()
+    true_L3[[3, 20]] = math.nan
+    predicted_L3 = moved(noisy(fold(50), 2.0, generator), generator).double() * torch.tensor(turn)
+    there_L = ~true_L3.isnan().any(dim=1)
+    mobile, fixed = predicted_L3[there_L].numpy(), true_L3[there_L].numpy()
+    share = np.ones(48)
+    for _ in range(4):
+        mobile_mean, fixed_mean = (np.average(each, axis=0, weights=share**2) for each in (mobile, fixed))
+        motion, _ = Rotation.align_vectors(fixed - fixed_mean, mobile - mobile_mean, weights=share**2)
+        square = np.square(motion.apply(mobile - mobile_mean) - (fixed - fixed_mean)).sum(axis=1)
+        share = 1 / (1 + square / (0.6 * math.sqrt(47.5) - 2.5) ** 2)
+    assert float(traces.soft_tm_score(predicted_L3, true_L3)) == pytest.approx(share.mean(), abs=1e-9)
 
 
 def test_more_noise_is_more_error(generator):
