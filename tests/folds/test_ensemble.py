@@ -11,7 +11,7 @@ from folds.job import Job
 from folds.weights import learn_mixture, learn_weights, least_square_on_simplex
 from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError
-from pipeline.labels import log_losses, read_classes
+from pipeline.labels import Classes, log_losses, read_classes
 from pipeline.paths import Paths
 from pipeline.stage import sha256_file
 from tests.chain_tables import (
@@ -171,6 +171,29 @@ def test_the_gap_of_weights_that_are_not_the_best_is_no_less_than_what_the_best_
     expected = -np.log(right_TM.mean(axis=1)).mean() if power == 0 else (np.abs(error_T) ** power).mean()
     assert begun.loss == pytest.approx(expected, rel=1e-5)
     assert best.gap < 1e-5 < begun.loss - best.loss <= begun.gap + (weights.SMOOTHING if power == 1 else 0)
+
+
+def job_of(paths: Paths, competition, classes: Classes | None = None) -> Job:
+    found = {"competition": competition, "classes": classes, "folds": [0, 1], "skipped": []}
+    return Job(paths=paths, runs=("a", "b"), split=SPLIT, **found)
+
+
+def test_weights_are_learned_from_the_truth_as_the_metric_clips_it(tmp_path, rng):
+    truth_T = rng.normal(0.5, 1.0, size=400)
+    predictions_TM = np.stack([truth_T, truth_T.clip(0, 1)], axis=1)
+    found = blend._fit(job_of(make_paths(tmp_path), RIBONANZA), predictions_TM, truth_T)
+    assert found.values_M.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_what_every_run_held_to_be_impossible_does_not_break_the_weights(tmp_path, exclusive):
+    """Of a truth that all runs gave 0 the log would be infinite."""
+    classes = Classes(("x", "y"), (1, 1), exclusive, "ACGU")
+    said_TM = np.array([[0.0, 0.0], [1.0, 1.0], [0.9, 0.6], [0.1, 0.4], [0.8, 0.7], [0.2, 0.3]])
+    truth_T = np.array([1.0, 0.0, 1.0, 0.0, 1.0, 0.0])
+    found = blend._fit(job_of(make_paths(tmp_path), LABELLED, classes), said_TM, truth_T)
+    assert found.values_M == pytest.approx([1.0, 0.0])
+    assert np.isfinite([found.loss, found.gap]).all()
 
 
 # -- classes
