@@ -58,8 +58,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _seeded() -> None:
     """Whoever draws without a generator of his own draws the same numbers in whatever order tests are run."""
     random.seed(0)
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(0)
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        torch.manual_seed(0)
+    elif torch:  # for devices that are not begun torch would note who asked, 1 ms each time
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ CASES = {
 def build(case: str, *, seed: int = 0, device: str = "cpu", **kwargs: int | float | str | bool) -> RnaModel:
     """The network of a case, its parameters moved off their initial values: zero biases would hide leaks."""
     name, case_kwargs = CASES[case]
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     model = create_model(name, **(case_kwargs | kwargs))
     with torch.no_grad():
         for parameter in model.parameters():
