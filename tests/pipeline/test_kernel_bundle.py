@@ -341,10 +341,10 @@ def test_a_set_of_profiles_is_trained_without_its_raw_files_and_predicted_as_its
 def test_a_training_stopped_by_its_clock_goes_on_in_the_next_notebook(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A tenth of a limit is kept for its end, and a tenth of the rest for predictions; a step takes 1/8 s here."""
-    Clock(monkeypatch, script, train_folds, stop, stages).move_by_steps(monkeypatch, 0.125)
+    """A tenth of a limit is kept for its end, and a tenth of the rest for predictions; a step takes 1/4 s here."""
+    Clock(monkeypatch, script, train_folds, stop, stages).move_by_steps(monkeypatch, 0.25)
     here = Paths(comp="ribonanza", root=tmp_path / "here")
-    order = order_of(here, folds=(0,), overrides=("train.epochs=2000", "train.save_every=20"), tag="long")
+    order = order_of(here, folds=(0,), overrides=("train.epochs=2000", "train.save_every=10"), tag="long")
     order = replace(order, run=RUN.replace("notebook", "long"))
     first = pack(order)
     raw = trained.folder / "raw"
@@ -362,7 +362,7 @@ def test_a_training_stopped_by_its_clock_goes_on_in_the_next_notebook(
         assert json.loads((tmp_path / work / "KERNEL.json").read_text())["state"] == "resumable"
         folder = tmp_path / work / "artifacts" / "ribonanza" / "runs" / order.run / "fold0"
         steps.append(CheckpointStore(folder / "checkpoints").newest_meta()["step"])
-    assert steps == [65, 116]
+    assert steps == [33, 59]
     starts = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"start"' in line]
     assert [row["resumed_step"] for row in starts] == [0, steps[0]]
     store = CheckpointStore(here.fold_dir(order.run, 0) / "checkpoints")
