@@ -195,7 +195,7 @@ def make_plan(
     states = replace(plan.need, activations=0, heap=0)  # which no other step makes smaller
     if plan.fits or states.total > _room(available.size):
         return plan
-    smaller = ((candidate, count(candidate)) for candidate in _smaller(step))
+    smaller = ((candidate, count(candidate)) for candidate in _smaller(step) if candidate != step)
     return replace(plan, fitting=next((found for found in smaller if found[1].total <= _room(available.size)), None))
 
 
