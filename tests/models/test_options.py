@@ -104,7 +104,7 @@ def arguments(name: str, base: str) -> dict[str, Any]:
 
 def built(name: str, kwargs: dict[str, Any]) -> RnaModel:
     """A network whose parameters are all different from zero and from each other."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     model = create_model(name, **kwargs)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -116,7 +116,7 @@ def answers(model: RnaModel) -> list[dict[str, Tensor]]:
     """Outputs in evaluation and in training, with the same random numbers for every network."""
     found = []
     for training in (False, True):
-        torch.manual_seed(7)
+        torch.default_generator.manual_seed(7)
         with torch.no_grad():
             found.append(outputs(model.train(training), batch([30, 21])))
     return found
