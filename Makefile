@@ -155,9 +155,10 @@ doctor: $(ENVIRONMENT) ## say what this machine has and what will be used
 	@exec $(RNA) doctor --artifacts "$(ARTIFACTS)"
 demo: $(ENVIRONMENT) ## the whole chain on a small synthetic data set, on the CPU
 	@exec $(RNA) demo --artifacts "$(ARTIFACTS)/demo"
+# whatever the environment says of bytecode: each process that a test starts would compile all anew, and so would pytest
 test: $(ENVIRONMENT) ## lint, types and all tests that need no GPU, on up to four cores
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
-	@exec $(PY) -m pytest -q -m "not gpu" $(SIDE_BY_SIDE)
+	@PYTHONDONTWRITEBYTECODE= exec $(PY) -m pytest -q -m "not gpu" $(SIDE_BY_SIDE)
 test-floor: .venv-floor/.ready ## the same tests on the oldest packages that pyproject.toml allows (PYTHON=python3.11)
 	@exec .venv-floor/bin/python -m pytest -q -m "not gpu"
 .venv-floor/.ready: pyproject.toml .ci/floor-constraints.txt
