@@ -53,6 +53,9 @@ GIVEN := $(filter-out $(OUTER),$(foreach name,$(.VARIABLES),$(if $(filter comman
 STRIPPED := COMP MODEL SPLIT FOLD NAME TAG RUN SEEDS TRIALS NPROC BUDGET SEQ OUT ENGINE OWNER KERNEL VERSION SLUG FORMAT \
   MSA STEP LIMIT WAIT RESUME PYTHON PY EXTRAS
 $(foreach name,$(STRIPPED),$(eval override $(name) := $$(strip $$($(name)))))
+# what is asked for by 1 is not asked for by 0
+FLAGS := ALL ALLOW_CHANGES FOLLOW JSON KAGGLE NUCLEOTIDES PARTIAL RELOCK RESTART
+$(foreach name,$(FLAGS),$(if $(filter 0 no false,$($(name))),$(eval override $(name) :=)))
 # a path as a recipe's double quotes hold it
 path = $(subst `,\`,$(subst ",\",$(subst $$,\$$,$(subst \,\\,$(if $(word 2,$(1)),$(1),$(strip $(1)))))))
 override ARTIFACTS := $(or $(call path,$(ARTIFACTS)),artifacts)
@@ -77,6 +80,17 @@ $(error MODEL=$(MODEL): what is blended, scored, shown or sent goes by name. Nex
 endif
 ifneq ($(and $(filter FEATURES,$(GIVEN)),$(FEATURES),$(if $(FILE)$(SEQ),,alone)),)
 $(error FEATURES says what comes with sequences of your own. Next: FILE=<sequences> with it; data.features in SET for training)
+endif
+# how many folds, and in how many processes, is not left out without a word: $(call unread,VARIABLE,<target>,<others that read it>)
+unread = $(and $(filter $(1),$(GIVEN)),$($(1)),$(filter $(2),$(MAKECMDGOALS)),$(if $(filter $(3),$(MAKECMDGOALS)),,unread))
+ifneq ($(call unread,ALL,train,train-bg logs stop sweep kernel),)
+$(error ALL: make train trains one fold. Next: make train-all)
+endif
+ifneq ($(call unread,FOLD,train-all,train train-bg logs stop sweep replay predict embed kernel),)
+$(error FOLD=$(FOLD): make train-all trains every fold. Next: make train FOLD=$(FOLD))
+endif
+ifneq ($(and $(call unread,NPROC,sweep,train train-all train-bg plan),$(filter-out 1,$(NPROC))),)
+$(error NPROC=$(NPROC): a sweep trains one run at a time, in one process. Next: start it once for each GPU, with CUDA_VISIBLE_DEVICES=<its number> before make)
 endif
 ifneq ($(and $(strip $(SET)),$(if $(TAG)$(ALLOW_CHANGES)$(filter plan sweep,$(MAKECMDGOALS)),,untagged)),)
 $(error SET changes what a run is, so name the variant: add TAG=some-name)

@@ -377,6 +377,38 @@ def test_make_takes_what_the_environment_says_but_no_name():
     assert '--name "all"' in done
 
 
+def test_what_is_asked_for_by_1_is_not_asked_for_by_0():
+    """`make train RESTART=0` set the run aside and began anew."""
+    flags = ["ALL", "ALLOW_CHANGES", "FOLLOW", "JSON", "KAGGLE", "NUCLEOTIDES", "PARTIAL", "RELOCK", "RESTART"]
+    command = [
+        "make",
+        "-n",
+        "folds",
+        "train",
+        "train-bg",
+        "status",
+        "logs",
+        "embed",
+        "ensemble",
+        "submit",
+        "PY=python3",
+    ]
+    without, refused, wanted = (
+        subprocess.run(
+            [*command, *(f"{flag}={value}" for flag in flags if value)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for value in ("", "0", "1")
+    )
+    assert refused == without
+    for option in ("all-folds", "allow-changes", "follow", "json", "per-nucleotide", "partial", "relock", "restart"):
+        assert (f"--{option}" in wanted, f"--{option}" in without) == (True, False), option
+    assert ("submit-kaggle" in wanted, "submit-kaggle" in without) == (True, False)
+
+
 def test_make_refuses_variables_in_small_letters():
     """`make train fold=3` trained fold 0."""
     done = subprocess.run(["make", "-n", "train", "fold=3"], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -394,12 +426,18 @@ def test_make_refuses_variables_in_small_letters():
         ("evaluate report MODEL=hyena", "MODEL=hyena: what is blended, scored, shown or sent goes by name. Next: RUN="),
         ("structures MODEL=hyena", "MODEL=hyena: what is blended, scored, shown or sent goes by name. Next: RUN="),
         ("predict FEATURES=a=b", "FEATURES says what comes with sequences of your own. Next: FILE="),
+        ("train ALL=1", "ALL: make train trains one fold. Next: make train-all."),
+        ("data folds train-all FOLD=2", "FOLD=2: make train-all trains every fold. Next: make train FOLD=2."),
+        (
+            "sweep NPROC=2",
+            "NPROC=2: a sweep trains one run at a time, in one process. Next: start it once for each GPU",
+        ),
     ],
 )
 def test_make_refuses_variables_that_would_be_left_out(words, sentence):
     """`make train FOLDS=3 MODLE=hyena` trained fold 0 of another model; `make evaluate MODEL=hyena` scored all runs.
 
-    `make structures MODEL=denovo` without FILE wrote the files of ensemble all.
+    `make structures MODEL=denovo` without FILE wrote the files of ensemble all. `make train ALL=1` trained fold 0.
     """
     done = subprocess.run(["make", "-n", *words.split()], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -409,7 +447,10 @@ def test_make_refuses_variables_that_would_be_left_out(words, sentence):
 @pytest.mark.parametrize(
     "words",
     [
-        "train OMP_NUM_THREADS=2 RESTART=1 CXX=g++",
+        "train OMP_NUM_THREADS=2 RESTART=1 CXX=g++ ALL=0",
+        "train-all predict FOLD=2",
+        "train-bg ALL=1 NPROC=2",
+        "sweep ALL=1 NPROC=1",
         "train evaluate MODEL=hyena",
         "train-all ensemble structures COMP=rna3d MODEL=small_structure",
         "structures MODEL=denovo SEQ=ACGU",
