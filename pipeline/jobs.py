@@ -69,6 +69,8 @@ def _forget(folder: Path) -> None:
             _forget(fold)
     if not folder.is_dir() or any(path.name not in _TRACES for path in folder.iterdir()):  # it may have been moved
         return
+    if lock_holder(folder) is not None:  # of one that began it without the job's lock
+        return
     with contextlib.suppress(OSError):  # the first folder that is not empty stays, and all above it
         for name in _TRACES:
             (folder / name).unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from pipeline import train
 from pipeline.competitions.base import Competition
 from pipeline.config import load_config
 from pipeline.errors import BusyError, ConfigError, DivergedError
+from pipeline.jobs import at_work
 from pipeline.paths import Paths
 from pipeline.runlog import read_status, say
 from pipeline.runs import SWEEP
@@ -93,16 +94,10 @@ class Sweep:
         if read_status(folder).get("state") == "diverged":
             say(f"{folder}: this run diverged before, and counts as such. Next: move this folder away to try it again.")
             return None
+        where: dict[str, Any] = {"competition": self.competition, "paths": self.paths, "run": run, "split": self.split}
         try:
-            report = train.run(
-                config,
-                competition=self.competition,
-                paths=self.paths,
-                run=run,
-                split=self.split,
-                fold=job.fold,
-                time_budget=budget,
-            )
+            with at_work(folder):
+                report = train.run(config, **where, fold=job.fold, time_budget=budget)
         except DivergedError as err:
             say(str(err))
             return None

@@ -115,6 +115,15 @@ def test_settings_in_another_order_are_the_same_runs(small: Sweep):
     assert one.run_name(job) == before, "as the version before named it"
 
 
+def test_a_sweep_that_is_refused_leaves_no_trace(small: Sweep):
+    """Without clean tables `make evaluate RUN=…` then named "tiny+sweep-lr-b6212ddb-s2026.sim80_k2" as a run."""
+    small.paths.clean("train").unlink()
+    with pytest.raises(DataError, match="no clean table"):
+        stage.run(small, [Axis(key="train.lr", values=[1e-3])])
+    assert not (small.paths.home / "runs").exists()
+    assert not small.folder.exists()
+
+
 def test_a_job_that_another_process_does_is_left_to_it(small: Sweep):
     job = small.jobs((("train.lr", 1e-3),))[0]
     with run_lock(small.paths.fold_dir(small.run_name(job), 0)):
