@@ -90,7 +90,8 @@ def read_chains(path: Path) -> list[Chain]:
             structure.resolution = _cif_resolution(block)
             released, parents = _cif_release(block), _cif_parents(block)
         else:
-            structure = gemmi.read_pdb_string(text)
+            # before 0.7.4 gemmi reads on, past a short line's end, in what the line before it left there
+            structure = gemmi.read_pdb_string(b"\n".join(line.ljust(80) for line in text.splitlines()))
             parents = {mod.res_id.name: mod.parent_comp_id for mod in structure.mod_residues}
             released = _pdb_release(text.decode("ascii", "replace"))
     except (ValueError, RuntimeError, IndexError, EOFError, OSError, zlib.error) as err:
