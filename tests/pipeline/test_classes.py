@@ -205,6 +205,8 @@ def test_of_several_labels_each_weighs_those_that_have_it_against_the_others():
     weights_NC = label_weights(label_NC, np.arange(4), exclusive=False, beta=0.99)
     assert weights_NC[:, 1].tolist() == pytest.approx([1, 1, 1, 1])
     assert weights_NC[0, 0] > 1 > weights_NC[1, 0] == weights_NC[2, 0]
+    alone_NC = label_weights(label_NC[:3], np.arange(3), exclusive=False, beta=0.99)
+    assert (label_weights(label_NC, np.arange(3), exclusive=False, beta=0.99)[:3] == alone_NC).all(), "of who trains"
 
 
 # --- metric ----------------------------------------------------------------------------------------------------------
