@@ -33,15 +33,16 @@ def random_positions(rng: np.random.Generator, size: int, *, folds: int = 2):
     return kmer_T, bin_T, truth_TC.astype(np.float32), rng.integers(0, folds, size=size)
 
 
-def exact_medians(key_T, truth_T, train_T, wanted_T):
+def exact_medians(key_T, truth_T, train_T, wanted_T, within=(0.0, 1.0)):
     """Median of the clipped truth of each key on the training positions, looked up at all wanted ones."""
-    medians = {key: np.median(np.clip(truth_T[train_T & (key_T == key)], 0.0, 1.0)) for key in np.unique(key_T)}
+    medians = {key: np.median(np.clip(truth_T[train_T & (key_T == key)], *within)) for key in np.unique(key_T)}
     return np.array([medians[key] for key in key_T[wanted_T]])
 
 
 def test_floors_agree_with_exact_medians_of_the_other_folds(rng):
     kmer_T, bin_T, truth_TC, fold_T = random_positions(rng, 30_000)
-    floors = tables()
+    ranges = (0.0, 1.0), (-0.5, 0.5)
+    floors = FloorTables([Medians(*within) for within in ranges], folds=[0, 1], unpaired=True)
     floors.add(kmer_T, bin_T, truth_TC, fold_T)
     fitted = floors.fit()
     nucleotide_T = kmer_T // 16 % 4
@@ -50,7 +51,7 @@ def test_floors_agree_with_exact_medians_of_the_other_folds(rng):
         for target in range(2):
             for fold in range(2):
                 here_T = fold_T == fold
-                wanted = exact_medians(key_T, truth_TC[:, target], ~here_T, here_T)
+                wanted = exact_medians(key_T, truth_TC[:, target], ~here_T, here_T, ranges[target])
                 np.testing.assert_allclose(got_TC[here_T, target], wanted, atol=0.004)
 
 
