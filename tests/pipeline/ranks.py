@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from models.registry import register_model
+from models.registry import create_model, register_model
 from pipeline import runlog, train
 from pipeline.competitions import competition_of
-from pipeline.config import load_config
+from pipeline.config import RunConfig, load_config
 from pipeline.errors import BusyError, DataError, DivergedError, PipelineError, StorageError
 from pipeline.paths import Paths
+from pipeline.plan import make_plan
 from pipeline.runlog import read_metrics
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.distributed import join
@@ -63,7 +65,7 @@ def scene(
         arm(*fault[1:])
     known = {one.name: one for one in (tiny.TINY, tiny.TINY3D)}
     competition = known.get(paths.comp) or competition_of(paths)
-    settings = load_config("tiny_hyena", config["set"]) if "set" in config else tiny.config(**config)
+    settings = settings_of(config)
     try:
         with join(timeout=timeout) as world:
             where = {"competition": competition, "paths": paths, "run": run, "split": tiny.SPLIT, "fold": 0}
@@ -73,6 +75,17 @@ def scene(
             sys.stderr.write(f"{os.environ.get('RANK')}: {type(err).__name__}: {err}\n")
         return getattr(err, "exit_code", StorageError.exit_code)  # as the command line does
     return 0
+
+
+def settings_of(config: dict[str, Any]) -> RunConfig:
+    return load_config("tiny_hyena", config["set"]) if "set" in config else tiny.config(**config)
+
+
+def plan_once(configs: Sequence[dict[str, Any]]) -> None:
+    """Plan the memory of each network, before a fork: what torch learns of its operators takes half a child's time."""
+    models = {repr(settings.model): settings for settings in map(settings_of, configs)}
+    for settings in models.values():
+        make_plan(settings, partial(create_model, settings.model.name, **settings.model.kwargs), length=30)
 
 
 def arm(at: int, what: str) -> None:
@@ -270,8 +283,9 @@ def main() -> int:
     if "RANK" in os.environ:
         options = json.loads(script)
         return scene(paths_of(Path(root), options["config"]), **options)
-    found = []
-    for one in json.loads(script):
+    found, scenes = [], json.loads(script)
+    plan_once([one["config"] for one in scenes])
+    for one in scenes:
         fork = fork_hung_ranks if one["fault"] and one["fault"][2] == "hang" else fork_ranks
         found.append(fork(one.pop("size"), root, **one))
     sys.stdout.write(json.dumps(found) + "\n")
