@@ -36,7 +36,7 @@ from pipeline.training.precision import Precision, choose_device, choose_precisi
 _HEAP_SHARE, _HEAP_LEAST = 0.18, 20 * 2**20  # of what a forward pass allocates, and whatever that is
 _HEAP_LARGEST = 32 * 2**20  # larger blocks go back to the system: glibc's M_MMAP_THRESHOLD after it has grown
 _MARGIN = 0.1  # of what is free, left alone: 22.2 GiB of 22.4 GiB were let go, and took it all
-_MOMENTS = 2  # of every parameter, if an optimiser needs real numbers to tell: most keep as many as AdamW
+_MOMENTS = 2  # of every parameter: AdamW's, and of an optimiser that needs real numbers to tell; most keep as many
 _SMALL = 128  # nt; longer sequences are not run for real
 _MOST_OPERATIONS = 60_000  # on fake tensors, about two seconds; a scan in a Python loop needs more
 _SHORTEST = 32  # nt that are still suggested
@@ -253,7 +253,9 @@ def estimate(
     forked = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(forked), torch.autograd.set_detect_anomaly(False):
         counted = _count(build, step, precision=precision, device=device)
-        moments = _moment_bytes(build, optimizer, device=device, otherwise=_MOMENTS * counted.gradients)
+        moments = _MOMENTS * counted.gradients
+        if optimizer != "adamw":
+            moments = _moment_bytes(build, optimizer, device=device, otherwise=moments)
     parts = step.processes if step.sharded else 1
     weights, gradients = -(-counted.weights // parts), -(-counted.gradients // parts)
     return Need(
