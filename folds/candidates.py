@@ -23,7 +23,7 @@ from pipeline.errors import DataError
 from pipeline.schema import CANDIDATES
 from pipeline.stage import write_json
 from pipeline.structure.geometry import Scorer, similarity
-from pipeline.tables import read_batches, require_out_of_fold
+from pipeline.tables import read_batches, read_fold_table, require_out_of_fold
 
 _COLUMNS = ("sequence_id", "candidate", "confidence", "x", "y", "z")
 #: What being a copy of a candidate already taken costs, in TM-score, and the one that is used where nothing is known.
@@ -163,7 +163,7 @@ def choose(job: Job, parts: dict[str, Path], *, score: Scorer | None = None) -> 
     learned = _learn(job, tables, score) if score else None
     oof = learned.pop("oof") if learned else choose_candidates(tables)
     test = _choose_test(job, learned)
-    held_out = pl.read_parquet(job.paths.fold_table(job.split), columns=["sequence_id", "fold"])
+    held_out = read_fold_table(job.paths.fold_table(job.split))
     held_out = held_out.filter(pl.col("fold").is_in(job.folds))
     lost = held_out.join(oof, on="sequence_id", how="anti")["sequence_id"].sort().to_list()
     columns = ["sequence_id", "fold", *_COLUMNS[1:], "source"]
@@ -354,7 +354,7 @@ def _read_structures(path: Path, *, fold: bool = False) -> pl.DataFrame:
 
 def _read_oof_structures(job: Job, each: str) -> pl.DataFrame:
     table = pl.concat([_read_structures(job.paths.oof(each, fold), fold=True) for fold in job.folds])
-    held_out = pl.read_parquet(job.paths.fold_table(job.split), columns=["sequence_id", "fold"])
+    held_out = read_fold_table(job.paths.fold_table(job.split))
     require_out_of_fold(table, held_out, where=f"run {each}", split=job.split)
     return table
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import DataError
 from pipeline.paths import how_to_make
 from pipeline.schema import folds_of_other_data
+from pipeline.stage import require_as_written, sha256_file
 
 #: Rows of a batch and of a row group that is written from one: about 3 MiB of float32 a target at 177 nt.
 BATCH_ROWS = 2048
@@ -61,6 +62,17 @@ def read_batches(path: Path, columns: Sequence[str], *, rows: int = BATCH_ROWS) 
         opened.close()
 
 
+def read_fold_table(path: Path, columns: Sequence[str] = ("sequence_id", "fold")) -> pl.DataFrame:
+    """Columns of ``folds/<split>.parquet``, in the file's order.
+
+    Raises:
+        DataError: missing, damaged, or not what `make folds` wrote.
+    """
+    open_parquet(path, columns).close()
+    require_as_written(path, sha256_file(path), manifest=path.with_suffix(".manifest.json"), label="folds")
+    return pl.read_parquet(path, columns=list(columns))
+
+
 def read_folds(path: Path, ids: Sequence[str]) -> pl.DataFrame:
     """``sequence_id, fold`` of a fold table, sorted by sequence_id.
 
@@ -69,10 +81,9 @@ def read_folds(path: Path, ids: Sequence[str]) -> pl.DataFrame:
         ids: sequence ids of the data that it should be for, each once.
 
     Raises:
-        DataError: missing, or a fold table from other data.
+        DataError: as `read_fold_table`, or it is from other data.
     """
-    open_parquet(path, ("sequence_id", "fold")).close()
-    table = pl.read_parquet(path, columns=["sequence_id", "fold"]).sort("sequence_id")
+    table = read_fold_table(path).sort("sequence_id")
     if not table["sequence_id"].equals(pl.Series(ids, dtype=pl.String).sort()):
         raise folds_of_other_data(path, table["sequence_id"].to_list(), ids)
     return table
@@ -82,10 +93,9 @@ def fold_numbers(path: Path) -> list[int]:
     """Folds of a fold table, in rising order.
 
     Raises:
-        DataError: missing or damaged.
+        DataError: as `read_fold_table`.
     """
-    open_parquet(path, ("sequence_id", "fold")).close()
-    return pl.read_parquet(path, columns=["fold"])["fold"].unique().sort().to_list()
+    return read_fold_table(path)["fold"].unique().sort().to_list()
 
 
 class SortedRows:
@@ -349,8 +359,7 @@ def out_of_fold(
 
 
 def _read_folds(fold_table: Path, train: Path) -> pl.DataFrame:
-    open_parquet(fold_table, ["sequence_id", "fold"]).close()
-    held_out = pl.read_parquet(fold_table, columns=["sequence_id", "fold"])
+    held_out = read_fold_table(fold_table)
     rows = pq.read_metadata(train).num_rows
     if held_out.height != rows:
         raise DataError(

@@ -22,7 +22,7 @@ from pipeline.paths import Paths
 from pipeline.ridge import Model as RidgeModel
 from pipeline.ridge import Ridge, View
 from pipeline.stage import Report, run_stage
-from pipeline.tables import labels_that_count, numbers_that_count, open_parquet
+from pipeline.tables import labels_that_count, numbers_that_count, open_parquet, read_fold_table
 
 #: Raised when the same tables give other predictions than before.
 VERSION = 2
@@ -135,7 +135,7 @@ def _require_labels(competition: Competition) -> None:
 def _read_train(paths: Paths, split: str, known: str) -> pl.DataFrame:
     """``sequence_id, sequence, scored, fold, cluster`` and what is known of every training sequence."""
     train = pl.read_parquet(paths.clean("train"), columns=["sequence_id", "sequence", "scored", known])
-    folds = pl.read_parquet(paths.fold_table(split), columns=["sequence_id", "fold", "cluster"])
+    folds = read_fold_table(paths.fold_table(split), ["sequence_id", "fold", "cluster"])
     table = train.join(folds, on="sequence_id", how="left", maintain_order="left", validate="1:1")
     if table["fold"].null_count() or folds.height != train.height or folds["fold"].n_unique() < 2:
         raise DataError(

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from pipeline.competitions.base import Competition
-from pipeline.tables import OofBatch
+from pipeline.tables import OofBatch, read_fold_table
 from submissions.breakdown import Groups
 
 #: Clusters beyond so many share blocks, which bounds the work: a score is computed anew without each block.
@@ -39,7 +39,7 @@ class Paired:
 
     def __init__(self, competition: Competition, fold_table: Path, sources: Sequence[str]) -> None:
         block = ((pl.col("cluster").rank("dense") - 1) % BLOCKS).alias("block")
-        self._blocks = pl.read_parquet(fold_table, columns=["sequence_id", "cluster"]).select("sequence_id", block)
+        self._blocks = read_fold_table(fold_table, ["sequence_id", "cluster"]).select("sequence_id", block)
         self._groups = {source: Groups(competition) for source in sources}
 
     def add(self, batch: OofBatch, truth_TC: np.ndarray) -> None:

@@ -14,7 +14,7 @@ import polars as pl
 from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.runlog import track, warn
-from pipeline.tables import finite_values, out_of_fold, read_batches
+from pipeline.tables import finite_values, out_of_fold, read_batches, read_fold_table
 from submissions.breakdown import LENGTH_STEP, over_folds
 
 
@@ -112,7 +112,7 @@ def floors_of(
         split: name of the fold table.
         predict: n sequences, [n, K] truth, [n] fold and [n] cluster of each -> floor -> [n, K].
     """
-    table = pl.read_parquet(paths.fold_table(split), columns=["sequence_id", "fold", "cluster"])
+    table = read_fold_table(paths.fold_table(split), ["sequence_id", "fold", "cluster"])
     folds = table["fold"].unique().sort().to_list()
     rows = pl.concat([batch.rows for batch in _batches(paths, answers, split, folds, {})])
     rows = rows.join(table.drop("fold"), on="sequence_id", how="left", maintain_order="left", validate="1:1")

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -7,6 +9,7 @@ import pytest
 from pipeline import arrays
 from pipeline.competitions import raw
 from pipeline.errors import DataError
+from pipeline.stage import sha256_file
 from pipeline.tables import (
     SortedRows,
     as_lists,
@@ -16,6 +19,7 @@ from pipeline.tables import (
     open_parquet,
     out_of_fold,
     read_batches,
+    read_fold_table,
 )
 
 
@@ -35,6 +39,21 @@ def test_null_lists_and_null_values_become_nan():
     assert np.isnan(flat_T).tolist() == [False, True, True, True, True, False]
     with pytest.raises(DataError, match="test: c: 1 values of values; expected 2"):
         flat_lists(column, np.array([2, 3, 2]), ids=pl.Series(["a", "b", "c"]), where="test")
+
+
+def test_a_damaged_fold_table_is_told_by_its_manifest(tmp_path):
+    """`make evaluate` ended in polars' traceback: "parquet: File out of specification: Invalid thrift: bad data"."""
+    path = tmp_path / "sim80_k2.parquet"
+    table = pl.DataFrame({"sequence_id": ["a", "b"], "fold": [0, 1]})
+    table.write_parquet(path)
+    found = {"facts": {}, "outputs": {"folds": sha256_file(path)}}
+    path.with_suffix(".manifest.json").write_text(json.dumps(found))
+    assert read_fold_table(path).equals(table)
+    data = bytearray(path.read_bytes())
+    data[4:40] = bytes(36)
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"sim80_k2\.parquet: not what its stage wrote: damaged or edited since"):
+        read_fold_table(path)
 
 
 def test_rows_are_handed_out_once_and_in_order(tmp_path, rng):
