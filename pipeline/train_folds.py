@@ -105,9 +105,9 @@ def run(
             folder = paths.fold_dir(run, fold)
             with _status_told(folder):
                 if fold == folds[0]:
-                    require_fold_table(paths.fold_table(split))  # what comes first takes minutes
                     beforehand()
                     if config.model.kwargs.get("use_bpp"):
+                        require_fold_table(paths.fold_table(split))  # probabilities take minutes
                         show(_pairing(paths, budget))
                 with attempts.counted(folder, **begins):
                     job = _Fold(config, competition, paths, run, split, fold, show, world)

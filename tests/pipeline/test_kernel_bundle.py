@@ -366,7 +366,7 @@ def test_a_training_stopped_by_its_clock_goes_on_in_the_next_notebook(
     starts = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"start"' in line]
     assert [row["resumed_step"] for row in starts] == [0, steps[0]]
     store = CheckpointStore(here.fold_dir(order.run, 0) / "checkpoints")
-    for work, step, is_placed in [("first", 65, 1), ("first", 65, 0), ("second", 116, 1), ("first", 116, 0)]:
+    for work, step, is_placed in [("first", 33, 1), ("first", 33, 0), ("second", 59, 1), ("first", 59, 0)]:
         placed = service.place_folds(tmp_path / work, here)
         assert placed == [str(store.folder.parent)] * is_placed, "of the second it said: is there already and stays"
         assert [meta["step"] for meta in [store.newest_meta()] if meta] == [step]
