@@ -297,8 +297,9 @@ def _open_features(name: str, folder: Path, *, paths: Paths, table: Table) -> Fe
             f"{path}: features {name!r} are of another {table} table than {paths.clean(table)}; expected this one's. "
             f"Next: {how_to_make(path)}."
         )
-    if not path.is_file() or sha256_file(path) != done["outputs"].get(table):
-        raise DataError(f"{path}: missing, or not what was written (sha256). Next: {how_to_make(path)}.")
+    if not path.is_file():
+        raise DataError(f"{path}: missing. Next: {how_to_make(path)}.")
+    require_as_written(path, sha256_file(path), manifest=paths.features_manifest(name), label=table)
     values = open_arrays(path.parent, [table])[table]
     return Features(
         name=name, key=done["outputs"][table], values=values, per_nucleotide=done["facts"]["per_nucleotide"]

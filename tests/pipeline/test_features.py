@@ -327,8 +327,15 @@ def test_a_damaged_array_is_told(paths, tmp_path, damage):
     bring(paths, write_folder(tmp_path / "given", vectors(paths)))
     path = paths.features("other", "train")
     path.write_bytes(damage(path.read_bytes()))
-    told = r"train\.npy: missing, or not what was written .*Next: make features COMP=tiny NAME=other"
+    told = r"train\.npy: not what its stage wrote.*Next: make features COMP=tiny NAME=other"
     with pytest.raises(DataError, match=told):
+        open_examples(tiny.TINY, paths=paths, table="train", features="other")
+
+
+def test_an_array_that_is_gone_is_told(paths, tmp_path):
+    bring(paths, write_folder(tmp_path / "given", vectors(paths)))
+    paths.features("other", "train").unlink()
+    with pytest.raises(DataError, match=r"train\.npy: missing\. Next: make features COMP=tiny NAME=other"):
         open_examples(tiny.TINY, paths=paths, table="train", features="other")
 
 
