@@ -29,8 +29,6 @@ from pipeline.training.trackers import OpenTracker
 _SAFETY = 1.5
 #: Seconds kept for them at least, for checkpoints and tables to be written; of a small budget, this share.
 _LEAST_S, _LEAST_SHARE = 120.0, 0.1
-#: Between two looks at what another process does, s.
-_POLL_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +106,7 @@ def run(
                     beforehand()
                     if config.model.kwargs.get("use_bpp"):
                         require_fold_table(paths.fold_table(split))  # probabilities take minutes
-                        show(_pairing(paths, budget))
+                        show(bpp.run_in_turn(paths, time_budget=None if budget is None else max(0.0, budget.left())))
                 with attempts.counted(folder, **begins):
                     job = _Fold(config, competition, paths, run, split, fold, show, world)
                     limit = None if budget is None else job.training_time(budget, restart=restart or allow_changes)
@@ -116,21 +114,6 @@ def run(
                     job.predict()
                     if unfinished is not None:
                         raise unfinished
-
-
-def _pairing(paths: Paths, budget: Budget | None) -> Report:
-    """Base-pair probabilities; of folds that begin at once the first one computes them, and the others wait for it."""
-    waits = False
-    while True:
-        try:
-            return bpp.run(paths, time_budget=None if budget is None else max(0.0, budget.left()))
-        except BusyError as err:
-            if budget is not None and budget.left() <= 0:
-                raise
-            if not waits:
-                say(f"{err} Here its base-pair probabilities are waited for.")
-            waits = True
-            time.sleep(_POLL_S)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def _predict_structures(
         raise ConfigError("--time-budget is of --from alone, which leaves out targets. Next: leave it out.")
     if source is None:
         if what["competition"].task == "structure" and viennarna.available()[0]:
-            paired = bpp.run(paths)
+            paired = bpp.run_in_turn(paths)
             show(paired, bpp.describe(paired.facts))
         report = stage.run(paths, **what, score=tm_scores)
     else:

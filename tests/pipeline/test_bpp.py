@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 from importlib import metadata
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 
 from pipeline import bpp, viennarna
-from pipeline.errors import ConfigError, DataError, StoppedError, StorageError
+from pipeline.errors import BusyError, ConfigError, DataError, StoppedError, StorageError
 from pipeline.paths import Paths
+from pipeline.stage import Report
 
 RNA = pytest.importorskip("RNA")
 HAIRPIN = "GGGCACGGAAACGUGCCCAAAAAA"
@@ -346,3 +348,26 @@ def test_viennarna_without_python_metadata_is_usable(monkeypatch):
 
     monkeypatch.setattr(viennarna.metadata, "version", unknown)
     assert viennarna.available() == expected
+
+
+def test_pairs_that_another_process_computes_are_waited_for_as_long_as_there_is_time(tmp_path, monkeypatch, capsys):
+    """Of folds that were started at once all but the first ended with exit code 75, and their nights were lost.
+
+    So did, of two trainings of all folds of structures, the second one, whose `denovo` asks for pairs.
+    """
+    done = Report(stage="bpp", status="current", outputs={}, facts={}, seconds=0.0)
+    answers = [BusyError("bpp: process 1 is already at work here."), BusyError("still"), done, BusyError("again")]
+
+    def computed(*_: Any, **__: Any) -> Report:
+        answer = answers.pop(0)
+        if isinstance(answer, BusyError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(bpp, "_POLL_S", 0.0)
+    monkeypatch.setattr(bpp, "run", computed)
+    assert bpp.run_in_turn(Paths(comp="tiny", root=tmp_path)) is done
+    told = " ".join(capsys.readouterr().err.split())
+    assert told == "bpp: process 1 is already at work here. Here its base-pair probabilities are waited for."
+    with pytest.raises(BusyError, match="again"):
+        bpp.run_in_turn(Paths(comp="tiny", root=tmp_path), time_budget=0.0)

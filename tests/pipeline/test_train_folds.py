@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.interface import RnaInputs, RnaOutputs
 from pipeline import inference, predict, train, train_folds
-from pipeline.errors import BusyError, ConfigError, DataError, StoppedError
+from pipeline.errors import ConfigError, DataError, StoppedError
 from pipeline.jobs import survey, worker
 from pipeline.paths import Paths
 from pipeline.runlog import read_status
@@ -73,26 +73,6 @@ def test_a_missing_fold_table_is_told_before_pairs_are_computed(paths, monkeypat
     config = replace(config, model=replace(config.model, kwargs={**config.model.kwargs, "use_bpp": True}))
     with pytest.raises(DataError, match=r"no fold table\. Next: make folds"):
         fit(paths, config, split="sim80_k7")
-
-
-def test_pairs_that_another_fold_computes_are_waited_for_as_long_as_there_is_time(tmp_path, monkeypatch, capsys):
-    """Of folds that were started at once all but the first ended with exit code 75, and their nights were lost."""
-    done = Report(stage="bpp", status="current", outputs={}, facts={}, seconds=0.0)
-    answers = [BusyError("bpp: process 1 is already at work here."), BusyError("still"), done, BusyError("again")]
-
-    def computed(*_: Any, **__: Any) -> Report:
-        answer = answers.pop(0)
-        if isinstance(answer, BusyError):
-            raise answer
-        return answer
-
-    monkeypatch.setattr(train_folds, "_POLL_S", 0.0)
-    monkeypatch.setattr(train_folds.bpp, "run", computed)
-    assert train_folds._pairing(Paths(comp="tiny", root=tmp_path), None) is done
-    told = " ".join(capsys.readouterr().err.split())
-    assert told == "bpp: process 1 is already at work here. Here its base-pair probabilities are waited for."
-    with pytest.raises(BusyError, match="again"):
-        train_folds._pairing(Paths(comp="tiny", root=tmp_path), Budget(seconds=0.0))
 
 
 @pytest.mark.parametrize(
