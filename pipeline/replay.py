@@ -92,6 +92,7 @@ def run(
         "weights_step": bad.weights_step,
         "ids": [name for batch in bad.batches for name in batch.ids],
         "inputs": describe_inputs(bad.batches),
+        "largest_weight": max((float(w.abs().max()), name) for name, w in bad.weights.items() if w.is_floating_point()),
         "passes": {name: _observe(model, bad, competition, Precision(name, "replay"), device) for name in rungs},
     }
     return Report(stage="replay", status="built", outputs={}, facts=facts)
@@ -115,7 +116,7 @@ def describe(facts: Mapping[str, Any]) -> Group:
         _inputs_table(facts["inputs"]),
         _passes_table(facts["passes"]),
         _activations_table(failed["activations"], title=f"outputs of modules in {next(iter(facts['passes']))}"),
-        escape(_verdict(facts["passes"], seen=facts["seen"])),
+        escape(_verdict(facts)),
     )
 
 
@@ -196,15 +197,17 @@ def _where(origin: Origin, seen: Seen) -> dict[str, str]:
     return {"phase": origin.phase if found else "", "module": origin.module if found else ""}
 
 
-def _verdict(passes: Mapping[str, Mapping[str, Any]], *, seen: str) -> str:
+def _verdict(facts: Mapping[str, Any]) -> str:
+    passes, (weight, of) = facts["passes"], facts["largest_weight"]
     good = [name for name, found in passes.items() if found["seen"] == "finite"]
     bad = {name: found for name, found in passes.items() if found["seen"] != "finite"}
     if not bad:
-        by_update = "; the update broke it: a lower train.lr" if seen == "nonfinite_weights" else ""
+        by_update = "; the update broke it: a lower train.lr" if facts["seen"] == "nonfinite_weights" else ""
         return f"finite in {', '.join(good)}: the batch alone does not break this network{by_update}"
     name, first = next(iter(bad.items()))
     where = f"{first['phase']} of {first['module']}" if first["module"] else "the step, in no one module"
-    cure = f"cured by {' and '.join(good)}" if good else "cured by no precision that was tried: look at the inputs"
+    look = f"look at the inputs, and at the weights: the largest is {weight:.3g}, in {of}"
+    cure = f"cured by {' and '.join(good)}" if good else f"cured by no precision that was tried: {look}"
     return f"{name} breaks in the {where}; {cure}"
 
 

@@ -88,5 +88,6 @@ def describe(facts: Mapping[str, Any]) -> list[Any]:
     if facts["next"]:
         notes.append(f"the first of them on all folds, with predictions: {facts['next']}")
     if facts["busy"]:
-        notes.append(f"{facts['busy']} jobs are at work elsewhere; run the sweep again for the whole table")
+        jobs = "1 job is" if facts["busy"] == 1 else f"{facts['busy']} jobs are"
+        notes.append(f"{jobs} at work elsewhere; run the sweep again for the whole table")
     return [table, *notes]
