@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline import viennarna
 from pipeline.errors import BusyError, ConfigError, DataError, StoppedError
-from pipeline.labels import read_labels
+from pipeline.labels import find_labels
 from pipeline.memory import usable_cpus
 from pipeline.pair_workers import ROWS, Crew, parquet_schema, write_part
 from pipeline.paths import Paths
@@ -144,10 +144,10 @@ def _program_version(paths: Paths) -> str:
 
 def _foldable(paths: Paths, tables: Sequence[str]) -> Sequence[str]:
     """The tables to fold: a set of one's own may have no test set, and must not be of proteins."""
-    is_labelled = any(paths.clean(kind).is_file() for kind in ("classes", "numbers"))
-    if not is_labelled and not paths.clean("profiles").is_file():
+    labels = find_labels(paths)
+    if not labels and not paths.clean("profiles").is_file():
         return tables
-    if is_labelled and not read_labels(paths).is_nucleic:
+    if labels and not labels.is_nucleic:
         raise ConfigError(f"bpp: {paths.comp} holds proteins; expected RNA or DNA. Next: use_bpp = false.")
     return [table for table in tables if table != "test" or paths.clean(table).is_file()]
 

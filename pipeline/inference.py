@@ -24,7 +24,7 @@ from pipeline.competitions.base import Competition
 from pipeline.config import RunConfig
 from pipeline.dataset import ExampleSet, RnaExample
 from pipeline.errors import ConfigError, DataError, DivergedError, StoppedError, StorageError
-from pipeline.labels import Labels, labels_of, read_labels, units_of
+from pipeline.labels import Labels, find_labels, labels_of, units_of
 from pipeline.network import build_model
 from pipeline.packing import STRUCTURE_PAIRS, plan_by_tokens
 from pipeline.paths import Paths
@@ -148,13 +148,12 @@ def as_trained(competition: Competition, meta: dict[str, Any]) -> Competition:
 def require_labels(meta: dict[str, Any], paths: Paths, *, where: Path) -> Labels | None:
     """Classes or numbers that a checkpoint was trained on, which must be those of the data, where these are here."""
     labels = labels_of(meta)
-    if labels and any(paths.clean(kind).is_file() for kind in ("classes", "numbers")):
-        changed = labels.difference(read_labels(paths))
-        if changed:
-            raise ConfigError(
-                f"{where}: trained on other data than those in {paths.clean('train').parent}: {changed}. Next: train "
-                f"again, or make data COMP={paths.comp} with the earlier files."
-            )
+    there = find_labels(paths) if labels else None
+    if labels and there and (changed := labels.difference(there)):
+        raise ConfigError(
+            f"{where}: trained on other data than those in {paths.clean('train').parent}: {changed}. Next: train "
+            f"again, or make data COMP={paths.comp} with the earlier files."
+        )
     return labels
 
 

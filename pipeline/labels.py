@@ -199,6 +199,15 @@ def read_labels(paths: Paths) -> Labels:
     return read_label_file(path if path.is_file() else paths.clean("classes"))
 
 
+def find_labels(paths: Paths) -> Labels | None:
+    """`read_labels` where the data have some, else None.
+
+    Raises:
+        DataError: the file is not what the data stage wrote.
+    """
+    return read_labels(paths) if any(paths.clean(kind).is_file() for kind in ("classes", "numbers")) else None
+
+
 def read_label_file(path: Path) -> Any:
     """`read_labels`, from where the file is; its name says what is in it."""
     import pyarrow as pa

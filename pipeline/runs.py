@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.competitions import get_competition
 from pipeline.errors import ConfigError, DataError
-from pipeline.labels import labels_of, read_labels
+from pipeline.labels import find_labels, labels_of
 from pipeline.paths import PRETRAINED, Paths
 from pipeline.runlog import say, warn
 from pipeline.stage import read_manifest, read_result, sha256_file
@@ -242,8 +242,7 @@ def require_same_test(paths: Paths, predicted: Iterable[tuple[str, int]]) -> Non
         DataError: those of a run and fold are not.
     """
     test, arrays = sha256_file(paths.clean("test")), _sources_of_arrays(paths, "test")
-    is_labelled = any(paths.clean(kind).is_file() for kind in ("classes", "numbers"))
-    labels = read_labels(paths) if is_labelled else None
+    labels = find_labels(paths)
     for run, fold in predicted:
         folder, changed = paths.fold_dir(run, fold), ""
         of_run = paths.run_dir(run) / f"{STAGES.get(run.partition('.')[0])}.manifest.json"
