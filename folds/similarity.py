@@ -23,7 +23,7 @@ import numpy as np
 import polars as pl
 
 from folds.components import find_roots, unite_pairs, unite_rows
-from folds.edit_distance import Packed, distance_rows, pack, pair_distances, share_identical
+from folds.edit_distance import Packed, distance_rows, pack
 from folds.flanks import Flank, cut_flanks, find_flank
 from folds.seeds import link_by_seeds
 from pipeline.runlog import Bar
@@ -51,17 +51,6 @@ class Clusters:
 
     cluster: list[str]  #: per row: the smallest sequence_id of its cluster
     facts: dict[str, Any]
-
-
-def identity(first: str, second: str) -> float:
-    """Identity of two designs as the module defines it, 0 to 1.
-
-    >>> identity("GGAAACUUCC", "GGAAACUUCG"), identity("A", "CCCC")
-    (0.9, 0.0)
-    """
-    edits_P = pair_distances(pack([first, second]), np.array([0]), np.array([1]))
-    short, long = sorted((len(first), len(second)))
-    return share_identical(int(edits_P[0]), short, long)
 
 
 def in_four_letters(sequences: Sequence[str]) -> list[str]:

@@ -12,9 +12,17 @@ from hypothesis import strategies as st
 
 from folds import seeds, similarity
 from folds.components import find_roots
-from folds.edit_distance import UNKNOWN, aligned_positions, distance_rows, pack, pair_distance_ref, pair_distances
+from folds.edit_distance import (
+    UNKNOWN,
+    aligned_positions,
+    distance_rows,
+    pack,
+    pair_distance_ref,
+    pair_distances,
+    share_identical,
+)
 from folds.flanks import MAX_FLANK, Flank, cut_flanks, find_flank
-from folds.similarity import find_clusters, find_designs, identity, link
+from folds.similarity import find_clusters, find_designs, link
 from tests.folds.families import (
     LEFT,
     RIGHT,
@@ -76,6 +84,11 @@ def test_rows_of_distances_equal_single_pairs(rng):
 def test_rows_of_distances_need_sorted_sequences():
     with pytest.raises(ValueError, match="sorted by length"):
         next(distance_rows(pack(["ACGU", "A"]), np.arange(2)))
+
+
+def identity(first: str, second: str) -> float:
+    (edits,) = pair_distances(pack([first, second]), np.array([0]), np.array([1]))
+    return share_identical(int(edits), *sorted((len(first), len(second))))
 
 
 @pytest.mark.parametrize("shift", [0, 10, 20])
