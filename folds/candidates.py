@@ -36,23 +36,21 @@ _PENALTY = 1e-2  # of the regression, per target
 def choose_candidates(
     tables: Mapping[str, pl.DataFrame],
     *,
-    keep: int = CANDIDATES,
     weights: Mapping[str, Sequence[float]] | None = None,
     novelty: float = _NOVELTY,
     spare: Collection[str] = (),
 ) -> pl.DataFrame:
-    """Of all candidates of a sequence, the one with the highest expected score, then what is good and new.
+    """Of all candidates of a sequence five: the one with the highest expected score, then what is good and new.
 
     Coordinates of different models have no common frame, so they are chosen and never averaged.
 
     Args:
         tables: source (``<run>``, or ``<run>/fold<k>``) -> table with ``sequence_id, candidate, confidence, x, y, z``
             and whatever belongs to a candidate; unique in (sequence_id, candidate).
-        keep: candidates of each sequence at most.
         weights: run -> weights of its regression, from which the confidence becomes the expected TM-score; None takes
             the confidence as it is.
         novelty: what being a copy of a candidate already taken costs, in TM-score.
-        spare: runs whose candidates are taken only where the others have fewer than `keep`.
+        spare: runs whose candidates are taken only where the others have fewer than five.
 
     Returns:
         The columns of the tables and ``source``, candidates renumbered from 1, the most confident first, sorted by
@@ -61,7 +59,7 @@ def choose_candidates(
     pools = _pools(tables)
     if not pools:
         raise DataError(f"ensemble: no candidate in any of {', '.join(tables)}. Next: make predict.")
-    return pl.concat([pool.chosen(keep=keep, weights=weights, novelty=novelty, spare=spare) for pool in pools])
+    return pl.concat([pool.chosen(weights=weights, novelty=novelty, spare=spare) for pool in pools])
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class _Pool:
         return np.where(other_MM, self.alike_MM, 0.0).max(axis=1)
 
     def chosen(
-        self, *, keep: int, weights: Mapping[str, Sequence[float]] | None, novelty: float, spare: Collection[str]
+        self, *, weights: Mapping[str, Sequence[float]] | None, novelty: float, spare: Collection[str]
     ) -> pl.DataFrame:
         """The rows that are taken, as `choose_candidates` says."""
         expected_M = self.confidence_M
@@ -103,7 +101,7 @@ class _Pool:
             weights_MF = np.array([weights[run] for run in self.run_M])
             expected_M = np.clip(np.sum(self.features(spare) * weights_MF, axis=1), 0.0, 1.0)
         last_M = np.isin(self.run_M, list(spare))
-        taken = _take(expected_M - 2.0 * last_M, self.alike_MM, keep=keep, novelty=novelty)
+        taken = _take(expected_M - 2.0 * last_M, self.alike_MM, novelty=novelty)
         taken.sort(key=lambda m: (-expected_M[m], m))
         rows = self.rows.with_columns(pl.Series("confidence", expected_M))[taken]
         return rows.with_columns(pl.Series("candidate", range(1, len(taken) + 1), dtype=pl.UInt8))
@@ -118,10 +116,10 @@ def _pools(tables: Mapping[str, pl.DataFrame]) -> list[_Pool]:
     return [_Pool.of(rows) for rows in pooled.partition_by("sequence_id", maintain_order=True)]
 
 
-def _take(expected_M: np.ndarray, alike_MM: np.ndarray, *, keep: int, novelty: float) -> list[int]:
+def _take(expected_M: np.ndarray, alike_MM: np.ndarray, *, novelty: float) -> list[int]:
     """Places in the order of choice."""
     chosen = [int(np.argmax(expected_M))]
-    while len(chosen) < min(keep, len(expected_M)):
+    while len(chosen) < min(CANDIDATES, len(expected_M)):
         alike_M = alike_MM[:, chosen].max(axis=1)
         worth_M = expected_M - novelty * alike_M - (alike_M > _COPY)  # a copy comes after everything else
         worth_M[chosen] = -np.inf
@@ -250,8 +248,7 @@ class _Policy:
         held_out = {fold: fit(fold) for fold in {pool.rows["fold"][0] for pool in pools}}
         taken = {
             novelty: [
-                pool.chosen(keep=CANDIDATES, weights=held_out[pool.rows["fold"][0]], novelty=novelty, spare=spare)
-                for pool in pools
+                pool.chosen(weights=held_out[pool.rows["fold"][0]], novelty=novelty, spare=spare) for pool in pools
             ]
             for novelty in _NOVELTIES
         }

@@ -592,13 +592,14 @@ def test_five_copies_are_taken_if_there_is_nothing_else():
 
 def test_what_is_new_is_worth_a_little_expected_score():
     close = trace(1) + np.random.default_rng(9).normal(0.0, 1.0, size=(40, 3))
-    table = candidates("a", [0.9, 0.8, 0.75], seeds=[1, 1, 2])
+    table = candidates("a", [0.9, 0.8, 0.75, 0.99, 0.98, 0.97], seeds=[1, 1, 2, 3, 4, 5])
     columns = {
-        axis: [trace(1)[:, k].tolist(), close[:, k].tolist(), trace(2)[:, k].tolist()] for k, axis in enumerate("xyz")
+        axis: [close[:, k].tolist() if row == 1 else xyz for row, xyz in enumerate(table[axis].to_list())]
+        for k, axis in enumerate("xyz")
     }
     table = table.with_columns(**{axis: pl.Series(column) for axis, column in columns.items()})
-    assert choose_candidates({"a": table}, keep=2, novelty=0.0)["name"].to_list() == ["a1", "a2"]
-    assert choose_candidates({"a": table}, keep=2, novelty=0.4)["name"].to_list() == ["a1", "a3"]
+    assert choose_candidates({"a": table}, novelty=0.0)["name"].to_list() == ["a4", "a5", "a6", "a1", "a2"]
+    assert choose_candidates({"a": table}, novelty=0.4)["name"].to_list() == ["a4", "a5", "a6", "a1", "a3"]
 
 
 def test_more_candidates_than_a_byte_counts_are_no_trouble():
