@@ -26,18 +26,16 @@ from pipeline.tables import open_parquet, read_folds
 
 #: Raised when the same folds give other numbers than before.
 VERSION = 2
+_SEED = 2026  # of the sample
 
 
-def run(
-    paths: Paths, *, splits: Sequence[str], competition: Competition, seed: int = 2026, exhaustive: int = EXHAUSTIVE
-) -> Report:
+def run(paths: Paths, *, splits: Sequence[str], competition: Competition, exhaustive: int = EXHAUSTIVE) -> Report:
     """Compare sequences across the folds of each split, and score copies of the nearest one; writes ``audit.json``.
 
     Args:
         paths: where the artefacts of the competition live.
         splits: names of splits whose fold tables exist.
         competition: gives the metric; without one (structures) only identities are measured.
-        seed: of the sample.
         exhaustive: most letters of all designs of which all pairs are compared; of more, a sample of the scored ones is
             compared with all: at most as much work.
 
@@ -49,11 +47,11 @@ def run(
         raise ConfigError("audit: no splits; expected at least one. Next: SPLITS=sim80_k5, for example.")
     inputs = {"train": paths.clean("train")} | {split: paths.fold_table(split) for split in splits}
     output = paths.home / "folds" / "audit.json"
-    params = {"version": [VERSION, FOLDS_VERSION], "seed": seed, "exhaustive": exhaustive, "splits": list(splits)}
+    params = {"version": [VERSION, FOLDS_VERSION], "seed": _SEED, "exhaustive": exhaustive, "splits": list(splits)}
     params |= competition.params
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
-        facts = measure(inputs["train"], inputs, splits=splits, competition=competition, seed=seed, most=exhaustive)
+        facts = measure(inputs["train"], inputs, splits=splits, competition=competition, most=exhaustive)
         write_json(parts["audit"], facts)
         return facts
 
@@ -66,7 +64,6 @@ def measure(
     *,
     splits: Sequence[str],
     competition: Competition,
-    seed: int,
     most: int,
 ) -> dict[str, Any]:
     """The facts of `run`."""
@@ -84,7 +81,7 @@ def measure(
     table = table.sort(pl.col("design").str.len_bytes(), "design", "sequence_id")
     folds_SN = np.stack([table[split].to_numpy().astype(np.int64) for split in splits])
     packed = pack(table["design"].to_list())
-    queries = _choose_queries(table["scored"].to_numpy(), letters=packed.tokens_T.size, seed=seed, most=most)
+    queries = _choose_queries(table["scored"].to_numpy(), letters=packed.tokens_T.size, most=most)
     survey = compare(packed, folds_SN, table["scored"].to_numpy(), queries=queries)
     facts: dict[str, Any] = {
         "sequences": table.height,
@@ -110,13 +107,13 @@ def measure(
     return facts
 
 
-def _choose_queries(scored_N: np.ndarray, *, letters: int, seed: int, most: int) -> np.ndarray | None:
+def _choose_queries(scored_N: np.ndarray, *, letters: int, most: int) -> np.ndarray | None:
     """Sequences that stand for all of a large data set; None = compare all."""
     if letters <= most:
         return None
     pool = np.flatnonzero(scored_N) if scored_N.any() else np.arange(len(scored_N))
     size = min(len(pool), max(1, most**2 // 2 * len(scored_N) // letters**2))
-    return np.sort(np.random.default_rng(seed).choice(pool, size, replace=False))
+    return np.sort(np.random.default_rng(_SEED).choice(pool, size, replace=False))
 
 
 def _describe_split(survey: Survey, split: int, ids: pl.Series) -> dict[str, Any]:

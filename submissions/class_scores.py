@@ -216,18 +216,18 @@ def curve(score_N: np.ndarray, truth_N: np.ndarray) -> dict[str, np.ndarray]:
 # --------------------------------------------------------------------------------------------------------- calibration
 
 
-def reliability(stated_T: np.ndarray, right_T: np.ndarray, *, bins: int = BINS) -> list[dict[str, float]]:
-    """Stated probabilities beside what came true, for each bin that is not empty.
+def reliability(stated_T: np.ndarray, right_T: np.ndarray) -> list[dict[str, float]]:
+    """Stated probabilities beside what came true, for each of `BINS` that is not empty.
 
     Returns:
         Rows of ``low`` (edge of the bin), ``stated`` and ``right`` (means), and ``count``.
     """
-    bin_T = np.clip((stated_T * bins).astype(np.intp), 0, bins - 1)
-    count_B = np.bincount(bin_T, minlength=bins)
-    stated_B, right_B = (np.bincount(bin_T, weights=each_T, minlength=bins) for each_T in (stated_T, right_T))
+    bin_T = np.clip((stated_T * BINS).astype(np.intp), 0, BINS - 1)
+    count_B = np.bincount(bin_T, minlength=BINS)
+    stated_B, right_B = (np.bincount(bin_T, weights=each_T, minlength=BINS) for each_T in (stated_T, right_T))
     return [
         {
-            "low": b / bins,
+            "low": b / BINS,
             "stated": stated_B[b] / count_B[b],
             "right": right_B[b] / count_B[b],
             "count": int(count_B[b]),
