@@ -1,5 +1,6 @@
 """Where files live: one place that names every artefact of every stage."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +89,12 @@ class Paths:
 
     def test(self, run: str, fold: int) -> Path:
         return self.fold_dir(run, fold) / "test.parquet"
+
+    def predictions(self, run: str, folds: Iterable[int], *tables: str) -> dict[str, Path]:
+        """``fold<k>/<table>`` -> file, as stages name the tables ``oof`` and ``test`` of a run's folds."""
+        return {
+            f"fold{fold}/{table}": self.fold_dir(run, fold) / f"{table}.parquet" for table in tables for fold in folds
+        }
 
     def embeddings_dir(self, name: str) -> Path:
         return self.home / "embeddings" / name  # of one file of sequences

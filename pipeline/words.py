@@ -62,8 +62,7 @@ def run(paths: Paths, *, competition: Competition, split: str) -> Report:
     table = _read_train(paths, split, counting.known)
     folds = table["fold"].unique().sort().to_list()
     name = run_name(split)
-    outputs = {f"fold{fold}/oof": paths.oof(name, fold) for fold in folds}
-    outputs |= {f"fold{fold}/test": paths.test(name, fold) for fold in folds if "test" in inputs}
+    outputs = paths.predictions(name, folds, "oof", *(["test"] if "test" in inputs else []))
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
         models, facts = counting.fit(table)
@@ -113,7 +112,7 @@ def apply(paths: Paths, *, competition: Competition, split: str, source: Path) -
     return run_stage(
         "words",
         inputs={"test": paths.clean("test"), labels.kind: paths.clean(labels.kind), "model": source / _MODEL},
-        outputs={f"fold{fold}/test": paths.test(name, fold) for fold in models},
+        outputs=paths.predictions(name, models, "test"),
         params={"version": VERSION, "split": split, "test_only": True},
         build=build,
         manifest=paths.run_dir(name) / "words.manifest.json",

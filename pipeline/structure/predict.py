@@ -31,7 +31,7 @@ from pipeline.structure.geometry import Scorer, similarity
 from pipeline.structure.motifs import Motif, MotifLibrary, find_loops
 from pipeline.structure.secondary import LEAST_PROBABILITY, stacking_pairs
 from pipeline.tables import open_parquet
-from pipeline.templates.collection import collect, library_path
+from pipeline.templates.collection import collect, inputs_of
 from pipeline.templates.gate import allowed, entry_of
 
 #: Raised when the same tables give other candidates than before.
@@ -114,16 +114,14 @@ def run(paths: Paths, *, competition: Competition, split: str, score: Scorer) ->
         DataError: a table is missing, damaged or of other data, or a sequence is too long.
     """
     competition.require_structures("denovo")
-    inputs = {name: paths.clean(name) for name in ("train", "later", "test")} | {"folds": paths.fold_table(split)}
-    inputs |= {name: path for name, path in (("bpp", paths.bpp), ("library", library_path(paths))) if path.is_file()}
+    inputs = inputs_of(paths, split)
     held_out = read_folds(paths, split)
     folds = sorted(set(held_out.values()))
     if len(folds) < 2:
         raise DataError(f"{paths.fold_table(split)}: {len(folds)} fold; expected two or more. Next: make folds.")
     _warn_without_pairs(paths)
     name = run_name(split)
-    outputs = {f"fold{fold}/oof": paths.oof(name, fold) for fold in folds}
-    outputs |= {f"fold{fold}/test": paths.test(name, fold) for fold in folds}
+    outputs = paths.predictions(name, folds, "oof", "test")
     outputs |= {"library": paths.run_dir(name) / _LIBRARY, "weights": paths.run_dir(name) / _WEIGHTS}
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
@@ -188,7 +186,7 @@ def apply(paths: Paths, *, competition: Competition, split: str, source: Path, s
     return run_stage(
         "denovo",
         inputs={"test": paths.clean("test"), "library": source / _LIBRARY, "weights": source / _WEIGHTS} | bpp,
-        outputs={f"fold{fold}/test": paths.test(name, fold) for fold in learned["folds"]},
+        outputs=paths.predictions(name, learned["folds"], "test"),
         params={"version": VERSION, "split": split, "test_only": True, "seconds": seconds},
         build=build,
         manifest=paths.run_dir(name) / "denovo.manifest.json",

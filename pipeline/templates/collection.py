@@ -39,6 +39,13 @@ def library_path(paths: Paths) -> Path:
     return paths.home / "templates" / "library.parquet"
 
 
+def inputs_of(paths: Paths, split: str) -> dict[str, Path]:
+    """What stages that learn from known structures read: clean tables and folds; pairs and library where they are."""
+    inputs = {name: paths.clean(name) for name in ("train", "later", "test")} | {"folds": paths.fold_table(split)}
+    optional = {"bpp": paths.bpp, "library": library_path(paths)}
+    return inputs | {label: path for label, path in optional.items() if path.is_file()}
+
+
 def run(paths: Paths, *, raw: Path, workers: int | None = None) -> Report:
     """Read all structure files of a folder into ``templates/library.parquet``.
 

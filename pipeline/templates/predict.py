@@ -22,7 +22,7 @@ from pipeline.stage import Report, read_manifest, read_result, run_stage, take_u
 from pipeline.structure.candidate_tables import CandidateRows, read_folds, read_pairs, read_targets
 from pipeline.structure.geometry import Scorer, rmsd
 from pipeline.tables import open_parquet
-from pipeline.templates.collection import collect, library_path, make_library
+from pipeline.templates.collection import collect, inputs_of, make_library
 from pipeline.templates.msa import find_alignments, read_profiles
 from pipeline.templates.ranker import Calibration, Ranker, reliability
 from pipeline.templates.search import FEATURES, Library, Match, Target, find_matches, released_for
@@ -91,15 +91,13 @@ def run(paths: Paths, *, competition: Competition, split: str, score: Scorer, ms
         DataError: a table is missing, damaged or of other data, or no training target has a usable template.
     """
     competition.require_structures("templates-predict")
-    inputs = {name: paths.clean(name) for name in ("train", "later", "test")} | {"folds": paths.fold_table(split)}
-    inputs |= {name: path for name, path in (("bpp", paths.bpp), ("library", library_path(paths))) if path.is_file()}
+    inputs = inputs_of(paths, split)
     held_out = read_folds(paths, split)
     name, folds = run_name(split), sorted(set(held_out.values()))
     manifest = paths.run_dir(name) / "templates-predict.manifest.json"
     msa = _given_or_before(msa, manifest, again=f"make templates-predict COMP={paths.comp} SPLIT={split}")
     alignments = find_alignments(msa, [*held_out, *_ids(paths.clean("test"))]) if msa else {}
-    outputs = {f"fold{fold}/oof": paths.oof(name, fold) for fold in folds}
-    outputs |= {f"fold{fold}/test": paths.test(name, fold) for fold in folds}
+    outputs = paths.predictions(name, folds, "oof", "test")
     outputs |= {"library": paths.run_dir(name) / _LIBRARY, "ranker": paths.run_dir(name) / _RANKER}
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
@@ -201,7 +199,7 @@ def apply(
         inputs={"test": paths.clean("test"), "library": source / _LIBRARY, "ranker": source / _RANKER}
         | bpp
         | {f"msa/{target}": path for target, path in alignments.items()},
-        outputs={f"fold{fold}/test": paths.test(name, fold) for fold in learned["folds"]},
+        outputs=paths.predictions(name, learned["folds"], "test"),
         params={"version": VERSION, "split": split, "test_only": True, "seconds": seconds},
         build=build,
         manifest=paths.run_dir(name) / "templates-predict.manifest.json",
