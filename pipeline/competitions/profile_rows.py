@@ -88,6 +88,16 @@ def numbers_of(frame: pl.DataFrame, roles: Mapping[str, str], role: str) -> np.n
     return read_numbers(frame[roles[role]], places(frame, roles), roles[role])
 
 
+def rows_of(frame: pl.DataFrame, roles: Mapping[str, str], sequences: pl.Series) -> Rows:
+    """The rows of a table, whose sequences are given as they were read."""
+    return Rows(
+        where=places(frame, roles),
+        lengths_N=sequences.str.len_bytes().to_numpy().astype(np.int64),
+        first_N=numbers_of(frame, roles, "first"),
+        measured_N=numbers_of(frame, roles, "measured"),
+    )
+
+
 def describe(frame: pl.DataFrame, roles: Mapping[str, str], rows: Rows) -> pl.DataFrame:
     """``sequence_id, sequence, dataset_name, group, passes``."""
     texts = {name: frame[roles[role]].cast(pl.String) for name, role in _TEXTS.items() if role in roles}

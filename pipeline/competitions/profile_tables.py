@@ -24,7 +24,7 @@ from pipeline.competitions.profile_rows import (
     each_once,
     numbers_of,
     passes_of,
-    places,
+    rows_of,
     take_sequences,
 )
 from pipeline.competitions.raw import replace_odd_letters
@@ -42,12 +42,7 @@ def clean_train(frame: pl.DataFrame, settings: Settings) -> tuple[pl.DataFrame, 
     where, count = frame[FILE][0], frame.height
     roles = choose_columns(frame, settings, where=where)
     frame = take_sequences(frame, roles)
-    rows = Rows(
-        where=places(frame, roles),
-        lengths_N=frame[SEQUENCE].str.len_bytes().to_numpy().astype(np.int64),
-        first_N=numbers_of(frame, roles, "first"),
-        measured_N=numbers_of(frame, roles, "measured"),
-    )
+    rows = rows_of(frame, roles, frame[SEQUENCE])
     values = frame.drop({*roles.values(), ROW, FILE, SEQUENCE})
     sources = find_targets(values, rows, told=settings.targets, where=where)
     if taken := sorted(_TAKEN & set(sources)):
@@ -210,12 +205,9 @@ def known_values(
         targets: of training.
     """
     where = frame[FILE][0]
-    lengths_N = table["sequence"].str.len_bytes().to_numpy().astype(np.int64)
     try:
         roles = choose_columns(frame, settings, where=where, roles=("id", "sequence", "passes", "first", "measured"))
-        spots = places(frame, roles)
-        first_N, measured_N = (numbers_of(frame, roles, role) for role in ("first", "measured"))
-        rows = Rows(where=spots, lengths_N=lengths_N, first_N=first_N, measured_N=measured_N)
+        rows = rows_of(frame, roles, table["sequence"])
         values = frame.drop({*roles.values(), ROW, FILE})
         sources = find_targets(values, rows, told=settings.targets, where=where)
     except DataError:  # as of most test sets
@@ -227,11 +219,11 @@ def known_values(
         passes_N = passes_of(frame, roles, rows).to_numpy()
     except DataError as err:
         return table, {"values": f"not used: {str(err).partition(';')[0]}"}
-    profiles_TC[~np.repeat(passes_N, lengths_N)] = np.nan
-    _, counted_N = _per_row(~np.isnan(profiles_TC), lengths_N)
+    profiles_TC[~np.repeat(passes_N, rows.lengths_N)] = np.nan
+    _, counted_N = _per_row(~np.isnan(profiles_TC), rows.lengths_N)
     if not counted_N.any() or not np.nanmax(profiles_TC) > np.nanmin(profiles_TC):
         return table, {"values": "not used: all the same" if counted_N.any() else "not used: none is measured"}
-    return table.with_columns(_lists(profiles_TC, targets, lengths_N)), {"measured": int(counted_N.sum())}
+    return table.with_columns(_lists(profiles_TC, targets, rows.lengths_N)), {"measured": int(counted_N.sum())}
 
 
 def clean_test(frame: pl.DataFrame, settings: Settings, *, hidden: bool) -> pl.DataFrame:
