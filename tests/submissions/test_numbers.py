@@ -132,8 +132,8 @@ def test_ensemble_and_each_run_have_the_scores_of_their_own_tables(chain):
         assert facts["runs"][run]["per_target"] == alone["per_target"]
 
 
-def test_differences_from_the_best_run_are_told_of_the_floors_too(chain):
-    facts = chain.score().facts
+def test_differences_from_the_best_run_are_told_of_the_floors_too(two):
+    facts = two.score().facts
     best = min(RUNS, key=lambda run: facts["runs"][run]["score"])
     (other,) = (run for run in RUNS if run != best)
     assert facts["best_run"] == best
@@ -145,8 +145,8 @@ def test_differences_from_the_best_run_are_told_of_the_floors_too(chain):
     assert re.search(rf"{re.escape(best)} .*best run", printed(evaluate.describe(facts)))
 
 
-def test_floors_are_differences_from_a_run_that_is_scored_alone(chain):
-    facts = chain.score(run=RUNS[0]).facts
+def test_floors_are_differences_from_a_run_that_is_scored_alone(two):
+    facts = two.score(run=RUNS[0]).facts
     assert facts["best_run"] == RUNS[0]
     for told in facts["floor_details"].values():
         assert told["difference"]["value"] == pytest.approx(told["score"] - facts["score"])
@@ -162,35 +162,35 @@ def test_floors_are_scored_on_the_same_sequences_and_the_mean_explains_nothing(c
     assert all(-0.2 < row["R²"] <= 0.0 for row in mean["per_column"])
 
 
-def test_sequences_without_a_prediction_are_listed_every_one(chain, capsys):
+def test_sequences_without_a_prediction_are_listed_every_one(two, capsys):
     lost = ["s0003", "s0030", "s0060"]
     for fold in range(FOLDS):
-        table = pl.read_parquet(chain.paths.oof(RUNS[0], fold))
-        edit(chain.paths.oof(RUNS[0], fold), table.filter(~pl.col("sequence_id").is_in(lost)))
-    facts = chain.score(run=RUNS[0]).facts
+        table = pl.read_parquet(two.paths.oof(RUNS[0], fold))
+        edit(two.paths.oof(RUNS[0], fold), table.filter(~pl.col("sequence_id").is_in(lost)))
+    facts = two.score(run=RUNS[0]).facts
     assert facts["without_prediction"] == lost
     assert facts["scored"] == facts["sequences"]["scored"] - 3
     assert "3 scored sequences have no prediction" in capsys.readouterr().err
-    assert chain.join()["missing"][RUNS[0]] == {"count": 3, "first": lost}
-    assert chain.score().facts["scored"] == facts["scored"]
+    assert two.join()["missing"][RUNS[0]] == {"count": 3, "first": lost}
+    assert two.score().facts["scored"] == facts["scored"]
 
 
-def test_scores_are_the_same_whatever_the_size_of_the_batches(chain, monkeypatch):
-    before = chain.score(run=RUNS[0]).facts
-    (chain.paths.run_dir(RUNS[0]) / "evaluate.manifest.json").unlink()
+def test_scores_are_the_same_whatever_the_size_of_the_batches(two, monkeypatch):
+    before = two.score(run=RUNS[0]).facts
+    (two.paths.run_dir(RUNS[0]) / "evaluate.manifest.json").unlink()
     monkeypatch.setattr("pipeline.tables.read_batches", partial(read_batches, rows=7))
-    assert chain.score(run=RUNS[0]).facts == before
+    assert two.score(run=RUNS[0]).facts == before
 
 
-def test_a_test_set_of_known_numbers_is_scored_and_chooses_nothing(chain):
-    before = chain.score().facts
+def test_a_test_set_of_known_numbers_is_scored_and_chooses_nothing(two):
+    before = two.score().facts
     assert "test" not in before
-    paths, width = chain.paths, len(chain.competition.targets)
+    paths, width = two.paths, len(two.competition.targets)
     test = pl.read_parquet(paths.clean("test"))
     known_NC = np.random.default_rng(0).normal(30, 5, size=(test.height, width))
     known_NC[0], known_NC[1, -1] = np.nan, np.nan
     edit(paths.clean("test"), lists(known_NC).alias("numbers"))
-    facts = chain.score().facts
+    facts = two.score().facts
     assert {name: facts[name] for name in before} == before
     said = dict(pl.read_parquet(paths.ensemble_dir("all") / "test.parquet").iter_rows())
     said_NC = np.array([said[name] for name in test["sequence_id"]])
@@ -198,14 +198,14 @@ def test_a_test_set_of_known_numbers_is_scored_and_chooses_nothing(chain):
     assert facts["test"]["scored"] == np.isfinite(known_NC).any(axis=1).sum()
     shown = f"{facts['test']['scored']} sequences +{facts['test']['score']:.4f}"
     assert re.search(f"test set, {shown}", printed(evaluate.describe(facts)))
-    assert f"{facts['test']['scored']} {facts['test']['score']:.4f}" in visible(chain.report().outputs["report"])
+    assert f"{facts['test']['scored']} {facts['test']['score']:.4f}" in visible(two.report().outputs["report"])
 
 
-def test_test_numbers_that_are_all_empty_are_none(chain):
-    test = pl.read_parquet(chain.paths.clean("test"))
-    edit(chain.paths.clean("test"), pl.lit(None, dtype=pl.List(pl.Float64)).alias("numbers"))
-    assert pl.read_parquet(chain.paths.clean("test"))["numbers"].null_count() == test.height
-    assert "test" not in chain.score().facts
+def test_test_numbers_that_are_all_empty_are_none(two):
+    test = pl.read_parquet(two.paths.clean("test"))
+    edit(two.paths.clean("test"), pl.lit(None, dtype=pl.List(pl.Float64)).alias("numbers"))
+    assert pl.read_parquet(two.paths.clean("test"))["numbers"].null_count() == test.height
+    assert "test" not in two.score().facts
 
 
 @pytest.mark.parametrize("unit", [1e-9, 1e7])
@@ -284,9 +284,9 @@ def test_numbers_of_other_columns_are_refused(two):
         two.score(run=RUNS[0])
 
 
-def test_a_line_of_the_log_tells_score_and_floors(chain):
-    facts = chain.score().facts
-    (line,) = [line for line in chain.paths.log.read_text().splitlines() if "labelled-toy" in line]
+def test_a_line_of_the_log_tells_score_and_floors(two):
+    facts = two.score().facts
+    (line,) = [line for line in two.paths.log.read_text().splitlines() if "labelled-toy" in line]
     assert f"| {facts['metric']} | {facts['score']:.5f} |" in line
     assert f"mean {facts['floors']['mean']:.4f}" in line
 
@@ -308,12 +308,12 @@ def test_submission_has_every_test_sequence_in_order_with_all_digits(chain):
     assert all(name in printed(write.describe(made.facts)) for name in names)
 
 
-def test_parquet_holds_the_same(chain):
-    text, parquet = pl.read_csv(chain.submit().outputs["submission"]), chain.submit(fmt="parquet").outputs["submission"]
+def test_parquet_holds_the_same(two):
+    text, parquet = pl.read_csv(two.submit().outputs["submission"]), two.submit(fmt="parquet").outputs["submission"]
     table = pl.read_parquet(parquet)
     assert table.columns == text.columns
     assert np.array_equal(table.to_numpy()[:, 1:].astype(np.float32), text.to_numpy()[:, 1:].astype(np.float32))
-    assert chain.check(parquet).facts["format"] == "parquet"
+    assert two.check(parquet).facts["format"] == "parquet"
 
 
 def write_sample(paths, *columns):
@@ -412,10 +412,10 @@ def test_a_page_of_equally_long_sequences_says_so(tmp_path):
     assert "All sequences have 21 letters" in visible(chain.report().outputs["report"])
 
 
-def test_many_sequences_are_drawn_as_a_density(chain, monkeypatch):
+def test_many_sequences_are_drawn_as_a_density(two, monkeypatch):
     monkeypatch.setattr("submissions.numbers_report._DOTS", 20)
-    chain.score()
-    assert "density of sequences" in visible(chain.report().outputs["report"])
+    two.score()
+    assert "density of sequences" in visible(two.report().outputs["report"])
 
 
 # -- weights
