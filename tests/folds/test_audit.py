@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from functools import cache
 
 import numpy as np
 import polars as pl
@@ -55,13 +56,13 @@ def paths(rng, tmp_path):
 def cross_pairs_ref(paths):
     """Cross-fold pairs of at least a percentage, of some rows or all, by the plain dynamic programme."""
     sequences = pl.read_parquet(paths.clean("train"))["sequence"].to_list()
-    pairs = list(itertools.combinations(range(len(sequences)), 2))
-    identity = {pair: identity_ref(*(sequences[row] for row in pair)) for pair in pairs}
+    identity = cache(lambda one, two: identity_ref(sequences[one], sequences[two]))
 
     def count(split, percent, rows=None):
         fold = pl.read_parquet(paths.fold_table(split))["fold"].to_list()
-        related = [pair for pair in pairs if identity[pair] >= percent / 100 - 1e-9]
-        return sum(fold[one] != fold[two] and (rows is None or one in rows or two in rows) for one, two in related)
+        pairs = itertools.combinations(range(len(sequences)), 2)
+        crossing = [(a, b) for a, b in pairs if fold[a] != fold[b] and (rows is None or a in rows or b in rows)]
+        return sum(identity(*pair) >= percent / 100 - 1e-9 for pair in crossing)
 
     return count
 
