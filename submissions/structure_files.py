@@ -136,9 +136,7 @@ def read_structures(predictions: Path, sequences: Path) -> list[Structure]:
     open_parquet(sequences, ("sequence_id", "sequence")).close()
     known = pl.read_parquet(sequences)
     letters = dict(known.select("sequence_id", "sequence").iter_rows())
-    chains = (
-        dict(known.select("sequence_id", "^chain_lengths$").iter_rows()) if "chain_lengths" in known.columns else {}
-    )
+    chains = dict(known.select("sequence_id", "chain_lengths").iter_rows()) if "chain_lengths" in known.columns else {}
     table = pl.read_parquet(predictions).sort("sequence_id", "candidate")
     parts = table.partition_by("sequence_id", maintain_order=True)
     places = {name: place for place, name in enumerate(letters)}

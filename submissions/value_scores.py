@@ -59,14 +59,13 @@ def evaluate_values(
         truth_TC = truth_that_counts(batch, competition.targets)
         fold_T = batch.spread(batch.rows["fold"].to_numpy())
         breakdown.add(batch, batch.predictions[first], truth_TC, batch.missing[first])
-        for source, prediction_TC in batch.predictions.items():
-            there_T = batch.spread(~batch.missing[source]) & np.isfinite(truth_TC[:, 0])
-            totals[source].add_positions(fold_T[there_T], prediction_TC[there_T], truth_TC[there_T])
+        there = {each: batch.spread(~batch.missing[each]) & np.isfinite(truth_TC[:, 0]) for each in sources}
+        for source, there_T in there.items():
+            totals[source].add_positions(fold_T[there_T], batch.predictions[source][there_T], truth_TC[there_T])
         if len(sources) > 2:
             paired.add(batch, truth_TC)
-        there_T = batch.spread(~batch.missing[first]) & np.isfinite(truth_TC[:, 0])
-        for name, prediction_TC in floors.at(batch, there_T):
-            floor_totals[name].add_positions(fold_T[there_T], prediction_TC, truth_TC[there_T])
+        for name, prediction_TC in floors.at(batch, there[first]):
+            floor_totals[name].add_positions(fold_T[there[first]], prediction_TC, truth_TC[there[first]])
     if not totals[first].positions():
         raise DataError(
             f"evaluate: no scored position has a prediction of {first}; expected out-of-fold predictions of scored "
