@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import viennarna
-from pipeline.errors import BusyError, ConfigError, DataError, StoppedError
+from pipeline.errors import ConfigError, DataError, StoppedError
 from pipeline.labels import find_labels
 from pipeline.memory import usable_cpus
 from pipeline.pair_workers import ROWS, Crew, parquet_schema, write_part
@@ -29,7 +29,7 @@ from pipeline.paths import Paths
 from pipeline.runlog import Bar, amount, rate_text, say
 from pipeline.stage import Report, read_manifest, run_stage, sha256_file
 from pipeline.tables import read_batches
-from pipeline.training.stop import StopRequest, run_lock
+from pipeline.training.stop import StopRequest, in_turn, run_lock
 
 _TABLES = ("train", "test")
 _LENGTH = "longest"  # parameter of a result that other calls complete
@@ -37,7 +37,6 @@ _LONGEST = 65_535  # nt: positions take two bytes
 _MAX_PART_ROWS = 2048
 _PART_SECONDS = 8.0  # of work in a part: what an interruption loses
 _WORTH_A_WORKER = 5.0  # seconds of work that pay for starting another process
-_POLL_S = 1.0  # between two looks at what another process does
 
 
 def run_in_turn(paths: Paths, *, time_budget: float | None = None) -> Report:
@@ -46,18 +45,12 @@ def run_in_turn(paths: Paths, *, time_budget: float | None = None) -> Report:
     Raises:
         BusyError: the time is up before the other one is done; and what `run` raises.
     """
-    started, waits = time.monotonic(), False
-    while True:
-        left = None if time_budget is None else max(0.0, started + time_budget - time.monotonic())
-        try:
-            return run(paths, time_budget=left)
-        except BusyError as err:
-            if left == 0.0:
-                raise
-            if not waits:
-                say(f"{err} Here its base-pair probabilities are waited for.")
-            waits = True
-            time.sleep(_POLL_S)
+    deadline = None if time_budget is None else time.monotonic() + time_budget
+
+    def work() -> Report:
+        return run(paths, time_budget=None if deadline is None else max(0.0, deadline - time.monotonic()))
+
+    return in_turn(work, deadline=deadline, what="its base-pair probabilities are")
 
 
 def run(

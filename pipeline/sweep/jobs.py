@@ -8,20 +8,19 @@ import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline import train
 from pipeline.competitions.base import Competition
 from pipeline.config import load_config
-from pipeline.errors import BusyError, ConfigError, DivergedError
+from pipeline.errors import ConfigError, DivergedError
 from pipeline.jobs import at_work
 from pipeline.paths import Paths
 from pipeline.runlog import read_status, say
 from pipeline.runs import SWEEP
-
-#: Between two looks at what another process does, s.
-POLL_S = 1.0
+from pipeline.training.stop import in_turn
 
 Settings = tuple[tuple[str, Any], ...]
 
@@ -105,17 +104,7 @@ class Sweep:
 
     def awaited_metric(self, job: Job) -> float | None:
         """As `metric`, but a job that another process does is waited for, as long as there is time."""
-        waits = False
-        while True:
-            try:
-                return self.metric(job)
-            except BusyError as err:
-                if self.deadline is not None and time.monotonic() >= self.deadline:
-                    raise
-                if not waits:
-                    say(f"{err} Here its result is waited for.")
-                waits = True
-                time.sleep(POLL_S)
+        return in_turn(partial(self.metric, job), deadline=self.deadline, what="its result is")
 
 
 def parse_axis(text: str) -> Axis:

@@ -12,8 +12,8 @@ from typing import Any
 
 from pipeline.errors import BusyError, ConfigError, DataError, StoppedError
 from pipeline.runlog import cut_torn_tail, say
-from pipeline.sweep.jobs import POLL_S, Axis, Job, Settings, Sweep, asked_for, label, refuse_changes
-from pipeline.training.stop import lock_holder, run_lock
+from pipeline.sweep.jobs import Axis, Job, Settings, Sweep, asked_for, label, refuse_changes
+from pipeline.training.stop import POLL_S, lock_holder, run_lock
 
 #: Locks: a worker's, with a random name; that of who counts trials; that of who reads or writes the log.
 _WORKER, _TURN, _LOG = ".worker-", ".turn", ".log"

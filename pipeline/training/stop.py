@@ -10,11 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import ClassVar, TextIO
+from typing import ClassVar, TextIO, TypeVar
 
 from pipeline.errors import BusyError, StoppedError, StorageError
 from pipeline.runlog import say
 
+Done = TypeVar("Done")
+
+#: Between two looks at what another process does, s.
+POLL_S = 1.0
 #: Name of the lock that a job holds in its folder: that of a fold, or of a run where it trains all folds.
 JOB = ".job"
 #: Signals that ask for a stop; the last three are how batch systems (Slurm, LSF, Grid Engine) tell of a limit to come.
@@ -175,6 +179,30 @@ def alone_in(folder: Path, *, what: str, name: str = ".lock") -> Iterator[bool]:
                 return
             yield True
             return
+
+
+def in_turn(work: Callable[[], Done], *, deadline: float | None, what: str) -> Done:
+    """Work that another process may be at: it is waited for then.
+
+    Args:
+        work: raises BusyError where one is.
+        deadline: on the monotonic clock; None = never.
+        what: is waited for, for who waits: "its result is".
+
+    Raises:
+        BusyError: the time is up before the other one is done; and what `work` raises.
+    """
+    waits = False
+    while True:
+        try:
+            return work()
+        except BusyError as err:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise
+            if not waits:
+                say(f"{err} Here {what} waited for.")
+            waits = True
+            time.sleep(POLL_S)
 
 
 def _open(folder: Path, name: str) -> TextIO:

@@ -364,7 +364,7 @@ def test_pairs_that_another_process_computes_are_waited_for_as_long_as_there_is_
             raise answer
         return answer
 
-    monkeypatch.setattr(bpp, "_POLL_S", 0.0)
+    monkeypatch.setattr("pipeline.training.stop.POLL_S", 0.0)
     monkeypatch.setattr(bpp, "run", computed)
     assert bpp.run_in_turn(Paths(comp="tiny", root=tmp_path)) is done
     told = " ".join(capsys.readouterr().err.split())

@@ -281,7 +281,7 @@ def test_a_job_of_a_trial_that_another_process_does_is_waited_for(small: Sweep, 
             return found
         raise found
 
-    monkeypatch.setattr(jobs, "POLL_S", 0.0)
+    monkeypatch.setattr("pipeline.training.stop.POLL_S", 0.0)
     monkeypatch.setattr(Sweep, "metric", metric)
     assert small.awaited_metric(small.jobs(())[0]) == 0.5
 
