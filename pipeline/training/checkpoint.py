@@ -300,16 +300,19 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         DamagedError: it is not.
     """
     meta = read_meta(path)
+    return meta, {name: _file(path, meta, name) for name in meta["files"]}
+
+
+def _file(path: Path, meta: Mapping[str, Any], name: str) -> bytes:
     try:
-        data = {name: (path / name).read_bytes() for name in meta["files"]}
+        data = (path / name).read_bytes()
     except OSError as err:
         if err.errno not in _LOST:
             raise
-        raise DamagedError(str(err)) from err
-    for name, record in meta["files"].items():
-        if hashlib.sha256(data[name]).hexdigest() != record["sha256"]:
-            raise DamagedError(f"{name} does not have its sha256")
-    return meta, data
+        raise DamagedError(f"{name} cannot be read ({err})") from err
+    if hashlib.sha256(data).hexdigest() != meta["files"][name]["sha256"]:
+        raise DamagedError(f"{name} does not have its sha256")
+    return data
 
 
 def _not_finite(weights: Mapping[str, Tensor]) -> str | None:
@@ -325,7 +328,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         DamagedError: they are not what was written.
     """
     try:
-        return safetensors.torch.load(_predicting_weights(path, read_meta(path)))
+        return safetensors.torch.load(_file(path, read_meta(path), _WEIGHTS))
     except SafetensorError as err:
         raise DamagedError(f"{type(err).__name__}: {str(err).splitlines()[0]}") from err
 
@@ -342,23 +345,11 @@ def export_weights(path: Path, target: Path, *, finished: bool) -> None:
         DamagedError: the weights are not what was written.
     """
     meta = read_meta(path)
-    data = _predicting_weights(path, meta)
+    data = _file(path, meta, _WEIGHTS)
     target.mkdir(parents=True)
     (target / _WEIGHTS).write_bytes(data)
     kept = {"files": {_WEIGHTS: meta["files"][_WEIGHTS]}, "progress": meta["progress"] | {"finished": finished}}
     write_json(target / "meta.json", _sealed(meta | kept))
-
-
-def _predicting_weights(path: Path, meta: Mapping[str, Any]) -> bytes:
-    try:
-        data = (path / _WEIGHTS).read_bytes()
-    except OSError as err:
-        if err.errno not in _LOST:
-            raise
-        raise DamagedError(f"{_WEIGHTS} cannot be read ({err})") from err
-    if hashlib.sha256(data).hexdigest() != meta["files"][_WEIGHTS]["sha256"]:
-        raise DamagedError(f"{_WEIGHTS} does not have its sha256")
-    return data
 
 
 def _sealed(meta: dict[str, Any]) -> dict[str, Any]:
