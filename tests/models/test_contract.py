@@ -182,7 +182,7 @@ def test_a_state_dict_makes_another_instance_the_same(device: str, case: str):
     assert_equal_outputs(outputs(model, inputs), outputs(other, inputs))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][0] == "ribonanza_mamba"])
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][0] in ("hyena", "ribonanza_mamba")])
 def test_weights_trained_on_the_fast_path_predict_the_same_on_the_reference_path(
     device: str, case: str, monkeypatch: pytest.MonkeyPatch
 ):
