@@ -1,10 +1,14 @@
 """Any labelled set: from the files that people have to clean tables, and what is said of those that cannot be read."""
 
 import gzip
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -16,6 +20,7 @@ from pipeline.labels import Classes, read_classes
 from pipeline.paths import Paths
 from submissions.class_layout import read_class_layout
 
+OWN_DATA = Path(__file__).resolve().parents[2] / "pipeline" / "OWN_DATA.md"
 ROWS = pl.DataFrame(
     {
         "id": ["a", "b", "c", "d"],
@@ -225,6 +230,24 @@ def test_a_column_of_0_and_1_for_each_class_keeps_the_classes_that_no_sequence_h
     assert read_classes(paths) == Classes(("Am", "Um", "m6A"), (1, 2, 0), False, "ACGU")
     assert train(paths)["scored"].all()
     assert facts["columns"] == {"classes": ["Um", "m6A", "Am"]}
+
+
+def test_flags_of_nucleotides_become_letters_as_the_page_shows(raw, paths, run, rng, monkeypatch):
+    """Where a window ran over the end of its molecule, and no flag was set, the page's lines wrote A."""
+    (recipe,) = re.findall(r"```\n(import numpy, pandas\n.*?)```", OWN_DATA.read_text(), re.DOTALL)
+    flags_NL4 = np.eye(5)[rng.integers(0, 4, (20, 41))][..., :4]
+    flags_NL4[3, :2] = flags_NL4[7, -1] = 0
+    labels = pl.DataFrame({"Um": [1, 0] * 10, "Am": [0] * 15 + [1] * 5})
+    labels.assign = lambda sequence: labels.with_columns(pl.Series("sequence", sequence))
+    monkeypatch.setattr(pl.DataFrame, "to_csv", lambda table, path, index: table.write_csv(raw / path), raising=False)
+    tables = {"train_in": pl.DataFrame(flags_NL4.reshape(20, -1)), "train_out": labels}
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(read_hdf=lambda _, key: tables[key]))
+    exec(recipe, {})
+    (raw / "columns.toml").write_text('classes = ["Um", "Am"]\n')
+    assert run()["letters"]["odd, read as N"] == 3
+    assert read_classes(paths).counts == (5, 10)
+    letters_NL = np.array([list(text) for text in train(paths)["sequence"]])
+    assert (np.stack([letters_NL == letter for letter in "ACGU"], axis=2) == flags_NL4).all()
 
 
 def test_columns_of_classes_may_be_more_than_sequences(raw, run):
