@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import gzip
+import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ import pyarrow.csv as pa_csv
 from pipeline.competitions.raw import open_parquet, refuse_twice
 from pipeline.competitions.raw_files import kind_of
 from pipeline.errors import DataError
+from pipeline.runlog import warn
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 TEXT = tuple(_SEPARATORS)  #: endings of tables of text
@@ -83,7 +85,7 @@ def column_names(path: Path) -> list[str]:
 
 
 def read_table(path: Path, columns: Sequence[str], *, blank_lines: bool = False) -> pl.DataFrame:
-    """Some columns of a table, those of a text file as text.
+    """Some columns of a table, those of a text file as text, with a warning where its last line has no end.
 
     Args:
         path: CSV, TSV or parquet.
@@ -106,6 +108,7 @@ def read_table(path: Path, columns: Sequence[str], *, blank_lines: bool = False)
             table.validate(full=True)  # of text that is none, metadata's too, polars panics, or crashes later
             return pl.DataFrame(table).with_columns(pl.col(pl.Categorical).cast(pl.String))
         names, separator = _header(path)
+        _tell_no_end(path)
         with pa.input_stream(str(path), compression="gzip" if kind_of(path) == "gzip" else None) as source:
             return pl.DataFrame(
                 pa_csv.read_csv(
@@ -172,6 +175,15 @@ def read_flags(column: pl.Series) -> pl.Series:
     text = column.cast(pl.String).str.strip_chars().str.to_lowercase()
     said = dict.fromkeys(("1", "1.0", "true"), True) | dict.fromkeys(("0", "0.0", "false"), False)
     return text.replace_strict(said, default=None, return_dtype=pl.Boolean)
+
+
+def _tell_no_end(path: Path) -> None:
+    """Some programs leave the end of the last line out; in a file that was cut its last cell may be another one."""
+    with path.open("rb") as handle:
+        handle.seek(-1, os.SEEK_END)
+        last = handle.read(1)
+    if last not in b"\r\n" and kind_of(path) != "gzip":  # which says itself that it was cut
+        warn(f"{path.name}: the last line has no end: if the file was cut there, its last cell is not whole")
 
 
 def _header(path: Path) -> tuple[list[str], str]:

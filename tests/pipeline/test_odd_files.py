@@ -202,6 +202,15 @@ def test_blanks_around_groups_are_none_and_names_that_say_nothing_are_told(kind:
     assert "relatives" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("end", "told"), [("", 1), ("GGG", 1), ("GGG\n", 0), ("GGG\r\n", 0)])
+def test_a_last_line_without_an_end_is_told(end: str, told: int, raw: Path, run: Any, capsys: Any):
+    """A file that broke off within its last cell, a sequence or a number, was read without a word."""
+    (raw / "train.csv").write_bytes(f"label,sequence\nx,GGAAC\ny,CCUUG\nx,ACGUA\ny,UGC{end}".encode())
+    run("labelled")
+    said = "train.csv: the last line has no end: if the file was cut there, its last cell is not whole"
+    assert capsys.readouterr().err.count(said) == told
+
+
 # --- what is refused ---
 
 
