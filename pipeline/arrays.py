@@ -30,7 +30,7 @@ from pipeline.stage import (
     is_alive,
     is_disk_full,
     read_manifest,
-    require_as_written,
+    require_clean_as_written,
     sha256_file,
     write_json,
 )
@@ -148,7 +148,7 @@ def build_set(
     """
     started = time.monotonic()
     found = sha256_file(source)
-    require_as_written(source, found, manifest=source.with_name("data.manifest.json"), label=source.stem)
+    require_clean_as_written(source, found)
     identity = {"kind": kind, "input": found, "params": params}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = home / f"{kind}-{key}"

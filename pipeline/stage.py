@@ -68,7 +68,8 @@ def run_stage(
         force: build even if current.
 
     Raises:
-        DataError: an input is missing or cannot be read, or became another one meanwhile.
+        DataError: an input is missing or cannot be read, became another one meanwhile, or is a clean table that is not
+            what the data stage wrote.
         StorageError: the disk is full; nothing is left behind.
     """
     manifest = manifest or next(iter(outputs.values())).parent / f"{name}.manifest.json"
@@ -82,6 +83,8 @@ def run_stage(
         raise DataError(
             f"{name}: {err.filename}: cannot be read: {err.strerror}. Next: check its permissions."
         ) from err
+    for path, digest in digests.items():
+        require_clean_as_written(path, digest)
     wanted = {
         "stage": name,
         "params": json.loads(json.dumps(dict(params), allow_nan=False)),
@@ -287,6 +290,11 @@ def require_as_written(path: Path, digest: str, *, manifest: Path, label: str) -
     done = read_manifest(manifest)
     if done and done["outputs"].get(label, digest) != digest:
         raise DataError(f"{path}: not what its stage wrote: damaged or edited since. Next: {how_to_make(path)}.")
+
+
+def require_clean_as_written(path: Path, digest: str) -> None:
+    """`require_as_written` of a clean table, or of another file beside a manifest of the data stage."""
+    require_as_written(path, digest, manifest=path.with_name("data.manifest.json"), label=path.stem)
 
 
 def sha256_file(path: Path) -> str:
