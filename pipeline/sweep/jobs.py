@@ -178,9 +178,13 @@ def refuse_changes(sweep: Sweep, begun: Mapping[str, Any], asked: Mapping[str, A
 
 
 def label(cell: Settings) -> str:
-    """A cell for people."""
+    """A cell for people.
+
+    >>> label((("train.lr", 0.00312345), ("model.init", "")))
+    'lr 0.003123, init ""'
+    """
     shown = ((key.rpartition(".")[2], f"{value:.4g}" if isinstance(value, float) else value) for key, value in cell)
-    return ", ".join(f"{name} {value}" for name, value in shown)
+    return ", ".join(f"{name} {value}" if value != "" else f'{name} ""' for name, value in shown)
 
 
 def overrides(cell: Settings) -> list[str]:
