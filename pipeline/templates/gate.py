@@ -60,7 +60,7 @@ def released_by(template_id: str) -> date | None:
 
     Stands in where a table gives no date; being late, it errs on the safe side.
 
-    >>> released_by("1SCL_A"), released_by("8SA3_A"), released_by("rp04_A")
+    >>> released_by("1SCL_A"), released_by("8SA3_A"), released_by("7SK_human")
     (datetime.date(2017, 12, 31), None, None)
     """
     return _RELEASED_BY.get(template_id[0]) if _PDB_ID.fullmatch(template_id) else None

@@ -153,7 +153,17 @@ def test_activations_are_described_in_their_own_precision(dtype):
     (one,) = find_origin(model, lambda: model(x)).activations
     assert (one.module, one.largest, one.rms, one.nonfinite) == ("Identity", 4.0, 2.5, 0)
     assert one.dtype == str(dtype).removeprefix("torch.")
-    x[1], x[2] = -math.inf, math.nan
+    x[1], x[2], x[3] = -math.inf, math.nan, math.nan
     (one,) = find_origin(model, lambda: model(x)).activations
     assert math.isnan(one.largest)
-    assert one.nonfinite == 2
+    assert one.nonfinite == 3
+
+
+def test_of_several_outputs_the_largest_value_of_all_is_told():
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, 10.0 * x
+
+    model = Two()
+    origin = find_origin(model, lambda: model(torch.tensor([3.0, -4.0])))
+    assert origin.as_row() == {"phase": "unknown", "module": "", "activations": [["Two", 40.0]]}

@@ -352,9 +352,9 @@ def test_a_fold_that_this_user_may_not_read_keeps_nobody_from_training_another(p
     def refuse() -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    paths.fold_dir(tiny.RUN, 1).mkdir(parents=True)
+    paths.fold_dir(tiny.RUN, 0).mkdir(parents=True)
     monkeypatch.setattr(resume, "CheckpointStore", lambda _: SimpleNamespace(newest_meta=refuse))
-    assert fit(paths, tiny.config(epochs=1)).status == "built"
+    assert fit(paths, tiny.config(epochs=1), fold=1).status == "built"
 
 
 def test_folds_whose_size_decides_their_epochs_differ_in_nothing_else(paths, said, monkeypatch):
@@ -364,3 +364,14 @@ def test_folds_whose_size_decides_their_epochs_differ_in_nothing_else(paths, sai
     fit(paths, tiny.config(epochs="auto"), fold=1)
     assert CheckpointStore(paths.fold_dir(tiny.RUN, 1) / "checkpoints").newest_meta()["config"]["train"]["epochs"] == 2
     assert not [line for line in said if "other settings" in line]
+
+
+def test_a_run_that_goes_on_where_its_bits_cannot_be_met_is_told_what_is_other(paths, said, monkeypatch):
+    begin(paths, steps=3)
+    begin(paths, steps=5)
+    assert not [line for line in said if "goes on with" in line]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    fit(paths)
+    (line,) = [line for line in said if "goes on with" in line]
+    assert re.fullmatch(rf"{tiny.RUN} fold0: goes on with threads \d+ -> 99: as good a run, but sums round .*", line)
+    assert torch.__version__.startswith(resume.environment(torch.device("cpu"))["torch"])
