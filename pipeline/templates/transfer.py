@@ -72,20 +72,17 @@ def _runs(mask_L: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _fitted_piece(copied_L3: np.ndarray, known_L: np.ndarray, novo_L3: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """[stop - start, 3] Å of the de novo trace, superposed on the known residues beside it and bent to meet them."""
+    """[stop - start, 3] Å of the de novo trace, turned as the known residues beside it and bent to meet them."""
     left = [i for i in range(max(start - _FLANK, 0), start) if known_L[i]]
     right = [i for i in range(stop, min(stop + _FLANK, len(copied_L3))) if known_L[i]]
     beside = np.array(left + right)
     fixed_P3, mobile_P3 = copied_L3[beside], novo_L3[beside]
     turn = rotation_onto(mobile_P3 - mobile_P3.mean(axis=0), fixed_P3 - fixed_P3.mean(axis=0))
-
-    def moved(points: np.ndarray) -> np.ndarray:
-        return (points - mobile_P3.mean(axis=0)) @ turn + fixed_P3.mean(axis=0)
-
-    piece = moved(novo_L3[start:stop])
+    turned_L3 = novo_L3 @ turn
+    piece = turned_L3[start:stop]
     share = (np.arange(start, stop) - start + 1.0)[:, None] / (stop - start + 1.0)
-    at_left = copied_L3[start - 1] - moved(novo_L3[start - 1]) if left else None
-    at_right = copied_L3[stop] - moved(novo_L3[stop]) if right else None
+    at_left = copied_L3[start - 1] - turned_L3[start - 1] if left else None
+    at_right = copied_L3[stop] - turned_L3[stop] if right else None
     if at_left is None or at_right is None:
         return piece + (at_left if at_left is not None else at_right)
     return piece + (1.0 - share) * at_left + share * at_right

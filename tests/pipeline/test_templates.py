@@ -217,6 +217,15 @@ def test_missing_pieces_come_from_the_other_trace_and_the_rest_stays(rng: np.ran
     assert (filled_L3[known_L] == copied_L3[known_L]).all()
 
 
+def test_a_piece_that_is_too_short_for_its_gap_is_drawn_out_evenly() -> None:
+    line_L3 = 5.9 * np.arange(20)[:, None] * np.array([0.6, 0.0, 0.8])
+    copied_L3 = line_L3 + [3.0, 4.0, 5.0]
+    copied_L3[12:] += [5.4, 0.0, 7.2]
+    copied_L3[8:12] = np.nan
+    steps = np.linalg.norm(np.diff(complete(copied_L3, line_L3), axis=0), axis=1)
+    np.testing.assert_allclose(steps, 5.9 + np.where((np.arange(19) >= 7) & (np.arange(19) < 12), 9.0 / 5, 0.0))
+
+
 def test_torn_chains_and_clashes_are_mended(rng: np.random.Generator) -> None:
     trace_L3 = np.delete(trace_from_pairs(40, BRANCHED, rng), slice(18, 21), axis=0)
     trace_L3[10] = trace_L3[30] + 0.5
