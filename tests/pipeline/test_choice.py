@@ -37,6 +37,21 @@ def test_a_certain_network_expects_the_lddt(rng):
     np.testing.assert_allclose(expected_lddt(certain(true_L3), traces_NL3), expected, atol=0.03)
 
 
+def test_trust_is_the_lddt_that_distances_drawn_within_their_bins_have_on_average(rng):
+    logits_LLK, trace_L3 = 2 * rng.standard_normal((7, 7, 32)), 6 * rng.standard_normal((7, 3))
+    chance_LLK = torch.softmax(torch.tensor(logits_LLK + logits_LLK.swapaxes(0, 1)) / 2, dim=2).numpy()
+    edges = distance_bins(32).edges
+    drawn_KU = edges[0] + (edges[1] - edges[0]) * (np.arange(-1, 31)[:, None] + (np.arange(2000) + 0.5) / 2000)
+    kept_LL, counted_LL = np.zeros((2, 7, 7))
+    for i, j in zip(*np.nonzero(~np.eye(7, dtype=bool)), strict=True):
+        near_KU, off_KU = drawn_KU < 30.0, abs(drawn_KU - np.linalg.norm(trace_L3[i] - trace_L3[j]))
+        counted_LL[i, j] = chance_LLK[i, j] @ near_KU.mean(axis=1)
+        kept_KU = near_KU * np.mean([off_KU < most for most in (0.5, 1.0, 2.0, 4.0)], axis=0)
+        kept_LL[i, j] = chance_LLK[i, j] @ kept_KU.mean(axis=1)
+    expected = np.mean(kept_LL.sum(axis=1) / counted_LL.sum(axis=1))
+    assert expected_lddt(logits_LLK, trace_L3[None])[0] == pytest.approx(expected, abs=1e-3)
+
+
 def test_a_network_that_knows_nothing_prefers_nothing_that_is_near_the_truth(rng):
     true_L3 = hairpin()
     blind = np.zeros((30, 30, 32))

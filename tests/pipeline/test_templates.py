@@ -219,7 +219,7 @@ def test_missing_pieces_come_from_the_other_trace_and_the_rest_stays(rng: np.ran
 
 def test_a_piece_that_is_too_short_for_its_gap_is_drawn_out_evenly() -> None:
     line_L3 = 5.9 * np.arange(20)[:, None] * np.array([0.6, 0.0, 0.8])
-    copied_L3 = line_L3 + [3.0, 4.0, 5.0]
+    copied_L3 = line_L3 + 3.0
     copied_L3[12:] += [5.4, 0.0, 7.2]
     copied_L3[8:12] = np.nan
     steps = np.linalg.norm(np.diff(complete(copied_L3, line_L3), axis=0), axis=1)
