@@ -50,7 +50,7 @@ def run(
         StorageError: the disk is full.
     """
     try:
-        files = competition.raw_files(raw)
+        files = competition.raw_files(raw, **({"test_only": True} if test_only and not competition.is_own else {}))
     except OSError as err:
         raise DataError(
             f"RAW={raw}: {err.filename or raw} cannot be read: {err.strerror}. Next: check its permissions."

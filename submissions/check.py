@@ -114,8 +114,10 @@ def check_file(file: Path, layout: Layout, *, values: bool = True) -> dict[str, 
             f"{file}: ends after data row {rows:,}; expected {layout.keys.rows:,} rows: {missing} and all after it are "
             f"missing. Next: {layout.advice}, or copy it again if it was cut."
         )
-    if values and isinstance(layout.keys, ResidueKeys):
+    if rows and values and isinstance(layout.keys, ResidueKeys):
         _check_steps(file, layout, fmt=fmt)
+    if not rows:
+        return {"rows": 0, "format": fmt, "columns": layout.columns} | ({"ranges": {}} if values else {})
     ranges = {name: [lo, hi] for name, lo, hi in zip(layout.values, low.tolist(), high.tolist(), strict=True)}
     return {"rows": rows, "format": fmt, "columns": layout.columns} | ({"ranges": ranges} if values else {})
 

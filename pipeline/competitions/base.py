@@ -61,8 +61,9 @@ class Competition:
     tables: tuple[str, ...]  #: clean tables that `clean` writes, as ``clean/<table>.parquet``
     optional: tuple[str, ...] = ()  #: those of them that are written only where a raw file has that label
     either: tuple[str, ...] = ()  #: and those of which one is, whichever the raw files hold
-    #: raw folder -> label -> raw file: the inputs of the data stage; DataError if one that is needed is missing
-    raw_files: Callable[[Path], dict[str, Path]]
+    #: raw folder -> label -> raw file: the inputs of the data stage; DataError if one that is needed is missing. Those
+    #: of Kaggle's competitions take ``test_only``: what `test_inputs` names is enough then
+    raw_files: Callable[..., dict[str, Path]]
     #: (label -> raw file, table -> temporary parquet path) -> JSON-able facts: the validation report
     clean: Callable[[dict[str, Path], dict[str, Path]], dict[str, Any]]
     #: raw labels -> tables of the test set alone, for a machine that only predicts; `clean` writes what it is asked for

@@ -52,13 +52,14 @@ error_sums = partial(base.error_sums, targets=TARGETS, target_range=None, power=
 score = partial(base.mean_error, power=2, scored_C=np.isin(TARGETS, COUNTED))
 
 
-def raw_files(raw: Path) -> dict[str, Path]:
-    """``train`` and ``test`` (JSON lines), and ``sample``, the sample submission, if it is there.
+def raw_files(raw: Path, *, test_only: bool = False) -> dict[str, Path]:
+    """``train``, but for `test_only`, and ``test`` (JSON lines), and the sample submission, ``sample``, if it is there.
 
     Raises:
         DataError: train or test is missing, or there are two of a kind.
     """
-    files = {name: need_table(raw, name, suffix=".json") for name in ("train", "test")}
+    names = ("test",) if test_only else ("train", "test")
+    files = {name: need_table(raw, name, suffix=".json") for name in names}
     sample = find_table(raw, _SAMPLE)
     return files | ({"sample": sample} if sample else {})
 

@@ -59,8 +59,10 @@ error_sums = partial(base.error_sums, targets=TARGETS, target_range=(0.0, 1.0), 
 score = partial(base.mean_error, power=1)
 
 
-def raw_files(raw: Path) -> dict[str, Path]:
+def raw_files(raw: Path, *, test_only: bool = False) -> dict[str, Path]:
     """Raw files of the competition: ``train`` and ``test``, and those of ``sample, groups, manifest`` that are there.
+
+    With `test_only` ``train`` is not looked for.
 
     - train: ``train_data``, test: ``test_sequences``, sample: ``sample_submission``, each as `find_table` takes them;
     - groups: ``library_groups.parquet`` (``sequence_id, group``), known relatives;
@@ -69,7 +71,8 @@ def raw_files(raw: Path) -> dict[str, Path]:
     Raises:
         DataError: train or test is missing, or there are two of a kind.
     """
-    files = {"train": need_table(raw, _TRAIN), "test": need_table(raw, _TEST)}
+    files = {} if test_only else {"train": need_table(raw, _TRAIN)}
+    files["test"] = need_table(raw, _TEST)
     optional = {"sample": find_table(raw, _SAMPLE), "groups": raw / "library_groups.parquet"}
     optional["manifest"] = raw / "manifest.json"
     return files | {label: path for label, path in optional.items() if path is not None and path.is_file()}

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from pipeline.competitions import rna3d_files
+from pipeline.competitions import rna3d_files, rna3d_hidden
 from pipeline.competitions.base import Competition, tell_lengths
 from pipeline.competitions.raw import column_names
 from pipeline.competitions.raw_files import find_table, names_beside, need_table
@@ -34,12 +34,18 @@ _RELEASES_IN = "PDB_RNA"  # the folder of release dates in part 2
 _ODD = f"[^{ALPHABET}]"
 
 
-def raw_files(folder: Path) -> dict[str, Path]:
+def raw_files(folder: Path, *, test_only: bool = False) -> dict[str, Path]:
     """Label -> raw file in a folder or a zip; those of validation, clusters and release dates may be absent.
+
+    With `test_only` the test sequences, and the sample submission if it is there.
 
     Raises:
         DataError: a needed file is missing, or validation labels came without their sequences.
     """
+    if test_only:
+        sample = find_table(folder, "sample_submission")
+        found = {"test_sequences": need_table(folder, "test_sequences")}
+        return found | ({"sample_submission": sample} if sample else {})
     found = {label: need_table(folder, label) for label in _NEEDED}
     for label in _OPTIONAL:
         path = find_table(folder, label)
@@ -53,9 +59,9 @@ def raw_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _raw_files_2(folder: Path) -> dict[str, Path]:
+def _raw_files_2(folder: Path, *, test_only: bool = False) -> dict[str, Path]:
     """As `raw_files`, with a word where the files look like those of part 1, which would be accepted in silence."""
-    found = raw_files(folder)
+    found = raw_files(folder, test_only=test_only)
     if "stoichiometry" not in column_names(found["test_sequences"], "test_sequences"):
         warn(
             f"{found['test_sequences'].name}: no column stoichiometry, which part 2 ships; every target counts as one "
@@ -77,11 +83,14 @@ def clean(raw: dict[str, Path], out: dict[str, Path]) -> dict[str, Any]:
     Raises:
         DataError: a file is damaged or the files contradict each other; file and row are named.
     """
-    odd_test, test = _test_table(raw["test_sequences"])
-    sample = rna3d_files.read_sample(raw["sample_submission"], odd_test)
     if "train" not in out:
+        odd_test, sample = rna3d_hidden.read_tests(raw["test_sequences"], raw.get("sample_submission"))
+        test = _as_read(odd_test)
         _write({"test": test, "sample": sample}, out)
         return {"test_rows": test.height, "test_lengths": tell_lengths(test["sequence"]), "sample_rows": sample.height}
+    odd_test = rna3d_files.read_sequences(raw["test_sequences"], "test_sequences")
+    sample = rna3d_files.read_sample(raw["sample_submission"], odd_test)
+    test = _as_read(odd_test)
     _tell_later_versions(raw)
     train, facts = _train_sequences(raw["train_sequences"])
     dropped = facts["train"]["odd_letter_ids"]
@@ -228,11 +237,11 @@ def _validation(raw: dict[str, Path], *, train_ids: pl.Series) -> pl.DataFrame:
     return _conformers(rna3d_files.read_labels(raw["validation_labels"], "validation_labels", sequences=sequences))
 
 
-def _test_table(path: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Test sequences as they came, and with odd letters replaced for the model."""
-    raw = rna3d_files.read_sequences(path, "test_sequences").sort("sequence_id")
+def _as_read(tests: pl.DataFrame) -> pl.DataFrame:
+    """The clean table of test sequences, odd letters replaced for the model."""
     model = pl.col("sequence").str.replace_all(_ODD, ODD_LETTER_AS)
-    return raw, raw.select("sequence_id", model, "temporal_cutoff", "stoichiometry", "chain_lengths")
+    columns = ("sequence_id", model, "temporal_cutoff", "stoichiometry", "chain_lengths")
+    return tests.sort("sequence_id").select(columns)
 
 
 def _describe(

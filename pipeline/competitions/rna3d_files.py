@@ -19,8 +19,9 @@ AXES = ("x", "y", "z")
 ASSEMBLY = {"chain": pl.String, "copy": pl.Int32}  #: of a residue, in the labels of part 2
 RELEASES = "pdb_release_dates_NA"  #: file of part 2
 _RELEASE_COLUMNS = {"Entry ID": pa.string(), "Release Date": pa.string()}
-_SAMPLE_COLUMNS = [f"{axis}_{number}" for number in range(1, CANDIDATES + 1) for axis in AXES]
-_ID = r"^(.+)_(\d+)$"  # as `pipeline.schema.split_id`, for a whole column
+#: What a sample submission is known by.
+SAMPLE_COLUMNS = [f"{axis}_{number}" for number in range(1, CANDIDATES + 1) for axis in AXES]
+ID_AND_NUMBER = r"^(.+)_(\d+)$"  #: as `pipeline.schema.split_id`, for a whole column
 _COPIES = re.compile(r"([^:;\s]+):([1-9]\d*)")  # of stoichiometry: chain name and how many copies of it
 _CHAIN_NAMES = re.compile(r"(\w+)(?:\[auth (\w+)\])?")
 _KEY = {"ID": pa.string(), "resname": pa.string(), "resid": pa.int64()}
@@ -29,31 +30,44 @@ _KEY = {"ID": pa.string(), "resname": pa.string(), "resid": pa.int64()}
 def read_sequences(path: Path, label: str) -> pl.DataFrame:
     """row, sequence_id, sequence (upper case, U for T, odd letters kept), temporal_cutoff (date or null), and of part 2
     stoichiometry and chain_lengths (null where not given)."""
-    names, optional = column_names(path, label), ("temporal_cutoff", "stoichiometry", "all_sequences")
-    given = [name for name in optional if name in names]
-    table = _read(path, label, dict.fromkeys(["target_id", "sequence", *given], pa.string()))
-    table = table.with_columns(pl.lit("").alias(name) for name in optional if name not in given)
-    table = table.select(
-        "row",
-        pl.col("target_id").str.strip_chars().alias("sequence_id"),
-        _letters("sequence"),
-        pl.col("temporal_cutoff").str.strip_chars().alias("cutoff_text"),
-        pl.col("stoichiometry").str.strip_chars(),
-        "all_sequences",
-    ).with_columns(pl.col("cutoff_text").str.to_date("%Y-%m-%d", strict=False).alias("temporal_cutoff"))
+    table = read_sequence_columns(path, label)
     refuse(table, pl.col("sequence_id") == "", path, "target_id is empty; expected an id")
     refuse(table, pl.col("sequence") == "", path, "empty sequence; expected letters A, C, G, U")
     refuse(table, pl.col("sequence_id").is_first_distinct().not_(), path, "this target_id was there already")
+    table = table.with_columns(pl.col("cutoff_text").str.to_date("%Y-%m-%d", strict=False).alias("temporal_cutoff"))
     bad_date = (pl.col("cutoff_text") != "") & pl.col("temporal_cutoff").is_null()
     refuse(table, bad_date, path, "temporal_cutoff is no date; expected YYYY-MM-DD")
-    whole = f"^{_COPIES.pattern}(;{_COPIES.pattern})*$"
-    odd = (pl.col("stoichiometry") != "") & pl.col("stoichiometry").str.contains(whole).not_()
+    odd = (pl.col("stoichiometry") != "") & pl.col("is_stoichiometry").not_()
     refuse(table, odd, path, "stoichiometry is not <chain>:<copies>;…, such as A:2;B:1")
+    return with_chains(table)
+
+
+def read_sequence_columns(path: Path, label: str, *, may_be_empty: bool = False) -> pl.DataFrame:
+    """row, sequence_id, sequence, cutoff_text, stoichiometry, is_stoichiometry, all_sequences; "" = not given."""
+    names, optional = column_names(path, label), ("temporal_cutoff", "stoichiometry", "all_sequences")
+    given = [name for name in optional if name in names]
+    types = dict.fromkeys(["target_id", "sequence", *given], pa.string())
+    table = _read(path, label, types, may_be_empty=may_be_empty)
+    table = table.with_columns(pl.lit("").alias(name) for name in optional if name not in given)
+    whole = f"^{_COPIES.pattern}(;{_COPIES.pattern})*$"
+    return table.select(
+        "row",
+        pl.col("target_id").str.strip_chars().alias("sequence_id"),
+        letters_of("sequence"),
+        pl.col("temporal_cutoff").str.strip_chars().alias("cutoff_text"),
+        pl.col("stoichiometry").str.strip_chars(),
+        pl.col("stoichiometry").str.strip_chars().str.contains(whole).alias("is_stoichiometry"),
+        "all_sequences",
+    )
+
+
+def with_chains(table: pl.DataFrame) -> pl.DataFrame:
+    """What `read_sequences` gives, of its columns as they are read."""
     lengths = [chain_lengths(*row) for row in table.select("sequence", "stoichiometry", "all_sequences").iter_rows()]
     return table.with_columns(
         pl.col("stoichiometry").replace("", None),
         pl.Series("chain_lengths", lengths, dtype=pl.List(pl.Int32)),
-    ).drop("cutoff_text", "all_sequences")
+    ).drop("cutoff_text", "is_stoichiometry", "all_sequences")
 
 
 def chain_lengths(sequence: str, stoichiometry: str, all_sequences: str) -> list[int] | None:
@@ -115,7 +129,7 @@ def _coordinates(table: pl.DataFrame, columns: list[str], path: Path) -> pl.Data
 
 def read_sample(path: Path, test: pl.DataFrame) -> pl.DataFrame:
     """ID, resname, resid in the sample submission's row order."""
-    require_columns(column_names(path, "sample_submission"), [*_KEY, *_SAMPLE_COLUMNS], where=path.name)
+    require_columns(column_names(path, "sample_submission"), [*_KEY, *SAMPLE_COLUMNS], where=path.name)
     table = _read(path, "sample_submission", _KEY)
     checked = _with_residue(table, path)
     checked = _match_sequences(checked, test, path, other="test_sequences")
@@ -156,9 +170,9 @@ def read_releases(path: Path) -> pl.DataFrame:
 def _with_residue(table: pl.DataFrame, path: Path) -> pl.DataFrame:
     """Add sequence_id and resid, both read from ID and checked against the resid column."""
     table = table.with_columns(
-        pl.col("ID").str.extract(_ID, 1).alias("sequence_id"),
-        pl.col("ID").str.extract(_ID, 2).cast(pl.Int64, strict=False).alias("number"),
-        _letters("resname"),
+        pl.col("ID").str.extract(ID_AND_NUMBER, 1).alias("sequence_id"),
+        pl.col("ID").str.extract(ID_AND_NUMBER, 2).cast(pl.Int64, strict=False).alias("number"),
+        letters_of("resname"),
     )
     unnumbered = pl.col("sequence_id").is_null() | pl.col("number").is_null()
     refuse(table, unnumbered, path, "ID {ID!r}; expected <target_id>_<residue number>, such as R1107_1")
@@ -191,14 +205,15 @@ def _match_sequences(table: pl.DataFrame, sequences: pl.DataFrame, path: Path, *
     return table.drop("sequence")
 
 
-def _read(path: Path, label: str, types: dict[str, pa.DataType]) -> pl.DataFrame:
+def _read(path: Path, label: str, types: dict[str, pa.DataType], *, may_be_empty: bool = False) -> pl.DataFrame:
     """Some columns of a raw table, its data rows numbered from 1."""
     require_columns(column_names(path, label), list(types), where=path.name)
-    table = pl.DataFrame(read_table(path, label, types, multiline=True))
+    table = pl.DataFrame(read_table(path, label, types, multiline=True, may_be_empty=may_be_empty))
     return table.with_row_index("row", offset=1)
 
 
-def _letters(column: str) -> pl.Expr:
+def letters_of(column: str) -> pl.Expr:
+    """Letters without blanks, in capitals, U for T."""
     return pl.col(column).str.strip_chars().str.to_uppercase().str.replace_all("T", "U", literal=True).alias(column)
 
 

@@ -296,7 +296,10 @@ def _predict_settings(order: Order, parcel: _Parcel) -> dict[str, Any]:
         for fold in told["folds"]
     ]
     parcel.add(source, _WEIGHTS, name=source.name)
-    return (_pack_reading(order, told["split"], parcel) if order.competition.is_own else {}) | {
+    read = [name for name in order.competition.files if name.startswith("test")]  # a sample may be absent
+    reading = _pack_reading(order, told["split"], parcel) if order.competition.is_own else {"raw_files": read}
+    return reading | {
+        "beside": order.competition.files,
         "weights": _WEIGHTS,
         "folds": told["folds"],
         "words_of_runs": [_words_of(run) for run in networks],

@@ -84,11 +84,11 @@ def find_bundle(inputs: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def find_raw(inputs: Path, told: dict[str, Any]) -> Path:
-    """The folder with the competition's files, packed or not."""
-    wanted = {name.split(".")[0] for name in told["raw_files"]}
-    for folder, names in folders(inputs):
-        if wanted <= {name.split(".")[0] for name in names}:
-            return folder
+    """The folder with the competition's files that are read, packed or not; of several that with most of the others."""
+    wanted, others = ({name.split(".")[0] for name in told.get(key, ())} for key in ("raw_files", "beside"))
+    found = [(folder, {name.split(".")[0] for name in names}) for folder, names in folders(inputs)]
+    if fitting := [(folder, stems) for folder, stems in found if wanted <= stems]:
+        return max(fitting, key=lambda each: len(each[1] & others))[0]
     fail(
         f"{inputs}: no folder below it holds {', '.join(told['raw_files'])}. "
         f"Next: add the competition {told['slug']} to this notebook's inputs."

@@ -729,6 +729,17 @@ def test_a_notebook_without_its_inputs_says_which(trained: Trained, tmp_path: Pa
         play(trained.home, lay_out(tmp_path / "input", trained.home, tmp_path / "empty"), tmp_path / "work")
 
 
+def test_a_predicting_notebook_reads_the_test_files_alone(trained: Trained, tmp_path: Path):
+    """Without train_data, train_labels or a sample it ended with "no folder below it holds train_data.csv, …"."""
+    told = bundle.read_bundle(trained.predicting)
+    for name in ("a/test_sequences.csv", "b/test_sequences.csv.gz", "b/sample_submission.csv", "c/train_data.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert script.find_raw(tmp_path, told) == tmp_path / "b", "with most of the competition's files"
+    shutil.rmtree(tmp_path / "b")
+    assert script.find_raw(tmp_path, told) == tmp_path / "a"
+
+
 @pytest.mark.parametrize("mount", ["slug", "notebooks/tester/slug"])
 def test_a_run_is_found_wherever_a_notebooks_output_is_mounted(tmp_path: Path, mount: str):
     """Below notebooks/<user>/<slug> no checkpoint was found, and the run was begun anew without a word."""
