@@ -36,7 +36,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 #: Where a process kills itself -> the highest count at which it may.
 PLACES = {"forward": 12, "update": 12, "fsync": 30, "rename": 10, "remove": 6, "evaluation": 3, "clock": 1}
-_IN_A_ROW = 6  # kills of one run
+_IN_A_ROW = 6  # kills of one run at most
 _LONGEST_S = 0.4  # of a process that a clock kills
 
 
@@ -122,7 +122,7 @@ def committed(store: CheckpointStore) -> list[int]:
 
 def soak(paths: Paths, *, kills: int, seed: int) -> list[dict[str, Any]]:
     """Kill runs until that was done `kills` times; every run is then finished and compared with one left alone."""
-    rng = random.Random(seed)
+    rng, in_a_row = random.Random(seed), min(_IN_A_ROW, -(-kills // len(RUNS)))
     rows = {name: {"run": name, "runs": 0, "kills": 0, "lost": 0, "mismatches": 0, "places": {}} for name in RUNS}
     for name in RUNS:
         in_child(paths, _whole(name), tiny.config(**RUNS[name]))
@@ -131,7 +131,7 @@ def soak(paths: Paths, *, kills: int, seed: int) -> list[dict[str, Any]]:
         row, run, config = rows[name], f"killed{number}.{tiny.SPLIT}", tiny.config(**RUNS[name])
         store = CheckpointStore(paths.fold_dir(run, 0) / "checkpoints")
         newest = -1
-        for _ in range(_IN_A_ROW):
+        for _ in range(in_a_row):
             kill = draw(rng)
             if not in_child(paths, run, config, kill):
                 break
