@@ -206,7 +206,6 @@ class Match:
     """A template on a target."""
 
     template: int  # position in the library
-    mode: Mode
     partner_L: np.ndarray  # template residue at every target residue, -1 = none
     identity: float  # share of the shorter sequence
     features_F: np.ndarray
@@ -246,7 +245,7 @@ def find_matches(
             if sum(copies.values()) == _KEPT:
                 break
             if copies[sequence] < _COPIES:
-                match = _match(target, library, int(chosen[place]), mode, float(score_N[place]), partner_NL[place])
+                match = _match(target, library, int(chosen[place]), float(score_N[place]), partner_NL[place])
                 if match:
                     copies[sequence] += 1
                     found.append(match)
@@ -304,7 +303,7 @@ def _packed(library: Library, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return tokens_T, state_T, np.concatenate([[0], np.cumsum(library.lengths[chosen])])
 
 
-def _match(target: Target, library: Library, n: int, mode: Mode, score: float, partner_L: np.ndarray) -> Match | None:
+def _match(target: Target, library: Library, n: int, score: float, partner_L: np.ndarray) -> Match | None:
     part = library.part(n)
     copied_L3 = transfer(partner_L, library.xyz_T3[part])
     if np.isfinite(copied_L3[:, 0]).sum() < _LEAST:
@@ -319,7 +318,6 @@ def _match(target: Target, library: Library, n: int, mode: Mode, score: float, p
     shorter = min(len(target), int(library.lengths[n]))
     return Match(
         template=n,
-        mode=mode,
         partner_L=partner_L,
         identity=same / shorter,
         features_F=features_F,
