@@ -19,7 +19,7 @@ from pipeline.schema import ALPHABET, encode
 from pipeline.tables import flat_lists, numbers_that_count
 
 #: Copied labels that are right this much more often on one split than on another, as a share, are told of; and copied
-#: numbers whose error is by this share of the mean's smaller.
+#: numbers and profiles whose error is by this share of the mean's, or the median's, smaller.
 LEAK = 0.05
 
 _MEDIAN_ROWS = 20_000  # sequences that the medians are taken of
@@ -178,7 +178,7 @@ def score_numbers(
 
 
 def tell_leaks(splits: Mapping[str, Mapping[str, Any]]) -> None:
-    """Warn where copied labels or numbers are right far more often, or nearer, than on another split."""
+    """Warn where copied labels are right far more often, or numbers and profiles nearer, than on another split."""
     found = {split: told["copy_accuracy"] for split, told in splits.items() if "copy_accuracy" in told}
     for split, share in found.items():
         tightest = min(found, key=lambda each: found[each])
@@ -187,11 +187,13 @@ def tell_leaks(splits: Mapping[str, Mapping[str, Any]]) -> None:
                 f"audit: the nearest training sequence has the same labels for {share:.1%} of the sequences on "
                 f"{split}, {found[tightest]:.1%} on {tightest}: scores on {split} are scores of memory"
             )
-    near = {split: told["copy_score"] / told["mean_score"] for split, told in splits.items() if told.get("mean_score")}
-    for split, share in near.items():
-        tightest = max(near, key=lambda each: near[each])
-        if share < near[tightest] - LEAK:
-            warn(
-                f"audit: the nearest training sequence's numbers have {share:.0%} of the mean's error on {split}, "
-                f"{near[tightest]:.0%} on {tightest}: scores on {split} are scores of memory"
-            )
+    for copied, usual in (("numbers have", "mean"), ("profile has", "median")):
+        score = f"{usual}_score"
+        near = {split: told["copy_score"] / told[score] for split, told in splits.items() if told.get(score)}
+        for split, share in near.items():
+            tightest = max(near, key=lambda each: near[each])
+            if share < near[tightest] - LEAK:
+                warn(
+                    f"audit: the nearest training sequence's {copied} {share:.0%} of the {usual}'s error on {split}, "
+                    f"{near[tightest]:.0%} on {tightest}: scores on {split} are scores of memory"
+                )

@@ -80,8 +80,13 @@ def test_cross_fold_pairs_are_counted_as_brute_force_counts_them(paths, cross_pa
     assert facts["splits"]["random_k3"]["highest_identity"] > 0.9
 
 
-def test_copies_score_well_where_relatives_are_across_folds_only(paths):
+def test_copies_score_well_where_relatives_are_across_folds_only_and_that_is_told(paths, capsys):
+    """Of profiles nothing was told, where of labels and numbers it was."""
     facts = audit.run(paths, splits=SPLITS, competition=RIBONANZA).facts["splits"]
+    share = facts["random_k3"]["copy_score"] / facts["random_k3"]["median_score"]
+    said = capsys.readouterr().err
+    assert f"the nearest training sequence's profile has {share:.0%} of the median's error on random_k3" in said
+    assert said.count("scores of memory") == 1
     assert facts["random_k3"]["copy_score"] < 0.6 * facts["random_k3"]["median_score"]
     assert facts["sim80_k3"]["copy_score"] > 0.9 * facts["sim80_k3"]["median_score"]
     assert facts["random_k3"]["scored"] == facts["sim80_k3"]["scored"] == 54
