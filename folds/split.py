@@ -108,8 +108,8 @@ def assign_folds(table: pl.DataFrame, plan: Split, *, seed: int, where: str) -> 
 def _smaller_split(sequences: int, clusters: int, *, where: str) -> str:
     """What to try where a split has more folds than there are clusters.
 
-    >>> _smaller_split(9, 3, where="sim80_k5"), _smaller_split(1, 1, where="random_k5")
-    ('SPLIT=sim80_k3, or a higher identity', 'add sequences: of a single one there are no folds')
+    >>> _smaller_split(9, 2, where="sim80_k5"), _smaller_split(1, 1, where="random_k5")
+    ('SPLIT=sim80_k2, or a higher identity', 'add sequences: of a single one there are no folds')
     """
     if sequences < 2:
         return "add sequences: of a single one there are no folds"

@@ -7,6 +7,7 @@ import signal
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from pipeline.training.failures import is_anomaly, is_device_lost, is_out_of_mem
 from pipeline.training.guard import classify, is_spike, lower_scale, remember
 from pipeline.training.loop import Trainer
 from pipeline.training.precision import Precision
+from pipeline.training.recovery import input_statistics
 from pipeline.training.state import TrainingState
 from tests.faults import nan
 from tests.pipeline import tiny
@@ -467,6 +469,15 @@ def test_the_newest_bad_batches_are_saved_with_all_that_their_step_needs(paths, 
     assert [name for batch in bad.batches for name in batch.ids] == rows[-1]["ids"]
     assert bad.meta["config"]["train"]["micro_batch"] == 5
     assert set(bad.weights) == set(tiny.TinyModel().state_dict())
+
+
+def test_inputs_of_a_bad_batch_are_described_over_all_its_micro_batches():
+    def batch(length: int, *target: float) -> Any:
+        mask_BL = torch.arange(9) < torch.tensor([[2], [length]])
+        return SimpleNamespace(inputs=SimpleNamespace(mask_BL=mask_BL), target_BLC=torch.tensor(target))
+
+    batches = [batch(5, 1.0, -3.0, math.nan), batch(7, math.nan), batch(6, 2.0)]
+    assert input_statistics(batches) == {"longest": 7, "largest_target": 3.0}
 
 
 def test_a_batch_that_cannot_be_saved_does_not_end_the_run(paths, inject, said, monkeypatch):

@@ -304,6 +304,13 @@ def test_neighbours_at_impossible_distances_are_refused_as_another_unit(structur
             run(structure_paths, tmp_path / "nm.csv", RNA3D)
 
 
+def test_a_structure_sample_without_rows_is_refused(structure_paths, tmp_path):
+    file = write(structure_table(structure_paths), tmp_path / "good.parquet")
+    shutil.rmtree(structure_paths.home)
+    with pytest.raises(DataError, match="no rows below the header"):
+        run(structure_paths, file, RNA3D, sample=write(pl.read_parquet(file).head(0), tmp_path / "none.parquet"))
+
+
 def test_a_torn_candidate_is_accepted_with_a_warning(structure_paths, tmp_path, capsys):
     torn = pl.when(pl.col("ID") == "Q1_4").then(90.0).otherwise(pl.col("x_4"))
     structure_table(structure_paths).with_columns(x_4=torn).write_csv(tmp_path / "torn.csv")
