@@ -115,8 +115,6 @@ def least_square_on_simplex(matrix_MM: np.ndarray) -> np.ndarray:
     """
     width = len(matrix_MM)
     scale = np.trace(matrix_MM) / width
-    if scale == 0.0:
-        return np.full(width, 1.0 / width)
     a_MM = matrix_MM / scale + 1e-10 * np.eye(width)
     solution_M, free_M = np.zeros(width), np.zeros(width, dtype=bool)
     for _ in range(10 * width):
