@@ -16,6 +16,7 @@ from pipeline.dataset import ExampleSet, open_examples
 from pipeline.errors import DataError, StoppedError
 from pipeline.packing import Packed
 from pipeline.paths import Paths
+from pipeline.training import loader
 from pipeline.training.loader import BatchSource, Loader, Place, _Worker
 from tests.pipeline import tiny
 from tests.pipeline.faulty_source import Faulty
@@ -79,6 +80,15 @@ def all_of(source: BatchSource, *, workers: int, patience: float = 600.0) -> lis
 def test_workers_give_the_same_batches_in_the_same_order(examples, config):
     source = BatchSource(examples, np.arange(0, 64, 2), config=config)
     assert all_of(source, workers=2) == all_of(source, workers=0)
+
+
+def test_an_epoch_is_planned_once(examples, config, monkeypatch):
+    """Of a million sequences that takes 0.3 s, which every batch would take."""
+    planned, plan = [], loader.plan_epoch
+    monkeypatch.setattr(loader, "plan_epoch", lambda *args, **how: planned.append(how["epoch"]) or plan(*args, **how))
+    source = BatchSource(examples, np.arange(0, 60, 2), config=config)
+    all_of(source, workers=0)
+    assert (source.batches, planned) == (4, [0, 1])
 
 
 def test_what_was_read_ahead_for_another_place_is_thrown_away(examples, config):
