@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,14 @@ def test_a_file_of_another_program_or_version_is_refused(paths, bad, content):
         DataError, match=r"no batch as this version saves it \(\w+\)\. Next: make replay STEP=<one of 3>"
     ):
         run(paths)
+
+
+def test_the_last_one_saved_is_the_first_to_be_replayed_whatever_its_step(bad):
+    """After a rollback a lower step comes again, or the same one."""
+    for step in (5, 3, 2):
+        replace(load_bad_batch(bad[7]), step=step).save(bad[7].parent)
+    names = [path.name for path in find_bad_batches(bad[7].parent).values()]
+    assert names == [f"{number:04d}-step-{step:08d}.pt" for number, step in ((5, 2), (4, 3), (3, 5), (2, 7))]
 
 
 def test_stray_files_are_left_alone(paths, bad):
