@@ -26,13 +26,13 @@ from pipeline.labels import find_labels
 from pipeline.memory import usable_cpus
 from pipeline.pair_workers import ROWS, Crew, parquet_schema, write_part
 from pipeline.paths import Paths
-from pipeline.runlog import Bar, amount, rate_text, say
+from pipeline.runlog import Bar, amount, rate_text, say, warn
 from pipeline.stage import Report, read_manifest, run_stage, sha256_file
 from pipeline.tables import read_batches
 from pipeline.training.stop import StopRequest, in_turn, run_lock
 
 _TABLES = ("train", "test")
-_LENGTH = "longest"  # parameter of a result that other calls complete
+_LENGTH, _PARTIAL = "longest", "partial"  # parameters of a result that other calls complete
 _LONGEST = 65_535  # nt: positions take two bytes
 _MAX_PART_ROWS = 2048
 _PART_SECONDS = 8.0  # of work in a part: what an interruption loses
@@ -60,6 +60,7 @@ def run(
     tables: Sequence[str] = _TABLES,
     longest: int | None = None,
     time_budget: float | None = None,
+    partial: bool = False,
 ) -> Report:
     """Compute the base-pair probabilities of all sequences of the clean train and test tables.
 
@@ -71,9 +72,10 @@ def run(
         tables: clean tables whose sequences are folded; ``test`` alone where nothing is trained.
         longest: nt; longer sequences are left out, for a first result that another call completes.
         time_budget: seconds after which it stops; None = never.
+        partial: where that time is up, write what is folded; for a notebook, whose time is all there is.
 
     Returns:
-        Report with the output ``bpp``.
+        Report with the output ``bpp``; the fact ``left_out`` says how many of a partial result are missing.
 
     Raises:
         ConfigError: ViennaRNA is not installed and the file is not there.
@@ -105,10 +107,13 @@ def run(
                 else set()
             )
             how: dict[str, Any] = {"params": params, "workers": workers, "time_budget": time_budget}
+            how["partial"] = partial
             return _build(parts["bpp"], sorted(wanted | kept), paths=paths, **how)
 
     of_all = params if longest is None else params | {_LENGTH: longest}
-    report = run_stage("bpp", inputs=inputs, outputs={"bpp": paths.bpp}, params=of_all, build=build)
+    of_all = of_all | ({_PARTIAL: True} if partial else {})
+    again = bool((_recorded(paths) or {"facts": {}})["facts"].get("left_out"))
+    report = run_stage("bpp", inputs=inputs, outputs={"bpp": paths.bpp}, params=of_all, build=build, force=again)
     if report.status == "built":
         shutil.rmtree(_parts_dir(paths), ignore_errors=True)
     return report
@@ -116,8 +121,9 @@ def run(
 
 def describe(facts: Mapping[str, Any]) -> str:
     """What `run` computed, for a person."""
-    least = viennarna.MIN_PROBABILITY
-    return f"{facts['sequences']:,} sequences, {facts['pairs']:,} pairs of probability {least} or more"
+    least, left_out = viennarna.MIN_PROBABILITY, facts.get("left_out", 0)
+    told = f"{facts['sequences']:,} sequences, {facts['pairs']:,} pairs of probability {least} or more"
+    return told + (f"; left out: {left_out:,}, as its time was up" if left_out else "")
 
 
 def _parts_dir(paths: Paths) -> Path:
@@ -155,8 +161,10 @@ def _recorded(paths: Paths) -> dict[str, Any] | None:
 def _covers(done: dict[str, Any], inputs: Mapping[str, Path], params: dict[str, Any], longest: int | None) -> bool:
     """Whether an earlier result, of more tables or longer sequences, holds what is asked for."""
     until = done["params"].get(_LENGTH)
+    if done["facts"].get("left_out"):
+        return False
     reaches = until is None or (longest is not None and longest <= until)
-    is_same = _without_length(done) == params and inputs.keys() <= done["inputs"].keys()
+    is_same = _of_each(done) == params and inputs.keys() <= done["inputs"].keys()
     return (
         reaches
         and is_same
@@ -164,8 +172,9 @@ def _covers(done: dict[str, Any], inputs: Mapping[str, Path], params: dict[str, 
     )
 
 
-def _without_length(done: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in done["params"].items() if name != _LENGTH}
+def _of_each(done: dict[str, Any]) -> dict[str, Any]:
+    """Parameters that a sequence's probabilities depend on, whichever sequences there are."""
+    return {name: value for name, value in done["params"].items() if name not in (_LENGTH, _PARTIAL)}
 
 
 def _build(
@@ -176,6 +185,7 @@ def _build(
     params: dict[str, Any],
     workers: int | None,
     time_budget: float | None,
+    partial: bool,
 ) -> dict[str, Any]:
     usable, reason = viennarna.available()
     if not usable:
@@ -192,12 +202,18 @@ def _build(
         there = len(wanted) - missing.size
         say(f"bpp: {amount(missing.size, 'sequence')} to fold" + (f", {there:,} are there already" if there else ""))
         how: dict[str, Any] = {"params": params, "workers": workers, "time_budget": time_budget}
+        how["partial"] = partial
         _compute([wanted[k] for k in missing], folder=_parts_dir(paths), **how)
         sources = _sources(paths, params)
+    left_out = _locate(wanted, sources).missing
+    if left_out.size:
+        warn(f"bpp: its time is up; {left_out.size:,} of {amount(len(wanted), 'sequence')} are not folded")
+        wanted = np.delete(np.array(wanted, dtype=object), left_out).tolist()
     pairs = _merge(wanted, sources, out)
     return {
         "sequences": len(wanted),
-        "computed": int(missing.size),
+        **({"left_out": int(left_out.size)} if left_out.size else {}),
+        "computed": int(missing.size - left_out.size),
         "in_windows": sum(len(sequence) > viennarna.MAX_WHOLE for sequence in wanted),
         "pairs": pairs,
     }
@@ -254,7 +270,7 @@ def _sources(paths: Paths, params: dict[str, Any]) -> list[_Source]:
 def _finished_result(paths: Paths, params: dict[str, Any]) -> list[_Source]:
     """An earlier result, if it was made with these parameters."""
     done = _recorded(paths)
-    return [_Source(paths.bpp)] if done and _without_length(done) == params else []
+    return [_Source(paths.bpp)] if done and _of_each(done) == params else []
 
 
 class _Located(NamedTuple):
@@ -295,9 +311,19 @@ def _merge(wanted: list[str], sources: list[_Source], out: Path) -> int:
 
 
 def _compute(
-    missing: list[str], *, folder: Path, params: dict[str, Any], workers: int | None, time_budget: float | None
+    missing: list[str],
+    *,
+    folder: Path,
+    params: dict[str, Any],
+    workers: int | None,
+    time_budget: float | None,
+    partial: bool,
 ) -> None:
-    """Fold sequences and leave them in parts; in this process if there is little to do."""
+    """Fold sequences and leave them in parts; in this process if there is little to do.
+
+    Raises:
+        StoppedError: a signal came, or the time is up and not even a part of them was asked for, or none is there.
+    """
     work = sum(viennarna.seconds_to_fold(len(sequence)) for sequence in missing)
     workers = min(workers or usable_cpus(), 1 + int(work / _WORTH_A_WORKER))
     limit = min(_PART_SECONDS, work / (4 * workers))
@@ -308,7 +334,7 @@ def _compute(
         for count in _finished(jobs, workers=min(workers, len(jobs)), stop=stop):
             kept += count
             bar.advance(count, note=rate_text(kept / (time.monotonic() - started)))
-        if kept < len(missing):
+        if kept < len(missing) and not (partial and kept and not stop.signalled):
             raise StoppedError(
                 f"bpp: stopped ({stop.reason()}); {kept:,} of {len(missing):,} sequences are folded and kept. "
                 "Next: run it again to go on."

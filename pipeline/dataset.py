@@ -86,7 +86,7 @@ class BppArrays(_Mapped):
     """Sparse base-pair probabilities, one row per example of the set that holds them."""
 
     key: str
-    row_N: np.ndarray  # example -> row of offsets
+    row_N: np.ndarray  # example -> row of offsets; -1 = it has none
     offsets: np.ndarray  # int64 [M+1] into the pairs
     ij_K2: np.ndarray  # uint16
     p_K: np.ndarray  # float32
@@ -143,8 +143,7 @@ class ExampleSet(_Mapped):
             None if self.weights_NC is None else self.weights_NC[index],
             label_C=None if self.labels_NC is None else self.labels_NC[index],
         )
-        if self.bpp is not None:
-            row = self.bpp.row_N[index]
+        if self.bpp is not None and (row := self.bpp.row_N[index]) >= 0:
             pairs = slice(self.bpp.offsets[row], self.bpp.offsets[row + 1])
             example = example._replace(bpp_ij_K2=self.bpp.ij_K2[pairs], bpp_p_K=self.bpp.p_K[pairs])
         if self.features is not None:
@@ -160,6 +159,7 @@ def open_examples(
     paths: Paths,
     table: Table,
     bpp: bool = False,
+    partial: bool = False,
     features: str = "",
     labels: Labels | None = None,
     crop: int = 0,
@@ -173,6 +173,7 @@ def open_examples(
         paths: where the tables and arrays are.
         table: ``train`` (with targets) or ``test``.
         bpp: also open the base-pair probabilities.
+        partial: whether some sequences may have none of these.
         features: also open those of that name; "" = none.
         labels: of a labelled set, where they are not on this machine; None = as the data stage found them.
         crop: show the middle of each sequence, so many nt, alone; 0 = all of it.
@@ -201,7 +202,7 @@ def open_examples(
         targets_TC=arrays.get("targets"),
         weights_NC=arrays.get("weights"),
         scored_N=arrays.get("scored"),
-        bpp=_open_bpp(arrays["tokens"], arrays["offsets"], paths=paths) if bpp else None,
+        bpp=_open_bpp(arrays["tokens"], arrays["offsets"], paths=paths, partial=partial) if bpp else None,
         features=_open_features(features, folder, paths=paths, table=table) if features else None,
         labels_NC=arrays.get("labels"),
         labels=labels,
@@ -306,8 +307,8 @@ def _open_features(name: str, folder: Path, *, paths: Paths, table: Table) -> Fe
     )
 
 
-def _open_bpp(tokens_T: np.ndarray, offsets: np.ndarray, *, paths: Paths) -> BppArrays:
-    """Base-pair probabilities for every sequence of a table."""
+def _open_bpp(tokens_T: np.ndarray, offsets: np.ndarray, *, paths: Paths, partial: bool) -> BppArrays:
+    """Base-pair probabilities for every sequence of a table, or for those that have some."""
     folder = build_bpp(paths).outputs["arrays"]
     digests_M, starts, ij_K2, p_K = open_arrays(folder, ("digests", "offsets", "ij", "p")).values()
     pairs = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
@@ -315,7 +316,9 @@ def _open_bpp(tokens_T: np.ndarray, offsets: np.ndarray, *, paths: Paths) -> Bpp
     order = np.argsort(digests_M)
     row_N = order[np.searchsorted(digests_M, wanted_N, sorter=order).clip(max=len(order) - 1)]
     missing = np.flatnonzero(digests_M[row_N] != wanted_N)
-    if missing.size:
+    if partial:
+        row_N = np.where(digests_M[row_N] == wanted_N, row_N, -1)
+    elif missing.size:
         first = decode(tokens_T[offsets[missing[0]] : offsets[missing[0] + 1]], f"{ALPHABET}N")
         raise DataError(
             f"{paths.bpp}: no base-pair probabilities for {missing.size} of {len(wanted_N)} sequences (such as "

@@ -71,6 +71,7 @@ def run(
     run: str,
     fold: int,
     which: Sequence[Which] = ("oof", "test"),
+    partial_pairs: bool = False,
 ) -> Report:
     """Predict with the best checkpoint of a fold, which carries its own configuration.
 
@@ -82,6 +83,7 @@ def run(
         run: name of the run.
         fold: trained fold.
         which: tables to write: ``oof`` = the fold's held-out sequences, ``test``.
+        partial_pairs: leave out test sequences whose base-pair probabilities there was no time for.
 
     Returns:
         ``current`` if all tables are; facts: sequences and nucleotides of each, step of the checkpoint.
@@ -100,7 +102,8 @@ def run(
                 f"{path}: trained with fold {meta['fold']} held out; its folder says {fold}. Next: rename or remove it."
             )
         named = meta | {"run": run}  # of a run that was copied or renamed the folder's, not that of the other one
-        return apply(path, named, unfinished, competition=competition, paths=paths, which=which)
+        how: dict[str, Any] = {"competition": competition, "paths": paths, "partial_pairs": partial_pairs}
+        return apply(path, named, unfinished, which=which, **how)
 
     return with_best_checkpoint(work, competition=competition, paths=paths, run=run, fold=fold)
 
@@ -113,6 +116,7 @@ def apply(
     competition: Competition,
     paths: Paths,
     which: Sequence[Which],
+    partial_pairs: bool = False,
 ) -> Report:
     """What `run` does with one checkpoint, wherever that lies: `with_best_checkpoint` says the first three."""
     competition = as_trained(competition, meta)
@@ -124,7 +128,8 @@ def apply(
     reports = {}
     with StopRequest() as stop:
         for table in which:
-            reports[table] = _run_table(table, competition, paths, path, meta, stop=stop, unfinished=unfinished)
+            how: dict[str, Any] = {"stop": stop, "unfinished": unfinished, "partial_pairs": partial_pairs}
+            reports[table] = _run_table(table, competition, paths, path, meta, **how)
     return Report(
         stage="predict",
         status="current" if all(report.status == "current" for report in reports.values()) else "built",
@@ -143,10 +148,13 @@ def _run_table(
     *,
     stop: StopRequest,
     unfinished: bool,
+    partial_pairs: bool,
 ) -> Report:
     config = config_from_dict(meta["config"], where=f"{checkpoint}/meta.json")
     labels = require_labels(meta, paths, where=checkpoint)
-    examples = _open(table, competition, paths, uses_bpp="bpp" in meta["data"], labels=labels, data=config.data)
+    partial_pairs = partial_pairs and table == "test"
+    sees: dict[str, Any] = {"uses_bpp": "bpp" in meta["data"], "partial": partial_pairs}
+    examples = _open(table, competition, paths, labels=labels, data=config.data, **sees)
     _require_same_features(meta, config.data.features, paths)
     run, split, fold = meta["run"], meta["split"], meta["fold"]
     inputs = inputs_of(checkpoint, examples, paths)
@@ -154,6 +162,8 @@ def _run_table(
         inputs["folds"] = paths.fold_table(split)
         _require_trained_on(meta, examples, inputs["folds"])
     positions = _members(table, examples, paths, split=split, fold=fold)
+    if partial_pairs and examples.bpp and (sees["uses_bpp"] or competition.task != "structure"):
+        positions = positions[examples.bpp.row_N[positions] >= 0]  # of all networks: a mean needs the same of each
     job = Job(
         competition=competition,
         config=config,
@@ -181,12 +191,25 @@ def _run_table(
 
 
 def _open(
-    table: Which, competition: Competition, paths: Paths, *, uses_bpp: bool, labels: Labels | None, data: DataConfig
+    table: Which,
+    competition: Competition,
+    paths: Paths,
+    *,
+    uses_bpp: bool,
+    labels: Labels | None,
+    data: DataConfig,
+    partial: bool = False,
 ) -> ExampleSet:
     """Examples of a table, with base-pair probabilities where network or structures are made from them."""
-    bpp = uses_bpp or (competition.task == "structure" and paths.bpp.is_file())
+    bpp = uses_bpp or ((partial or competition.task == "structure") and paths.bpp.is_file())
     name: Any = "train" if table == "oof" else "test"
-    sees: dict[str, Any] = {"bpp": bpp, "features": data.features, "labels": labels, "crop": data.crop}
+    sees: dict[str, Any] = {
+        "bpp": bpp,
+        "partial": partial,
+        "features": data.features,
+        "labels": labels,
+        "crop": data.crop,
+    }
     return open_examples(competition, paths=paths, table=name, **sees)
 
 

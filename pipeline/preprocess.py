@@ -58,7 +58,8 @@ def run(
     tables, params = competition.tables, {"version": VERSION, "competition": competition.name}
     if test_only:
         files = {label: path for label, path in files.items() if label.partition("/")[0] in competition.test_inputs}
-        files |= {table: path for table in competition.either if (path := paths.clean(table)).is_file()}  # known so far
+        known = [table for table in competition.either if table not in competition.test_tables]
+        files |= {table: path for table in known if (path := paths.clean(table)).is_file()}  # so far
         tables, params = competition.test_tables, params | {"test_only": True, "rows": rows}
     given = {label.partition("/")[0] for label in files}
     if competition.is_own and not test_only and "train" not in given:
@@ -87,7 +88,9 @@ def _keep_first(competition: Competition, parts: Mapping[str, Path], rows: int) 
     """Cut the test set down to its first sequences, and the rows that are submitted to theirs."""
     test = pq.read_table(parts["test"]).slice(0, rows)
     pq.write_table(test, parts["test"])
-    if "sample" in parts:
+    if "sample" in parts and competition.task == "values":  # a trial's rows are those of its sequences
+        parts["sample"].unlink(missing_ok=True)
+    elif "sample" in parts:
         sample, kept = pq.read_table(parts["sample"]), set(test["sequence_id"].to_pylist())
         ids = sample[sample.column_names[0]].to_pylist()
         of_residues = competition.row_key == "ID"

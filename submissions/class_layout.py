@@ -15,8 +15,8 @@ import polars as pl
 from pipeline.errors import DataError
 from pipeline.labels import Classes, read_classes
 from pipeline.paths import Paths
-from submissions.layout import Kind, Layout
-from submissions.whole_rows import SequenceKeys, free_key, read_sample_rows, read_test_ids
+from submissions.layout import Kind, Layout, ListedKeys
+from submissions.whole_rows import free_key, read_sample_rows, read_test_ids
 
 #: Stands between the labels of one sequence.
 SEPARATOR = ";"
@@ -66,7 +66,7 @@ def read_class_layout(paths: Paths, sample: Path | None = None) -> ClassLayout:
 
 
 def _layout(header: Sequence[str], ids: pl.Series, classes: Classes, **columns: Any) -> ClassLayout:
-    keys = SequenceKeys(ids, header[0])
+    keys = ListedKeys(ids, header[0])
     return ClassLayout(keys=keys, low=0.0, high=1.0, header=tuple(header), classes=classes, **columns)
 
 

@@ -17,10 +17,9 @@ import polars as pl
 from pipeline.competitions.base import Competition
 from pipeline.errors import DataError
 from pipeline.paths import Paths
-from submissions.layout import Layout
+from submissions.layout import Layout, ListedKeys
 from submissions.number_evaluation import answers_of
 from submissions.whole_rows import (
-    SequenceKeys,
     free_key,
     ids_of,
     predictions_in_order,
@@ -65,7 +64,7 @@ def read_number_layout(paths: Paths, competition: Competition, sample: Path | No
 
 def _layout(ids: pl.Series, key: str, place_of: Mapping[str, int]) -> NumberLayout:
     values, places = tuple(place_of), tuple(place_of.values())
-    return NumberLayout(keys=SequenceKeys(ids, key), values=values, low=-_MOST, high=_MOST, of_values=places)
+    return NumberLayout(keys=ListedKeys(ids, key), values=values, low=-_MOST, high=_MOST, of_values=places)
 
 
 def number_inputs(paths: Paths, competition: Competition) -> dict[str, Path]:

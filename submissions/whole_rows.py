@@ -13,26 +13,8 @@ from pipeline.competitions.table_files import read_sample
 from pipeline.errors import DataError
 from pipeline.paths import Paths
 from pipeline.tables import open_parquet, read_batches
-from submissions.layout import Kind, Layout
+from submissions.layout import Layout
 from submissions.whole_scores import Answers, dense
-
-
-class SequenceKeys:
-    """Ids of the sequences, in order, under the name that their column has."""
-
-    kinds: tuple[Kind, ...] = ("text",)
-
-    def __init__(self, ids: pl.Series, name: str) -> None:
-        self.names: tuple[str, ...] = (name,)
-        self.rows = len(ids)
-        self._ids = ids.to_numpy()
-        self._row = {key: row for row, key in enumerate(ids.to_list())}
-
-    def block(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        return {self.names[0]: self._ids[start:stop]}
-
-    def row_of(self, key: object) -> int | None:
-        return self._row.get(key)
 
 
 def ids_of(layout: Layout) -> pl.Series:

@@ -36,9 +36,10 @@ from pipeline.stage import Report, read_manifest, read_result, run_stage, sha256
 from pipeline.tables import finite_values, read_batches
 from submissions.check import check_file
 from submissions.class_write import class_inputs, write_classes
-from submissions.layout import IdRuns, Layout, TestIndex, layout_of, read_test_index
+from submissions.layout import IdRuns, Layout, TestIndex, layout_of, read_own_rows, read_test_index
 from submissions.number_rows import number_inputs, write_numbers
 from submissions.structure_write import write_structures
+from submissions.value_fill import Medians, medians_file, read_medians, take_own_rows
 
 VERSION = 2
 
@@ -61,11 +62,12 @@ def run(paths: Paths, *, competition: Competition, name: str, fmt: str = "csv", 
         competition: columns, range, and whether values, classes, numbers or structures are submitted.
         name: of the ensemble.
         fmt: "csv" or "parquet".
-        fill: of structures, complete what is not predicted with hairpin, helix and random walks; the ensemble may be
-            absent then. For a notebook that must have a file before it has predictions.
+        fill: complete what is not predicted: structures with hairpin, helix and random walks, values with training's
+            medians, which a notebook's bundle brings; the ensemble may be absent then. For a notebook that must have a
+            file before it has predictions.
 
     Raises:
-        ConfigError: an unknown format, or values are to be filled.
+        ConfigError: an unknown format, or nothing to fill with.
         DataError: predictions missing, twice, of another length, not finite, of an earlier test set or of other
             classes or numbers; or the written file fails its check.
             Nothing is left under the final name then that was not there before.
@@ -76,8 +78,11 @@ def run(paths: Paths, *, competition: Competition, name: str, fmt: str = "csv", 
     inputs = {"predictions": home / "test.parquet", "test": paths.clean("test")}
     if competition.task == "structure":
         inputs["sample"] = paths.clean("sample")
+    elif competition.task == "values":
+        inputs |= {"sample": paths.clean("sample")} if paths.clean("sample").is_file() else {}
+        inputs |= {"medians": medians_file(paths, name)} if fill and read_medians(paths, competition, name) else {}
     elif fill:
-        raise ConfigError(f"submit: {competition.name} has no shapes to fill in. Next: leave --fill out.")
+        raise ConfigError(f"submit: {competition.name} has nothing to fill in here. Next: leave --fill out.")
     if competition.task == "classes":
         inputs |= class_inputs(paths, name)
     if competition.task == "numbers":
@@ -144,7 +149,8 @@ def _build(
     elif competition.task == "numbers":
         layout, facts = write_numbers(paths, competition, predictions, part, fmt=fmt)
     else:
-        layout, facts = _write_values(paths, competition, predictions, part, fmt=fmt)
+        medians = read_medians(paths, competition, predictions.parent.name) if fill else None
+        layout, facts = _write_values(paths, competition, predictions, part, fmt=fmt, medians=medians)
     rows, seconds = layout.keys.rows, time.monotonic() - started
     say(f"submit: {rows:,} rows in {seconds:.1f} s ({rows / max(seconds, 1e-9):,.0f} rows/s), checking them")
     checked_from = time.monotonic()
@@ -163,14 +169,15 @@ def _build(
 
 
 def _write_values(
-    paths: Paths, competition: Competition, predictions: Path, part: Path, *, fmt: str
+    paths: Paths, competition: Competition, predictions: Path, part: Path, *, fmt: str, medians: Medians | None
 ) -> tuple[Layout, dict[str, Any]]:
     index = read_test_index(paths.clean("test"))
     layout = layout_of(competition, index.keys(competition))
     scratch = part.with_name(f"{part.name}.scratch")
     scratch.mkdir()
     try:
-        dealt = _deal(predictions, index, competition.targets, scratch)
+        given = _given(predictions, paths.clean("test"), index, competition.targets, medians)
+        dealt = _deal(given, index, scratch)
         chunks = _clipped(_in_order(dealt, index, layout), layout)
         if fmt == "csv":
             clipped = _write_csv(chunks, layout, part, decimals=_decimals(competition))
@@ -178,44 +185,65 @@ def _write_values(
             clipped = _write_parquet(chunks, layout, part)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    if (own := read_own_rows(paths, competition)) is not None:
+        take_own_rows(own, part, fmt=fmt, medians=medians, decimals=_decimals(competition))
+        layout = layout_of(competition, own)
     facts = {"clipped_values": clipped} if competition.target_range else {}  # without a range nothing is cut
     return layout, {"sequences": len(index.ids), **facts}
 
 
-def _deal(
-    predictions: Path, index: TestIndex, targets: tuple[str, ...], scratch: Path
-) -> list[tuple[Path, np.ndarray]]:
+_Given = Iterator[tuple[np.ndarray, np.ndarray]]
+
+
+def _given(
+    predictions: Path, test: Path, index: TestIndex, targets: tuple[str, ...], medians: Medians | None
+) -> _Given:
+    """Places of sequences in `index`, in rising order, and their values, [T, C]: predicted ones, then medians."""
+    places = pl.DataFrame({"sequence_id": index.ids, "place": np.arange(len(index.ids))})
+    twice = places.filter(pl.col("sequence_id").is_duplicated())
+    if twice.height:
+        raise DataError(f"clean test table: {twice['sequence_id'][0]} is there twice. Next: make data.")
+    seen_K = np.zeros(len(index.ids), dtype=bool)
+    for batch in read_batches(predictions, ["sequence_id", *targets]) if predictions.is_file() or not medians else ():
+        batch = batch.join(places, on="sequence_id", how="left", validate="m:1", maintain_order="left")
+        batch = batch.sort("place")
+        _check_places(batch, seen_K, predictions)
+        place_N = batch["place"].to_numpy()
+        seen_K[place_N] = True
+        yield place_N, finite_values(batch, index.length_K[place_N], targets=targets, where=str(predictions))
+    if medians is None:
+        _check_complete(index.ids.filter(pl.Series(~seen_K)), len(seen_K), predictions)
+    elif not seen_K.all():
+        (warn if seen_K.any() else say)(
+            f"submit: {(~seen_K).sum():,} of {len(seen_K):,} sequences are not predicted: training's medians by letter"
+        )
+        before = 0
+        for batch in read_batches(test, ["sequence"]):
+            place_N = before + np.flatnonzero(~seen_K[before : before + batch.height])
+            yield place_N, medians.of("".join(batch["sequence"].gather(place_N - before)))
+            before += batch.height
+
+
+def _deal(given: _Given, index: TestIndex, scratch: Path) -> list[tuple[Path, np.ndarray]]:
     """Write the values of every sequence to the scratch file that holds its rows.
 
     Returns:
         The files in the order of their rows, each with the sequences (places in `index`) in it, one after the other.
     """
-    places = pl.DataFrame({"sequence_id": index.ids, "place": np.arange(len(index.ids))})
-    twice = places.filter(pl.col("sequence_id").is_duplicated())
-    if twice.height:
-        raise DataError(f"clean test table: {twice['sequence_id'][0]} is there twice. Next: make data.")
     file_K = index.offsets // _SCRATCH_ROWS
     files = [scratch / f"{number}.values" for number in np.unique(file_K)]
     file_K = np.unique(file_K, return_inverse=True)[1]
     dealt: list[list[np.ndarray]] = [[] for _ in files]
-    seen_K = np.zeros(len(index.ids), dtype=bool)
-    with contextlib.ExitStack() as stack, Bar("place predictions", total=len(seen_K), unit="sequences") as bar:
+    with contextlib.ExitStack() as stack, Bar("place predictions", total=len(file_K), unit="sequences") as bar:
         handles = [stack.enter_context(file.open("wb")) for file in files]
-        for batch in read_batches(predictions, ["sequence_id", *targets]):
-            batch = batch.join(places, on="sequence_id", how="left", validate="m:1", maintain_order="left")
-            batch = batch.sort("place")
-            _check_places(batch, seen_K, predictions)
-            place_N = batch["place"].to_numpy()
-            seen_K[place_N] = True
+        for place_N, values_TC in given:
             length_N = index.length_K[place_N]
-            values_TC = finite_values(batch, length_N, targets=targets, where=str(predictions))
             ends_N = np.cumsum(length_N)
             for first, last in _stretches(file_K[place_N]):
                 file = file_K[place_N[first]]
                 handles[file].write(values_TC[ends_N[first] - length_N[first] : ends_N[last]].tobytes())
                 dealt[file].append(place_N[first : last + 1])
-            bar.advance(batch.height)
-    _check_complete(index.ids.filter(pl.Series(~seen_K)), len(seen_K), predictions)
+            bar.advance(len(place_N))
     return [(file, np.concatenate(parts)) for file, parts in zip(files, dealt, strict=True)]
 
 

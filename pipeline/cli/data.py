@@ -77,13 +77,16 @@ def bpp(
         int | None, typer.Option("--longest", help="Leave out longer sequences, nt; the next call adds them.", min=1)
     ] = None,
     time_budget: Annotated[str, typer.Option("--time-budget", help="Stop, resumable, after this time: 8h.")] = "",
+    partial: Annotated[
+        bool, typer.Option("--partial", help="With --time-budget: write what is folded when the time is up.")
+    ] = False,
 ) -> None:
     """Compute base-pair probabilities of all sequences with ViennaRNA (needed by models with use_bpp = true)."""
     from pipeline import bpp as stage
 
     tables = ("test",) if test_only else ("train", "test")
     how: dict[str, Any] = {"workers": workers, "longest": longest, "time_budget": seconds_of(time_budget)}
-    report = stage.run(find_paths(comp, artifacts), tables=tables, **how)
+    report = stage.run(find_paths(comp, artifacts), tables=tables, partial=partial, **how)
     show(report, stage.describe(report.facts))
 
 

@@ -58,6 +58,9 @@ def predict(
     ] = "",
     features: OwnFeatures = None,
     test_only: TestOnly = False,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Test sequences whose pairs bpp --partial had no time for are left out.")
+    ] = False,
     kernels: Kernels = "auto",
 ) -> None:
     """Predict the held-out fold and the test set with a trained checkpoint, or sequences of your own with all folds.
@@ -88,6 +91,7 @@ def predict(
         run = run_name(model, split=split, tag=tag)
         where: dict[str, Any] = {"paths": paths, "run": run, "fold": check_fold(fold or 0, split)}
         where |= {"which": ("test",)} if test_only else {}
+        where |= {"partial_pairs": True} if partial else {}
         show(stage.run(competition=find_competition(comp, artifacts), **where))
 
 
@@ -172,7 +176,9 @@ def submit(
             "--to", help="Folder of the file; default: submissions/csv, or submissions in another artifacts folder."
         ),
     ] = None,
-    fill: Annotated[bool, typer.Option("--fill", help="Structures: simple shapes where nothing is predicted.")] = False,
+    fill: Annotated[
+        bool, typer.Option("--fill", help="Where nothing is predicted: simple shapes; in a notebook medians.")
+    ] = False,
 ) -> None:
     """Write the submission file and check it; an invalid file never gets its final name."""
     from submissions import write

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline.competitions import base
 from pipeline.competitions.base import PARQUET, Competition, length_counts
+from pipeline.competitions.hidden_sample import own_rows
 from pipeline.competitions.raw import (
     column_names,
     read_batches,
@@ -26,6 +27,7 @@ from pipeline.competitions.raw import (
 )
 from pipeline.competitions.raw_files import find_table, need_table
 from pipeline.errors import DataError
+from pipeline.runlog import amount, warn
 from pipeline.schema import normalise_sequence
 from pipeline.tables import position_keys
 
@@ -73,11 +75,8 @@ def clean(files: dict[str, Path], parts: dict[str, Path]) -> dict[str, Any]:
     Raises:
         DataError: a raw file is not what it should be.
     """
-    records = _records(files["test"], "test")
-    if "train" not in parts:
-        texts = pa.array([str(record.get("sequence", "")) for _, record in records], pa.string())
-        clean = replace_odd_letters(texts, where=files["test"].name).to_pylist()
-        records = [(where, record | {"sequence": text}) for (where, record), text in zip(records, clean, strict=True)]
+    hidden = "train" not in parts
+    records = _hidden_records(files["test"]) if hidden else _records(files["test"], "test")
     test = [_read_test(record, where) for where, record in records]
     first = 0
     for row in test:
@@ -85,8 +84,11 @@ def clean(files: dict[str, Path], parts: dict[str, Path]) -> dict[str, Any]:
         first = row["id_max"] + 1
     facts: dict[str, Any] = {"test": {"sequences": len(test), "positions": first, "lengths": _lengths(test)}}
     if "sample" in files:
-        ids, lengths_K = [row["sequence_id"] for row in test], np.array([len(row["sequence"]) for row in test])
-        facts["test"]["sample_submission_rows"] = check_sample(files["sample"], ids, lengths_K)
+        ids, lengths_K = [row["sequence_id"] for row in test], np.array([len(row["sequence"]) for row in test], int)
+        if not hidden:
+            facts["test"]["sample_submission_rows"] = check_sample(files["sample"], ids, lengths_K)
+        elif (own := _own_rows(files["sample"], ids, lengths_K)) is not None:
+            pq.write_table(own, parts["sample"], **PARQUET)
     _write(parts["test"], test, _test_schema())
     if "train" not in parts:
         return facts
@@ -118,6 +120,38 @@ def _records(path: Path, stem: str) -> list[tuple[str, dict[str, Any]]]:
         seen[name] = row
         records.append((where, record))
     return records
+
+
+def _hidden_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """`_records` of a hidden test set, which nobody can repair: rows that are none are left out, and told."""
+    records: dict[str, tuple[str, dict[str, Any]]] = {}
+    seen = 0
+    for row, record in read_json_lines(path, "test", may_be_empty=True) if path.stat().st_size else ():
+        seen += 1
+        name, text = str(record.get("id") or ""), str(record.get("sequence") or "").strip()
+        if name and text and name not in records:
+            length = len(text)
+            scored = record.get("seq_scored")
+            scored = scored if isinstance(scored, int) and 0 < scored <= length else length
+            kept = {"id": name, "sequence": text, "seq_scored": scored}
+            records[name] = f"{path.name}: row {row:,} (id {name})", kept
+    if seen > len(records):
+        warn(f"{path.name}: {amount(seen - len(records), 'row')} without an id of its own and a sequence left out")
+    texts = pa.array([record["sequence"] for _, record in records.values()], pa.string())
+    clean = replace_odd_letters(texts, where=path.name).to_pylist() if seen else []
+    return [(where, record | {"sequence": text}) for (where, record), text in zip(records.values(), clean, strict=True)]
+
+
+def _own_rows(path: Path, ids: Sequence[str], lengths_K: np.ndarray) -> pa.Table | None:
+    before_K = np.cumsum(lengths_K, dtype=np.int64) - lengths_K
+    return own_rows(
+        path,
+        key="id_seqpos",
+        kind=pa.string(),
+        targets=TARGETS,
+        wanted=lambda start, stop: position_keys(pa.array(ids, pa.string()), before_K, start, stop),
+        total=int(lengths_K.sum()),
+    )
 
 
 def _read_test(record: dict[str, Any], where: str) -> dict[str, Any]:
@@ -249,7 +283,8 @@ OPENVACCINE = Competition(
     raw_files=raw_files,
     clean=clean,
     test_inputs=("test", "sample"),
-    test_tables=("test",),
+    either=("sample",),  # where a hidden test set's differs from it
+    test_tables=("test", "sample"),
     shown_ranges=((0.0, 2.0),) * 5,  # 99 % of the reactivities, 97 to 98 % of the degradation rates
     meaning="Reactivity, and the rates at which the chain breaks (deg_…), are high where a nucleotide is free to move, "
     "as unpaired ones are, and low where it is paired.",

@@ -220,11 +220,11 @@ def replace_odd_letters(sequences: pa.StringArray, *, where: str) -> pa.StringAr
     return pc.replace_substring_regex(texts, _ODD, ODD_LETTER_AS)
 
 
-def read_json_lines(path: Path, stem: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_json_lines(path: Path, stem: str, *, may_be_empty: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row, record) of a file with one JSON object a line, rows from 1; blank lines count and are no records.
 
     Raises:
-        DataError: a line that is no JSON object, a cut or damaged file, a web page, or no row at all.
+        DataError: a line that is no JSON object, a cut or damaged file, a web page, or no row where one is expected.
     """
     found = False
     with open_raw_bytes(path, stem, suffix=".json") as source:
@@ -242,7 +242,7 @@ def read_json_lines(path: Path, stem: str) -> Iterator[tuple[int, dict[str, Any]
             if not isinstance(record, dict):
                 raise DataError(f"{path.name}: row {row:,} is a {type(record).__name__}; {_ONE_A_LINE}")
             yield row, record
-    if not found:
+    if not found and not may_be_empty:
         raise DataError(f"{path.name}: the file is empty. Next: download it again.")
 
 

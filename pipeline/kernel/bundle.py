@@ -25,6 +25,7 @@ from pipeline.competitions.base import Competition
 from pipeline.config import find_config, load_config
 from pipeline.errors import ConfigError, DataError
 from pipeline.kernel import script
+from pipeline.kernel.medians import training_medians
 from pipeline.kernel.wheels import IMAGE, PYTHON, build_wheel, missing_wheels
 from pipeline.labels import Classes, read_labels
 from pipeline.paths import Paths
@@ -296,10 +297,16 @@ def _predict_settings(order: Order, parcel: _Parcel) -> dict[str, Any]:
         for fold in told["folds"]
     ]
     parcel.add(source, _WEIGHTS, name=source.name)
+    if order.competition.task == "values" and (medians := training_medians(order.paths, order.competition)):
+        told_medians = {"targets": order.competition.targets, "medians": medians}
+        parcel.add(json.dumps(told_medians), "ensembles/kernel/medians.json", name="medians.json")
+    else:
+        medians = {}
     read = [name for name in order.competition.files if name.startswith("test")]  # a sample may be absent
     reading = _pack_reading(order, told["split"], parcel) if order.competition.is_own else {"raw_files": read}
     return reading | {
         "beside": order.competition.files,
+        "fill": bool(medians) or order.competition.task == "structure",
         "weights": _WEIGHTS,
         "folds": told["folds"],
         "words_of_runs": [_words_of(run) for run in networks],

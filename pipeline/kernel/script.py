@@ -10,6 +10,7 @@ interactive session takes a few rows and two minutes by itself.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shlex
@@ -30,6 +31,7 @@ STARTED = time.monotonic()
 _DEPTH = 12  # folders below the inputs that are looked into: a checkpoint of a notebook's output is in the tenth
 _GRACE_S = 10.0  # for a verb to end when it is asked to
 _SOON_FOLDED = "500"  # nt
+_PAIRING, _SOFTLY = 0.6, 0.8  # of the time for a mean of networks; of a share of it, after which pairing ends by itself
 _BEGUN = 0.7  # of a stage's time, after which no target is begun: the longest comes last and is to be finished
 _RESUMABLE = 75  # exit code of a verb that its time budget stopped
 _GO_ON = "Next: make kernel RESUME=<owner/this notebook>, then make kernel-push."
@@ -206,7 +208,15 @@ def predict(inputs: Path, bundle: Path, work: Path, told: dict[str, Any]) -> dic
         rows = os.environ.get("RNA_ROWS", "")
         rna("data", *at, "--raw", str(raw), "--test-only", *(["--rows", rows] if rows else []))
         desk = Desk(at=at, home=home, work=work, told=told)
-        done = predict_structures(desk, raw) if told["task"] == "structure" else predict_values(desk)
+        if told["fill"]:  # simple shapes, or training's medians: a file is there whatever fails or takes too long
+            desk.submit(joined=None)
+        if desk.is_written and not has_rows(work / "submission.csv"):
+            say("the test set is empty, and submission.csv a header")
+            done = []
+        else:
+            done = predict_structures(desk, raw) if told["task"] == "structure" else predict_values(desk)
+        if desk.is_written and not done:
+            say("nothing was predicted: submission.csv holds what was filled in")
     return {"state": "finished", "predicted": done, "files": ["submission.csv"]}
 
 
@@ -246,8 +256,9 @@ class Desk:
             say(f"rna {words[0]} ended with {code}; going on without it")
         return code == 0
 
-    def submit(self, *fill: str, joined: Sequence[str] | None) -> bool:
+    def submit(self, *, joined: Sequence[str] | None) -> bool:
         """Join what is predicted (None: nothing is), write and check the submission, give it its name in one step."""
+        fill = ["--fill"] if self.told["fill"] else []
         before = time.monotonic()
         comp, aside = self.told["competition"], self.work / ".submission"
         named, file = [*self.at, "--name", "kernel"], aside / f"{comp}-kernel.csv"
@@ -267,10 +278,23 @@ class Desk:
         return done
 
 
+def find_pairs(desk: Desk, *, share: float, longest: str = "") -> None:
+    """Pairing probabilities of as many test sequences as a share of the time suffices for, shorter ones alone if asked.
+
+    Before there is a submission there is none without all of them.
+    """
+    if not (desk.told["bpp"] and find_spec("RNA")):
+        return
+    words = ["bpp", *desk.at, "--test-only", *(["--longest", longest] if longest else [])]
+    if desk.is_written:
+        words += ["--time-budget", f"{max(1.0, _SOFTLY * share * desk.room()):.0f}s", "--partial"]
+    desk.attempt(*words, seconds=share * desk.room())
+
+
 def predict_values(desk: Desk) -> list[str]:
-    """A first submission as soon as a fold has predicted, the last one from all folds that there was time for."""
-    if desk.told["bpp"] and find_spec("RNA"):
-        rna("bpp", *desk.at, "--test-only")
+    """After a first file of medians a submission as soon as a fold has predicted, the last one from all folds that
+    there was time for."""
+    find_pairs(desk, share=_PAIRING)
     for stage in desk.told["stages"]:  # seconds, and every mean needs them
         source = desk.home / desk.told["competition"] / stage["source"]
         rna(stage["verb"], *desk.at, *stage["words"], "--from", str(source))
@@ -292,11 +316,9 @@ def predict_values(desk: Desk) -> list[str]:
 
 
 def predict_structures(desk: Desk, raw: Path) -> list[str]:
-    """Simple shapes first; then pairing, templates and networks, each of which improves the submission."""
-    desk.submit("--fill", joined=None)
-    if desk.told["bpp"] and find_spec("RNA"):
-        for some in (["--longest", _SOON_FOLDED], []):  # the time grows with the cube of the length
-            desk.attempt("bpp", *desk.at, "--test-only", *some, seconds=0.3 * desk.room())
+    """After simple shapes pairing, templates and networks, each of which improves the submission."""
+    for longest in (_SOON_FOLDED, ""):  # the time grows with the cube of the length
+        find_pairs(desk, share=0.3, longest=longest)
     done: list[str] = []
     parts = len(desk.told["stages"]) + bool(desk.told["words_of_runs"])
     for number, stage in enumerate(desk.told["stages"]):
@@ -306,10 +328,10 @@ def predict_structures(desk: Desk, raw: Path) -> list[str]:
         tries = [aligned, []] if aligned else [[]]  # a damaged alignment is no reason to do without templates
         if any(desk.attempt(stage["verb"], *desk.at, *words, *more) for more in tries):
             done.append(stage["verb"])
-            desk.submit("--fill", joined=["--partial"])
+            desk.submit(joined=["--partial"])
     for folds in predict_networks(desk):
         done += [f"fold{fold}" for fold in folds]
-        desk.submit("--fill", joined=["--partial"])
+        desk.submit(joined=["--partial"])
     return done
 
 
@@ -344,7 +366,7 @@ def predict_networks(desk: Desk) -> Iterator[list[int]]:
 def predict_fold(desk: Desk, fold: int, *, slot: int | None) -> bool:
     """Predict the test set with one fold of every network; whether all of them did."""
     return all(
-        desk.attempt("predict", *desk.at, *words, "--fold", str(fold), "--test-only", slot=slot)
+        desk.attempt("predict", *desk.at, *words, "--fold", str(fold), "--test-only", "--partial", slot=slot)
         for words in desk.told["words_of_runs"]
     )
 
@@ -406,6 +428,12 @@ def place(bundle: Path, told: dict[str, Any], home: Path) -> None:
         for where in entry.get("places", ()):
             (home / where).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle / name, home / where)
+
+
+def has_rows(path: Path) -> bool:
+    """Whether a CSV is more than a header."""
+    with path.open("rb") as handle:
+        return len(list(itertools.islice(handle, 2))) > 1
 
 
 def beside(raw: Path, own: Path) -> Path:

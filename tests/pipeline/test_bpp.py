@@ -18,6 +18,7 @@ from pipeline import bpp, viennarna
 from pipeline.errors import BusyError, ConfigError, DataError, StoppedError, StorageError
 from pipeline.paths import Paths
 from pipeline.stage import Report
+from pipeline.training.stop import StopRequest
 
 RNA = pytest.importorskip("RNA")
 HAIRPIN = "GGGCACGGAAACGUGCCCAAAAAA"
@@ -331,6 +332,23 @@ def test_folding_keeps_to_a_time_budget_and_goes_on_from_there(paths, rng):
     with pytest.raises(StoppedError, match=r"bpp: stopped \(the time budget is spent\)"):
         bpp.run(paths, time_budget=0.0, tables=("train",))
     assert bpp.run(paths, tables=("train",)).status == "built"
+
+
+def test_what_is_folded_when_the_time_is_up_is_written_if_asked_for(paths, rng, monkeypatch, capsys):
+    """In a notebook all pairs were lost where the time sufficed for some: networks and assemblies had none."""
+    write_clean(paths, [], test=random_sequences(rng, 6, length=40))
+    monkeypatch.setattr(bpp, "_PART_SECONDS", 0.0)  # a part for each
+    reasons = iter([None, None, *["the time budget is spent"] * 9])
+    monkeypatch.setattr(StopRequest, "reason", lambda _: next(reasons))
+    report = bpp.run(paths, tables=("test",), partial=True, time_budget=60.0, workers=1)
+    assert (pl.read_parquet(paths.bpp).height, report.facts["left_out"], report.facts["computed"]) == (2, 4, 2)
+    assert bpp.describe(report.facts).endswith("; left out: 4, as its time was up")
+    assert "4 of 6 sequences are not folded" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(StoppedError, match="0 of 4 sequences are folded and kept"):  # two are not called all of them
+        bpp.run(paths, tables=("test",), partial=True, time_budget=0.0, workers=1)
+    monkeypatch.undo()
+    assert bpp.run(paths, tables=("test",)).facts["computed"] == 4
+    assert pl.read_parquet(paths.bpp).height == 6
 
 
 def test_workers_import_neither_polars_nor_torch():

@@ -93,6 +93,23 @@ def test_batch_size_and_padding_do_not_move_a_prediction(paths, use_bpp, monkeyp
                 np.testing.assert_allclose(other[name][key], values_LC, atol=1e-6)
 
 
+@pytest.mark.parametrize("use_bpp", [False, True])
+def test_test_sequences_without_pairs_are_left_out_where_that_is_asked_for(paths, use_bpp):
+    """In a notebook one long target without pairs left every network without predictions: "expected all"."""
+    texts, tests = tiny.write_values(paths), tiny.sequences(9, seed=99)
+    tiny.write_bpp(paths, texts + tests)
+    fit(paths, model={"use_bpp": use_bpp})
+    whole = values_of(predict_all(paths, which=("test",)).outputs["test"])
+    tiny.write_bpp(paths, texts + tests[2:])
+    if use_bpp:
+        with pytest.raises(DataError, match="no base-pair probabilities for 2 of 9 sequences"):
+            predict_all(paths, which=("test",))
+    some = values_of(predict_all(paths, which=("test",), partial_pairs=True).outputs["test"])
+    assert len(some) == 7, "of every network: a mean needs the same of each"
+    for name, values_LC in some.items():
+        np.testing.assert_allclose(values_LC, whole[name], atol=1e-6)
+
+
 def test_a_second_prediction_is_current_and_a_rebuilt_one_identical(paths):
     fit(paths)
     first = predict_all(paths)

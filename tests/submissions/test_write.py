@@ -332,8 +332,8 @@ def test_a_structure_beside_what_a_file_holds_is_moved_into_it(structure_paths, 
         assert ways[1].min() >= LOWEST_SUBMITTED
 
 
-def test_values_have_no_shapes(paths):
-    with pytest.raises(ConfigError, match="no shapes to fill in"):
+def test_values_are_not_filled_without_medians(paths):
+    with pytest.raises(ConfigError, match="nothing to fill in here"):
         run(paths, fill=True)
 
 
