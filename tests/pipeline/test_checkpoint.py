@@ -172,10 +172,12 @@ def test_a_checkpoint_on_a_broken_place_of_the_disk_is_set_aside(store, monkeypa
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(store):
-    damage_flip(save(store, 1) / "model.safetensors")
+    for step in (1, 2):
+        damage_flip(save(store, step) / "model.safetensors")
     for _ in range(2):  # also when it is started again
         with pytest.raises(StorageError, match="every checkpoint is damaged"):
             store.load_newest()
+    assert sorted(path.name for path in (store.folder / "bad").iterdir()) == ["step-00000001", "step-00000002"]
 
 
 def test_weights_that_are_not_finite_are_never_committed(store):

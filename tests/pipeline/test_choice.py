@@ -23,7 +23,7 @@ def hairpin(length: int = 30) -> np.ndarray:
     return trace_from_pairs(length, pairs, np.random.default_rng(2))
 
 
-def certain(xyz_L3: np.ndarray, *, bins: int = BINS, strength: float = 50.0) -> np.ndarray:
+def certain(xyz_L3: np.ndarray, *, bins: int = BINS, strength: float = 200.0) -> np.ndarray:
     """Logits of a network that knows all distances: [L, L, K]."""
     distance_LL = np.linalg.norm(xyz_L3[:, None] - xyz_L3[None], axis=-1)
     bin_LL = np.searchsorted(distance_bins(bins).edges, distance_LL, side="right")

@@ -220,6 +220,7 @@ def test_missing_predictions_are_counted_not_hidden(paths):
     facts = score(paths, run=RUNS[0]).facts
     assert facts["sequences"]["scored_without_prediction"] == 1
     assert facts["sequences"]["predicted"] == facts["sequences"]["in_folds"] - 1
+    assert {floor["positions"] for floor in facts["floor_details"].values()} == {facts["positions"]}
 
 
 def test_one_fold_has_no_standard_deviation_and_says_what_it_covers(paths):
