@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import date, timedelta
 from functools import cache
@@ -26,7 +27,7 @@ from pipeline.structure.assembly import trace_from_pairs
 from pipeline.structure.geometry import helix_strand
 from pipeline.templates import predict, search
 from pipeline.templates.align import Costs, align_all, letter_scores, state_scores
-from pipeline.templates.gate import allowed, allowed_mask
+from pipeline.templates.gate import allowed, allowed_mask, released_by
 from pipeline.templates.msa import find_alignments, read_profiles
 from pipeline.templates.pairs import pairs_from_trace
 from pipeline.templates.ranker import Calibration, Ranker, reliability
@@ -94,6 +95,15 @@ def test_a_target_may_use_what_was_released_up_to_its_cutoff(cutoff: date, relea
 def test_the_gate_for_many_is_the_gate_for_each(cutoff: date | None, days: list[date | None]) -> None:
     dates_N = np.array([day or "NaT" for day in days], dtype="datetime64[D]")
     assert allowed_mask(cutoff, dates_N).tolist() == [allowed(cutoff, day) for day in days]
+
+
+@pytest.mark.shared
+def test_no_official_target_is_newer_than_its_block_of_ids_says(shared_data: Callable[[str], Path]) -> None:
+    table = pl.read_parquet(shared_data("stanford-rna-3d-folding") / "official_train_sequences.parquet")
+    told = table.select("target_id", pl.col("temporal_cutoff").str.to_date()).iter_rows()
+    known = [(by, day) for name, day in told if (by := released_by(name))]
+    assert len(known) == 725
+    assert all(day <= by for by, day in known)
 
 
 @settings(max_examples=40, deadline=None)
