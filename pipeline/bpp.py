@@ -36,6 +36,7 @@ _LENGTH, _PARTIAL = "longest", "partial"  # parameters of a result that other ca
 _LONGEST = 65_535  # nt: positions take two bytes
 _MAX_PART_ROWS = 2048
 _PART_SECONDS = 8.0  # of work in a part: what an interruption loses
+_PARTS_IN_TIME = 40  # that a partial result's time suffices for, on the machine that `seconds_to_fold` knows
 _WORTH_A_WORKER = 5.0  # seconds of work that pay for starting another process
 
 
@@ -327,6 +328,8 @@ def _compute(
     work = sum(viennarna.seconds_to_fold(len(sequence)) for sequence in missing)
     workers = min(workers or usable_cpus(), 1 + int(work / _WORTH_A_WORKER))
     limit = min(_PART_SECONDS, work / (4 * workers))
+    if partial and time_budget is not None:  # of a short one, on a machine that others use, not a part was done
+        limit = min(limit, time_budget / _PARTS_IN_TIME)
     jobs = [(part, folder, json.dumps(params)) for part in _divide(missing, limit=limit)]
     folder.mkdir(parents=True, exist_ok=True)
     with StopRequest(time_budget=time_budget) as stop, Bar("bpp", total=len(missing), unit="sequences") as bar:

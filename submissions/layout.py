@@ -230,7 +230,7 @@ def read_layout(paths: Paths, competition: Competition) -> Layout:
 
 def read_own_rows(paths: Paths, competition: Competition) -> ListedKeys | None:
     """Rows of values that the sample of a hidden test set has in place of those of the test set, if it has others."""
-    path, key = paths.clean("sample"), competition.row_key
+    path, key = paths.clean("sample"), str(competition.row_key)
     if competition.task != "values" or not path.is_file():
         return None
     open_parquet(path, [key]).close()

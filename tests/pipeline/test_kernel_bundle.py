@@ -541,6 +541,29 @@ def test_folds_are_predicted_on_as_many_gpus_as_there_are(tmp_path: Path, monkey
     assert sorted(called) == [(model, fold, slots[fold]) for model in "ab" for fold in "01234"]
 
 
+@pytest.mark.parametrize("is_written", [True, False])
+def test_pairing_for_values_takes_its_share_of_the_time_and_what_it_folded_is_used(
+    is_written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It had no limit: of a hidden set that takes hours Kaggle ended the notebook, and there was no file."""
+    told = {"folds": [0], "words_of_runs": [["--model", "a"]], "stages": [], "bpp": True, "fill": True}
+    desk = script.Desk(at=[], home=tmp_path, work=tmp_path, told=told, is_written=is_written)
+    called: dict[str, tuple[list[str], Any]] = {}
+
+    def rna(*words: str, timeout: float | None = None, **_: Any) -> int:
+        called[words[0]] = list(words[1:]), timeout
+        return 0
+
+    monkeypatch.setattr(script, "rna", rna)
+    monkeypatch.setattr(script, "left", lambda _: 1000.0)
+    monkeypatch.setattr(script, "find_spec", lambda _: True)
+    monkeypatch.setattr(script.Desk, "submit", lambda *_, **__: True)
+    assert script.predict_values(desk) == ["fold0"]
+    limited = (["--test-only", "--time-budget", "480s", "--partial"], 600.0)
+    assert called["bpp"] == (limited if is_written else (["--test-only"], None))
+    assert "--partial" in called["predict"][0]
+
+
 def test_a_fold_that_fails_beside_another_leaves_the_other_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     told = {"folds": [0, 1, 2], "words_of_runs": [["--model", "a"]], "limit_s": 1e9, "margin_s": 0.0}
     desk = script.Desk(at=[], home=tmp_path, work=tmp_path, told=told, is_written=True)
