@@ -55,7 +55,8 @@ def run(
         raise DataError(
             f"RAW={raw}: {err.filename or raw} cannot be read: {err.strerror}. Next: check its permissions."
         ) from err
-    tables, params = competition.tables, {"version": VERSION, "competition": competition.name}
+    tables = tuple(dict.fromkeys((*competition.tables, *competition.either)))  # of a rerun's sample nothing stays
+    params: dict[str, Any] = {"version": VERSION, "competition": competition.name}
     if test_only:
         files = {label: path for label, path in files.items() if label.partition("/")[0] in competition.test_inputs}
         known = [table for table in competition.either if table not in competition.test_tables]

@@ -424,6 +424,6 @@ RIBONANZA = Competition(
     raw_files=raw_files,
     clean=clean,
     test_inputs=("test", "sample"),
-    either=("sample",),  # where a hidden test set's differs from it
+    either=("sample",),  # of a hidden test set, where its rows are others
     test_tables=("test", "sample"),
 )

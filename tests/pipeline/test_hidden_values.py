@@ -8,9 +8,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from pipeline import preprocess, synthetic
 from pipeline.competitions import get_competition
 from pipeline.competitions.openvaccine import TARGETS
 from pipeline.errors import DataError
+from pipeline.paths import Paths
+from submissions.layout import read_layout
 
 RIBONANZA, OPENVACCINE = get_competition("ribonanza"), get_competition("openvaccine")
 PROBES = list(RIBONANZA.targets)
@@ -144,6 +147,22 @@ def test_a_test_set_of_nothing_is_one(comp: str, tmp_path: Path):
     assert clean(comp, write(tmp_path / "raw", [], sample=[7] if comp == "ribonanza" else ["a_7"]))[1], (
         "whatever that is, it is asked for"
     )
+
+
+def test_rows_of_a_hidden_sample_are_gone_with_the_next_whole_data_stage(tmp_path: Path):
+    """`make submit` would have written the rows of an earlier rehearsal."""
+    synthetic.write_openvaccine(tmp_path / "raw", sequences=12, test=3)
+    paths, sample = Paths(comp="openvaccine", root=tmp_path), tmp_path / "raw" / "sample_submission.csv"
+    whole = pl.read_csv(sample)
+    whole.reverse().write_csv(sample)
+    preprocess.run(OPENVACCINE, tmp_path / "raw", paths, test_only=True)
+    assert read_layout(paths, OPENVACCINE).keys.block(0, 1)["id_seqpos"].tolist() == [whole["id_seqpos"][-1]]
+    assert preprocess.run(OPENVACCINE, tmp_path / "raw", paths, test_only=True).status == "current"
+    whole.write_csv(sample)
+    preprocess.run(OPENVACCINE, tmp_path / "raw", paths)
+    assert not paths.clean("sample").exists()
+    assert preprocess.run(OPENVACCINE, tmp_path / "raw", paths).status == "current"
+    assert read_layout(paths, OPENVACCINE).keys.block(0, 1)["id_seqpos"].tolist() == [whole["id_seqpos"][0]]
 
 
 def test_a_sample_of_something_else_is_refused(tmp_path: Path):
