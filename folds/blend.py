@@ -24,7 +24,7 @@ from pipeline.errors import DataError
 from pipeline.labels import MIN_PROBABILITY
 from pipeline.runlog import Bar
 from pipeline.stage import write_json
-from pipeline.tables import OofBatch, as_lists, finite_values, read_batches
+from pipeline.tables import OofBatch, as_lists, finite_values, open_parquet, read_batches
 
 #: Positions a target from which weights are learned; longer data are thinned evenly, whole sequences at a time.
 #: Memory of the learning: 400,000 x runs x 20 bytes, 80 MiB for ten runs.
@@ -285,7 +285,8 @@ def _write_test(job: Job, weights_CM: np.ndarray, path: Path) -> int:
     columns, written = job.columns, 0
     tables = [job.paths.test(each, fold) for each in job.runs for fold in job.folds]
     weights_KC = np.repeat(weights_CM.T / len(job.folds), len(job.folds), axis=0)  # K tables, runs before folds
-    total = pq.read_metadata(tables[0]).num_rows
+    with open_parquet(tables[0]) as first_table:
+        total = first_table.metadata.num_rows
     streams = [read_batches(table, ["sequence_id", *columns]) for table in tables]
     with _open_writer(path, columns, fold=False) as writer, Bar("write test", total=total, unit="sequences") as bar:
         while (first := next(streams[0], None)) is not None:

@@ -33,7 +33,7 @@ def open_parquet(path: Path, columns: Sequence[str] = ()) -> pq.ParquetFile:
     try:
         # Without pre_buffer=False, pyarrow 26 holds all that it has read of the file until the last batch.
         opened = pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False)
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as err:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as err:
         raise DataError(
             f"{path}: not a readable parquet file ({_first_line(err)}). Next: remove it and run its stage again."
         ) from err
@@ -56,10 +56,21 @@ def read_batches(path: Path, columns: Sequence[str], *, rows: int = BATCH_ROWS) 
     try:
         for batch in opened.iter_batches(batch_size=rows, columns=list(columns)):
             yield pl.DataFrame(pa.Table.from_batches([batch]))
-    except (pa.ArrowInvalid, OSError) as err:
+    except (pa.ArrowException, OSError) as err:
         raise DataError(f"{path}: damaged ({_first_line(err)}). Next: remove it and run its stage again.") from err
     finally:
         opened.close()
+
+
+def read_all(path: Path) -> pl.DataFrame:
+    """A whole table with its page checksums verified, which polars passes over.
+
+    Raises:
+        DataError: as `read_batches`.
+    """
+    with open_parquet(path) as opened:
+        schema = opened.schema_arrow
+    return pl.concat([pl.DataFrame(schema.empty_table()), *read_batches(path, schema.names)])
 
 
 def read_fold_table(path: Path, columns: Sequence[str] = ("sequence_id", "fold")) -> pl.DataFrame:

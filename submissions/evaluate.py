@@ -27,7 +27,7 @@ from pipeline.errors import ConfigError
 from pipeline.paths import Paths
 from pipeline.runlog import amount, score_text, warn
 from pipeline.stage import Report, commit, read_result, run_stage, write_json
-from pipeline.tables import fold_numbers, open_parquet, read_fold_table, require_out_of_fold
+from pipeline.tables import fold_numbers, open_parquet, read_all, read_fold_table, require_out_of_fold
 from submissions import class_evaluation, log, number_evaluation, value_scores
 from submissions.breakdown import over_folds, tell_over_folds
 from submissions.class_evaluation import evaluate_classes
@@ -265,7 +265,7 @@ def _known_of(paths: Paths, predictions: Path) -> bool:
 
 def _read_structures(paths: Paths, split: str, tables: Sequence[Path], *, run: str) -> pl.DataFrame:
     """Candidates of all folds, none of them of a checkpoint that saw its target; those of a run have its ``source``."""
-    joined = pl.concat([pl.read_parquet(table) for table in tables]).sort("sequence_id", "candidate")
+    joined = pl.concat([read_all(table) for table in tables]).sort("sequence_id", "candidate")
     held_out = read_fold_table(paths.fold_table(split))
     require_out_of_fold(joined, held_out, where=tables[0].parent, split=split)
     return joined if "source" in joined.columns else joined.with_columns(pl.lit(run).alias("source"))

@@ -516,8 +516,10 @@ def test_fold_table_of_other_data_is_refused(paths):
         join(paths)
 
 
-def test_damaged_predictions_are_refused(paths):
-    path = paths.oof("good.sim80_k3", 0)
+@pytest.mark.parametrize("table", ["oof", "test"])
+def test_damaged_predictions_are_refused(paths, table):
+    """A first test table that was cut ended in a traceback: OSError."""
+    path = getattr(paths, table)("good.sim80_k3", 0)
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(DataError, match="not a readable parquet file"):
         join(paths)

@@ -18,6 +18,7 @@ from pipeline.tables import (
     labels_that_count,
     open_parquet,
     out_of_fold,
+    read_all,
     read_batches,
     read_fold_table,
 )
@@ -101,8 +102,16 @@ def test_flipped_byte_in_a_page_is_noticed(tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 0x10
     path.write_bytes(bytes(content))
-    with pytest.raises(DataError, match="damaged"):
-        list(read_batches(path, ["value"]))
+    for read in (lambda: list(read_batches(path, ["value"])), lambda: read_all(path)):
+        with pytest.raises(DataError, match="damaged"):
+            read()
+
+
+@pytest.mark.parametrize("rows", [0, 5000])
+def test_a_whole_table_is_what_was_written(tmp_path, rows):
+    table = pl.DataFrame({"id": ["a"] * rows, "x": [[0.5]] * rows}, schema={"id": pl.String, "x": pl.List(pl.Float32)})
+    pq.write_table(table.to_arrow(), tmp_path / "t.parquet")
+    assert read_all(tmp_path / "t.parquet").equals(table)
 
 
 @pytest.mark.parametrize("content", [b"<html>", b"", b"PAR1"])

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
@@ -376,4 +377,18 @@ def test_structures_that_are_not_out_of_fold_are_refused(tmp_path, rng):
     write_structure_run(paths, "one.s", rng, confidences=[0.9, 0.7, 0.5, 0.3, 0.1])
     edit(paths.oof("one.s", 1), pl.lit(0, dtype=pl.UInt8).alias("fold"))
     with pytest.raises(DataError, match=r"R1_A.* predicted by fold 0; the split sim80_k3 holds it out in fold 1"):
+        score(paths, RNA3D, run="one.s")
+
+
+def test_damaged_structures_are_refused(tmp_path, rng):
+    """Of a byte that another one stood for in their table there were other scores, or a traceback."""
+    paths = make_paths(tmp_path, "rna3d")
+    write_structure_data(paths, rng)
+    write_structure_run(paths, "one.s", rng, confidences=[0.9, 0.7, 0.5, 0.3, 0.1])
+    path = paths.oof("one.s", 1)
+    pq.write_table(pq.read_table(path), path, write_page_checksum=True)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"fold1/oof.parquet: damaged \(.*\)\. Next: "):
         score(paths, RNA3D, run="one.s")
