@@ -125,7 +125,7 @@ def check_file(file: Path, layout: Layout, *, values: bool = True) -> dict[str, 
 def _check_keys(block: pa.Table, before: int, layout: Layout, *, file: Path, fmt: FileFormat) -> None:
     stop = min(before + block.num_rows, layout.keys.rows)
     inside = stop - before
-    expected = layout.keys.block(before, stop) if inside > 0 else {}
+    expected = layout.keys.block(before, stop) if inside else {}
     same = {
         name: pc.fill_null(pc.equal(block[name].slice(0, inside), pa.array(column, ARROW[layout.kinds[name]])), False)
         for name, column in expected.items()
@@ -136,10 +136,10 @@ def _check_keys(block: pa.Table, before: int, layout: Layout, *, file: Path, fmt
         what = _explain(name, got, wanted, before + at, layout, file, fmt)
         raise wrong_row(file, before + at + 1, what, fmt=fmt, advice=layout.advice)
     if inside < block.num_rows:
-        got = block[layout.keys.names[0]][max(inside, 0)].as_py()
+        got = block[layout.keys.names[0]][inside].as_py()
         what = "an empty line or a row without key" if got is None else f"an extra row ({layout.keys.names[0]} {got!r})"
         what += f"; expected {layout.keys.rows:,} rows"
-        raise wrong_row(file, before + max(inside, 0) + 1, what, fmt=fmt, advice=layout.advice)
+        raise wrong_row(file, before + inside + 1, what, fmt=fmt, advice=layout.advice)
 
 
 def _first_wrong(right: Mapping[str, np.ndarray]) -> tuple[int, str] | None:

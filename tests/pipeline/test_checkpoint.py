@@ -171,13 +171,14 @@ def test_a_checkpoint_on_a_broken_place_of_the_disk_is_set_aside(store, monkeypa
     assert store.load_newest().meta["step"] == 1
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(store):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(store, capsys):
     for step in (1, 2):
         damage_flip(save(store, step) / "model.safetensors")
     for _ in range(2):  # also when it is started again
         with pytest.raises(StorageError, match="every checkpoint is damaged"):
             store.load_newest()
     assert sorted(path.name for path in (store.folder / "bad").iterdir()) == ["step-00000001", "step-00000002"]
+    assert capsys.readouterr().err.count("the next older checkpoint is used") == 2
 
 
 def test_weights_that_are_not_finite_are_never_committed(store):

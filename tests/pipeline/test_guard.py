@@ -161,8 +161,17 @@ def test_activations_are_described_in_their_own_precision(dtype):
 
 def test_of_several_outputs_the_largest_value_of_all_is_told():
     class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = Places()  # whose output has no statistics
+
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            self.places(x)
             return x, 10.0 * x
+
+    class Places(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.argsort()
 
     model = Two()
     origin = find_origin(model, lambda: model(torch.tensor([3.0, -4.0])))

@@ -323,7 +323,9 @@ def test_a_torn_candidate_is_accepted_with_a_warning(structure_paths, tmp_path, 
 def test_a_candidate_given_twice_is_accepted_with_a_warning(structure_paths, tmp_path, capsys):
     """Five times the same one was accepted without a word: four of the five tries thrown away."""
     table = structure_table(structure_paths)
-    run(structure_paths, write(table, tmp_path / "five.parquet"), RNA3D)
+    axes = [f"{axis}_{number}" for axis in "xyz" for number in (2, 5)]
+    touching = [pl.when(pl.col("ID") == "Q1_4").then(20.0).otherwise(pl.col(name)).alias(name) for name in axes]
+    run(structure_paths, write(table.with_columns(touching), tmp_path / "five.parquet"), RNA3D)
     assert "more than once" not in capsys.readouterr().err
     second = pl.col("ID").str.starts_with("Q1_")
     again = [
