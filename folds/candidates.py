@@ -262,7 +262,11 @@ class _Policy:
 
 
 def _most_different(best_of_five: Mapping[float, float]) -> float:
-    """The largest novelty that is as good out of fold as the best."""
+    """The largest novelty that is as good out of fold as the best.
+
+    >>> _most_different({0.0: 0.5, 0.1: 0.4995, 0.4: 0.3})
+    0.1
+    """
     return max(each for each, value in best_of_five.items() if value >= max(best_of_five.values()) - _AS_GOOD)
 
 
