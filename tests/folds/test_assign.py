@@ -9,7 +9,7 @@ import pytest
 
 from folds import assign
 from folds.edit_distance import pack, pair_distances
-from folds.split import length_label, parse_split
+from folds.split import assign_folds, length_label, parse_split
 from pipeline import commands, runlog
 from pipeline.cli import show
 from pipeline.errors import ConfigError, DataError
@@ -74,6 +74,16 @@ def test_every_fold_gets_its_share_of_every_stratum(rng, paths, split):
     assert report.facts["imbalance"] < 1.03
     for stratum, counts in report.facts["strata"].items():
         assert max(counts) - min(counts) <= max(5, 0.1 * sum(counts)), stratum
+
+
+def test_a_cluster_goes_where_its_kind_is_rare_though_the_fold_be_fuller():
+    clusters = [("A", "long", 10), ("B", "short", 4), ("C", "short", 3)]
+    rows = [
+        {"cluster": name, "kinds": [kind], "sequence": "ACGU"} for name, kind, size in clusters for _ in range(size)
+    ]
+    table = pl.DataFrame(rows).with_row_index("sequence_id").with_columns(dataset_name=pl.lit("set"))
+    dealt = assign_folds(table, parse_split("sim80_k2"), seed=0, where="sim80_k2")
+    assert dict(dealt.select("cluster", "fold").unique().iter_rows()) == {"A": 0, "B": 1, "C": 0}
 
 
 def test_length_split_holds_out_the_longest(rng, paths):
