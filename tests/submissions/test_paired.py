@@ -10,6 +10,7 @@ from folds import ensemble
 from pipeline.competitions import get_competition
 from pipeline.tables import OofBatch
 from submissions import evaluate, report
+from submissions.breakdown import Groups
 from submissions.paired import BLOCKS, Paired, _interval, tell_difference
 from tests.chain_tables import SPLIT, TARGETS, make_paths, write_run, write_values_data
 
@@ -44,6 +45,15 @@ def test_interval_of_a_mean_is_students(tmp_path, rng):
     expected = stats.ttest_rel(b_N, a_N)
     assert found["value"] == pytest.approx((b_N - a_N).mean(), abs=1e-6)
     assert (found["low"], found["high"]) == pytest.approx(tuple(expected.confidence_interval(0.95)), abs=1e-6)
+
+
+def test_a_score_without_a_block_is_that_of_all_others(rng):
+    """With a block's errors added instead, intervals of means over alike blocks stay the same."""
+    block_T, (prediction_TC, truth_TC) = rng.integers(0, 4, 60), rng.random((2, 60, len(TARGETS)))
+    groups = Groups(RIBONANZA)
+    groups.add_positions(block_T, prediction_TC, truth_TC)
+    expected = [abs(prediction_TC - truth_TC)[block_T != block].mean() for block in range(4)]
+    assert groups.scores_without() == pytest.approx(expected)
 
 
 def test_relatives_count_once(tmp_path, rng):
