@@ -66,7 +66,7 @@ def run(
     if competition.is_own and not test_only and "train" not in given:
         raise DataError(f"RAW={raw}: a test set alone; expected the training file too. Next: put train.csv there.")
     tables = tuple(table for table in tables if table not in competition.optional or table in given)
-    if not tables:
+    if set(tables) <= set(competition.either):
         raise DataError(f"RAW={raw}: no test set. Next: put test.csv or the like there, or leave --test-only away.")
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:

@@ -61,8 +61,8 @@ def own_rows(
     strange = len(keys) - pc.sum(pc.is_in(keys, value_set=known)).as_py()
     if strange == len(keys) and total:
         raise DataError(
-            f"{path.name}: none of its {len(keys):,} rows, such as {key} {keys[0].as_py()!r}, is of the test set; "
-            "expected the same sequences. Next: see that both are of one set, or leave the sample out."
+            f"{path.name}: none of its {amount(len(keys), 'row')}, such as {key} {keys[0].as_py()!r}, is of the test "
+            "set; expected the same sequences. Next: see that both are of one set, or leave the sample out."
         )
     lost = total - len(pc.unique(keys)) + len(pc.unique(pc.filter(keys, pc.invert(pc.is_in(keys, value_set=known)))))
     told = [f"with {amount(strange, 'row')} of no test sequence"] if strange else []

@@ -87,7 +87,7 @@ def clean(files: dict[str, Path], parts: dict[str, Path]) -> dict[str, Any]:
         ids, lengths_K = [row["sequence_id"] for row in test], np.array([len(row["sequence"]) for row in test], int)
         if not hidden:
             facts["test"]["sample_submission_rows"] = check_sample(files["sample"], ids, lengths_K)
-        elif (own := _own_rows(files["sample"], ids, lengths_K)) is not None:
+        elif (own := own_positions(files["sample"], ids, lengths_K)) is not None:
             pq.write_table(own, parts["sample"], **PARQUET)
     _write(parts["test"], test, _test_schema())
     if "train" not in parts:
@@ -142,13 +142,16 @@ def _hidden_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return [(where, record | {"sequence": text}) for (where, record), text in zip(records.values(), clean, strict=True)]
 
 
-def _own_rows(path: Path, ids: Sequence[str], lengths_K: np.ndarray) -> pa.Table | None:
+def own_positions(
+    path: Path, ids: Sequence[str], lengths_K: np.ndarray, *, targets: Sequence[str] = TARGETS
+) -> pa.Table | None:
+    """`own_rows` of a sample submission that has a row for each position; arguments as of `check_sample`."""
     before_K = np.cumsum(lengths_K, dtype=np.int64) - lengths_K
     return own_rows(
         path,
         key="id_seqpos",
         kind=pa.string(),
-        targets=TARGETS,
+        targets=targets,
         wanted=lambda start, stop: position_keys(pa.array(ids, pa.string()), before_K, start, stop),
         total=int(lengths_K.sum()),
     )

@@ -562,6 +562,21 @@ def test_an_empty_row_of_a_hidden_test_set_without_ids_is_predicted(raw: Path, r
     assert table.select("sequence_id", "sequence").rows() == [("test-1", "GGA"), ("test-2", "A"), ("test-3", "AC")]
 
 
+def test_the_rows_of_a_hidden_sample_are_those_of_the_submission(raw: Path, run: Any, paths: Paths) -> None:
+    """They were those of the test set in its order, whatever the sample said."""
+    WRITERS["parquet"](raw, ROWS)
+    run()
+    (raw / "test.csv").write_text("id,sequence\nx,GG\ny,C\n")
+    for rows, own in ((["y_0", "x_1", "x_0"], ["y_0", "x_1", "x_0"]), (["x_0", "x_1", "y_0"], None)):
+        (raw / "sample_submission.csv").write_text("\n".join(["id_seqpos,shape", *(f"{row},0" for row in rows), ""]))
+        run(test_only=True)
+        found = paths.clean("sample")
+        assert (pl.read_parquet(found)["id_seqpos"].to_list() if found.is_file() else None) == own
+    (raw / "sample_submission.csv").write_text("id_seqpos,shape\nz_0,0\n")
+    with pytest.raises(DataError, match="none of its 1 row, such as id_seqpos 'z_0', is of the test set"):
+        run(test_only=True)
+
+
 KNOWN: dict[str, tuple[dict[str, list[Any]], dict[str, Any]]] = {
     "nothing": ({}, {}),
     "all": ({"shape": ["1 2 3", "4 -999"], "dms": ["1 1 nan", "2 2"]}, {"measured": 2}),
