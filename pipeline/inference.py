@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -54,6 +55,11 @@ class Job:
     positions: np.ndarray  # of the examples, in the order of their sequence_id
     fold: int | None  # for the table's fold column; None = no such column
     stop: StopRequest
+
+    @property
+    def key_fields(self) -> list[tuple[str, pa.DataType]]:
+        """Columns of a table of predictions that say of what they are."""
+        return [("sequence_id", pa.string())] + ([] if self.fold is None else [("fold", pa.uint8())])
 
 
 def with_best_checkpoint(

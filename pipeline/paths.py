@@ -1,6 +1,6 @@
 """Where files live: one place that names every artefact of every stage."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +90,7 @@ class Paths:
     def test(self, run: str, fold: int) -> Path:
         return self.fold_dir(run, fold) / "test.parquet"
 
-    def predictions(self, run: str, folds: Iterable[int], *tables: str) -> dict[str, Path]:
+    def predictions(self, run: str, folds: Collection[int], *tables: str) -> dict[str, Path]:
         """``fold<k>/<table>`` -> file, as stages name the tables ``oof`` and ``test`` of a run's folds."""
         return {
             f"fold{fold}/{table}": self.fold_dir(run, fold) / f"{table}.parquet" for table in tables for fold in folds

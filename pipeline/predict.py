@@ -1,12 +1,10 @@
 """Predictions of one fold: its held-out sequences (``oof``) and the test set, one row per sequence.
 
 In float32 whatever the training ran in, so that neither batch size nor padding moves a prediction by more than 1e-6.
-Letters: B batch, L length (nt), T nucleotides in a row, C target or class, K distance bin, M candidate, N sequences or
-traces of a pool, 3 xyz.
+Letters: B batch, L length (nt), T nucleotides in a row, C target or class, N sequences.
 """
 
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,16 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from models.heads import expected_lddt
-from models.interface import RnaInputs, RnaModel, RnaOutputs
+from models.interface import RnaModel, RnaOutputs
 from pipeline import inference
 from pipeline.arrays import create_scratch
 from pipeline.augment import central_crop
 from pipeline.batch import make_batch
 from pipeline.competitions.base import Competition
 from pipeline.config import DataConfig, RunConfig, config_from_dict
-from pipeline.dataset import ExampleSet, RnaExample, dense_bpp, fold_members, open_examples, read_folds
-from pipeline.errors import DataError, StorageError
+from pipeline.dataset import ExampleSet, RnaExample, fold_members, open_examples, read_folds
+from pipeline.errors import DataError
 from pipeline.features import read_features, with_width
 from pipeline.inference import (
     Job,
@@ -36,7 +33,6 @@ from pipeline.inference import (
     inputs_of,
     load_network,
     not_finite,
-    poll_stop,
     require_labels,
     take_unknown_letters,
     unless_out_of_memory,
@@ -46,8 +42,7 @@ from pipeline.labels import Labels, read_labels
 from pipeline.network import build_model
 from pipeline.packing import plan_by_tokens
 from pipeline.paths import Paths
-from pipeline.runlog import Bar, say, warn
-from pipeline.schema import CANDIDATES, decode
+from pipeline.runlog import say, warn
 from pipeline.stage import Report, read_manifest, run_stage, sha256_file
 from pipeline.training.failures import in_one_sentence
 from pipeline.training.losses import label_values, position_values
@@ -56,10 +51,7 @@ from pipeline.training.stop import StopRequest
 
 _VERSION = {"values": 1, "structure": 2, "classes": 1, "numbers": 1}
 _ROWS = 8192  # of a row group of value predictions
-_STRUCTURE_ROWS = 320  # of a row group of structures: 64 sequences
 _SAMPLES, _SAMPLE_S = 5, 10.0  # batches of a table that an estimate times, and seconds after which it takes no more
-#: Longest sequence for which distances between all pairs are predicted, nt; longer ones are built from pairing alone.
-MAX_PAIR_LENGTH = 1000
 
 Which = Literal["oof", "test"]
 
@@ -176,7 +168,10 @@ def _run_table(
     label = f"{run} fold{fold} {table}"
 
     def build(parts: dict[str, Path]) -> dict[str, Any]:
-        write = _write_structures if competition.task == "structure" else _write_values
+        if competition.task == "structure":  # which compiles: slow to import
+            from pipeline.predict_structures import write_structures as write
+        else:
+            write = _write_values
         with in_one_sentence(f"predictions of {label}"):
             write(job, parts[table], label=label)
         return {"sequences": len(positions), "nucleotides": int(examples.lengths[positions].sum())}
@@ -259,14 +254,15 @@ def estimate(config: RunConfig, *, competition: Competition, paths: Paths, split
 def _sampled_seconds(job: Job, model: RnaModel, device: torch.device) -> float:
     lengths_N = job.examples.lengths[job.positions]
     is_structure = job.competition.task == "structure"
-    parts = plan_by_tokens(
-        lengths_N, max_tokens=1 if is_structure else inference.BATCH_TOKENS
-    )  # structures go one by one
+    most = 1 if is_structure else inference.BATCH_TOKENS  # structures go one by one
+    parts = plan_by_tokens(lengths_N, max_tokens=most)
 
     def timed(part: np.ndarray) -> float:
         started = time.monotonic()
         if is_structure:
-            _structure_rows(job, model, device, int(job.positions[part[0]]))
+            from pipeline.predict_structures import structure_rows
+
+            structure_rows(job, model, device, int(job.positions[part[0]]))
             return time.monotonic() - started
         fits = unless_out_of_memory(partial(predict_values, job, model, device, job.positions[part])) is not None
         if fits or len(part) == 1:
@@ -317,7 +313,7 @@ def _write_values(job: Job, path: Path, *, label: str) -> None:
             if not np.isfinite(values_LC).all():
                 raise not_finite(job, job.positions[k])
             predicted_TC[offsets[k] : offsets[k + 1]] = values_LC
-    schema = pa.schema([*_key_fields(job), *((name, pa.list_(pa.float32())) for name in names)])
+    schema = pa.schema([*job.key_fields, *((name, pa.list_(pa.float32())) for name in names)])
     with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
         for start in range(0, len(offsets) - 1, _ROWS):
             rows = slice(start, min(start + _ROWS, len(offsets) - 1))
@@ -371,132 +367,6 @@ def _predict_labels(job: Job, model: RnaModel, device: torch.device, positions: 
 
 def _middle_of(longest: int) -> Callable[[RnaExample, int], RnaExample]:
     return lambda example, _index: central_crop(example, max_length=longest)
-
-
-# --- structures ---
-
-
-def _write_structures(job: Job, path: Path, *, label: str) -> None:
-    numbers = [("candidate", pa.uint8()), ("confidence", pa.float32())]
-    schema = pa.schema([*_key_fields(job), *numbers, *((axis, pa.list_(pa.float32())) for axis in "xyz")])
-    model, device = load_network(job)
-    rows: list[dict[str, Any]] = []
-    with (
-        pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer,
-        Bar(label, total=len(job.positions), unit="structures") as bar,
-    ):
-        for position in job.positions:
-            poll_stop(job)
-            rows += _structure_rows(job, model, device, int(position))
-            if len(rows) >= _STRUCTURE_ROWS:
-                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-                rows = []
-            bar.advance()
-        if rows:
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-
-
-def _structure_rows(job: Job, model: RnaModel, device: torch.device, position: int) -> list[dict[str, Any]]:
-    """Five candidates of one sequence: from pairing, from the distances that the network expects, and its coordinates.
-
-    Where there is a network, its distances say of all of them how right they are.
-    """
-    from pipeline.structure import choice
-    from pipeline.structure.fold3d import candidates_from_distogram
-
-    example = job.examples.example(position)
-    seed = zlib.crc32(example.id.encode()) ^ job.config.train.seed
-    logits_LLK = None
-    if len(example.tokens_L) <= MAX_PAIR_LENGTH:
-        logits_LLK = _predict_distances(job, model, device, position)
-        if not np.isfinite(logits_LLK).all():
-            raise not_finite(job, position)
-    sequence, bpp_LL = decode(example.tokens_L), dense_bpp(example)
-    xyz_ML3, confidence_M = candidates_from_distogram(
-        logits_LLK, sequence=sequence, bpp_LL=bpp_LL, count=CANDIDATES, seed=seed
-    )
-    if logits_LLK is not None:
-        own_ML3, lddt_M = _predict_traces(job, model, device, position, seed=seed)
-        pool_NL3 = np.concatenate([xyz_ML3, own_ML3])
-        confidence_N = choice.expected_lddt(logits_LLK, pool_NL3)
-        confidence_N[len(xyz_ML3) :] += lddt_M  # two opinions of the same
-        confidence_N[len(xyz_ML3) :] /= 2
-        xyz_ML3, confidence_M = choice.most_trusted(pool_NL3, confidence_N, count=CANDIDATES)
-    if not (np.isfinite(xyz_ML3).all() and np.isfinite(confidence_M).all()):
-        raise not_finite(job, position)
-    key = {"sequence_id": example.id} | ({} if job.fold is None else {"fold": job.fold})
-    return [
-        key | {"candidate": m, "confidence": float(confidence)} | _axes(xyz_L3)
-        for m, (xyz_L3, confidence) in enumerate(zip(xyz_ML3, confidence_M, strict=True), start=1)
-    ]
-
-
-def _axes(xyz_L3: np.ndarray) -> dict[str, np.ndarray]:
-    return dict(zip("xyz", xyz_L3.T.astype(np.float32), strict=True))
-
-
-def _predict_distances(job: Job, model: RnaModel, device: torch.device, position: int) -> np.ndarray:
-    def pick(outputs: RnaOutputs, b: int, length: int) -> np.ndarray:
-        assert outputs.distance_logits_BLLK is not None
-        return outputs.distance_logits_BLLK[b, :length, :length].float().numpy()
-
-    one = np.array([position])
-    logits = unless_out_of_memory(
-        lambda: both_ways(job, model, device, one, pick=pick, turn=lambda logits_LLK: logits_LLK[::-1, ::-1])
-    )
-    if logits is None:
-        raise _too_long(job, device, position)
-    return logits[0]
-
-
-def _predict_traces(
-    job: Job, model: RnaModel, device: torch.device, position: int, *, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The network's own coordinates, all but the first with dropout, and the lDDT that it expects of them.
-
-    [M, L, 3] Å and [M]; M is 0 where there is no such head. Sequences are not read backwards here: of coordinates in
-    arbitrary frames there is no mean.
-    """
-    from pipeline.structure.rigid import relax
-
-    if not job.config.model.kwargs.get("coordinates"):
-        return np.zeros((0, job.examples.lengths[position], 3)), np.zeros(0)
-    inputs = make_batch(job.examples, np.array([position])).to(device).inputs
-    found = unless_out_of_memory(lambda: _draw_traces(model, inputs, seed=seed))
-    if found is None:
-        raise _too_long(job, device, position)
-    if not all(np.isfinite(xyz_L3).all() for xyz_L3, _ in found):
-        raise not_finite(job, position)
-    traces = [relax(xyz_L3, []) for xyz_L3, _ in found]
-    return np.stack(traces), np.array([lddt for _, lddt in found])
-
-
-@torch.no_grad()
-def _draw_traces(model: RnaModel, inputs: RnaInputs, *, seed: int) -> list[tuple[np.ndarray, float]]:
-    found = []
-    device = inputs.tokens_BL.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for k in range(CANDIDATES):
-            torch.manual_seed(seed + k)
-            outputs = model.train(k > 0)(inputs)
-            model.eval()
-            assert outputs.c1_xyz_BL3 is not None
-            assert outputs.lddt_logits_BLK is not None
-            lddt = float(expected_lddt(outputs.lddt_logits_BLK[0]).mean())
-            found.append((outputs.c1_xyz_BL3[0].double().cpu().numpy(), lddt))
-    return found
-
-
-def _too_long(job: Job, device: torch.device, position: int) -> StorageError:
-    length = job.examples.lengths[position]
-    return StorageError(f"{device} is out of memory on a structure of {length} nt. Next: predict on a larger machine.")
-
-
-# --- the keys of either ---
-
-
-def _key_fields(job: Job) -> list[tuple[str, pa.DataType]]:
-    return [("sequence_id", pa.string())] + ([] if job.fold is None else [("fold", pa.uint8())])
 
 
 def _key_columns(job: Job, positions: np.ndarray) -> list[pa.Array]:
