@@ -100,7 +100,7 @@ endif
 RNA := $(if $(filter-out .venv/bin/python,$(PY)),env RNA_PY=$(PY)) $(PY) -m pipeline
 GPU := models/test_kernels models/test_causal_conv models/test_sepconv models/test_ssd models/test_long_conv pipeline/test_plan pipeline/test_muon \
   models/test_triton_scan pipeline/test_training_gpu models/test_contract models/test_compile
-SIDE_BY_SIDE := -n logical --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 named = \( -name bench $(patsubst %,-o -name '%',$(1)) \)
 OWN := demo kernel-check wheels
 competitions = $(shell sed -n 's/.*[^a-z_]name="\([a-z0-9]*\)".*/\1/p' $(dir $(firstword $(MAKEFILE_LIST)))pipeline/competitions/*.py) labelled-* profiles-*
@@ -170,7 +170,7 @@ doctor: $(ENVIRONMENT) ## say what this machine has and what will be used
 demo: $(ENVIRONMENT) ## the whole chain on a small synthetic data set, on the CPU
 	@exec $(RNA) demo --artifacts "$(ARTIFACTS)/demo"
 # whatever the environment says of bytecode: each process that a test starts would compile all anew, and so would pytest
-test: $(ENVIRONMENT) ## lint, types and all tests that need no GPU, in up to four processes
+test: $(ENVIRONMENT) ## lint, types and all tests that need no GPU, on up to four cores
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 	@PYTHONDONTWRITEBYTECODE= exec $(PY) -m pytest -q -m "not gpu" $(SIDE_BY_SIDE)
 test-floor: .venv-floor/.ready ## the same tests on the oldest packages that pyproject.toml allows (PYTHON=python3.11)

@@ -54,14 +54,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: item.path not in slow)
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than cores: some tests wait for other processes, or for seconds to pass."""
-    from pipeline.memory import usable_cpus
-
-    return min(usable_cpus() + 1, 4)
-
-
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Whoever draws without a generator of his own draws the same numbers in whatever order tests are run."""
