@@ -45,10 +45,16 @@ def read_test(path: Path, sample: Path | None, *, targets: Sequence[str]) -> tup
     test = _tidy(table if "future" in names else table.with_columns(future=pl.lit(0.0)), path)
     if sample is None:
         return test, None
-    first_S, length_S = test["id_min"].to_numpy(), (test["id_max"].to_numpy() - test["id_min"].to_numpy()) + 1
-    ids = np.repeat(first_S - (np.cumsum(length_S) - length_S), length_S) + np.arange(length_S.sum())
+    first_S = test["id_min"].to_numpy()
+    end_S = np.cumsum(test["id_max"].to_numpy() - first_S + 1)
+    shift_S = first_S - np.concatenate([[0], end_S[:-1]])
+
+    def ids(start: int, stop: int) -> pa.Array:
+        row_N = np.arange(start, stop)
+        return pa.array(row_N + shift_S[np.searchsorted(end_S, row_N, side="right")])
+
     keys = {"key": "id", "kind": pa.int64(), "targets": targets}
-    return test, own_rows(sample, **keys, wanted=lambda start, stop: pa.array(ids[start:stop]), total=len(ids))
+    return test, own_rows(sample, **keys, wanted=ids, total=int(end_S[-1]) if len(end_S) else 0)
 
 
 def _tidy(table: pl.DataFrame, path: Path) -> pa.Table:
