@@ -168,7 +168,16 @@ def _rehearse(room: "Room", competition: Competition, write: Callable[..., objec
 
 
 def _judge(home: Path, competition: Competition, raw: Path, submission: Path, folder: Path) -> int:
-    """Check a submission of a bundle here, against the raw files that it is for; returns its rows."""
+    """Check a submission of a bundle here, against the raw files that it is for; returns its rows.
+
+    Raises:
+        DataError: it is not accepted, or holds no prediction: in a rerun better than no file, here no rehearsal.
+    """
+    if json.loads((submission.parent / "KERNEL.json").read_text()).get("filled"):
+        raise DataError(
+            f"{submission}: nothing was predicted, and it holds what was filled in. Next: read what the notebook "
+            "printed above; where it lacks pairs, IMAGE=<a Python 3.12>, for which ViennaRNA's wheel is packed."
+        )
     at = ["--comp", competition.name, "--artifacts", str(folder)]
     own = folder / competition.name
     script.place(home / "dataset", read_bundle(home), own)

@@ -210,14 +210,15 @@ def predict(inputs: Path, bundle: Path, work: Path, told: dict[str, Any]) -> dic
         desk = Desk(at=at, home=home, work=work, told=told)
         if told["fill"]:  # simple shapes, or training's medians: a file is there whatever fails or takes too long
             desk.submit(joined=None)
+        done, filled = list[str](), False
         if desk.is_written and not has_rows(work / "submission.csv"):
             say("the test set is empty, and submission.csv a header")
-            done = []
         else:
             done = predict_structures(desk, raw) if told["task"] == "structure" else predict_values(desk)
-        if desk.is_written and not done:
+            filled = bool(told["fill"]) and not done
+        if filled:
             say("nothing was predicted: submission.csv holds what was filled in")
-    return {"state": "finished", "predicted": done, "files": ["submission.csv"]}
+    return {"state": "finished", "predicted": done, "filled": filled, "files": ["submission.csv"]}
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,7 @@ from pipeline import kaggle_cli
 from pipeline.errors import DataError, NetworkError
 from pipeline.kernel.bundle import read_bundle
 from pipeline.paths import Paths
-from pipeline.runlog import Bar, amount, say
+from pipeline.runlog import Bar, amount, say, warn
 from pipeline.stage import Report, sha256_file, sweep, write_json
 from pipeline.training.stop import run_lock
 
@@ -144,6 +144,8 @@ def pull(paths: Paths, *, slug: str) -> Report:
         write_json(home / PULLED, {"version": _pushed_version(home)})
     finally:
         shutil.rmtree(nest, ignore_errors=True)
+    if told.get("filled"):
+        warn(f"{name}: nothing was predicted, and submission.csv holds what was filled in; {slug}.log says why")
     placed = place_folds(output, paths) if told["mode"] == "train" else []
     facts = {"kernel": name, "files": len(told["files"]), "state": told["state"], "placed": placed}
     seconds = time.monotonic() - started

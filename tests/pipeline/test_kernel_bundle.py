@@ -182,12 +182,14 @@ def test_an_interactive_session_predicts_a_few_rows(trained: Trained, tmp_path: 
     found = predict(trained, tmp_path, more)
     first = pl.read_csv(tmp_path / "hidden" / "test_sequences.csv").sort("id_min").head(3)
     assert len(found.read_text().splitlines()) == first["id_max"].max() + 2
+    assert json.loads((tmp_path / "work" / "KERNEL.json").read_text())["filled"] is False
 
 
 def test_a_submission_is_there_although_the_time_is_spent(trained: Trained, tmp_path: Path):
     """Pairing and a first fold took as long as they took, beyond the limit, and Kaggle kept nothing of the notebook."""
     found = pl.read_csv(predict(trained, tmp_path, {"RNA_LIMIT": "0.001"}, test=4))
-    assert json.loads((tmp_path / "work" / "KERNEL.json").read_text())["predicted"] == []
+    told = json.loads((tmp_path / "work" / "KERNEL.json").read_text())
+    assert (told["predicted"], told["filled"]) == ([], True)
     train = pl.read_parquet(trained.paths.clean("train")).filter("scored").select("sequence", *COMPETITION.targets)
     train = train.with_columns(pl.col("sequence").str.split("")).explode("sequence", *COMPETITION.targets)
     medians = train.group_by("sequence").agg(pl.col(COMPETITION.targets).clip(0.0, 1.0).median())

@@ -1,5 +1,6 @@
 """The room in which notebooks are rehearsed is bare and has no network, whatever this machine allows."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -103,10 +104,11 @@ def test_every_kind_of_data_is_rehearsed(tmp_path: Path):
     assert tasks["profiles-rates"] == "values"
 
 
-@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize(("cut", "filled"), [(False, False), (True, False), (False, True)])
 def test_a_bundle_is_played_as_a_rerun_and_what_it_leaves_is_judged_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool, filled: bool
 ):
+    """A notebook without pairs predicted nothing, and its file of medians was accepted without a word."""
     seen = {}
 
     class FakeRoom:
@@ -121,14 +123,15 @@ def test_a_bundle_is_played_as_a_rerun_and_what_it_leaves_is_judged_here(
             rows = int(pl.read_csv(raw / "test_sequences.csv")["id_max"].max()) + 1 - cut
             lines = ["id,reactivity_DMS_MaP,reactivity_2A3_MaP", *(f"{row},0.5,0.5" for row in range(rows))]
             (work / "submission.csv").write_text("\n".join(lines) + "\n")
+            (work / "KERNEL.json").write_text(json.dumps({"filled": filled}))
             return 7.0
 
     monkeypatch.setattr(check, "Room", FakeRoom)
     monkeypatch.setattr(check, "read_bundle", lambda _: {"mode": "predict", "limit_s": 3600.0, "files": {}})
     raw = write_raw(tmp_path / "raw", test=4)
     what = {"python": Path(sys.executable), "home": tmp_path, "competition": COMPETITION, "raw": raw}
-    if cut:
-        with pytest.raises(DataError, match="rna check ended with 3"):
+    if cut or filled:
+        with pytest.raises(DataError, match="nothing was predicted" if filled else "rna check ended with 3"):
             check.run_bundle(tmp_path / "room", **what)
         return
     facts = check.run_bundle(tmp_path / "room", **what, limit_s=60.0).facts

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,7 @@ class Desk:
         digest = sha256_file(self.home / "dataset" / "MANIFEST.json")
         write_json(self.home / "sent.json", {"dataset": self.dataset, "manifest": digest})
 
-    def leave(self, files: dict[str, bytes], **told: str) -> None:
+    def leave(self, files: dict[str, bytes], **told: Any) -> None:
         """What a notebook left: files, and what it declares."""
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         facts = {"bundle": self.slug, "mode": "train", "state": "finished", "files": digests} | told
@@ -196,6 +197,13 @@ def test_what_a_notebook_left_is_verified_and_becomes_a_local_run(desk: Desk):
     desk.paths.oof(RUN, 0).write_bytes(b"mine")
     assert service.pull(desk.paths, slug=desk.slug).facts["placed"] == []
     assert desk.paths.oof(RUN, 0).read_bytes() == b"mine"
+
+
+def test_a_file_that_holds_no_prediction_is_told_when_it_is_fetched(desk: Desk, capsys: pytest.CaptureFixture[str]):
+    for filled in (False, True):
+        desk.leave({"submission.csv": b"id\n"}, mode="predict", filled=filled)
+        service.pull(desk.paths, slug=desk.slug)
+        assert ("nothing was predicted" in " ".join(capsys.readouterr().err.split())) is filled
 
 
 def test_a_fold_is_placed_whole_or_not_at_all(desk: Desk, monkeypatch: pytest.MonkeyPatch):
